@@ -1,0 +1,1 @@
+"""One velocity network per model family."""

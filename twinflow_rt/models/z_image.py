@@ -1,0 +1,379 @@
+"""Z-Image velocity network with TwinFlow's second time embedder (diffusers: ZImageTransformer2DModel).
+
+A single-stream transformer: image tokens pass two modulated refiner blocks, prompt tokens two
+unmodulated ones, then both share `layers`. Every block is a sandwich of RMSNorms,
+
+    x <- x + tanh(gate) * rms(f(rms(x) * (1 + scale)))        f = attention, then SwiGLU,
+
+and since scale and gate only ever multiply norm weights, a block needs nothing of the timestep but
+four *effective norm weights*. `modulate` computes them from (t, tt); the fold pass stores them as a
+table and drops everything that made them. One forward serves both.
+
+TwinFlow's time: temb = e1(|s| * 1000) + |s - s2| * e2((s2 - s) * 1000), s = sign(t) (1 - |t|) and s2
+likewise of tt. As sign(0) = 0, (t, tt) = (1, 0) gives s = s2 = 0: at one evaluation e2 vanishes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..ops import EAGER, OpTable
+
+SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
+ADALN_DIM = 256  # the time embedding is min(dim, ADALN_DIM) wide
+TIME_HIDDEN = 1024
+FREQUENCY_DIM = 256
+QK_NORM_EPS = 1e-5
+FINAL_NORM_EPS = 1e-6
+
+# merged weight -> the checkpoint's names, row blocks in this order (within a block's prefix)
+FUSED = {
+    "attention.to_qkv.weight": (
+        "attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight",
+    ),
+    "feed_forward.w13.weight": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
+}  # fmt: skip
+
+
+def pad_length(n: int) -> int:
+    """n rounded up to the sequence multiple."""
+    return -(-n // SEQ_MULTIPLE) * SEQ_MULTIPLE
+
+
+@dataclass(frozen=True)
+class ZImageConfig:
+    """transformer/config.json, field for field; defaults are the 6B release."""
+
+    all_patch_size: tuple[int, ...] = (2,)
+    all_f_patch_size: tuple[int, ...] = (1,)
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    n_kv_heads: int = 30
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    cap_feat_dim: int = 2560
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+    axes_lens: tuple[int, ...] = (1024, 512, 512)
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads or sum(self.axes_dims) != self.dim // self.n_heads:
+            raise ConfigError(
+                f"axes_dims {self.axes_dims} must add up to dim / n_heads = {self.dim}/{self.n_heads}; "
+                "check transformer/config.json"
+            )
+        if self.n_kv_heads != self.n_heads or not self.qk_norm:
+            raise ConfigError("Z-Image needs n_kv_heads == n_heads and qk_norm; this config is another family's")
+        if self.all_patch_size != (2,) or self.all_f_patch_size != (1,):
+            raise ConfigError(
+                f"patch sizes {self.all_patch_size}/{self.all_f_patch_size} are not supported; released "
+                "Z-Image models have (2,)/(1,)"
+            )
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> ZImageConfig:
+        """Builds from config.json's content; diffusers' bookkeeping keys (`_*`) are dropped."""
+        known = {f.name for f in fields(cls)}
+        unknown = [k for k in raw if k not in known and not k.startswith("_") and raw[k] is not None]
+        if unknown:
+            raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known})
+
+    def to_dict(self) -> dict:
+        """config.json's content, loadable by diffusers' ZImageTransformer2DModel."""
+        out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"_class_name": "ZImageTransformer2DModel", **out}
+
+    @property
+    def hidden(self) -> int:
+        """Width of the SwiGLU."""
+        return int(self.dim / 3 * 8)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Effective norm weights of every modulated block ([B or 1, 4, dim] float32: attention pre and
+    post, feed-forward pre and post) and of the final LayerNorm ([B or 1, dim])."""
+
+    blocks: tuple[Tensor, ...]
+    final: Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """The prompt's side of the network, independent of latents and time, so cacheable.
+
+    tokens: [B, L, dim], L a multiple of 32. lengths: tokens that count per sample, multiples of 32.
+    """
+
+    tokens: Tensor
+    lengths: tuple[int, ...]
+
+
+class TimestepEmbedder(nn.Module):
+    """MLP over a sinusoidal embedding; frequencies 10000^(-i/128), cosines first."""
+
+    def __init__(self, out_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_DIM, TIME_HIDDEN), nn.SiLU(), nn.Linear(TIME_HIDDEN, out_dim)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = FREQUENCY_DIM // 2
+        freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device).float() / half)
+        angles = t.float()[:, None] * freqs
+        x = torch.cat((angles.cos(), angles.sin()), -1)
+        for layer in self.mlp:  # float32 throughout: these constants are worth their bits
+            x = _linear32(layer, x) if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+
+def _linear32(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.float(), layer.bias.float())
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.norm_q = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_k = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor | None, rows: int | None, ops: OpTable
+    ) -> Tensor:
+        q, k, v = ops.qk_norm_rope(
+            self.to_qkv(x), self.norm_q.weight.float(), self.norm_k.weight.float(), *rope,
+            self.heads, QK_NORM_EPS,
+        )  # fmt: skip
+        return self.to_out[0](ops.attention(q[:, :rows], k, v, lengths))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.w2(ops.swiglu(self.w13(x)))
+
+
+class Block(nn.Module):
+    """One sandwich-norm block; `steps` = N holds N rows of folded norm weights instead of what makes them."""
+
+    def __init__(self, config: ZImageConfig, modulated: bool, steps: int | None) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.norm_eps
+        self.attention = Attention(dim, config.n_heads)
+        self.feed_forward = FeedForward(dim, config.hidden)
+        if steps is not None:
+            self.register_buffer("norm_table", torch.empty(steps if modulated else 1, 4, dim))
+            return
+        for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+            setattr(self, name, nn.RMSNorm(dim, eps=config.norm_eps))
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, ADALN_DIM), 4 * dim))
+
+    def norm_weights(self, temb: Tensor | None = None) -> Tensor:
+        """Effective norm weights [B or 1, 4, dim], float32, in the order they are used."""
+        norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
+        weights = torch.stack([n.weight.float() for n in norms])[None]
+        if temb is None:
+            return weights
+        scale_a, gate_a, scale_f, gate_f = _linear32(self.adaLN_modulation[0], temb).chunk(4, -1)
+        return weights * torch.stack((1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()), 1)
+
+    def forward(
+        self, x: Tensor, h: Tensor, norms: Tensor, next_pre: Tensor | None, rope: tuple[Tensor, Tensor],
+        lengths: Tensor | None, ops: OpTable, rows: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """x: residual stream; h: x under this block's first norm. Returns the same pair for the next
+        block. `rows` keeps only the first rows of the output: where nothing reads the others."""
+        _, post_a, pre_f, post_f = norms.unsqueeze(2).unbind(1)
+        branch = self.attention(h, rope, lengths, rows, ops)
+        x, h = ops.residual_norm(x[:, :rows], branch, post_a, pre_f, self.eps)
+        return ops.residual_norm(x, self.feed_forward(h, ops), post_f, next_pre, self.eps)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: ZImageConfig, folded: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.dim, 4 * config.in_channels)
+        if not folded:
+            width = min(config.dim, ADALN_DIM)
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, config.dim))
+
+
+class ZImageTransformer(nn.Module):
+    """F(x_t, t, tt, prompt), the velocity z - x of TwinFlow (diffusers' network predicts its negative).
+
+    `folded_steps=N` builds the compiled layout: no time embedders, no modulation, no norm weights,
+    but tables of N rows of effective norm weights (buffers `norm_table`, float32).
+    """
+
+    def __init__(self, config: ZImageConfig, *, folded_steps: int | None = None) -> None:
+        super().__init__()
+        self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
+        dim, folded = config.dim, folded_steps is not None
+        self.all_x_embedder = nn.ModuleDict({"2-1": nn.Linear(4 * config.in_channels, dim)})
+        self.all_final_layer = nn.ModuleDict({"2-1": FinalLayer(config, folded)})
+        self.cap_embedder = nn.Sequential(
+            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, dim)
+        )
+        self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
+
+        def stack(depth: int, modulated: bool) -> nn.ModuleList:
+            return nn.ModuleList(Block(config, modulated, folded_steps) for _ in range(depth))
+
+        self.noise_refiner = stack(config.n_refiner_layers, True)
+        self.context_refiner = stack(config.n_refiner_layers, False)
+        self.layers = stack(config.n_layers, True)
+        if folded:
+            self.register_buffer("norm_table", torch.empty(folded_steps, dim))
+        else:
+            self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
+            self.t_embedder_2 = TimestepEmbedder(min(dim, ADALN_DIM))
+        self._rope_tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
+        """temb [B, min(dim, 256)] float32 of t, tt [B] (see the module's docstring). float64 until
+        the arguments of the embedders, as upstream."""
+        t, tt = t.double(), tt.double()
+        s, s2 = t.sign() * (1 - t.abs()), tt.sign() * (1 - tt.abs())
+        scale = self.config.t_scale
+        second = self.t_embedder_2((s2 - s) * scale)
+        return self.t_embedder(s.abs() * scale) + (s - s2).abs().float()[:, None] * second
+
+    def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
+        """Effective norm weights at times t, tt ([B], in [-1, 1]), float32."""
+        temb = self.embed_time(t, tt)
+        blocks = (*self.noise_refiner, *self.layers)
+        final = 1 + _linear32(self.all_final_layer["2-1"].adaLN_modulation[1], F.silu(temb))
+        return Modulation(tuple(b.norm_weights(temb) for b in blocks), final)
+
+    def step_modulation(self, step: int) -> Modulation:
+        """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""
+        row = slice(step, step + 1)
+        blocks = (*self.noise_refiner, *self.layers)
+        return Modulation(tuple(b.norm_table[row] for b in blocks), self.norm_table[row])
+
+    # -- positions ------------------------------------------------------------------------------
+
+    def _rope(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [B, S, head_dim/2] float32 of positions ids [B, S, 3]. Angles are formed in
+        float64 and rounded to float32 before the cosine, as in the reference."""
+        if ids.device not in self._rope_tables:
+            tables = []
+            for dim, length in zip(self.config.axes_dims, self.config.axes_lens, strict=True):
+                freqs = self.config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+                angles = torch.outer(torch.arange(length, dtype=torch.float64), freqs).float()
+                tables.append((angles.cos().to(ids.device), angles.sin().to(ids.device)))
+            self._rope_tables[ids.device] = tables
+        axes = [(cos[ids[..., i]], sin[ids[..., i]]) for i, (cos, sin) in enumerate(self._rope_tables[ids.device])]
+        return torch.cat([c for c, _ in axes], -1), torch.cat([s for _, s in axes], -1)
+
+    def _context_rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        ids = torch.zeros(1, length, 3, dtype=torch.int64, device=device)
+        ids[0, :, 0] = torch.arange(1, length + 1, device=device)
+        return self._rope(ids)
+
+    def _image_rope(self, height: int, width: int, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens sit one past the padded prompt on axis 0; padding sits at the origin."""
+        n, device = height * width, offsets.device
+        ids = torch.zeros(len(offsets), pad_length(n), 3, dtype=torch.int64, device=device)
+        rows = torch.arange(height, device=device).repeat_interleave(width)
+        ids[:, :n, 0] = offsets[:, None] + 1
+        ids[:, :n, 1] = rows
+        ids[:, :n, 2] = torch.arange(width, device=device).repeat(height)
+        return self._rope(ids)
+
+    # -- network --------------------------------------------------------------------------------
+
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int]) -> Context:
+        """Prompt tokens through `cap_embedder` and `context_refiner`: depends on the prompt alone.
+
+        prompt_embeds: [B, L, cap_feat_dim], sample b's first lengths[b] rows count (lengths live on
+        the host: they shape the sequence). Rows up to the next multiple of 32 become the learned pad
+        token, which attends like any other (as in the reference).
+        """
+        padded = tuple(pad_length(int(n)) for n in lengths)
+        device, longest = prompt_embeds.device, max(padded)
+        index = torch.arange(longest, device=device)
+        valid = index < torch.tensor([int(n) for n in lengths], device=device)[:, None]
+        embeds = prompt_embeds[:, :longest]
+        norm, linear = self.cap_embedder
+        x = linear(self.ops.rms_norm(embeds, norm.weight.float(), norm.eps))
+        x = F.pad(x, (0, 0, 0, longest - x.shape[1]))
+        x = torch.where(valid[..., None], x, self.cap_pad_token.to(x.dtype))
+        mask = None if min(padded) == longest else torch.tensor(padded, device=device)
+        norms = [b.norm_weights() if self.folded_steps is None else b.norm_table for b in self.context_refiner]
+        x = self._run(self.context_refiner, norms, x, self._context_rope(longest, device), mask)
+        return Context(x, padded)
+
+    def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
+        """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype."""
+        x = self._patchify(latents)
+        n, device, longest = x.shape[1], x.device, context.tokens.shape[1]
+        height, width = latents.shape[2] // 2, latents.shape[3] // 2
+        offsets = torch.tensor(context.lengths, device=device)
+        rope = self._image_rope(height, width, offsets)
+        x = self.all_x_embedder["2-1"](x)
+        pad = self.x_pad_token.to(x.dtype).expand(x.shape[0], rope[0].shape[1] - n, -1)
+        x = torch.cat((x, pad), 1)
+
+        refiners = len(self.noise_refiner)
+        x = self._run(self.noise_refiner, modulation.blocks[:refiners], x, rope, None)
+        lengths = None if min(context.lengths) == longest else offsets + x.shape[1]
+        text_rope = self._context_rope(longest, device)
+        rope = tuple(
+            torch.cat((image, text.expand(image.shape[0], -1, -1)), 1) for image, text in zip(rope, text_rope, strict=True)
+        )
+        x = torch.cat((x, context.tokens.to(x.dtype)), 1)
+        x = self._run(self.layers, modulation.blocks[refiners:], x, rope, lengths, rows=n)
+        x = self.ops.layer_norm(x, modulation.final[:, None], FINAL_NORM_EPS)
+        return -self._unpatchify(self.all_final_layer["2-1"].linear(x), height, width)
+
+    def _run(
+        self, blocks: nn.ModuleList, norms: Sequence[Tensor], x: Tensor, rope: tuple[Tensor, Tensor],
+        lengths: Tensor | None, rows: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """All blocks of one stack; the last one computes only its first `rows` rows."""
+        h = self.ops.rms_norm(x, norms[0][:, :1], self.config.norm_eps) if len(blocks) else x
+        for i, block in enumerate(blocks):
+            last = i + 1 == len(blocks)
+            next_pre = None if last else norms[i + 1][:, :1]
+            x, h = block(x, h, norms[i], next_pre, rope, lengths, self.ops, rows if last else None)
+        return x
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, H/2*W/2, 4C], features ordered (row, column, channel)."""
+        b, c, h, w = latents.shape
+        x = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)
+        return x.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+    def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
+        x = x.view(x.shape[0], height, width, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(x.shape[0], -1, 2 * height, 2 * width)

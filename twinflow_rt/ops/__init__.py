@@ -1,0 +1,14 @@
+"""The op vocabulary: one stem per op, the eager reference being its specification."""
+
+from .attention import attention
+from .decode import to_uint8
+from .mlp import swiglu
+from .norm import layer_norm, residual_norm, rms_norm
+from .rope import qk_norm_rope, rotate
+from .sample import x0_project
+from .select import EAGER, OpTable, Target, select
+
+__all__ = [
+    "EAGER", "OpTable", "Target", "attention", "layer_norm", "qk_norm_rope", "residual_norm",
+    "rms_norm", "rotate", "select", "swiglu", "to_uint8", "x0_project",
+]  # fmt: skip

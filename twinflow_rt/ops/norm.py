@@ -1,0 +1,46 @@
+"""Normalisation: the eager references are the specification of every faster implementation.
+
+All of them compute in float32 whatever the storage dtype and round once, at the output. `weight`
+is the *effective* norm weight: a learned vector, or that vector times a modulation's (1 + scale) or
+tanh(gate), so one op serves plain, modulated and folded networks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * weight   (RMSNorm, arXiv 1910.07467).
+
+    x: [B, S, D] in any float dtype. weight: float32, [D] or [B or 1, 1, D]. Returns x's dtype.
+    """
+    v = x.float()
+    return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight   (no learned affine; arXiv 1607.06450).
+
+    Shapes and dtypes as `rms_norm`.
+    """
+    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight).to(x.dtype)
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """Closes one sandwich-norm branch and opens the next, in one pass over the data:
+
+        x' = x + rms_norm(branch, post)        h = rms_norm(x', pre)
+
+    x, branch: [B, S, D]; post, pre: float32 weights as in `rms_norm` (`post` carries the gate).
+    Returns (x', h) in x's dtype; h is None when `pre` is None. Rounding points: x' once, and h once
+    from the rounded x' (what the next block will read).
+    """
+    b = branch.float()
+    b = b * torch.rsqrt(b.square().mean(-1, keepdim=True) + eps) * post
+    x = (x.float() + b).to(x.dtype)
+    return x, None if pre is None else rms_norm(x, pre, eps)

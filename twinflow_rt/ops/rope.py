@@ -1,0 +1,33 @@
+"""QK RMSNorm + rotary position embedding, from the merged QKV projection to attention's operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .norm import rms_norm
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates interleaved pairs: (x[2i] + j x[2i+1]) * (cos[i] + j sin[i])   (arXiv 2104.09864).
+
+    x: [B, S, H, D]; cos, sin: float32 [B or 1, S, D/2]. float32 inside, one rounding.
+    """
+    re, im = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.stack((re * cos - im * sin, re * sin + im * cos), -1).flatten(-2).to(x.dtype)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits [B, S, 3*H*D] into q | k | v, then q, k <- rotate(rms_norm(head)) per head.
+
+    q_weight, k_weight: float32 [D]; cos, sin: float32 [B or 1, S, D/2]. Returns three [B, S, H, D].
+    Implementations may write in place: `qkv` must not be used afterwards.
+    Rounding points: after the norm and after the rotation, as the reference networks do.
+    """
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
+    q = rotate(rms_norm(q, q_weight, eps), cos, sin)
+    k = rotate(rms_norm(k, k_weight, eps), cos, sin)
+    return q, k, v
