@@ -1,0 +1,65 @@
+"""Writes a trained miniature as a Z-Image model folder that diffusers' own classes load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..models.z_image import FUSED
+from ..passes.fuse import split
+
+MODEL_INDEX = {
+    "_class_name": "ZImagePipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3Model"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "transformer": ["diffusers", "ZImageTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+
+
+def save_model(
+    folder: Path, network: nn.Module, text_encoder: nn.Module, tokenizer: object, vae_dir: Path,
+    dtype: torch.dtype = torch.float16,
+) -> Path:  # fmt: skip
+    """Saves network (keys split into the checkpoint's names), text encoder, tokenizer and VAE in `dtype`.
+
+    The folder appears under its name only when complete.
+    """
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in ("transformer", "vae", "scheduler"):
+        (partial / part).mkdir(parents=True)
+    _write_json(partial / "model_index.json", MODEL_INDEX)
+    _write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER)
+    _write_json(partial / "transformer" / "config.json", network.config.to_dict())
+    weights = split(network.state_dict(), FUSED)
+    _write_weights(partial / "transformer", weights, dtype)
+    shutil.copy(vae_dir / "config.json", partial / "vae" / "config.json")
+    _write_weights(partial / "vae", _read_weights(vae_dir), dtype)
+    text_encoder.to(dtype).save_pretrained(partial / "text_encoder")
+    tokenizer.save_pretrained(partial / "tokenizer")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:
+    converted = {k: v.detach().to(dtype).contiguous() for k, v in weights.items()}
+    save_file(converted, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
