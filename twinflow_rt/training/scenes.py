@@ -38,7 +38,7 @@ PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "c
 SIZE = 64
 _SIZES = {1: (18, 28), 2: (15, 23), 3: (14, 18), 4: (13, 16)}  # object size by number of objects, px
 _RADII = {1: (0, 8), 2: (13, 17), 3: (16, 19), 4: (18, 20)}  # distance from the layout's centre, px
-_ARM = 0.36  # width of a cross's arm / its size
+ARM = 0.36  # width of a cross's arm / its size
 
 
 @dataclass(frozen=True)
@@ -87,12 +87,12 @@ def sample_scene(rng: np.random.Generator, split: Split = "train", kind: str | N
     """Draws a scene, of a random kind (shares as in `KINDS`) unless `kind` is given.
 
     Scenes with two different objects show a held-out pair exactly if `split` is "heldout"; the other
-    kinds have the same distribution in both splits.
+    kinds have the same distribution in both splits. ConfigError for an unknown split or kind.
     """
     if split not in ("train", "heldout"):
         raise ConfigError(f"split is {split!r}; use 'train' or 'heldout'")
     if kind is None:
-        kind = list(KINDS)[int(np.searchsorted(np.cumsum(list(KINDS.values())), rng.random() * 0.999999))]
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     elif kind not in KINDS:
         raise ConfigError(f"scene kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
     if kind in ("single", "colors", "counting"):
@@ -102,7 +102,7 @@ def sample_scene(rng: np.random.Generator, split: Split = "train", kind: str | N
 
 def prompts(kind: str, n: int, split: Split = "heldout", seed: int = 0) -> list[Scene]:
     """`n` scenes of one kind, the same for the same arguments."""
-    rng = np.random.default_rng([seed, list(KINDS).index(kind) if kind in KINDS else 0])
+    rng = np.random.default_rng([seed, *kind.encode()])
     return [sample_scene(rng, split, kind) for _ in range(n)]
 
 
@@ -116,7 +116,7 @@ def render(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
         y0, y1 = (min(max(int(o.cy * scale + d), 0), size) for d in (-r - 1, r + 2))
         x = np.arange(x0, x1, dtype=np.float32)[None] + (0.5 - o.cx * scale)
         y = np.arange(y0, y1, dtype=np.float32)[:, None] + (0.5 - o.cy * scale)
-        cover = np.clip(0.5 - _DISTANCE[o.shape](x, y, r), 0, 1)[..., None]
+        cover = np.clip(0.5 - DISTANCE[o.shape](x, y, r), 0, 1)[..., None]
         patch = image[y0:y1, x0:x1]
         patch += cover * (np.asarray(COLORS[o.color], np.float32) - patch)
     return np.rint(image).astype(np.uint8)
@@ -129,12 +129,12 @@ def _triangle(x: NDArray, y: NDArray, r: float) -> NDArray:
 
 
 def _cross(x: NDArray, y: NDArray, r: float) -> NDArray:
-    x, y, a = np.abs(x), np.abs(y), r * _ARM
+    x, y, a = np.abs(x), np.abs(y), r * ARM
     return np.minimum(np.maximum(x - r, y - a), np.maximum(x - a, y - r))
 
 
 # signed distance (negative inside) to the outline of a shape of half-size r, px
-_DISTANCE: dict[str, Callable[[NDArray, NDArray, float], NDArray]] = {
+DISTANCE: dict[str, Callable[[NDArray, NDArray, float], NDArray]] = {
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(np.abs(x), np.abs(y)) - r,
     "triangle": _triangle,
