@@ -16,7 +16,8 @@ likewise of tt. As sign(0) = 0, (t, tt) = (1, 0) gives s = s2 = 0: at one evalua
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -32,6 +33,9 @@ TIME_HIDDEN = 1024
 FREQUENCY_DIM = 256
 QK_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
+
+# a block's norms in the order they act
+BLOCK_NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
 
 # merged weight -> the checkpoint's names, row blocks in this order (within a block's prefix)
 FUSED = {
@@ -189,15 +193,14 @@ class Block(nn.Module):
         if steps is not None:
             self.register_buffer("norm_table", torch.empty(steps if modulated else 1, 4, dim))
             return
-        for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+        for name in BLOCK_NORMS:
             setattr(self, name, nn.RMSNorm(dim, eps=config.norm_eps))
         if modulated:
             self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, ADALN_DIM), 4 * dim))
 
     def norm_weights(self, temb: Tensor | None = None) -> Tensor:
         """Effective norm weights [B or 1, 4, dim], float32, in the order they are used."""
-        norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
-        weights = torch.stack([n.weight.float() for n in norms])[None]
+        weights = torch.stack([getattr(self, name).weight.float() for name in BLOCK_NORMS])[None]
         if temb is None:
             return weights
         scale_a, gate_a, scale_f, gate_f = _linear32(self.adaLN_modulation[0], temb).chunk(4, -1)
@@ -271,8 +274,28 @@ class ZImageTransformer(nn.Module):
         """Effective norm weights at times t, tt ([B], in [-1, 1]), float32."""
         temb = self.embed_time(t, tt)
         blocks = (*self.noise_refiner, *self.layers)
-        final = 1 + _linear32(self.all_final_layer["2-1"].adaLN_modulation[1], F.silu(temb))
-        return Modulation(tuple(b.norm_weights(temb) for b in blocks), final)
+        return Modulation(tuple(b.norm_weights(temb) for b in blocks), self._final_weight(temb))
+
+    def _final_weight(self, temb: Tensor) -> Tensor:
+        return 1 + _linear32(self.all_final_layer["2-1"].adaLN_modulation[1], F.silu(temb))
+
+    def fold(
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
+
+        This network may live on the meta device: `resident(*prefixes)` makes the parameters below
+        the given module names real, in float32, for as long as it is entered.
+        """
+        with resident("t_embedder", "t_embedder_2"):
+            temb = self.embed_time(t, tt)
+        for stack, modulated in (("noise_refiner", True), ("context_refiner", False), ("layers", True)):
+            for i, block in enumerate(getattr(self, stack)):
+                parts = [f"{stack}.{i}.{n}" for n in BLOCK_NORMS + ("adaLN_modulation",) * modulated]
+                with resident(*parts):
+                    yield f"{stack}.{i}.norm_table", block.norm_weights(temb if modulated else None)
+        with resident("all_final_layer.2-1.adaLN_modulation"):
+            yield "norm_table", self._final_weight(temb)
 
     def step_modulation(self, step: int) -> Modulation:
         """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""

@@ -1,37 +1,74 @@
-"""Merges projections that read the same input (QKV; w1|w3) into one weight, and splits them again.
+"""Merged projections: which checkpoint tensors a merged weight is stacked from, and back.
 
-A family declares `FUSED`: merged name -> the checkpoint's names, whose rows follow one another. Both
-are relative to a block, so one entry serves every layer.
+A `fused` table maps the merged name within a block to its parts, in row order, for example
+`attention.to_qkv.weight -> (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)`.
+One GEMM then reads its input once and launches once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from ..errors import CheckpointError
 
 Fused = Mapping[str, tuple[str, ...]]
 
 
 def sources(name: str, fused: Fused) -> tuple[str, ...]:
-    """The checkpoint's tensor names that make up the network's tensor `name` (often just itself)."""
+    """The checkpoint's names of module tensor `name`: itself, or the parts it is stacked from."""
     for merged, parts in fused.items():
         if name == merged or name.endswith("." + merged):
-            prefix = name[: -len(merged)]
+            prefix = name[: len(name) - len(merged)]
             return tuple(prefix + part for part in parts)
     return (name,)
 
 
-def merge(parts: list[Tensor]) -> Tensor:
-    """Stacks the row blocks of one merged weight."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def stack(parts: Iterable[Tensor], rows: int) -> Tensor:
+    """Row-stacks `parts` into one tensor of `rows` rows, freeing each part once copied.
+
+    Parts share dtype, device and trailing shape. Peak memory: the result and one part.
+    """
+    out, start = None, 0
+    for part in parts:
+        if out is None:
+            out = part.new_empty((rows, *part.shape[1:]))
+        out[start : start + len(part)].copy_(part)
+        start += len(part)
+        del part
+    if out is None or start != rows:
+        raise CheckpointError(f"merged weight of {rows} rows got {start}: the parts do not add up")
+    return out
 
 
-def split(weights: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
-    """Inverse of merging over a whole state dict: the checkpoint's names, equal row blocks."""
-    out = {}
-    for name, weight in weights.items():
+def merge(tensors: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
+    """Checkpoint names -> module names; every part of a merged weight must be present."""
+    owner = {part: (merged, parts) for merged, parts in fused.items() for part in parts}
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        suffix = next((p for p in owner if name == p or name.endswith("." + p)), None)
+        if suffix is None:
+            out[name] = tensor
+            continue
+        prefix, (merged, parts) = name[: len(name) - len(suffix)], owner[suffix]
+        if prefix + merged in out:
+            continue
+        missing = [prefix + p for p in parts if prefix + p not in tensors]
+        if missing:
+            raise CheckpointError(f"cannot merge {prefix}{merged}: missing {', '.join(missing)}")
+        out[prefix + merged] = torch.cat([tensors[prefix + p] for p in parts])
+    return out
+
+
+def split(tensors: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
+    """Module names -> checkpoint names; merged weights are cut into equal row blocks."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
         names = sources(name, fused)
-        out.update(zip(names, weight.chunk(len(names)), strict=True))
+        if len(tensor) % len(names) if tensor.ndim else len(names) > 1:
+            raise CheckpointError(f"{name}: {tuple(tensor.shape)} does not split into {len(names)} equal parts")
+        blocks = tensor.chunk(len(names)) if len(names) > 1 else (tensor,)
+        out.update(zip(names, blocks, strict=True))
     return out

@@ -1,0 +1,236 @@
+"""Reads a model folder: checked names first, then tensor by tensor, mapped file to target device.
+
+Nothing is read before every name and shape has been compared with what the network declares, nothing
+is read that the network does not use, and no file that could run code (a pickle) is ever opened.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from .fuse import Fused, sources, stack
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+SHOWN = 8  # names listed in one message
+
+Progress = Callable[[int], None]  # called with the bytes just loaded
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a CheckpointError saying what is wrong with it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; a model folder has the layout diffusers saves") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+class Checkpoint:
+    """One network's folder (config.json and safetensors, whole or sharded), tensors read on demand.
+
+    `strip`: a key prefix to drop where present (Qwen3ForCausalLM stores Qwen3Model under `model.`).
+    Opening reads headers only. Raises CheckpointError for a missing or truncated file, a pickle, an
+    index that names a shard outside the folder, or a key that its shard lacks.
+    """
+
+    def __init__(self, folder: str | Path, *, strip: str = "") -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is missing; the model folder is incomplete")
+        self.config = read_json(self.folder / "config.json")
+        self._files: dict[str, Any] = {}
+        self._where: dict[str, tuple[str, str]] = {}
+        for file, names in self._listing().items():
+            for name in names:
+                self._where[name.removeprefix(strip)] = (file, name)
+
+    def _listing(self) -> dict[str, list[str]]:
+        """File -> the keys it provides."""
+        indices = sorted(p.name for p in self.folder.glob("*.safetensors.index.json"))
+        if len(indices) > 1:
+            raise CheckpointError(f"{self.folder} has several indices ({', '.join(indices)}); keep one")
+        if not indices:
+            file = self._single_file()
+            return {file: list(self._open(file).keys())}
+        index = self.folder / indices[0]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise CheckpointError(f"{index} has no weight_map of key -> file; download it again")
+        listing: dict[str, list[str]] = {}
+        for key, file in weight_map.items():
+            listing.setdefault(file, []).append(key)
+        for file, keys in listing.items():
+            # by name, not by resolved path: download caches link shards to files elsewhere
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise CheckpointError(f"{index} names {file!r}, not a .safetensors file of its own folder")
+            absent = sorted(set(keys) - set(self._open(file).keys()))
+            if absent:
+                raise CheckpointError(f"{index} places {_some(absent)} in {file}, which lacks it; download both again")
+        return listing
+
+    def _single_file(self) -> str:
+        found = sorted(p.name for p in self.folder.glob("*.safetensors"))
+        for name in WEIGHT_NAMES:
+            if name in found:
+                return name
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise CheckpointError(f"{self.folder} has several weight files ({', '.join(found)}) and no index; keep one")
+        pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
+        if pickles:
+            raise CheckpointError(
+                f"{self.folder} holds only pickles ({', '.join(pickles)}), which can run code when read; "
+                "convert them with safetensors.torch.save_file and try again"
+            )
+        raise CheckpointError(f"{self.folder} has no .safetensors file; the download is incomplete")
+
+    def _open(self, file: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if file not in self._files:
+            path = self.folder / file
+            try:
+                self._files[file] = safe_open(path, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise CheckpointError(f"{path} is missing; download the shard again") from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
+        return self._files[file]
+
+    def _slice(self, name: str) -> Any:
+        file, key = self._where[name]
+        return self._files[file].get_slice(key)
+
+    def keys(self) -> Iterable[str]:
+        """Tensor names, `strip` removed."""
+        return self._where.keys()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype: float32, float16 or bfloat16; anything else is refused."""
+        stored = self._slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise CheckpointError(
+                f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(DTYPES)} (quantize after loading)"
+            )
+        return DTYPES[stored]
+
+    def nbytes(self, name: str) -> int:
+        size = self.dtype(name).itemsize
+        for n in self.shape(name):
+            size *= n
+        return size
+
+    def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on `device` in `dtype` (None: as stored). On the CPU in the stored dtype it is
+        a view of the mapped file: nothing is copied, pages come in on first use."""
+        file, key = self._where[name]
+        return self._files[file].get_tensor(key).to(device).to(dtype or self.dtype(name))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one network reads its folder.
+
+    fused: merged weights. unused: prefixes of keys that a full checkpoint has and inference never
+    needs. dtype_of(name): float32 or None (as stored) for tensors exempt from the compute dtype,
+    else that dtype. absent(missing): a better explanation of missing keys, or None.
+    """
+
+    fused: Fused = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    dtype_of: Callable[[str, torch.dtype], torch.dtype | None] = lambda name, dtype: dtype
+    absent: Callable[[set[str]], str | None] = lambda missing: None
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading one network took: wall seconds, tensors, bytes read, bytes left unread in the files."""
+
+    seconds: float
+    tensors: int
+    bytes_read: int
+    bytes_unused: int
+
+
+def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint, layout: Layout) -> None:
+    """Compares the module's tensors (meta is enough) with the checkpoint's, names and shapes."""
+    wanted = {part for name in expected for part in sources(name, layout.fused)}
+    found = {k for k in checkpoint.keys() if not k.startswith(layout.unused)}
+    where = checkpoint.folder
+    if missing := wanted - set(checkpoint.keys()):
+        reason = layout.absent(missing)
+        raise CheckpointError(f"{where}: " + (reason or f"missing {_some(missing)}; another model, or an incomplete file"))
+    if unknown := found - wanted:
+        raise CheckpointError(f"{where}: unknown {_some(unknown)}; config.json and weights belong to different models")
+    for name, tensor in expected.items():
+        parts = sources(name, layout.fused)
+        shapes = [checkpoint.shape(p) for p in parts]
+        rows = sum(s[0] if s else 0 for s in shapes) if len(parts) > 1 else None
+        got = shapes[0] if rows is None else (rows, *shapes[0][1:])
+        if got != tuple(tensor.shape) or (rows is not None and any(s[1:] != shapes[0][1:] for s in shapes)):
+            raise CheckpointError(
+                f"{where}: {' + '.join(parts)} has shape {shapes if rows else got}, config.json asks for {tuple(tensor.shape)}"
+            )
+
+
+def fetch(
+    name: str, rows: int, checkpoint: Checkpoint, layout: Layout, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """One module tensor, merged from its parts where the layout says so (`rows`: of the result)."""
+    parts, target = sources(name, layout.fused), layout.dtype_of(name, dtype)
+    if len(parts) == 1:
+        return checkpoint.get(name, device, target)
+    return stack((checkpoint.get(p, device, target) for p in parts), rows)
+
+
+def materialize(
+    module: nn.Module, checkpoint: Checkpoint, layout: Layout, device: torch.device, dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> LoadReport:  # fmt: skip
+    """Fills `module` (built on the meta device) from `checkpoint`; afterwards it is frozen, in eval mode."""
+    start = time.perf_counter()
+    expected = module.state_dict()
+    check(expected, checkpoint, layout)
+    read = 0
+    for name, placeholder in expected.items():
+        rows = placeholder.shape[0] if placeholder.ndim else 0
+        tensor = fetch(name, rows, checkpoint, layout, device, dtype)
+        parent = module.get_submodule(name.rpartition(".")[0])
+        leaf = name.rpartition(".")[2]
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in parent._parameters else tensor)
+        size = sum(checkpoint.nbytes(p) for p in sources(name, layout.fused))
+        read += size
+        if progress is not None:
+            progress(size)
+    module.eval()
+    total = sum(checkpoint.nbytes(k) for k in checkpoint.keys())
+    return LoadReport(time.perf_counter() - start, len(expected), read, total - read)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names, and how many more."""
+    ordered = sorted(names)
+    rest = len(ordered) - SHOWN
+    return ", ".join(ordered[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
