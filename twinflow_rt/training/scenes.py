@@ -7,9 +7,9 @@ position, attribution. Drawing is deterministic: a `Scene` holds every number it
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError
 
 Split = Literal["train", "heldout"]
+Plane = NDArray[Any]
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -29,21 +30,27 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 # kind -> share of the training scenes; the hard kinds get more
 KINDS = {
-    "single": 0.08, "two": 0.16, "counting": 0.24, "colors": 0.08, "position": 0.24, "attribution": 0.20,
+    "single": 0.08, "two": 0.16, "counting": 0.24,
+    "colors": 0.08, "position": 0.24, "attribution": 0.20,
 }  # fmt: skip
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
 SIZE = 64
-_SIZES = {1: (18, 28), 2: (15, 23), 3: (14, 18), 4: (13, 16)}  # object size by number of objects, px
+_SIZES = {
+    1: (18, 28),
+    2: (15, 23),
+    3: (14, 18),
+    4: (13, 16),
+}  # object size by number of objects, px
 _RADII = {1: (0, 8), 2: (13, 17), 3: (16, 19), 4: (18, 20)}  # distance from the layout's centre, px
 ARM = 0.36  # width of a cross's arm / its size
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: its bounding box is `size` wide and high, centred on (cx, cy); units of 1/64 image."""
+    """One shape: its bounding box is `size` wide and high, centred on (cx, cy); in 1/64 image."""
 
     shape: str
     color: str
@@ -77,17 +84,19 @@ class Scene:
 
 
 def is_heldout(first: tuple[str, str], second: tuple[str, str]) -> bool:
-    """Whether the unordered pair of (shape, color) objects is reserved for evaluation (about 1 in 6)."""
+    """Whether the unordered pair of (shape, color) objects is kept for evaluation (1 in 6)."""
     colors = list(COLORS)
     a, b = sorted((SHAPES.index(s), colors.index(c)) for s, c in (first, second))
     return (a[1] + 2 * b[1] + a[0] + b[0]) % 6 == 0
 
 
-def sample_scene(rng: np.random.Generator, split: Split = "train", kind: str | None = None) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, split: Split = "train", kind: str | None = None
+) -> Scene:
     """Draws a scene, of a random kind (shares as in `KINDS`) unless `kind` is given.
 
-    Scenes with two different objects show a held-out pair exactly if `split` is "heldout"; the other
-    kinds have the same distribution in both splits. ConfigError for an unknown split or kind.
+    Scenes with two different objects show a held-out pair exactly if `split` is "heldout"; the
+    other kinds have one distribution in both splits. ConfigError for an unknown split or kind.
     """
     if split not in ("train", "heldout"):
         raise ConfigError(f"split is {split!r}; use 'train' or 'heldout'")
@@ -107,7 +116,7 @@ def prompts(kind: str, n: int, split: Split = "heldout", seed: int = 0) -> list[
 
 
 def render(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
-    """Draws the scene: uint8 [size, size, 3]. Edges are anti-aliased by exact distance to the outline."""
+    """Draws the scene: uint8 [size, size, 3], anti-aliased by the distance to each outline."""
     image = np.full((size, size, 3), float(scene.background), np.float32)
     scale = size / SIZE
     for o in scene.objects:
@@ -122,19 +131,19 @@ def render(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
     return np.rint(image).astype(np.uint8)
 
 
-def _triangle(x: NDArray, y: NDArray, r: float) -> NDArray:
+def _triangle(x: Plane, y: Plane, r: float) -> Plane:
     """Upright isosceles triangle filling the box: distance to its base and its two sides."""
     side = (2 * np.abs(x) - y - r) / math.sqrt(5)
     return np.maximum(side, y - r)
 
 
-def _cross(x: NDArray, y: NDArray, r: float) -> NDArray:
+def _cross(x: Plane, y: Plane, r: float) -> Plane:
     x, y, a = np.abs(x), np.abs(y), r * ARM
     return np.minimum(np.maximum(x - r, y - a), np.maximum(x - a, y - r))
 
 
 # signed distance (negative inside) to the outline of a shape of half-size r, px
-DISTANCE: dict[str, Callable[[NDArray, NDArray, float], NDArray]] = {
+DISTANCE: dict[str, Callable[[Plane, Plane, float], Plane]] = {
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(np.abs(x), np.abs(y)) - r,
     "triangle": _triangle,
@@ -142,10 +151,10 @@ DISTANCE: dict[str, Callable[[NDArray, NDArray, float], NDArray]] = {
 }
 
 
-def _pick(rng: np.random.Generator, values: object, n: int = 1) -> list[str]:
+def _pick(rng: np.random.Generator, values: Iterable[str], n: int = 1) -> list[str]:
     """`n` different values."""
-    values = list(values)
-    return [values[i] for i in rng.permutation(len(values))[:n]]
+    names = list(values)
+    return [names[i] for i in rng.permutation(len(names))[:n]]
 
 
 def _same_objects(rng: np.random.Generator, kind: str) -> Scene:
@@ -164,7 +173,9 @@ def _two_objects(rng: np.random.Generator, kind: str, split: Split) -> Scene:
     while True:
         shapes = _pick(rng, SHAPES, 2)
         # colours that the caption binds differ, or swapping them would be no error
-        colors = _pick(rng, COLORS, 2) if kind != "two" else [*_pick(rng, COLORS), *_pick(rng, COLORS)]
+        colors = (
+            _pick(rng, COLORS, 2) if kind != "two" else [*_pick(rng, COLORS), *_pick(rng, COLORS)]
+        )
         pair = list(zip(shapes, colors, strict=True))
         if is_heldout(*pair) == (split == "heldout"):
             break
@@ -184,7 +195,9 @@ def _background(rng: np.random.Generator) -> int:
     return int(rng.integers(230, 245))
 
 
-def _place(rng: np.random.Generator, pairs: list[tuple[str, str]], angle: float) -> tuple[SceneObject, ...]:
+def _place(
+    rng: np.random.Generator, pairs: list[tuple[str, str]], angle: float
+) -> tuple[SceneObject, ...]:
     """Puts the objects on a ring around the centre, the first at `angle`, without touching."""
     n = len(pairs)
     while True:
@@ -195,7 +208,9 @@ def _place(rng: np.random.Generator, pairs: list[tuple[str, str]], angle: float)
             at = angle + 2 * math.pi * i / n
             cx = SIZE / 2 + centre[0] + radius * math.cos(at) + jitter[i, 0]
             cy = SIZE / 2 + centre[1] + radius * math.sin(at) + jitter[i, 1]
-            objects.append(SceneObject(shape, color, float(cx), float(cy), float(size + jitter[i, 2])))
+            objects.append(
+                SceneObject(shape, color, float(cx), float(cy), float(size + jitter[i, 2]))
+            )
         if _fits(objects):
             return tuple(objects)
         angle += rng.uniform(-0.05, 0.05)  # a crowded ring may only fit turned a little
