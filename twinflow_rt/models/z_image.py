@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import EAGER, OpTable
+from ..passes.load import Layout
+from . import Family
 
 SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
 ADALN_DIM = 256  # the time embedding is min(dim, ADALN_DIM) wide
@@ -400,3 +402,20 @@ class ZImageTransformer(nn.Module):
     def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
         x = x.view(x.shape[0], height, width, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(x.shape[0], -1, 2 * height, 2 * width)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    return torch.float32 if name.endswith(("norm_q.weight", "norm_k.weight", "cap_embedder.0.weight")) else dtype
+
+
+def _absent(missing: set[str]) -> str | None:
+    if all(name.startswith("t_embedder_2.") for name in missing):
+        return (
+            "t_embedder_2 is missing: this is a plain Z-Image checkpoint, or a community loader saved it without "
+            "TwinFlow's second time embedder; get the original TwinFlow files"
+        )
+    return None
+
+
+FAMILY = Family("z-image", ZImageConfig, ZImageTransformer, Layout(FUSED, (), _dtype_of, _absent))

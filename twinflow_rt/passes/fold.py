@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from .load import assign
+
 Schedule = Sequence[tuple[float, float]]
 
 
@@ -40,12 +42,12 @@ def fold(network: Foldable, read: Callable[[str], Tensor], schedule: Schedule) -
             if any(name.startswith(prefix + ".") for prefix in prefixes)
         }  # fmt: skip
         for name in borrowed:
-            _assign(network, name, nn.Parameter(read(name).float().cpu(), requires_grad=False))
+            assign(network, name, read(name).float().cpu())
         try:
             yield
         finally:
             for name, param in borrowed.items():
-                _assign(network, name, param)
+                assign(network, name, param.data)
 
     t, tt = torch.tensor(schedule, dtype=torch.float64).unbind(1)
     with torch.no_grad():
@@ -57,7 +59,3 @@ def folded_away(unfolded: nn.Module, folded: nn.Module) -> dict[str, int]:
     kept = {name for name, _ in folded.named_parameters()}
     return {name: p.numel() for name, p in unfolded.named_parameters() if name not in kept}
 
-
-def _assign(module: nn.Module, name: str, param: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(path), leaf, param)

@@ -205,6 +205,13 @@ def fetch(
     return stack((checkpoint.get(p, device, target) for p in parts), rows)
 
 
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts `tensor` where `module` has the parameter (frozen) or buffer `name`."""
+    path, _, leaf = name.rpartition(".")
+    parent = module.get_submodule(path)
+    setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in parent._parameters else tensor)
+
+
 def materialize(
     module: nn.Module, checkpoint: Checkpoint, layout: Layout, device: torch.device, dtype: torch.dtype,
     progress: Progress | None = None,
@@ -217,9 +224,7 @@ def materialize(
     for name, placeholder in expected.items():
         rows = placeholder.shape[0] if placeholder.ndim else 0
         tensor = fetch(name, rows, checkpoint, layout, device, dtype)
-        parent = module.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in parent._parameters else tensor)
+        assign(module, name, tensor)
         size = sum(checkpoint.nbytes(p) for p in sources(name, layout.fused))
         read += size
         if progress is not None:

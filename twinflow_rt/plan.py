@@ -1,0 +1,124 @@
+"""The plan: what the compile path decided and what it expects, as data and as text.
+
+Predictions are a roofline: FLOPs are counted by running a stage on the meta device (no memory, no
+arithmetic), bytes are its weights; a stage takes at least max(FLOPs / peak, bytes / bandwidth) on a
+device whose ceilings are declared in `CEILINGS`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from .ops.select import Choice
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Peak dense rate in FLOP/s of the network's matrix products, and memory bandwidth in bytes/s."""
+
+    flops: float
+    bandwidth: float
+
+
+# Declared, not measured here: large bf16 GEMM and copy rates reported for these cards; for the CPU,
+# float32 GEMM on the two cores this project is developed on.
+CEILINGS = {
+    "h200": Ceiling(0.72e15, 4.0e12),
+    "h100": Ceiling(0.65e15, 2.8e12),
+    "a100": Ceiling(0.25e15, 1.7e12),
+    "cpu-2-cores": Ceiling(0.136e12, 2.0e10),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage costs for one image: FLOPs and the bytes of its resident weights."""
+
+    name: str
+    flops: int
+    weight_bytes: int
+
+    def seconds(self, ceiling: Ceiling) -> float:
+        """Least time the roofline allows."""
+        return max(self.flops / ceiling.flops, self.weight_bytes / ceiling.bandwidth)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a compiled program can tell about itself; `str(plan)` prints it."""
+
+    family: str
+    source: str
+    device: str
+    dtype: str
+    schedule: tuple[tuple[float, float], ...]
+    choices: tuple[Choice, ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    folded: dict[str, int] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.family} from {self.source}: {self.dtype} on {self.device}",
+            f"schedule     {' '.join(f'({t:g}, {tt:g})' for t, tt in self.schedule)}  (t, tt) of each evaluation",
+            f"parameters   {_count(self.parameters_before)} -> {_count(self.parameters_after)}",
+            f"bytes        {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}",
+        ]
+        lines += [f"folded       {_count(n):>8}  {name}" for name, n in self.folded.items()]
+        lines += [f"lora         {name}" for name in self.loras]
+        for choice in self.choices:
+            refusals = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused)
+            lines.append(f"op           {choice.op:<14} {choice.chosen}" + (f"  ({refusals})" if refusals else ""))
+        for stage in self.stages:
+            floors = ", ".join(f"{name} {stage.seconds(c) * 1e3:.3g} ms" for name, c in CEILINGS.items())
+            work = f"{stage.flops / 1e9:,.2f} GFLOP  {_bytes(stage.weight_bytes)}"
+            lines.append(f"stage        {stage.name:<14} {work}  floor: {floors}")
+        return "\n".join(lines + [f"note         {note}" for note in self.notes])
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs (multiply and add counted apart) of the matrix products and convolutions `run` performs;
+    meant for modules on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        run()
+    return counter.get_total_flops()
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def group_folded(sizes: dict[str, int]) -> dict[str, int]:
+    """Sums folded parameters by what they were: layer numbers dropped from their names."""
+    groups: dict[str, int] = {}
+    for name, n in sizes.items():
+        key = ".".join(part for part in name.rpartition(".")[0].split(".") if not part.isdigit())
+        groups[key] = groups.get(key, 0) + n
+    return groups
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.3f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.2f} MB"
