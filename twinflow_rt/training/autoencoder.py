@@ -1,4 +1,4 @@
-"""Trains the demo's autoencoder: diffusers' own AutoencoderKL, four pixels to a latent, on rendered scenes."""
+"""Trains the demo's autoencoder on scenes: diffusers' AutoencoderKL, 4x4 pixels to a latent."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .scenes import render, sample_scene
 from .trainer import Trainer, TrainerConfig
 
 CONFIG = dict(
-    in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=8, act_fn="silu",
+    in_channels=3, out_channels=3, latent_channels=4, layers_per_block=1, norm_num_groups=8,
     down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-    block_out_channels=(16, 32, 64), sample_size=64, use_quant_conv=False, use_post_quant_conv=False,
-    mid_block_add_attention=False,
+    block_out_channels=(16, 32, 64), sample_size=64, act_fn="silu",
+    use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
 )  # fmt: skip
 KL_WEIGHT = 1e-4
 LATENT_NOISE = 0.05  # the decoder must bear what a one-step generator gets slightly wrong
@@ -37,7 +37,9 @@ class Autoencoder(nn.Module):
         self.vae = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
 
     def loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
+        posterior = self.vae.encode(
+            images.contiguous(memory_format=torch.channels_last)
+        ).latent_dist
         z = posterior.sample()
         z = z + LATENT_NOISE * z.std().detach() * torch.randn_like(z)
         reconstruction = self.vae.decode(z).sample
@@ -48,29 +50,42 @@ class Autoencoder(nn.Module):
 
 
 def _draw(batch: int) -> Tensor:
-    """A batch of fresh scenes; numpy's generator is seeded from torch's, whose state is checkpointed."""
+    """Fresh scenes; numpy's generator is seeded from torch's, whose state is checkpointed."""
     rng = np.random.default_rng(int(torch.randint(2**62, ())))
     return to_tensor(np.stack([render(sample_scene(rng)) for _ in range(batch)]))
 
 
 def train_autoencoder(
-    out: Path, *, steps: int = 1200, batch: int = 16, seed: int = 0, log: Callable[[str], None] = print
+    out: Path,
+    *,
+    steps: int = 1200,
+    batch: int = 16,
+    seed: int = 0,
+    log: Callable[[str], None] = print,
 ) -> Path:
-    """Trains (or resumes) in folder `out`; writes `out`/final, loadable by AutoencoderKL.from_pretrained.
+    """Trains or resumes in folder `out`; returns `out`/final, for AutoencoderKL.from_pretrained.
 
-    shift_factor and scaling_factor normalise latents to mean 0, standard deviation 1 over scenes.
+    A folder already finished is returned as it is. shift_factor and scaling_factor normalise
+    latents to mean 0, standard deviation 1 over scenes: (z - shift_factor) * scaling_factor.
     """
+    final = out / "final"
+    if final.exists():
+        return final
     torch.manual_seed(seed)
     config = TrainerConfig(steps=steps, lr=2e-3, ema=0.995, seed=seed)
-    trainer = Trainer("autoencoder", Autoencoder(), lambda model, _: model.loss(_draw(batch)), config, out, log)
+    trainer = Trainer(
+        "autoencoder", Autoencoder(), lambda model, _: model.loss(_draw(batch)), config, out, log
+    )
     vae = trainer.run().vae.eval()
     torch.manual_seed(seed + 1)
     with torch.no_grad():
         latents = vae.encode(_draw(256)).latent_dist.mean
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    vae.register_to_config(
+        shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
+    )
     partial = out / "final.tmp"
     vae.save_pretrained(partial)
-    return partial.rename(out / "final")
+    return partial.rename(final)
 
 
 def load_autoencoder(folder: Path) -> nn.Module:
