@@ -1,4 +1,4 @@
-"""Gated activations of the feed-forward blocks."""
+"""Activations of the feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -14,3 +14,11 @@ def swiglu(x: Tensor) -> Tensor:
     """
     a, b = x.chunk(2, -1)
     return (F.silu(a.float()) * b.float()).to(x.dtype)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))   (GELU's tanh form, arXiv 1606.08415).
+
+    x: any shape, any float dtype; returns the same. float32 inside, one rounding.
+    """
+    return F.gelu(x.float(), approximate="tanh").to(x.dtype)

@@ -21,12 +21,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight   (no learned affine; arXiv 1607.06450).
+def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias   (arXiv 1607.06450).
 
-    Shapes and dtypes as `rms_norm`.
+    Nothing here is learned: `weight` is a modulation's 1 + scale, `bias` its shift; None is the
+    identity (a network that holds them inside its linear layers). Shapes and dtypes as `rms_norm`.
     """
-    return (F.layer_norm(x.float(), x.shape[-1:], eps=eps) * weight).to(x.dtype)
+    y = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
 
 
 def residual_norm(
@@ -44,3 +47,19 @@ def residual_norm(
     b = b * torch.rsqrt(b.square().mean(-1, keepdim=True) + eps) * post
     x = (x.float() + b).to(x.dtype)
     return x, None if pre is None else rms_norm(x, pre, eps)
+
+
+def residual_layer_norm(
+    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Closes one gated branch and opens the next, in one pass over the data:
+
+        x' = x + gate * branch        h = layer_norm(x', weight, bias)
+
+    x, branch: [B, S, D]; gate, weight, bias: float32 [B or 1, 1, D], None being the identity.
+    Returns (x', h) in x's dtype. Rounding points: x' once, and h once from the rounded x'.
+    """
+    b = branch.float()
+    x = (x.float() + (b if gate is None else b * gate)).to(x.dtype)
+    return x, layer_norm(x, weight, eps, bias)

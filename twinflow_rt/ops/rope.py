@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,4 +32,22 @@ def qk_norm_rope(
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
     q = rotate(rms_norm(q, q_weight, eps), cos, sin)
     k = rotate(rms_norm(k, k_weight, eps), cos, sin)
+    return q, k, v
+
+
+def joint_qk_norm_rope(
+    qkv: Sequence[Tensor], q_weights: Sequence[Tensor], k_weights: Sequence[Tensor],
+    cos: Tensor, sin: Tensor, heads: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`qk_norm_rope` of several streams into one joint sequence, in the order given.
+
+    qkv[i]: [B, S_i, 3*H*D], its norm weights q_weights[i], k_weights[i]: float32 [D]; cos, sin:
+    float32 [B or 1, S, D/2], S = sum of S_i. Returns three [B, S, H, D]; rounding points as
+    `qk_norm_rope`. Implementations write each stream straight into the joint buffers.
+    """
+    lengths = [x.shape[1] for x in qkv]
+    angles = cos.split(lengths, 1), sin.split(lengths, 1)
+    streams = zip(qkv, q_weights, k_weights, *angles, strict=True)
+    parts = [qk_norm_rope(*stream, heads, eps) for stream in streams]
+    q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return q, k, v

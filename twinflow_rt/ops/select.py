@@ -13,9 +13,9 @@ import torch
 
 from .attention import attention
 from .decode import to_uint8
-from .mlp import swiglu
-from .norm import layer_norm, residual_norm, rms_norm
-from .rope import qk_norm_rope
+from .mlp import gelu_tanh, swiglu
+from .norm import layer_norm, residual_layer_norm, residual_norm, rms_norm
+from .rope import joint_qk_norm_rope, qk_norm_rope
 from .sample import x0_project
 
 
@@ -49,6 +49,9 @@ class OpTable:
     swiglu: Callable
     x0_project: Callable
     to_uint8: Callable
+    residual_layer_norm: Callable
+    joint_qk_norm_rope: Callable
+    gelu_tanh: Callable
 
 
 EAGER = OpTable(
@@ -60,6 +63,9 @@ EAGER = OpTable(
     swiglu=swiglu,
     x0_project=x0_project,
     to_uint8=to_uint8,
+    residual_layer_norm=residual_layer_norm,
+    joint_qk_norm_rope=joint_qk_norm_rope,
+    gelu_tanh=gelu_tanh,
 )
 
 # op -> implementations faster than eager, best first
