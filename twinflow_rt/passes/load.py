@@ -136,6 +136,13 @@ class Checkpoint:
             )
         return DTYPES[stored]
 
+    def main_dtype(self) -> torch.dtype:
+        """The dtype that most of the bytes are stored in."""
+        sizes: dict[torch.dtype, int] = {}
+        for name in self._where:
+            sizes[self.dtype(name)] = sizes.get(self.dtype(name), 0) + self.nbytes(name)
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
     def nbytes(self, name: str) -> int:
         size = self.dtype(name).itemsize
         for n in self.shape(name):
@@ -239,3 +246,18 @@ def _some(names: Iterable[str]) -> str:
     ordered = sorted(names)
     rest = len(ordered) - SHOWN
     return ", ".join(ordered[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def model_folder(path: Path) -> Path:
+    """Checks that `path` is a whole model folder (model_index.json and its four parts) and returns it."""
+    if path.is_file():
+        raise CheckpointError(f"{path} is a single file; give the model folder (diffusers layout) instead")
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} does not exist; give a local model folder (download one first, e.g. with `hf download`) or 'demo'"
+        )
+    read_json(path / "model_index.json")
+    for part in ("transformer", "text_encoder", "tokenizer", "vae"):
+        if not (path / part).is_dir():
+            raise CheckpointError(f"{path} has no {part}/ folder; the download is incomplete")
+    return path

@@ -1,0 +1,124 @@
+"""Arguments callers give, checked: what cannot work is a ConfigError that names the nearest thing that can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ConfigError, DeviceError
+from .schedule import PRESETS, SamplerConfig, preset
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """None: the first CUDA device if there is one, else the CPU. Raises DeviceError if it is absent."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device {device!r} is not a device; use 'cpu', 'cuda' or 'cuda:N'") from None
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {str(resolved)!r} is not supported; use 'cpu', 'cuda' or 'cuda:N'")
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count()
+        if (resolved.index or 0) >= count:
+            raise DeviceError(f"{resolved} is absent: this machine has {count} usable CUDA devices; use device='cpu'")
+    return resolved
+
+
+def has_native(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `device` multiplies matrices in `dtype` at full rate.
+
+    Without AVX512-BF16 or AMX a CPU emulates bfloat16 about a hundred times slower than float32.
+    """
+    if dtype == torch.float32:
+        return True
+    if device.type == "cuda":
+        return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = torch.cpu.get_capabilities()
+    names = ("amx_bf16", "avx512_bf16") if dtype == torch.bfloat16 else ("amx_fp16", "avx512_fp16")
+    return any(flags.get(name, False) for name in names)
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """The compute dtype: as asked for, or (None) the checkpoint's where the device runs it natively, else float32."""
+    if dtype is None:
+        return stored if has_native(stored, device) else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    name = ALIASES.get(name, name)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def resolve_sampler(nfe: int | None, sampler: SamplerConfig | str | None) -> SamplerConfig | None:
+    """Sampler settings from a number of evaluations, a preset's name, or as given; None if neither is."""
+    if nfe is not None and sampler is not None:
+        raise ConfigError("give nfe or sampler, not both: a sampler fixes the number of evaluations")
+    if nfe is not None:
+        return preset(nfe)
+    if isinstance(sampler, str):
+        if sampler not in PRESETS:
+            raise ConfigError(f"sampler {sampler!r} is no preset; use one of {', '.join(PRESETS)} or a SamplerConfig")
+        return PRESETS[sampler]
+    if sampler is not None and not isinstance(sampler, SamplerConfig):
+        raise ConfigError(f"sampler must be a SamplerConfig or a preset's name, not {type(sampler).__name__}")
+    return sampler
+
+
+def resolve_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
+    """One prompt or several; an empty string is a prompt, an empty list is not."""
+    prompts = (prompt,) if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
+        raise ConfigError(f"prompt must be a string or a list of strings, not {prompt!r:.80}")
+    if not prompts:
+        raise ConfigError("prompt is an empty list; give at least one prompt ('' is one)")
+    for p in prompts:
+        try:
+            p.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"prompt {p!r:.80} holds half a surrogate pair, which is no text") from None
+    return tuple(prompts)
+
+
+@dataclass(frozen=True)
+class SizeRule:
+    """Image sizes a model takes: multiples of `multiple` pixels, at most max_height x max_width."""
+
+    multiple: int
+    max_height: int
+    max_width: int
+    default: int
+
+    def resolve(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels; None means the model's default size."""
+        return self._axis("height", height, self.max_height), self._axis("width", width, self.max_width)
+
+    def _axis(self, name: str, value: int | None, most: int) -> int:
+        if value is None:
+            return self.default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} must be an integer number of pixels, not {value!r}")
+        if value % self.multiple or not 0 < value <= most:
+            nearest = min(max(round(value / self.multiple), 1) * self.multiple, most)
+            raise ConfigError(
+                f"{name} {value} must be a multiple of {self.multiple} from {self.multiple} to {most}; "
+                f"the nearest is {nearest}"
+            )
+        return value
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer; got {value!r}")

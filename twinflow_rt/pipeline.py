@@ -1,0 +1,192 @@
+"""The data path: prompt -> embeddings -> noise -> velocity -> clean latents -> pixels."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compile import Program, compile_network
+from .config import (
+    OUTPUTS, SizeRule, check_choice, check_count, resolve_device, resolve_dtype, resolve_prompts, resolve_sampler,
+)  # fmt: skip
+from .errors import CheckpointError, DeviceError
+from .models import family_of
+from .models.z_image import SEQ_MULTIPLE, Context
+from .noise import initial_noise, resolve_seeds, step_noise
+from .passes.load import Checkpoint, model_folder
+from .report import Stages
+from .sample import SamplerConfig, preset, sample, schedule
+from .text import MAX_TOKENS, PromptEmbeds, TextEncoder
+from .vae import VaeDecoder
+
+DEMO = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True)
+class Result:
+    """images: one per (prompt, repeat), prompt-major. seeds: image k's own. timings: seconds per
+    stage and in total. memory: peak bytes per stage (see `report.Stages`)."""
+
+    images: Any
+    seeds: list[int]
+    timings: dict[str, float]
+    memory: dict[str, int]
+
+
+class Pipeline:
+    """A loaded model. Calls are serialised: one device runs one generation at a time."""
+
+    def __init__(
+        self, text: TextEncoder, program: Program, vae: VaeDecoder, sampler: SamplerConfig,
+        device: torch.device, dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        self.text, self.program, self.vae = text, program, vae
+        self.sampler, self.device, self.dtype = sampler, device, dtype
+        self.sizes = size_rule(program.network.config.axes_lens, vae)
+        self._lock = threading.Lock()
+
+    @property
+    def plan(self) -> Any:
+        """What compiling the network decided."""
+        return self.program.plan
+
+    def __call__(
+        self, prompt: str | Sequence[str] | PromptEmbeds, *, height: int | None = None, width: int | None = None,
+        seed: int | Sequence[int] | None = None, num_images: int = 1, nfe: int | None = None,
+        sampler: SamplerConfig | str | None = None, output: str = "pil",
+        callback: Callable[[int, int, Tensor], None] | None = None, cancel: Callable[[], bool] | None = None,
+    ) -> Result:  # fmt: skip
+        """Generates num_images images per prompt, all in one batch, prompt-major.
+
+        prompt: text, several, or embeddings from `self.text`. height, width: pixels, multiples of
+            `self.sizes.multiple`. seed: image k of the batch gets seed + k; or one seed per image;
+            None draws at random. nfe or sampler: another schedule than loaded with, refolded on
+            first use and kept for later calls of that schedule.
+        output: "pil" images; "np" uint8 [B, H, W, 3]; "pt" float32 [B, 3, H, W] in [0, 1] on the
+            device; "latent" the normalised x0 [B, C, h, w] in the model's dtype.
+        callback(done, total, x0) after each evaluation; cancel() -> True ends the run between stages.
+        Raises ConfigError for arguments that cannot work, CancelledError, DeviceError out of memory.
+        """
+        check_choice("output", output, OUTPUTS)
+        check_count("num_images", num_images)
+        prompts = prompt if isinstance(prompt, PromptEmbeds) else resolve_prompts(prompt)
+        size = self.sizes.resolve(height, width)
+        seeds = resolve_seeds(seed, len(prompts) * num_images)
+        config = resolve_sampler(nfe, sampler) or self.sampler
+        stages = Stages(self.device, cancel)
+        try:
+            with self._lock, torch.inference_mode():
+                images = self._run(prompts, num_images, size, seeds, config, output, callback, stages)
+        except torch.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{len(seeds)} images of {size[1]}x{size[0]} do not fit in {self.device}'s memory; "
+                f"generate fewer at a time or smaller ones ({str(error).splitlines()[0]})"
+            ) from None
+        return Result(images, seeds, stages.timings(), stages.memory)
+
+    def _run(
+        self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, size: tuple[int, int], seeds: list[int],
+        config: SamplerConfig, output: str, callback: Callable | None, stages: Stages,
+    ) -> Any:  # fmt: skip
+        network = self.program.network
+        self.program.refold(schedule(config, self.dtype))
+        with stages("text"):
+            context = self._context(prompts, repeats)
+        with stages("noise"):
+            shape = (network.config.in_channels, size[0] // self.vae.scale, size[1] // self.vae.scale)
+            noise = initial_noise(seeds, shape, self.dtype, self.device)
+        with stages("sample"):
+            latents = sample(
+                lambda x, step: network(x, network.step_modulation(step), context), noise, config,
+                noise_fn=lambda step: step_noise(seeds, step, shape, device=self.device),
+                callback=callback, cancel=stages.cancel, project=network.ops.x0_project,
+            )  # fmt: skip
+        if output == "latent":
+            return latents
+        with stages("decode"):
+            images = self.vae.decode(latents) if output == "pt" else self.vae.decode_uint8(latents)
+        with stages("output"):
+            return _deliver(images, output)
+
+    def _context(self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int) -> Context:
+        """The prompts' side of the network: each distinct prompt computed once, then repeated per image."""
+        if isinstance(prompts, PromptEmbeds):
+            distinct, rows = prompts, list(range(len(prompts)))
+        else:
+            order = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
+            distinct, rows = self.text(list(order)), [order[p] for p in prompts]
+        context = self.program.network.encode_context(distinct.embeds.to(self.device, self.dtype), distinct.lengths)
+        rows = [r for r in rows for _ in range(repeats)]
+        if rows == list(range(len(distinct))):
+            return context
+        index = torch.tensor(rows, device=self.device)
+        return Context(context.tokens[index], tuple(context.lengths[r] for r in rows))
+
+
+def _deliver(images: Tensor, output: str) -> Any:
+    if output == "pt":
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+    array = images.cpu().numpy()
+    if output == "np":
+        return array
+    from PIL import Image
+
+    return [Image.fromarray(a) for a in array]
+
+
+def size_rule(axes_lens: Sequence[int], vae: VaeDecoder) -> SizeRule:
+    """Latents are cut in 2x2 patches and rope counts at most axes_lens[1] x axes_lens[2] of them. The
+    default is the size the VAE was trained at (`sample_size`): 1024 for Z-Image, 64 for the demo."""
+    multiple = 2 * vae.scale
+    most = multiple * axes_lens[1], multiple * axes_lens[2]
+    default = max(vae.config.sample_size // multiple, 1) * multiple
+    return SizeRule(multiple, *most, default=min(default, *most))
+
+
+def load(
+    path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
+    nfe: int | None = None, sampler: SamplerConfig | str | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> Pipeline:  # fmt: skip
+    """Loads and compiles a model folder in diffusers' layout, or "demo", the miniature that ships along.
+
+    device: default the GPU if there is one. dtype: default the checkpoint's, or float32 where the
+    device cannot compute in that at full rate. nfe: evaluations per image the network is folded for
+    (default 1). progress(part, bytes) is called as tensors arrive.
+    Raises CheckpointError, ConfigError, DeviceError.
+    """
+    config = resolve_sampler(nfe, sampler) or preset(1)
+    target = resolve_device(device)
+    folder = model_folder(DEMO if str(path) == "demo" else Path(path))
+
+    def part(name: str) -> Callable[[int], None] | None:
+        return None if progress is None else lambda size: progress(name, size)
+
+    checkpoint = Checkpoint(folder / "transformer")
+    family = family_of(checkpoint.config)
+    kind = resolve_dtype(dtype, target, checkpoint.main_dtype())
+    with torch.no_grad():
+        text, _ = TextEncoder.load(folder / "text_encoder", folder / "tokenizer", target, kind, part("text encoder"))
+        times = schedule(config, kind)
+        program = compile_network(checkpoint, family, times, device=target, dtype=kind, progress=part("transformer"))
+        vae, _ = VaeDecoder.load(folder / "vae", target, kind, part("vae"))
+    network = program.network.config
+    text.max_tokens = min(MAX_TOKENS, (network.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE)
+    _check_fit(text, network, vae)
+    return Pipeline(text, program, vae, config, target, kind)
+
+
+def _check_fit(text: TextEncoder, network: Any, vae: VaeDecoder) -> None:
+    pairs = (
+        ("text_encoder hidden_size", text.network.config.hidden_size, "cap_feat_dim", network.cap_feat_dim),
+        ("vae latent_channels", vae.config.latent_channels, "in_channels", network.in_channels),
+    )
+    for name, value, other, wanted in pairs:
+        if value != wanted:
+            raise CheckpointError(f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models")
