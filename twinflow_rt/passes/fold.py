@@ -4,12 +4,16 @@ For a schedule of N pairs (t, tt) a family's `fold` method yields tables of N ro
 makes them exists on the meta device; `fold` lends it the parameters of one block at a time, in
 float32 on the CPU, so what is folded away is read once and never resident together. At N = 1 the
 single row is the norm weight of a plain pre-norm transformer.
+
+Where norms have no weights of their own, N = 1 can go further: `absorb` moves the row into the
+linear layers beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -59,3 +63,35 @@ def folded_away(unfolded: nn.Module, folded: nn.Module) -> dict[str, int]:
     kept = {name for name, _ in folded.named_parameters()}
     return {name: p.numel() for name, p in unfolded.named_parameters() if name not in kept}
 
+
+@dataclass(frozen=True)
+class Absorption:
+    """Rows of a table that stand around a linear layer, y = gate * (W (scale * x + shift) + b)."""
+
+    table: str
+    shift: int | None = None
+    scale: int | None = None
+    gate: int | None = None
+
+
+def absorb(
+    layers: Mapping[str, Absorption], tables: Mapping[str, Tensor], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) of every layer's weight and bias with its constants inside, float32:
+
+        W' = diag(gate) W diag(scale)        b' = gate * (b + W shift)
+
+    tables: of one step each, [1, rows, dim]. read(name): a layer's tensor, on the device to compute
+    on. The caller rounds, once; one layer is resident at a time.
+    """
+    for name, what in layers.items():
+        weight, bias = read(name + ".weight").float(), read(name + ".bias").float()
+        table = tables[what.table].to(weight.device, torch.float32)[0]
+        if what.shift is not None:
+            bias = torch.addmv(bias, weight, table[what.shift])
+        if what.scale is not None:
+            weight = weight * table[what.scale]
+        if what.gate is not None:
+            weight, bias = weight * table[what.gate, :, None], bias * table[what.gate]
+        yield name + ".weight", weight
+        yield name + ".bias", bias
