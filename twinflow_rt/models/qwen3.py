@@ -63,12 +63,15 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-class Norm(nn.Module):
-    """An RMSNorm's weight, under the checkpoint's name."""
+class Weight(nn.Module):
+    """One parameter, `weight`, to be loaded: a norm's or an embedding's, under the checkpoint's name.
 
-    def __init__(self, dim: int) -> None:
+    (nn.Embedding would initialise itself, which on the meta device imports torch's compiler: 2 s.)
+    """
+
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.empty(*shape))
 
 
 class Attention(nn.Module):
@@ -78,7 +81,7 @@ class Attention(nn.Module):
         self.head_dim, self.eps, self.grouped = config.head_dim, config.eps, config.heads != config.kv_heads
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split), bias=False)
         self.o_proj = nn.Linear(self.split[0], config.hidden_size, bias=False)
-        self.q_norm, self.k_norm = Norm(config.head_dim), Norm(config.head_dim)
+        self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], ops) -> Tensor:
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(self.split, -1))
@@ -102,8 +105,8 @@ class Layer(nn.Module):
         self.eps = config.eps
         self.self_attn = Attention(config)
         self.mlp = FeedForward(config)
-        self.input_layernorm = Norm(config.hidden_size)
-        self.post_attention_layernorm = Norm(config.hidden_size)
+        self.input_layernorm = Weight(config.hidden_size)
+        self.post_attention_layernorm = Weight(config.hidden_size)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], ops) -> Tensor:
         x = x + self.self_attn(ops.rms_norm(x, self.input_layernorm.weight.float(), self.eps), rope, ops)
@@ -120,11 +123,11 @@ class Qwen3Encoder(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.config, self.ops = config, EAGER
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.depth - 1))
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed_tokens(ids)
+        x = F.embedding(ids, self.embed_tokens.weight)
         exponents = torch.arange(0, self.config.head_dim, 2, device=ids.device).float() / self.config.head_dim
         angles = torch.arange(ids.shape[1], device=ids.device).float()[:, None] / self.config.rope_theta**exponents
         rope = angles.cos()[:, None], angles.sin()[:, None]
