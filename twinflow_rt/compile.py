@@ -25,10 +25,10 @@ from .errors import ConfigError
 from .models import Family
 from .ops.select import Target, select
 from .passes.fold import Schedule, fold, folded_away
-from .passes.load import Progress, assign, check, fetch
+from .passes.load import Checkpoint, Layout, Progress, assign, check, fetch, materialize
 from .plan import Plan, group_folded, parameter_bytes
 
-MAX_EVALUATIONS = 8
+MAX_EVALUATIONS = 100
 
 
 @dataclass
@@ -64,7 +64,7 @@ def compile_network(
     source: Any, family: Family, schedule: Sequence[tuple[float, float]], *, device: torch.device, dtype: torch.dtype,
     progress: Progress | None = None, loras: tuple[str, ...] = (),
 ) -> Program:  # fmt: skip
-    """Compiles a network for the (t, tt) pairs of `schedule` (1 to 8 of them).
+    """Compiles a network for the (t, tt) pairs of `schedule` (1 to 100 of them).
 
     source: an open `passes.load.Checkpoint`, or one with adapters merged in (`passes.lora.Merged`).
     Raises CheckpointError for anything about the files, ConfigError for the schedule.
@@ -100,6 +100,22 @@ def compile_network(
         loras=loras, notes=(f"compiled in {time.perf_counter() - start:.2f} s",),
     )  # fmt: skip
     return Program(network, schedule, plan, tables)
+
+
+def load_program(
+    saved: Checkpoint, family: Family, plan: Plan, *, device: torch.device, dtype: torch.dtype,
+    progress: Progress | None = None,
+) -> Program:  # fmt: skip
+    """The program of a saved artifact: no pass runs again, ops are selected for this machine."""
+    with torch.device("meta"):
+        network = family.network(family.config.from_dict(saved.config), folded_steps=len(plan.schedule))
+
+    def dtype_of(name: str, kind: torch.dtype) -> torch.dtype:
+        return torch.float32 if saved.dtype(name) == torch.float32 else kind
+
+    materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
+    network.ops, choices = select(Target(device.type, dtype))
+    return Program(network, plan.schedule, replace(plan, device=str(device), choices=choices))
 
 
 def _named(schedule: Schedule) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compile import Program, compile_network
+from .compile import Program, compile_network, load_program
 from .config import (
     OUTPUTS, SizeRule, check_choice, check_count, resolve_device, resolve_dtype, resolve_prompts, resolve_sampler,
 )  # fmt: skip
@@ -19,7 +19,9 @@ from .errors import CheckpointError, DeviceError
 from .models import family_of
 from .models.z_image import SEQ_MULTIPLE, Context
 from .noise import initial_noise, resolve_seeds, step_noise
-from .passes.load import Checkpoint, model_folder
+from .passes import artifact
+from .passes.load import Checkpoint, model_folder, read_json
+from .plan import Plan
 from .report import Stages
 from .sample import SamplerConfig, preset, sample, schedule
 from .text import MAX_TOKENS, PromptEmbeds, TextEncoder
@@ -44,8 +46,9 @@ class Pipeline:
 
     def __init__(
         self, text: TextEncoder, program: Program, vae: VaeDecoder, sampler: SamplerConfig,
-        device: torch.device, dtype: torch.dtype,
+        device: torch.device, dtype: torch.dtype, folder: Path,
     ) -> None:  # fmt: skip
+        self.folder = folder
         self.text, self.program, self.vae = text, program, vae
         self.sampler, self.device, self.dtype = sampler, device, dtype
         self.sizes = size_rule(program.network.config.axes_lens, vae)
@@ -89,6 +92,21 @@ class Pipeline:
                 f"generate fewer at a time or smaller ones ({str(error).splitlines()[0]})"
             ) from None
         return Result(images, seeds, stages.timings(), stages.memory)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the compiled program and the other parts as an artifact (passes/artifact.py), which
+        `load` takes like a model folder, skipping the passes. It holds this pipeline's schedule only."""
+        parts = {
+            "transformer": (self.program.network.config.to_dict(), self.program.network.state_dict()),
+            "text_encoder": (read_json(self.folder / "text_encoder" / "config.json"), self.text.weights()),
+            "vae": (read_json(self.folder / "vae" / "config.json"), self.vae.network.state_dict()),
+        }
+        meta = {
+            "sampler": asdict(self.sampler),
+            "source": artifact.source_hash(self.folder / "transformer"),
+            "plan": self.plan.to_dict(),
+        }
+        return artifact.write(Path(path), parts, self.folder, meta)
 
     def _run(
         self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, size: tuple[int, int], seeds: list[int],
@@ -161,9 +179,10 @@ def load(
     (default 1). progress(part, bytes) is called as tensors arrive.
     Raises CheckpointError, ConfigError, DeviceError.
     """
-    config = resolve_sampler(nfe, sampler) or preset(1)
-    target = resolve_device(device)
+    asked, target = resolve_sampler(nfe, sampler), resolve_device(device)
     folder = model_folder(DEMO if str(path) == "demo" else Path(path))
+    saved = artifact.read(folder) if artifact.is_artifact(folder) else None
+    config = asked or (SamplerConfig(**saved["sampler"]) if saved else preset(1))
 
     def part(name: str) -> Callable[[int], None] | None:
         return None if progress is None else lambda size: progress(name, size)
@@ -174,12 +193,17 @@ def load(
     with torch.no_grad():
         text, _ = TextEncoder.load(folder / "text_encoder", folder / "tokenizer", target, kind, part("text encoder"))
         times = schedule(config, kind)
-        program = compile_network(checkpoint, family, times, device=target, dtype=kind, progress=part("transformer"))
+        to = {"device": target, "dtype": kind, "progress": part("transformer")}
+        if saved:
+            program = load_program(checkpoint, family, Plan.from_dict(saved["plan"]), **to)
+            program.refold(times)  # refuses another schedule than the saved one
+        else:
+            program = compile_network(checkpoint, family, times, **to)
         vae, _ = VaeDecoder.load(folder / "vae", target, kind, part("vae"))
     network = program.network.config
     text.max_tokens = min(MAX_TOKENS, (network.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE)
     _check_fit(text, network, vae)
-    return Pipeline(text, program, vae, config, target, kind)
+    return Pipeline(text, program, vae, config, target, kind, folder)
 
 
 def _check_fit(text: TextEncoder, network: Any, vae: VaeDecoder) -> None:
@@ -189,4 +213,6 @@ def _check_fit(text: TextEncoder, network: Any, vae: VaeDecoder) -> None:
     )
     for name, value, other, wanted in pairs:
         if value != wanted:
-            raise CheckpointError(f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models")
+            raise CheckpointError(
+                f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models"
+            )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import nn
 
+from .errors import CheckpointError
 from .ops.select import Choice
 
 SCHEMA = 1
@@ -69,8 +71,23 @@ class Plan:
     stages: tuple[Stage, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1)
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; `from_dict` reads it back."""
+        return {"schema": SCHEMA, **json.loads(json.dumps(asdict(self)))}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Plan:
+        """Raises CheckpointError for another schema or fields."""
+        if raw.get("schema") != SCHEMA or set(raw) != {"schema", *(f.name for f in fields(cls))}:
+            raise CheckpointError(f"plan of schema {raw.get('schema')!r}; this version reads {SCHEMA}: compile again")
+        return cls(**{
+            **{k: v for k, v in raw.items() if k != "schema"},
+            "schedule": tuple((float(t), float(tt)) for t, tt in raw["schedule"]),
+            "choices": tuple(Choice(c["op"], c["chosen"], tuple(map(tuple, c["refused"]))) for c in raw["choices"]),
+            "loras": tuple(raw["loras"]),
+            "stages": tuple(Stage(**s) for s in raw["stages"]),
+            "notes": tuple(raw["notes"]),
+        })  # fmt: skip
 
     def __str__(self) -> str:
         lines = [

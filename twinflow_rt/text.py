@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, ConfigError
 from .models.qwen3 import FUSED, Qwen3Config, Qwen3Encoder
+from .passes.fuse import split
 from .passes.load import Checkpoint, Layout, LoadReport, Progress, materialize, read_json
 
 MAX_TOKENS = 512  # longer prompts lose their tail, as in the reference
@@ -112,6 +113,13 @@ class TextEncoder:
             network = Qwen3Encoder(config)
         report = materialize(network, checkpoint, layout(config), device, dtype, progress)
         return cls(chat, network), report
+
+    def weights(self) -> dict[str, Tensor]:
+        """The encoder's tensors under the checkpoint's names (of those layers that are used)."""
+        config = self.network.config
+        heads = (config.heads, config.kv_heads, config.kv_heads)
+        rows = {"self_attn.qkv_proj.weight": tuple(n * config.head_dim for n in heads)}
+        return split(self.network.state_dict(), FUSED, rows)
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embeddings [B, L, D] in the weights' dtype, L the longest prompt's token count."""

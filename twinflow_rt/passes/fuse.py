@@ -62,13 +62,20 @@ def merge(tensors: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
     return out
 
 
-def split(tensors: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
-    """Module names -> checkpoint names; merged weights are cut into equal row blocks."""
+def split(
+    tensors: Mapping[str, Tensor], fused: Fused, rows: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
+    """Module names -> checkpoint names. Merged weights are cut into equal row blocks, unless `rows`
+    gives their sizes (by merged name)."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         names = sources(name, fused)
-        if len(tensor) % len(names) if tensor.ndim else len(names) > 1:
-            raise CheckpointError(f"{name}: {tuple(tensor.shape)} does not split into {len(names)} equal parts")
-        blocks = tensor.chunk(len(names)) if len(names) > 1 else (tensor,)
-        out.update(zip(names, blocks, strict=True))
+        if len(names) == 1:
+            out[name] = tensor
+            continue
+        uneven = next((n for merged, n in (rows or {}).items() if name.endswith(merged)), None)
+        sizes = uneven or (len(tensor) // len(names),) * len(names)
+        if sum(sizes) != len(tensor):
+            raise CheckpointError(f"{name}: {tuple(tensor.shape)} does not split into parts of {sizes} rows")
+        out.update(zip(names, tensor.split(sizes), strict=True))
     return out

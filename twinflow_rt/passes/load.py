@@ -110,7 +110,9 @@ class Checkpoint:
             except FileNotFoundError:
                 raise CheckpointError(f"{path} is missing; download the shard again") from None
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
+                raise CheckpointError(
+                    f"{path} is truncated or no safetensors file ({error}); download it again"
+                ) from None
         return self._files[file]
 
     def _slice(self, name: str) -> Any:
@@ -188,7 +190,9 @@ def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint, layout: Layout
     where = checkpoint.folder
     if missing := wanted - set(checkpoint.keys()):
         reason = layout.absent(missing)
-        raise CheckpointError(f"{where}: " + (reason or f"missing {_some(missing)}; another model, or an incomplete file"))
+        raise CheckpointError(
+            f"{where}: " + (reason or f"missing {_some(missing)}; another model, or an incomplete file")
+        )
     if unknown := found - wanted:
         raise CheckpointError(f"{where}: unknown {_some(unknown)}; config.json and weights belong to different models")
     for name, tensor in expected.items():
@@ -220,9 +224,13 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def materialize(
-    module: nn.Module, checkpoint: Checkpoint, layout: Layout, device: torch.device, dtype: torch.dtype,
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype,
     progress: Progress | None = None,
-) -> LoadReport:  # fmt: skip
+) -> LoadReport:
     """Fills `module` (built on the meta device) from `checkpoint`; afterwards it is frozen, in eval mode."""
     start = time.perf_counter()
     expected = module.state_dict()

@@ -1,0 +1,109 @@
+"""Saved programs: a model folder whose transformer is already compiled.
+
+    artifact.json      schema, sampler, plan, hash of the source weights, hash of every file
+    transformer/       config.json, model.safetensors: fused weights and folded tables, under module names
+    text_encoder/ vae/ the parts inference uses, under checkpoint names
+    tokenizer/ model_index.json   as in the source
+
+The folder is written under another name and renamed when complete; artifact.json is its last file and
+every other file's SHA-256 stands in it, so neither half an artifact nor a changed one will load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .load import read_json
+
+SCHEMA = 1
+MANIFEST = "artifact.json"
+FIELDS = ("schema", "sampler", "source", "plan", "files")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(
+    folder: Path, parts: Mapping[str, tuple[dict[str, Any], Mapping[str, Tensor]]], source: Path, meta: dict[str, Any]
+) -> Path:  # fmt: skip
+    """Writes an artifact of `parts` (subfolder -> (config.json's content, tensors)) and `meta`.
+
+    source: the model folder it was compiled from; its tokenizer is copied. Raises CheckpointError if something stands at `folder` already: artifacts are never changed.
+    """
+    from safetensors.torch import save_file
+
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; artifacts are not overwritten: choose another name or remove it")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, (config, tensors) in parts.items():
+            (partial / name).mkdir(parents=True)
+            (partial / name / "config.json").write_text(json.dumps(config, indent=1))
+            owned = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            save_file(_unshared(owned), partial / name / "model.safetensors", metadata={"format": "pt"})
+        shutil.copytree(source / "tokenizer", partial / "tokenizer")
+        shutil.copy(source / "model_index.json", partial / "model_index.json")
+        files = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        manifest = {"schema": SCHEMA, **meta, "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The verified manifest of an artifact.
+
+    Raises CheckpointError for another schema, a missing or additional file, or a changed one.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{folder / MANIFEST} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; save the artifact again"
+        )
+    absent = [field for field in FIELDS if field not in manifest]
+    if absent or not isinstance(manifest["files"], dict):
+        raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(absent) or 'a file list'}; save the artifact again")
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    if strangers := sorted(present ^ set(manifest["files"])):
+        raise CheckpointError(f"{folder}: {', '.join(strangers[:4])} missing or not part of the artifact; save it again")
+    for name, expected in manifest["files"].items():
+        if sha256(folder / name) != expected:
+            raise CheckpointError(f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged")
+    return manifest
+
+
+def is_artifact(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share storage; split views of one merged weight do."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        seen.add(pointer)
+    return out
+
+
+def source_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a network folder's weight files, in order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        digest.update(bytes.fromhex(sha256(path)))
+    return digest.hexdigest()
