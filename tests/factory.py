@@ -13,35 +13,15 @@ from twinflow_rt.training.text import CHAT_TEMPLATE, SPECIAL
 
 DIM, HEADS, TEXT_DIM, CHANNELS = 48, 2, 32, 4
 TRANSFORMER = dict(
-    all_patch_size=(2,),
-    all_f_patch_size=(1,),
-    in_channels=CHANNELS,
-    dim=DIM,
-    n_layers=2,
-    n_refiner_layers=1,
-    n_heads=HEADS,
-    n_kv_heads=HEADS,
-    norm_eps=1e-5,
-    qk_norm=True,
-    cap_feat_dim=TEXT_DIM,
-    rope_theta=256.0,
-    t_scale=1000.0,
-    axes_dims=[8, 8, 8],
-    axes_lens=[576, 32, 32],
-)
+    all_patch_size=(2,), all_f_patch_size=(1,), in_channels=CHANNELS, dim=DIM, n_layers=2, n_refiner_layers=1,
+    n_heads=HEADS, n_kv_heads=HEADS, norm_eps=1e-5, qk_norm=True, cap_feat_dim=TEXT_DIM, rope_theta=256.0,
+    t_scale=1000.0, axes_dims=[8, 8, 8], axes_lens=[576, 32, 32],
+)  # fmt: skip
 VAE = dict(
-    block_out_channels=(8, 16, 16),
-    layers_per_block=1,
-    norm_num_groups=4,
-    latent_channels=CHANNELS,
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-    sample_size=64,
-    scaling_factor=0.7,
-    shift_factor=0.2,
-    use_quant_conv=False,
-    use_post_quant_conv=False,
-)
+    block_out_channels=(8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=CHANNELS,
+    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, sample_size=64,
+    scaling_factor=0.7, shift_factor=0.2, use_quant_conv=False, use_post_quant_conv=False,
+)  # fmt: skip
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -82,17 +62,9 @@ def text_encoder(vocab: int = 259, head: bool = False):
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=TEXT_DIM,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        use_cache=False,
-    )
+        vocab_size=vocab, hidden_size=TEXT_DIM, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
     return (Qwen3ForCausalLM if head else Qwen3Model)(config)
 
 
@@ -114,13 +86,9 @@ def second_embedder(network, kind: str) -> dict[str, torch.Tensor]:
 
 
 def make_model(
-    folder: Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    sharded: bool = False,
-    second: str = "random",
+    folder: Path, *, dtype: torch.dtype = torch.float32, sharded: bool = False, second: str = "random",
     head: bool = False,
-) -> Path:
+) -> Path:  # fmt: skip
     """Saves a whole model folder in `dtype`; `sharded` splits the transformer's weights in three."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline
 

@@ -38,17 +38,11 @@ class AutoencoderConfig:
             raise ConfigError("vae/config.json has per-channel latents_mean or latents_std: another family's VAE")
         size = raw.get("sample_size", 32)
         return cls(
-            raw.get("latent_channels", 4),
-            raw.get("out_channels", 3),
-            channels,
-            raw.get("layers_per_block", 1),
-            raw.get("norm_num_groups", 32),
-            raw.get("scaling_factor", 0.18215),
-            raw.get("shift_factor") or 0.0,
-            size if isinstance(size, int) else size[0],
-            raw.get("use_post_quant_conv", True),
+            raw.get("latent_channels", 4), raw.get("out_channels", 3), channels, raw.get("layers_per_block", 1),
+            raw.get("norm_num_groups", 32), raw.get("scaling_factor", 0.18215), raw.get("shift_factor") or 0.0,
+            size if isinstance(size, int) else size[0], raw.get("use_post_quant_conv", True),
             raw.get("mid_block_add_attention", True),
-        )
+        )  # fmt: skip
 
     @property
     def scale(self) -> int:

@@ -48,16 +48,11 @@ class Qwen3Config:
             )
         try:
             return cls(
-                raw["vocab_size"],
-                raw["hidden_size"],
-                raw["intermediate_size"],
-                raw["num_hidden_layers"],
-                raw["num_attention_heads"],
-                raw["num_key_value_heads"],
+                raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"],
+                raw["num_attention_heads"], raw["num_key_value_heads"],
                 raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-                raw.get("rms_norm_eps", 1e-6),
-                rope.get("rope_theta") or raw.get("rope_theta", 1e6),
-            )
+                raw.get("rms_norm_eps", 1e-6), rope.get("rope_theta") or raw.get("rope_theta", 1e6),
+            )  # fmt: skip
         except KeyError as error:
             raise ConfigError(f"text_encoder/config.json lacks {error}; it is no Qwen3 configuration") from None
 
@@ -83,7 +78,7 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.split = tuple(h * config.head_dim for h in (config.heads, config.kv_heads, config.kv_heads))
-        self.head_dim, self.eps, self.grouped = (config.head_dim, config.eps, config.heads != config.kv_heads)
+        self.head_dim, self.eps, self.grouped = config.head_dim, config.eps, config.heads != config.kv_heads
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split), bias=False)
         self.o_proj = nn.Linear(self.split[0], config.hidden_size, bias=False)
         self.q_norm, self.k_norm = Weight(config.head_dim), Weight(config.head_dim)

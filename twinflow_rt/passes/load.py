@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,8 @@ class Checkpoint:
             except FileNotFoundError:
                 raise CheckpointError(f"{path} is missing; download the shard again") from None
             except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} is truncated or no safetensors file ({error}); download it again"
-                ) from None
+                reason = f"{path} is truncated or no safetensors file ({error}); download it again"
+                raise CheckpointError(reason) from None
         return self._files[file]
 
     def _slice(self, name: str) -> Any:
@@ -122,6 +121,9 @@ class Checkpoint:
     def keys(self) -> Iterable[str]:
         """Tensor names, `strip` removed."""
         return self._where.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -134,7 +136,8 @@ class Checkpoint:
         stored = self._slice(name).get_dtype()
         if stored not in DTYPES:
             raise CheckpointError(
-                f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(DTYPES)} (quantize after loading)"
+                f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(DTYPES)}: "
+                "quantize after loading, not before"
             )
         return DTYPES[stored]
 
@@ -186,13 +189,11 @@ class LoadReport:
 def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint, layout: Layout) -> None:
     """Compares the module's tensors (meta is enough) with the checkpoint's, names and shapes."""
     wanted = {part for name in expected for part in sources(name, layout.fused)}
-    found = {k for k in checkpoint.keys() if not k.startswith(layout.unused)}
+    found = {k for k in checkpoint if not k.startswith(layout.unused)}
     where = checkpoint.folder
     if missing := wanted - set(checkpoint.keys()):
-        reason = layout.absent(missing)
-        raise CheckpointError(
-            f"{where}: " + (reason or f"missing {_some(missing)}; another model, or an incomplete file")
-        )
+        reason = layout.absent(missing) or f"missing {_some(missing)}; another model, or an incomplete file"
+        raise CheckpointError(f"{where}: {reason}")
     if unknown := found - wanted:
         raise CheckpointError(f"{where}: unknown {_some(unknown)}; config.json and weights belong to different models")
     for name, tensor in expected.items():
@@ -202,7 +203,8 @@ def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint, layout: Layout
         got = shapes[0] if rows is None else (rows, *shapes[0][1:])
         if got != tuple(tensor.shape) or (rows is not None and any(s[1:] != shapes[0][1:] for s in shapes)):
             raise CheckpointError(
-                f"{where}: {' + '.join(parts)} has shape {shapes if rows else got}, config.json asks for {tuple(tensor.shape)}"
+                f"{where}: {' + '.join(parts)} has shape {shapes if rows else got}, "
+                f"config.json asks for {tuple(tensor.shape)}"
             )
 
 
@@ -224,13 +226,9 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def materialize(
-    module: nn.Module,
-    checkpoint: Checkpoint,
-    layout: Layout,
-    device: torch.device,
-    dtype: torch.dtype,
+    module: nn.Module, checkpoint: Checkpoint, layout: Layout, device: torch.device, dtype: torch.dtype,
     progress: Progress | None = None,
-) -> LoadReport:
+) -> LoadReport:  # fmt: skip
     """Fills `module` (built on the meta device) from `checkpoint`; afterwards it is frozen, in eval mode."""
     start = time.perf_counter()
     expected = module.state_dict()
@@ -245,7 +243,7 @@ def materialize(
         if progress is not None:
             progress(size)
     module.eval()
-    total = sum(checkpoint.nbytes(k) for k in checkpoint.keys())
+    total = sum(checkpoint.nbytes(k) for k in checkpoint)
     return LoadReport(time.perf_counter() - start, len(expected), read, total - read)
 
 

@@ -1,0 +1,236 @@
+"""The `twinflow-rt` command. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, TwinFlowError
+
+Parser = argparse.ArgumentParser
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand; `add` declares its options and runs only when the command is the one called."""
+
+    help: str
+    add: Callable[[Parser], Any]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for a TwinFlowError, 1 where files cannot be
+    written, 130 when interrupted. Errors are one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser(argv).parse_args(argv)
+    try:
+        return COMMANDS[args.command].run(args)
+    except TwinFlowError as error:
+        print(f"twinflow-rt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"twinflow-rt: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser(argv: Sequence[str] = ()) -> Parser:
+    """The parser; only the options of the command named in `argv` are declared, so `--help` stays fast."""
+    parser = Parser(prog="twinflow-rt", description="Few-step text-to-image inference with TwinFlow models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    called = next((a for a in argv if not a.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help, description=command.help)
+        if name == called:
+            command.add(sub)
+    return parser
+
+
+# -- generate -------------------------------------------------------------------------------------
+
+
+def add_generate(parser: Parser) -> None:
+    parser.add_argument("prompt", nargs="+", help="one or more prompts")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("twinflow.png"),
+        metavar="FILE",
+        help="image file; several images become FILE-0, FILE-1, ... and FILE-grid (default %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, help="image k gets seed + k; default: random")
+    parser.add_argument(
+        "--size",
+        type=parse_size,
+        metavar="WxH",
+        help="width x height in pixels, or one number for a square; default: the model's",
+    )
+    parser.add_argument("--nfe", type=int, default=1, help="network evaluations per image (default %(default)s)")
+    parser.add_argument(
+        "--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations"
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=1, metavar="N", help="images per prompt (default %(default)s)"
+    )
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print files, seeds, seconds and bytes as JSON")
+
+
+def add_model(parser: Parser) -> None:
+    """Options that every command loading a model shares."""
+    parser.add_argument("--model", default="demo", help="model folder (diffusers layout), or 'demo' (default)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "WxH" or "N" -> (width, height)."""
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WxH or one number") from None
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    paths = output_paths(args.output, len(args.prompt) * args.num_images)
+    from .pipeline import load
+    from .sample import preset
+
+    with loading(args.model) as progress:
+        pipe = load(
+            args.model, device=args.device, dtype=args.dtype, sampler=preset(args.nfe, args.mode), progress=progress
+        )
+    width, height = args.size or (None, None)
+    result = pipe(args.prompt, width=width, height=height, seed=args.seed, num_images=args.num_images)
+    prompts = [p for p in args.prompt for _ in range(args.num_images)]
+    for path, image, prompt, seed in zip(paths, result.images, prompts, result.seeds, strict=False):
+        save_image(image, path, {"prompt": prompt, "seed": seed, "model": args.model, "nfe": args.nfe})
+    if len(result.images) > 1:
+        save_image(grid(result.images, args.num_images if len(args.prompt) > 1 else None), paths[-1])
+    report = {
+        "files": [str(p) for p in paths],
+        "seeds": result.seeds,
+        "size": list(result.images[0].size),
+        "seconds": result.timings,
+        "peak_bytes": result.memory,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+    }
+    print(json.dumps(report, indent=1) if args.json else summary(report))
+    return 0
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """The files `count` images go to, the grid last; checked before anything slow happens."""
+    if output.suffix.lower() not in FORMATS:
+        raise ConfigError(f"--output {output}: the name must end in one of {', '.join(FORMATS)}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: folder {output.parent} does not exist; create it first")
+    if count <= 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{tag}{output.suffix}") for tag in (*range(count), "grid")]
+
+
+def save_image(image: Any, path: Path, facts: dict[str, Any] | None = None) -> None:
+    """Writes `path` whole or not at all; PNG files carry `facts` as a text chunk `twinflow_rt`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    options: dict[str, Any] = {"quality": 95} if path.suffix.lower() != ".png" else {}
+    if facts and path.suffix.lower() == ".png":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("twinflow_rt", json.dumps(facts, ensure_ascii=False))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        image.save(partial, format=FORMATS[path.suffix.lower()], **options)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def grid(images: Sequence[Any], columns: int | None = None) -> Any:
+    """One sheet of equal-sized images, row by row; `columns` defaults to the squarest."""
+    from PIL import Image
+
+    columns = columns or -(-len(images) // max(1, round(len(images) ** 0.5)))
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def summary(report: dict[str, Any]) -> str:
+    lines = [f"wrote {file}" for file in report["files"]]
+    for name, seed in zip(lines, report["seeds"], strict=False):
+        lines[lines.index(name)] = f"{name} (seed {seed})"
+    stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report["seconds"].items())
+    peak = max(report["peak_bytes"].values()) / 1e6
+    return "\n".join([*lines, f"{report['device']} {report['dtype']}: {stages}; peak {peak:,.0f} MB"])
+
+
+@contextmanager
+def loading(model: str):
+    """Shows on stderr, where that is a terminal, what is being loaded; yields the callback of `load`."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("loading {task.description}"), DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(model, total=None)
+        yield lambda part, size: bar.update(task, advance=size, description=f"{model}: {part}")
+
+
+# -- inspect, train -------------------------------------------------------------------------------
+
+
+def add_inspect(parser: Parser) -> None:
+    parser.add_argument("model", help="model folder (diffusers layout), or 'demo'")
+    parser.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    from .describe import describe
+    from .pipeline import DEMO
+
+    description = describe(DEMO if args.model == "demo" else Path(args.model))
+    print(json.dumps(description.to_dict(), indent=1) if args.json else description)
+    return 0
+
+
+def add_train(parser: Parser) -> None:
+    from .training import demo
+
+    models = parser.add_subparsers(dest="trained", required=True, metavar="model")
+    demo.add_arguments(models.add_parser("demo", help="the shipped miniature, on two CPU cores"))
+
+
+def run_train(args: argparse.Namespace) -> int:
+    from .training import demo
+
+    return demo.run(args)
+
+
+COMMANDS = {
+    "generate": Command("Generate images from prompts.", add_generate, run_generate),
+    "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
+    "train": Command("Train a model.", add_train, run_train),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

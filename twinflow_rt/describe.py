@@ -1,0 +1,100 @@
+"""What a model folder holds, read from configs and file headers alone: no weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .models import family_of
+from .models.autoencoder_kl import AutoencoderConfig, AutoencoderDecoder
+from .models.qwen3 import Qwen3Config, Qwen3Encoder
+from .passes.fold import folded_away
+from .passes.load import Checkpoint, Layout, check, model_folder
+from .plan import group_folded
+
+PRECISIONS = {"float32": 4, "bfloat16": 2}  # float16 as bfloat16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network: parameters in the files, parameters inference needs, how most of them are stored."""
+
+    name: str
+    dtype: str
+    stored: int
+    needed: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """parts; folded: parameters of the transformer that a fixed schedule turns into constants, by kind;
+    memory: bytes of weights resident on the device per precision, after folding (activations excluded)."""
+
+    family: str
+    path: str
+    parts: tuple[Part, ...]
+    folded: dict[str, int]
+    memory: dict[str, int]
+
+    @property
+    def folded_share(self) -> float:
+        """Folded parameters as a share of the transformer's."""
+        return sum(self.folded.values()) / next(p.stored for p in self.parts if p.name == "transformer")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "folded_share": self.folded_share}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.family} model at {self.path}",
+            "",
+            "part          dtype       parameters       needed      on disk",
+        ]
+        for p in self.parts:
+            lines.append(f"{p.name:<13} {p.dtype:<9} {p.stored:>12,} {p.needed:>12,} {p.stored_bytes / 1e6:>9,.2f} MB")
+        total = sum(self.folded.values())
+        lines += [
+            "",
+            f"constant at a fixed schedule, folded away: {total:,} ({self.folded_share:.1%} of the transformer)",
+        ]
+        lines += [f"  {n:>12,}  {name}" for name, n in self.folded.items()]
+        lines += ["", "weights resident after folding, without activations:"]
+        lines += [f"  {name:<9} {size / 1e6:>11,.2f} MB" for name, size in self.memory.items()]
+        return "\n".join(lines)
+
+
+def describe(path: Path) -> Description:
+    """Describes a model folder; raises CheckpointError where loading it would."""
+    from .text import layout
+    from .vae import LAYOUT
+
+    folder = model_folder(path)
+    transformer, text = (Checkpoint(folder / "transformer"), Checkpoint(folder / "text_encoder", strip="model."))
+    vae, family = Checkpoint(folder / "vae"), family_of(transformer.config)
+    config, text_config = (family.config.from_dict(transformer.config), Qwen3Config.from_dict(text.config))
+    with torch.device("meta"):
+        network, folded = family.network(config), family.network(config, folded_steps=1)
+        encoder = Qwen3Encoder(text_config)
+        decoder = AutoencoderDecoder(AutoencoderConfig.from_dict(vae.config))
+    parts = (
+        _part("text_encoder", text, encoder, layout(text_config), encoder),
+        _part("transformer", transformer, network, family.layout, folded),
+        _part("vae", vae, decoder, LAYOUT, decoder),
+    )
+    tables = sum(b.numel() for b in folded.buffers()) * 4
+    memory = {name: sum(p.needed for p in parts) * size + tables for name, size in PRECISIONS.items()}
+    away = group_folded(folded_away(network, folded))
+    return Description(family.name, str(path), parts, away, memory)
+
+
+def _part(name: str, checkpoint: Checkpoint, whole: nn.Module, layout: Layout, resident: nn.Module) -> Part:
+    check(whole.state_dict(), checkpoint, layout)
+    stored_bytes = sum(checkpoint.nbytes(k) for k in checkpoint)
+    stored = sum(checkpoint.nbytes(k) // checkpoint.dtype(k).itemsize for k in checkpoint)
+    needed = sum(p.numel() for p in resident.parameters())
+    return Part(name, str(checkpoint.main_dtype()).removeprefix("torch."), stored, needed, stored_bytes)
