@@ -71,8 +71,8 @@ def flow_error(n, order):
 
 
 def test_multi_step_sampling_converges_to_the_flow():
-    first = [flow_error(n, 1) for n in (80, 160, 320)]
-    second = [flow_error(2 * n, 2) for n in (80, 160, 320)]
+    first = [flow_error(n, 1) for n in (60, 120, 240)]
+    second = [flow_error(2 * n, 2) for n in (60, 120, 240)]
     for coarse, fine in itertools.pairwise(first):
         assert 1.8 < coarse / fine < 2.2
     for coarse, fine in itertools.pairwise(second):
@@ -173,7 +173,7 @@ def test_nothing_waits_for_the_device():
     noise = torch.empty(SHAPE, dtype=torch.bfloat16, device="meta")
     for config in (PRESETS["1"], PRESETS["4"], SamplerConfig(7, "SDE", 0.3, 2, mode="multi")):
         out = sample(
-            from_function(network, config), noise, config,
+            from_function(lambda x, t, tt: x.neg(), config), noise, config,
             noise_fn=lambda i: torch.empty(SHAPE, device="meta"), callback=lambda *_: None,
         )  # fmt: skip
         assert out.shape == noise.shape and out.dtype == noise.dtype

@@ -141,9 +141,7 @@ def check_against_oracle(config, dtype):
 def test_published_rules(dtype, order, stochast):
     warps = itertools.cycle([(1.0, 1.0, 1.0), (1.17, 0.8, 1.1)])
     gaps = itertools.cycle([(0.0, 0.0), (0.001, 0.0), (0.001, 0.6), (0.05, 0.3), (0.1, 0.1)])
-    for n, extrapol, mode, _ in itertools.product(
-        range(1, 9), (0.0, 0.37), ("few", "any", "multi"), range(2)
-    ):
+    for n, extrapol, mode in itertools.product(range(1, 9), (0.0, 0.37), ("few", "any", "multi")):
         config = SamplerConfig(n, stochast, extrapol, order, next(warps), next(gaps), mode)
         check_against_oracle(config, dtype)
 
@@ -161,7 +159,7 @@ configs = st.builds(
 
 
 @given(configs, st.sampled_from(DTYPES[:2]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_published_rules_on_random_settings(config, dtype):
     check_against_oracle(config, dtype)
 

@@ -49,8 +49,9 @@ def test_presets_are_the_released_settings():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_preset_spends_exactly_its_evaluations(dtype):
-    for mode, most in (("few", 8), ("any", 100), ("multi", 100), (None, 100)):
-        for nfe in range(1, most + 1):
+    small, large = range(1, 9), (9, 20, 30, 60, 61, 80, 100)
+    for mode, counts in (("few", small), *((m, (*small, *large)) for m in ("any", "multi", None))):
+        for nfe in counts:
             config = preset(nfe, mode)
             assert len(schedule(config, dtype)) == nfe
             grid = time_grid(config, dtype)
