@@ -1,0 +1,66 @@
+// Python's door to the C interface: raw pointers in, statuses out as exceptions. The interpreter lock
+// is released while a kernel runs.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+
+#include "twinflow_rt.h"
+
+namespace py = pybind11;
+
+namespace {
+
+void check(int status) {
+  if (status != TWINFLOW_OK) throw std::invalid_argument(twinflow_error_message(status));
+}
+
+template <class T>
+T* ptr(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+using Release = py::call_guard<py::gil_scoped_release>;
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels; see csrc/include/twinflow_rt.h. Arguments are addresses and sizes.";
+  m.attr("abi_version") = twinflow_abi_version();
+  m.attr("isa") = twinflow_cpu_isa();
+  m.attr("F32") = static_cast<int>(TWINFLOW_F32);
+  m.attr("BF16") = static_cast<int>(TWINFLOW_BF16);
+
+  m.def("rms_norm", [](uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t rows_per_weight, uintptr_t out,
+                       int64_t rows, int64_t dim, float eps, int dtype, int threads) {
+    check(twinflow_cpu_rms_norm(ptr<void>(x), x_stride, ptr<float>(weight), rows_per_weight, ptr<void>(out), rows, dim,
+                                eps, dtype, threads));
+  }, Release());
+
+  m.def("residual_norm", [](uintptr_t x, int64_t x_stride, uintptr_t branch, int64_t branch_stride, uintptr_t post,
+                            int64_t rows_per_post, uintptr_t pre, int64_t rows_per_pre, uintptr_t x_out,
+                            uintptr_t h_out, int64_t rows, int64_t dim, float eps, int dtype, int threads) {
+    check(twinflow_cpu_residual_norm(ptr<void>(x), x_stride, ptr<void>(branch), branch_stride, ptr<float>(post),
+                                     rows_per_post, ptr<float>(pre), rows_per_pre, ptr<void>(x_out), ptr<void>(h_out),
+                                     rows, dim, eps, dtype, threads));
+  }, Release());
+
+  m.def("swiglu", [](uintptr_t x, uintptr_t out, int64_t rows, int64_t hidden, int dtype, int threads) {
+    check(twinflow_cpu_swiglu(ptr<void>(x), ptr<void>(out), rows, hidden, dtype, threads));
+  }, Release());
+
+  m.def("qk_norm_rope", [](uintptr_t qkv, uintptr_t q_weight, uintptr_t k_weight, uintptr_t cos, uintptr_t sin,
+                           int64_t batch, int64_t rope_batch, int64_t seq, int64_t heads, int64_t dim, float eps,
+                           int dtype, int threads) {
+    check(twinflow_cpu_qk_norm_rope(ptr<void>(qkv), ptr<float>(q_weight), ptr<float>(k_weight), ptr<float>(cos),
+                                    ptr<float>(sin), batch, rope_batch, seq, heads, dim, eps, dtype, threads));
+  }, Release());
+
+  m.def("to_uint8", [](uintptr_t image, std::array<int64_t, 4> strides, uintptr_t out, int64_t batch, int64_t channels,
+                       int64_t height, int64_t width, int dtype, int threads) {
+    check(twinflow_cpu_to_uint8(ptr<void>(image), strides.data(), ptr<uint8_t>(out), batch, channels, height, width,
+                                dtype, threads));
+  }, Release());
+}

@@ -1,0 +1,71 @@
+// Picks the kernels for this CPU once, and gives them their C names.
+
+#include "kernels.h"
+
+namespace {
+
+struct choice {
+  const char* isa;
+  const twinflow_kernels& kernels;
+};
+
+choice choose() {
+#ifdef TWINFLOW_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return {"avx512", twinflow_kernels_avx512()};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"avx2", twinflow_kernels_avx2()};
+#endif
+  return {"baseline", twinflow_kernels_baseline()};
+}
+
+const choice& chosen() {
+  static const choice once = choose();
+  return once;
+}
+
+}  // namespace
+
+int twinflow_abi_version(void) { return TWINFLOW_ABI_VERSION; }
+
+const char* twinflow_cpu_isa(void) { return chosen().isa; }
+
+const char* twinflow_error_message(int status) {
+  switch (status) {
+    case TWINFLOW_OK: return "no error";
+    case TWINFLOW_NULL_POINTER: return "a required pointer is NULL";
+    case TWINFLOW_BAD_SHAPE: return "a size or stride is out of range for this kernel";
+    case TWINFLOW_BAD_DTYPE: return "the dtype is none of twinflow_dtype";
+    default: return "unknown status";
+  }
+}
+
+int twinflow_cpu_rms_norm(const void* x, int64_t x_stride, const float* weight, int64_t rows_per_weight, void* out,
+                          int64_t rows, int64_t dim, float eps, int dtype, int threads) {
+  return chosen().kernels.rms_norm(x, x_stride, weight, rows_per_weight, out, rows, dim, eps, dtype, threads);
+}
+
+int twinflow_cpu_residual_norm(const void* x, int64_t x_stride, const void* branch, int64_t branch_stride,
+                               const float* post, int64_t rows_per_post, const float* pre, int64_t rows_per_pre,
+                               void* x_out, void* h_out, int64_t rows, int64_t dim, float eps, int dtype,
+                               int threads) {
+  return chosen().kernels.residual_norm(x, x_stride, branch, branch_stride, post, rows_per_post, pre, rows_per_pre,
+                                        x_out, h_out, rows, dim, eps, dtype, threads);
+}
+
+int twinflow_cpu_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads) {
+  return chosen().kernels.swiglu(x, out, rows, hidden, dtype, threads);
+}
+
+int twinflow_cpu_qk_norm_rope(void* qkv, const float* q_weight, const float* k_weight, const float* cos,
+                              const float* sin, int64_t batch, int64_t rope_batch, int64_t seq, int64_t heads,
+                              int64_t dim, float eps, int dtype, int threads) {
+  return chosen().kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, batch, rope_batch, seq, heads, dim, eps,
+                                       dtype, threads);
+}
+
+int twinflow_cpu_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch, int64_t channels,
+                          int64_t height, int64_t width, int dtype, int threads) {
+  return chosen().kernels.to_uint8(image, strides, out, batch, channels, height, width, dtype, threads);
+}

@@ -1,0 +1,216 @@
+// CPU kernels. Compiled once per instruction set (TWINFLOW_ISA names the table), so the loops are
+// plain C++ that the compiler vectorises; `omp simd` allows it to reorder the sums.
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float v) { return v; }
+inline float load(bf16 v) {
+  const uint32_t wide = static_cast<uint32_t>(v.bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, sizeof out);
+  return out;
+}
+
+inline void store(float* p, float v) { *p = v; }
+inline void store(bf16* p, float v) {
+  uint32_t wide;
+  std::memcpy(&wide, &v, sizeof wide);
+  // to nearest even; a NaN must not round up into an infinity
+  const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  p->bits = static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? (wide >> 16) | 0x40 : rounded);
+}
+
+// exp by 2^n * polynomial, relative error below 2e-7; branch-free, so that it vectorises. NaN stays NaN.
+inline float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
+  float p = 1.3888889e-3f;
+  p = std::fma(p, r, 8.3333333e-3f);
+  p = std::fma(p, r, 4.1666667e-2f);
+  p = std::fma(p, r, 1.6666667e-1f);
+  p = std::fma(p, r, 0.5f);
+  p = std::fma(p, r, 1.0f);
+  p = std::fma(p, r, 1.0f);
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+template <class T>
+inline float inverse_rms(const T* x, int64_t dim, float eps) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < dim; ++i) {
+    const float v = load(x[i]);
+    sum += v * v;
+  }
+  return 1.0f / std::sqrt(sum / static_cast<float>(dim) + eps);
+}
+
+template <class T>
+inline void scale_row(const T* x, const float* weight, T* out, int64_t dim, float factor) {
+#pragma omp simd
+  for (int64_t i = 0; i < dim; ++i) store(out + i, load(x[i]) * factor * weight[i]);
+}
+
+template <class T>
+void rms_norm(const T* x, int64_t x_stride, const float* weight, int64_t rows_per_weight, T* out, int64_t rows,
+              int64_t dim, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = x + r * x_stride;
+    scale_row(row, weight + r / rows_per_weight * dim, out + r * dim, dim, inverse_rms(row, dim, eps));
+  }
+}
+
+template <class T>
+void residual_norm(const T* x, int64_t x_stride, const T* branch, int64_t branch_stride, const float* post,
+                   int64_t rows_per_post, const float* pre, int64_t rows_per_pre, T* x_out, T* h_out, int64_t rows,
+                   int64_t dim, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T *a = x + r * x_stride, *b = branch + r * branch_stride;
+    const float* w = post + r / rows_per_post * dim;
+    const float factor = inverse_rms(b, dim, eps);
+    T* sum = x_out + r * dim;
+#pragma omp simd
+    for (int64_t i = 0; i < dim; ++i) store(sum + i, load(a[i]) + load(b[i]) * factor * w[i]);
+    if (h_out) scale_row(sum, pre + r / rows_per_pre * dim, h_out + r * dim, dim, inverse_rms(sum, dim, eps));
+  }
+}
+
+template <class T>
+void swiglu(const T* x, T* out, int64_t rows, int64_t hidden, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T *a = x + 2 * r * hidden, *b = a + hidden;
+#pragma omp simd
+    for (int64_t i = 0; i < hidden; ++i) {
+      const float v = load(a[i]);
+      store(out + r * hidden + i, v / (1.0f + fast_exp(-v)) * load(b[i]));
+    }
+  }
+}
+
+template <class T>
+inline void norm_rotate(T* x, const float* weight, const float* cos, const float* sin, int64_t dim, float eps) {
+  const float factor = inverse_rms(x, dim, eps);
+#pragma omp simd
+  for (int64_t i = 0; i < dim / 2; ++i) {
+    T pair[2];  // the reference rounds between norm and rotation
+    store(pair, load(x[2 * i]) * factor * weight[2 * i]);
+    store(pair + 1, load(x[2 * i + 1]) * factor * weight[2 * i + 1]);
+    const float re = load(pair[0]), im = load(pair[1]);
+    store(x + 2 * i, re * cos[i] - im * sin[i]);
+    store(x + 2 * i + 1, re * sin[i] + im * cos[i]);
+  }
+}
+
+template <class T>
+void qk_norm_rope(T* qkv, const float* q_weight, const float* k_weight, const float* cos, const float* sin,
+                  int64_t batch, int64_t rope_batch, int64_t seq, int64_t heads, int64_t dim, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < batch * seq; ++r) {
+    const int64_t angle = (rope_batch == 1 ? r % seq : r) * (dim / 2);
+    T* row = qkv + r * 3 * heads * dim;
+    for (int64_t h = 0; h < 2 * heads; ++h)
+      norm_rotate(row + h * dim, h < heads ? q_weight : k_weight, cos + angle, sin + angle, dim, eps);
+  }
+}
+
+template <class T>
+void to_uint8(const T* image, const int64_t* s, uint8_t* out, int64_t batch, int64_t channels, int64_t height,
+              int64_t width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < batch * height; ++row) {
+    const T* source = image + row / height * s[0] + row % height * s[2];
+    uint8_t* target = out + row * width * channels;
+    for (int64_t x = 0; x < width; ++x)
+      for (int64_t c = 0; c < channels; ++c) {
+        float v = load(source[c * s[1] + x * s[3]]) * 0.5f + 0.5f;
+        v = v > 0.0f ? (v < 1.0f ? v : 1.0f) : 0.0f;
+        target[x * channels + c] = static_cast<uint8_t>(std::nearbyint(v * 255.0f));
+      }
+  }
+}
+
+// -- the C signatures, over both storage types --
+
+template <class F>
+int typed(int dtype, F&& run) {
+  if (dtype == TWINFLOW_F32) return run(float{}), TWINFLOW_OK;
+  if (dtype == TWINFLOW_BF16) return run(bf16{}), TWINFLOW_OK;
+  return TWINFLOW_BAD_DTYPE;
+}
+
+int c_rms_norm(const void* x, int64_t x_stride, const float* weight, int64_t rows_per_weight, void* out, int64_t rows,
+               int64_t dim, float eps, int dtype, int threads) {
+  if (rows < 0 || dim < 1 || rows_per_weight < 1) return TWINFLOW_BAD_SHAPE;
+  if (rows && !(x && weight && out)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    rms_norm(static_cast<const T*>(x), x_stride, weight, rows_per_weight, static_cast<T*>(out), rows, dim, eps,
+             threads);
+  });
+}
+
+int c_residual_norm(const void* x, int64_t x_stride, const void* branch, int64_t branch_stride, const float* post,
+                    int64_t rows_per_post, const float* pre, int64_t rows_per_pre, void* x_out, void* h_out,
+                    int64_t rows, int64_t dim, float eps, int dtype, int threads) {
+  if (rows < 0 || dim < 1 || rows_per_post < 1 || (pre && rows_per_pre < 1)) return TWINFLOW_BAD_SHAPE;
+  if ((rows && !(x && branch && post && x_out)) || !pre != !h_out) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    residual_norm(static_cast<const T*>(x), x_stride, static_cast<const T*>(branch), branch_stride, post,
+                  rows_per_post, pre, rows_per_pre, static_cast<T*>(x_out), static_cast<T*>(h_out), rows, dim, eps,
+                  threads);
+  });
+}
+
+int c_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads) {
+  if (rows < 0 || hidden < 1) return TWINFLOW_BAD_SHAPE;
+  if (rows && !(x && out)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    swiglu(static_cast<const T*>(x), static_cast<T*>(out), rows, hidden, threads);
+  });
+}
+
+int c_qk_norm_rope(void* qkv, const float* q_weight, const float* k_weight, const float* cos, const float* sin,
+                   int64_t batch, int64_t rope_batch, int64_t seq, int64_t heads, int64_t dim, float eps, int dtype,
+                   int threads) {
+  if (batch < 0 || seq < 0 || heads < 1 || dim < 2 || dim % 2) return TWINFLOW_BAD_SHAPE;
+  if (rope_batch != 1 && rope_batch != batch) return TWINFLOW_BAD_SHAPE;
+  if (batch * seq && !(qkv && q_weight && k_weight && cos && sin)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    qk_norm_rope(static_cast<decltype(t)*>(qkv), q_weight, k_weight, cos, sin, batch, rope_batch, seq, heads, dim, eps,
+                 threads);
+  });
+}
+
+int c_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch, int64_t channels,
+               int64_t height, int64_t width, int dtype, int threads) {
+  if (batch < 0 || channels < 1 || height < 0 || width < 0) return TWINFLOW_BAD_SHAPE;
+  if (batch * height * width && !(image && strides && out)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    to_uint8(static_cast<const decltype(t)*>(image), strides, out, batch, channels, height, width, threads);
+  });
+}
+
+}  // namespace
+
+const twinflow_kernels& TWINFLOW_ISA() {
+  static const twinflow_kernels table = {c_rms_norm, c_residual_norm, c_swiglu, c_qk_norm_rope, c_to_uint8};
+  return table;
+}

@@ -1,0 +1,16 @@
+// The table of kernels that kernels.cpp fills once per instruction set; dispatch.cpp picks one.
+#pragma once
+
+#include "twinflow_rt.h"
+
+struct twinflow_kernels {
+  decltype(&twinflow_cpu_rms_norm) rms_norm;
+  decltype(&twinflow_cpu_residual_norm) residual_norm;
+  decltype(&twinflow_cpu_swiglu) swiglu;
+  decltype(&twinflow_cpu_qk_norm_rope) qk_norm_rope;
+  decltype(&twinflow_cpu_to_uint8) to_uint8;
+};
+
+const twinflow_kernels& twinflow_kernels_baseline();
+const twinflow_kernels& twinflow_kernels_avx2();
+const twinflow_kernels& twinflow_kernels_avx512();

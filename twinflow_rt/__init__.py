@@ -1,0 +1,43 @@
+"""twinflow_rt: a runtime for TwinFlow one-step image generators.
+
+    import twinflow_rt
+    pipe = twinflow_rt.load("demo")
+    pipe("a red circle above a blue square", seed=0).images[0].save("out.png")
+
+Importing this package imports nothing heavy; names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load": "pipeline",
+    "Pipeline": "pipeline",
+    "Result": "pipeline",
+    "PromptEmbeds": "text",
+    "SamplerConfig": "schedule",
+    "PRESETS": "schedule",
+    "preset": "schedule",
+    "TwinFlowError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DeviceError": "errors",
+    "CancelledError": "errors",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'twinflow_rt' has no attribute {name!r}")
+    value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
