@@ -53,15 +53,19 @@ class ChatTokenizer:
 
     def __call__(self, prompts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
         """Ids of each prompt, at most `max_tokens` (the tail is cut)."""
-        texts = [
-            self.template.render(
-                messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, enable_thinking=True
-            )
-            for prompt in prompts
-        ]
+        texts = [self._chat(prompt) for prompt in prompts]
         self.core.no_padding()
         self.core.enable_truncation(max_tokens)
         return [encoding.ids for encoding in self.core.encode_batch(texts)]
+
+    def _chat(self, prompt: str) -> str:
+        from jinja2 import TemplateError
+
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=True)
+        except TemplateError as error:
+            raise CheckpointError(f"the model's chat template failed: {error}") from None
 
 
 def _chat_template(folder: Path) -> Any:
