@@ -10,12 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.qwen_image_factory import (
-    SHAPES, SMALL, TwinFlowReference, inputs, ours, relative, run, save,
-)  # fmt: skip
+    SHAPES,
+    SMALL,
+    TwinFlowReference,
+    inputs,
+    ours,
+    relative,
+    run,
+    save,
+)
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.qwen_image import (
-    FAMILY, FUSED, QwenImageConfig, QwenImageTransformer, pack, unpack,
-)  # fmt: skip
+    FAMILY,
+    FUSED,
+    QwenImageConfig,
+    QwenImageTransformer,
+    pack,
+    unpack,
+)
 from twinflow_rt.passes.fuse import merge, split
 from twinflow_rt.passes.load import Checkpoint, materialize
 
@@ -114,6 +126,15 @@ def test_bfloat16_is_at_least_as_exact_as_diffusers(reference):
         )
         assert run(rounded, args, 1.0, 1.0).dtype == torch.bfloat16
         assert error <= 1.1 * bound
+
+
+def test_forward_never_asks_for_a_value():
+    """On the meta device tensors have none, so any synchronisation would raise."""
+    with torch.device("meta"):
+        network = QwenImageTransformer(SMALL, folded_steps=2)
+        latents, embeds = torch.empty(3, 4, 6, 10), torch.empty(3, 9, 20)
+        out = network(latents, network.step_modulation(1), network.encode_context(embeds, (9, 4, 1)))
+    assert out.is_meta and out.shape == latents.shape
 
 
 def test_reads_a_checkpoint_folder(reference, tmp_path, network):

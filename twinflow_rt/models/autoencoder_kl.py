@@ -30,6 +30,9 @@ class AutoencoderConfig:
     @classmethod
     def from_dict(cls, raw: dict) -> AutoencoderConfig:
         """Builds from config.json's content, with diffusers' defaults; other block types are refused."""
+        name = raw.get("_class_name", "AutoencoderKL")
+        if name != "AutoencoderKL":
+            raise ConfigError(f"vae/config.json says _class_name {name!r}; this family's VAE is an AutoencoderKL")
         channels = tuple(raw.get("block_out_channels", (64,)))
         kinds = set(raw.get("up_block_types", ("UpDecoderBlock2D",)))
         if kinds != {"UpDecoderBlock2D"} or raw.get("act_fn", "silu") not in ("silu", "swish"):

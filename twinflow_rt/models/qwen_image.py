@@ -92,8 +92,7 @@ class QwenImageConfig:
         skipped = {*known, *VARIANTS, *UNREAD}
         if unknown := [k for k in raw if k not in skipped and not k.startswith("_")]:
             raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}")
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
-        return cls(**given)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known})
 
     def to_dict(self) -> dict:
         """config.json's content, loadable by diffusers' QwenImageTransformer2DModel."""
@@ -143,22 +142,22 @@ class QwenImageTransformer(nn.Module):
                 "use absorbed=False, or folded_steps=1"
             )
         self.config, self.folded_steps, self.absorbed, self.ops = config, folded_steps, absorbed, EAGER
-        dim, folded = config.dim, folded_steps is not None
-        heads, head_dim, steps = config.num_attention_heads, config.attention_head_dim, folded_steps
+        dim, folded, rows = config.dim, folded_steps is not None, 0 if absorbed else folded_steps
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
         self.img_in = nn.Linear(config.in_channels, dim)
         self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
         # the closing block's prompt output is read by nothing: only the checkpoint's layout has it
         self.transformer_blocks = nn.ModuleList(
-            Block(heads, head_dim, 0 if absorbed else steps, not folded or i + 1 < config.num_layers)
+            Block(heads, head_dim, rows, not folded or i + 1 < config.num_layers)
             for i in range(config.num_layers)
         )
         self.proj_out = nn.Linear(dim, config.in_channels)
-        if not folded:
+        if rows is None:
             self.norm_out = nn.ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
             self.time_text_embed, self.time_text_embed_2 = TimeEmbedding(dim), TimeEmbedding(dim)
-        elif not absorbed:
-            self.register_buffer("norm_out_table", torch.empty(steps, 2, dim))
+        elif rows:
+            self.register_buffer("norm_out_table", torch.empty(rows, 2, dim))
 
     # -- time -----------------------------------------------------------------------------------
 
@@ -255,8 +254,7 @@ class QwenImageTransformer(nn.Module):
         image = x, self.ops.layer_norm(x, of_x.scale_a, EPS, of_x.shift_a)
         prompt = c, self.ops.layer_norm(c, of_c.scale_a, EPS, of_c.shift_a)
         following = (*modulation.blocks[1:], (modulation.final, None))
-        steps = zip(self.transformer_blocks, modulation.blocks, following, strict=True)
-        for block, now, after in steps:
+        for block, now, after in zip(self.transformer_blocks, modulation.blocks, following, strict=True):
             image, prompt = block(image, prompt, now, after, rope, lengths, self.ops)
         return unpack(self.proj_out(image[1]), height, width)
 
@@ -266,16 +264,13 @@ class QwenImageTransformer(nn.Module):
         An image token sits at (0, row, column) counted from the centre, prompt token j at
         (p, p, p), p = max(height, width) // 2 + j. Angles are float32 as in the reference.
         """
-        rows = torch.arange(height, device=device) - (height - height // 2)
-        columns = torch.arange(width, device=device) - (width - width // 2)
+        rows = torch.arange(height, device=device).repeat_interleave(width) - (height - height // 2)
+        columns = torch.arange(width, device=device).repeat(height) - (width - width // 2)
         text = torch.arange(length, device=device) + max(height, width) // 2
-        image = torch.stack((torch.zeros_like(rows).repeat_interleave(width),
-                             rows.repeat_interleave(width), columns.repeat(height)))  # fmt: skip
-        positions = torch.cat((image, text.expand(3, -1)), 1)
         angles = []
-        for position, dim in zip(positions, self.config.axes_dims_rope, strict=True):
+        for image, dim in zip((torch.zeros_like(rows), rows, columns), self.config.axes_dims_rope, strict=True):
             exponents = torch.arange(0, dim, 2, device=device).float() / dim
-            angles.append(torch.outer(position.float(), 1.0 / ROPE_THETA**exponents))
+            angles.append(torch.outer(torch.cat((image, text)).float(), 1.0 / ROPE_THETA**exponents))
         joint = torch.cat(angles, 1)[None]
         return joint.cos(), joint.sin()
 

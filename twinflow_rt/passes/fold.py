@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .load import assign
 
 Schedule = Sequence[tuple[float, float]]
@@ -82,10 +83,15 @@ def absorb(
         W' = diag(gate) W diag(scale)        b' = gate * (b + W shift)
 
     tables: of one step each, [1, rows, dim]. read(name): a layer's tensor, on the device to compute
-    on. The caller rounds, once; one layer is resident at a time.
+    on. The caller rounds, once; one layer is resident at a time. Raises ConfigError when a table
+    has more than one step.
     """
     for name, what in layers.items():
         weight, bias = read(name + ".weight").float(), read(name + ".bias").float()
+        if len(tables[what.table]) != 1:
+            raise ConfigError(
+                f"{name} cannot absorb the constants of {len(tables[what.table])} steps: fold one (t, tt) pair"
+            )
         table = tables[what.table].to(weight.device, torch.float32)[0]
         if what.shift is not None:
             bias = torch.addmv(bias, weight, table[what.shift])

@@ -38,10 +38,10 @@ class Recipe:
     scenes: int = 40_000
     autoencoder_steps: int = 1_200
     batch: int = 64
-    flow_steps: int = 4_000
+    flow_steps: int = 2_200
     flow_lr: float = 1.5e-3
     drop_prompt: float = 0.1
-    distill_steps: int = 2_500
+    distill_steps: int = 1_300
     distill_lr: float = 5e-4
     distill_batch: int = 64
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -51,7 +51,7 @@ RECIPES = {
     "twinflow": Recipe("twinflow"),
     "rcgm": Recipe("rcgm", objective=ObjectiveConfig(parts=(1, 1, 1, 0), rectify=0.0)),
     # the same wall time spent on flow matching alone: one distillation step costs about two of these
-    "flow": Recipe("flow", flow_steps=9_000, distill_steps=0),
+    "flow": Recipe("flow", flow_steps=4_800, distill_steps=0),
 }
 
 
