@@ -1,0 +1,223 @@
+"""Reading checkpoints: every layout gives the same network; everything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.factory import WEIGHTS, make_model, shard
+from twinflow_rt.errors import CheckpointError, ConfigError, TwinFlowError
+from twinflow_rt.models import family_of
+from twinflow_rt.passes.load import Checkpoint, materialize, model_folder
+from twinflow_rt.pipeline import load
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("load") / "m")
+
+
+@pytest.fixture
+def model(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "m")
+
+
+def network(model, dtype=torch.float32):
+    checkpoint = Checkpoint(model / "transformer")
+    family = family_of(checkpoint.config)
+    with torch.device("meta"):
+        net = family.network(family.config.from_dict(checkpoint.config))
+    return net, materialize(net, checkpoint, family.layout, CPU, dtype)
+
+
+def edit_weights(model, change, part="transformer"):
+    path = model / part / WEIGHTS
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path, change):
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def test_shards_and_single_file_give_the_same_network(source, model):
+    shard(model / "transformer")
+    (whole, report), (sharded, again) = network(source), network(model)
+    assert (report.tensors, report.bytes_read) == (again.tensors, again.bytes_read)
+    for (name, a), b in zip(whole.state_dict().items(), sharded.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not any(p.requires_grad or p.is_meta for p in whole.parameters()) and not whole.training
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_stored_dtype_is_cast_once(source, tmp_path, stored, dtype):
+    net, _ = network(make_model(tmp_path / "half", dtype=stored), dtype)
+    exact, _ = network(source)
+    for name, a in exact.state_dict().items():
+        b = net.get_parameter(name)
+        assert b.dtype == (torch.float32 if "norm_q" in name or "norm_k" in name or "cap_embedder.0" in name else dtype)
+        assert torch.equal(a.to(stored).to(b.dtype), b), name
+
+
+def test_checkpoint_reads_lazily_and_maps_the_file(source):
+    checkpoint = Checkpoint(source / "transformer")
+    name = "layers.0.feed_forward.w2.weight"
+    assert checkpoint.shape(name) == (48, 128) and checkpoint.dtype(name) == torch.float32
+    assert checkpoint.nbytes(name) == 48 * 128 * 4 and name in checkpoint and "no" not in checkpoint
+    assert checkpoint.main_dtype() == torch.float32
+    assert torch.equal(checkpoint.get(name), load_file(source / "transformer" / WEIGHTS)[name])
+    assert checkpoint.get(name, "cpu", torch.bfloat16).dtype == torch.bfloat16
+    assert sorted(checkpoint.keys()) == sorted(checkpoint)
+
+
+def test_progress_counts_every_byte_read(source):
+    seen: dict[str, int] = {}
+
+    def progress(part, size):
+        seen[part] = seen.get(part, 0) + size
+
+    load(source, device="cpu", progress=progress)
+    assert set(seen) == {"text encoder", "transformer", "vae"} and min(seen.values()) > 0
+
+
+def test_what_inference_does_not_use_is_not_read(source):
+    pipe = load(source, device="cpu")
+    names = [n for m in (pipe.text.network, pipe.vae.network) for n, _ in m.named_parameters()]
+    assert not any("encoder.down_blocks" in n or n.startswith(("layers.3", "norm.", "lm_head")) for n in names)
+
+
+def remove_second_embedder(model):
+    edit_weights(model, lambda t: [t.pop(k) for k in list(t) if k.startswith("t_embedder_2")])
+
+
+def truncate(model):
+    path = model / "transformer" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def garbage(model):
+    (model / "transformer" / WEIGHTS).write_bytes(b"\xff" * 64)
+
+
+def only_pickle(model):
+    (model / "transformer" / WEIGHTS).rename(model / "transformer" / "diffusion_pytorch_model.bin")
+
+
+def index_escapes(model):
+    shard(model / "transformer")
+    edit_json(model / "transformer" / (WEIGHTS + ".index.json"), escape)
+
+
+def escape(index):
+    index["weight_map"] |= dict.fromkeys(index["weight_map"], "../vae/" + WEIGHTS)
+
+
+def lose_shard(model):
+    shard(model / "transformer")
+    next((model / "transformer").glob("*00002-of*")).unlink()
+
+
+def wrong_shard(model):
+    shard(model / "transformer")
+    edit_json(model / "transformer" / (WEIGHTS + ".index.json"), move)
+
+
+def move(index):
+    files = sorted(set(index["weight_map"].values()))
+    name = next(k for k, v in index["weight_map"].items() if v == files[0])
+    index["weight_map"][name] = files[1]
+
+
+def no_map(model):
+    shard(model / "transformer")
+    (model / "transformer" / (WEIGHTS + ".index.json")).write_text('{"weight_map": ["a"]}')
+
+
+def two_variants(model):
+    path = model / "transformer" / WEIGHTS
+    shutil.copy(path, path.with_name("a.fp16.safetensors"))
+    path.rename(path.with_name("b.safetensors"))
+
+
+def float64(model):
+    edit_weights(model, lambda t: t.update(x_pad_token=t["x_pad_token"].double()))
+
+
+def wrong_part_shape(model):
+    key = "layers.1.attention.to_k.weight"
+    edit_weights(model, lambda t: t.update({key: t[key][:-1].clone()}))
+
+
+DAMAGES = [
+    (remove_second_embedder, "second time embedder"),
+    (truncate, "truncated"),
+    (garbage, "truncated or no safetensors"),
+    (only_pickle, "only pickles .*can run code"),
+    (index_escapes, "not a .safetensors file of its own folder"),
+    (lose_shard, "00002-of-00003.safetensors is missing"),
+    (wrong_shard, "which lacks it"),
+    (no_map, "no weight_map"),
+    (two_variants, r"several weight files \(a.fp16.safetensors, b.safetensors\)"),
+    (float64, "stored as F64"),
+    (wrong_part_shape, r"to_q.* \+ .*to_k.* has shape .*asks for \(144, 48\)"),
+    (lambda m: edit_weights(m, lambda t: t.pop("x_pad_token")), "missing x_pad_token"),
+    (lambda m: edit_weights(m, lambda t: t.update(more=torch.ones(2))), "unknown more"),
+    (lambda m: edit_weights(m, lambda t: t.update(x_pad_token=torch.ones(1, 4))), r"\(1, 4\).*asks for \(1, 48\)"),
+    (lambda m: (m / "transformer" / WEIGHTS).unlink(), "no .safetensors file"),
+    (lambda m: shutil.rmtree(m / "vae"), "no vae/ folder"),
+    (lambda m: (m / "model_index.json").unlink(), "model_index.json is missing"),
+    (lambda m: (m / "model_index.json").write_text("[1]"), "must hold a JSON object"),
+    (lambda m: (m / "transformer" / "config.json").write_text("{"), "not readable JSON"),
+    (lambda m: (m / "vae" / "config.json").write_bytes(b"\xff\xfe"), "not readable JSON"),
+    (lambda m: edit_json(m / "transformer" / "config.json", lambda c: c.update(_class_name="FluxX")), "FluxX"),
+    (lambda m: edit_json(m / "transformer" / "config.json", lambda c: c.update(axes_dims=[8, 8])), "add up"),
+    (lambda m: edit_json(m / "vae" / "config.json", lambda c: c.update(_class_name="AutoencoderDC")), "AutoencoderDC"),
+    (lambda m: edit_json(m / "vae" / "config.json", lambda c: c.update(latents_mean=[0.0])), "another family"),
+    (lambda m: edit_json(m / "text_encoder" / "config.json", lambda c: c.update(model_type="t5")), "'t5'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES)
+def test_what_is_wrong_is_named(model, damage, message):
+    damage(model)
+    with pytest.raises((CheckpointError, ConfigError), match=message) as caught:
+        load(model, device="cpu")
+    assert caught.value.__cause__ is None and "\n" not in str(caught.value)
+
+
+def test_parts_of_two_models_are_refused(model):
+    def widen(tensors):
+        for k in ("cap_embedder.0.weight", "cap_embedder.1.weight"):
+            tensors[k] = torch.cat((tensors[k], tensors[k]), -1)
+
+    edit_weights(model, widen)
+    edit_json(model / "transformer" / "config.json", lambda c: c.update(cap_feat_dim=64))
+    with pytest.raises(CheckpointError, match="hidden_size 32 does not fit .* cap_feat_dim 64"):
+        load(model, device="cpu")
+
+
+def test_paths_that_are_no_model(tmp_path, source):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="single file"):
+        model_folder(source / "transformer" / WEIGHTS)
+    with pytest.raises(TwinFlowError):
+        load("")
+
+
+def test_linked_files_load(source, model):
+    """Download caches keep weights elsewhere and link to them."""
+    path = model / "transformer" / WEIGHTS
+    path.unlink()
+    path.symlink_to(source / "transformer" / WEIGHTS)
+    assert network(model)[1].tensors == network(source)[1].tensors
