@@ -74,7 +74,7 @@ def train_autoencoder(
     torch.manual_seed(seed)
     config = TrainerConfig(steps=steps, lr=2e-3, ema=0.995, seed=seed)
     trainer = Trainer(
-        "autoencoder", Autoencoder(), lambda model, _: model.loss(_draw(batch)), config, out, log
+        "autoencoder", Autoencoder(), lambda model, *_: model.loss(_draw(batch)), config, out, log
     )
     vae = trainer.run().vae.eval()
     torch.manual_seed(seed + 1)

@@ -38,10 +38,12 @@ class Recipe:
     scenes: int = 40_000
     autoencoder_steps: int = 1_200
     batch: int = 64
-    flow_steps: int = 2_200
+    flow_steps: int = 3_000
+    flow_shift: float = 3.0  # t -> s t / (1 + (s-1) t): more of the budget where the prompt decides, at high noise
+    flow_shift_from: int = 1_200
     flow_lr: float = 1.5e-3
     drop_prompt: float = 0.1
-    distill_steps: int = 1_300
+    distill_steps: int = 1_100
     distill_lr: float = 5e-4
     distill_batch: int = 64
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -51,7 +53,7 @@ RECIPES = {
     "twinflow": Recipe("twinflow"),
     "rcgm": Recipe("rcgm", objective=ObjectiveConfig(parts=(1, 1, 1, 0), rectify=0.0)),
     # the same wall time spent on flow matching alone: one distillation step costs about two of these
-    "flow": Recipe("flow", flow_steps=4_800, distill_steps=0),
+    "flow": Recipe("flow", flow_steps=5_200, distill_steps=0),
 }
 
 
@@ -135,13 +137,14 @@ def _run(trainer: Trainer, compile: bool) -> DemoModel:
 def flow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
     """Flow matching at tt = t, with prompts dropped at random (for guidance)."""
 
-    def loss(current: DemoModel, _: DemoModel) -> tuple[Tensor, dict]:
+    def loss(current: DemoModel, _: DemoModel, step: int) -> tuple[Tensor, dict]:
         x, ids, lengths = data.draw(recipe.batch)
         dropped = torch.rand(len(x)) < recipe.drop_prompt
         ids = torch.where(dropped[:, None], data.empty[0][:, : ids.shape[1]], ids)
         lengths = torch.where(dropped, data.empty[1], lengths)
         cond = current.embed(ids, lengths)
-        return flow_matching_loss(current, x, torch.rand(len(x)), cond), {}
+        t, shift = torch.rand(len(x)), recipe.flow_shift if step >= recipe.flow_shift_from else 1.0
+        return flow_matching_loss(current, x, shift * t / (1 + (shift - 1) * t), cond), {}
 
     config = TrainerConfig(steps=recipe.flow_steps, lr=recipe.flow_lr, ema=0.999, seed=recipe.seed)
     return Trainer("flow", model, loss, config, out, log)
@@ -160,7 +163,7 @@ def twinflow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Pa
         n = len(cond[1])
         return empty[0].expand(n, -1, -1), empty[1].expand(n)
 
-    def loss(current: DemoModel, target: DemoModel) -> tuple[Tensor, dict]:
+    def loss(current: DemoModel, target: DemoModel, _: int) -> tuple[Tensor, dict]:
         x, ids, lengths = data.draw(recipe.distill_batch)
         with torch.no_grad():
             cond = current.embed(ids, lengths)

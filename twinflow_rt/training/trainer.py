@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-Loss = Callable[[nn.Module, nn.Module], tuple[Tensor, dict[str, Tensor]]]
+Loss = Callable[[nn.Module, nn.Module, int], tuple[Tensor, dict[str, Tensor]]]  # model, EMA, step
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainerConfig:
 
 
 class Trainer:
-    """Minimises `loss(model, ema)`; state lives in `folder`/state.pt, curves in `folder`/curve.csv.
+    """Minimises `loss(model, ema, step)`; state lives in `folder`/state.pt, curves in `folder`/curve.csv.
 
     A run killed at any moment resumes from its last checkpoint bit for bit: weights, optimiser, EMA
     and the random state are saved together, by one rename.
@@ -64,7 +64,7 @@ class Trainer:
 
     def _one_step(self) -> dict[str, Tensor]:
         rate = self._rate()
-        loss, parts = self.loss(self.model, self.ema)
+        loss, parts = self.loss(self.model, self.ema, self.step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.param_groups[0]["lr"] = rate
