@@ -196,7 +196,7 @@ def loading(model: str):
         yield lambda part, size: bar.update(task, advance=size, description=f"{model}: {part}")
 
 
-# -- inspect, train -------------------------------------------------------------------------------
+# -- inspect, train, eval -------------------------------------------------------------------------------
 
 
 def add_inspect(parser: Parser) -> None:
@@ -226,9 +226,26 @@ def run_train(args: argparse.Namespace) -> int:
     return demo.run(args)
 
 
+def add_eval(parser: Parser) -> None:
+    from .evaluate import command
+
+    add_model(parser)
+    command.add_arguments(parser)
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    from .evaluate import command
+    from .pipeline import load
+
+    with loading(args.model) as progress:
+        pipe = load(args.model, device=args.device, dtype=args.dtype, progress=progress)
+    return command.run(args, pipe)
+
+
 COMMANDS = {
     "generate": Command("Generate images from prompts.", add_generate, run_generate),
     "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
+    "eval": Command("Score a model of coloured shapes with a program.", add_eval, run_eval),
     "train": Command("Train a model.", add_train, run_train),
 }
 

@@ -1,0 +1,73 @@
+"""`twinflow-rt eval`: how often a program finds in a model's images what their prompts asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..training.scenes import KINDS, prompts
+from .check import examine
+from .sheet import contact_sheet
+
+BATCH = 32
+SPLITS = ("train", "heldout")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command, beside those that every command loading a model shares."""
+    parser.add_argument("--nfe", type=int, nargs="+", default=[1], metavar="N", help="evaluations per image to compare")
+    parser.add_argument("--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations")
+    parser.add_argument("--per-kind", type=int, default=50, metavar="N", help="captions per kind (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the captions; image k starts from noise seed k")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="write prompts, images and verdicts as one picture")
+    parser.add_argument("--json", action="store_true", help="print scores as JSON")
+
+
+class Generator:
+    """captions -> uint8 images of one sampler setting; image k of a list has noise seed k."""
+
+    def __init__(self, pipe: Any, sampler: Any) -> None:
+        self.pipe, self.sampler = pipe, sampler
+
+    def __call__(self, captions: list[str]) -> np.ndarray:
+        batches = []
+        for start in range(0, len(captions), BATCH):
+            part = captions[start : start + BATCH]
+            seeds = list(range(start, start + len(part)))
+            batches.append(self.pipe(part, seed=seeds, sampler=self.sampler, output="np").images)
+        return np.concatenate(batches)
+
+
+def run(args: argparse.Namespace, pipe: Any) -> int:
+    """Scores `pipe` at every asked-for number of evaluations and prints one line each."""
+    from ..schedule import preset
+
+    rows = []
+    for nfe in args.nfe:
+        generate = Generator(pipe, preset(nfe, args.mode))
+        for split in SPLITS:
+            scores = examine(generate, args.per_kind, split, args.seed)
+            rows.append({"nfe": nfe, "captions": split, "images": scores.images, "mean": scores.mean, **scores.per_kind})
+            if not args.json:
+                print(_line(rows[-1], header=len(rows) == 1), flush=True)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    if args.sheet is not None:
+        sheet(Generator(pipe, preset(args.nfe[0], args.mode)), args.sheet)
+    return 0
+
+
+def sheet(generate: Generator, path: Path, columns: int = 6) -> None:
+    """One row of prompts, images and verdicts per kind."""
+    scenes = [s for kind in KINDS for s in prompts(kind, columns, "train", seed=1)]
+    contact_sheet(list(generate([s.caption for s in scenes])), scenes, columns=columns).save(path)
+
+
+def _line(row: dict[str, Any], header: bool) -> str:
+    names = ("mean", *KINDS)
+    line = f"{row['nfe']:>4} {row['captions']:<8}" + "".join(f"{row[n]:>12.3f}" for n in names)
+    return f"{'nfe':>4} {'captions':<8}" + "".join(f"{n:>12}" for n in names) + "\n" + line if header else line
