@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ from torch import Tensor
 
 from .compile import Program, compile_network, load_program
 from .config import (
-    OUTPUTS, SizeRule, check_choice, check_count, resolve_device, resolve_dtype, resolve_prompts, resolve_sampler,
+    OUTPUTS,
+    SizeRule,
+    check_choice,
+    check_count,
+    resolve_device,
+    resolve_dtype,
+    resolve_prompts,
+    resolve_sampler,
 )  # fmt: skip
 from .errors import CheckpointError, DeviceError
 from .models import family_of
@@ -21,7 +28,8 @@ from .models.z_image import SEQ_MULTIPLE, Context
 from .noise import initial_noise, resolve_seeds, step_noise
 from .passes import artifact
 from .passes.load import Checkpoint, model_folder, read_json
-from .plan import Plan
+from .plan import Plan, Stage
+from .predict import predict_stages
 from .report import Stages
 from .sample import SamplerConfig, preset, sample, schedule
 from .text import MAX_TOKENS, PromptEmbeds, TextEncoder
@@ -53,11 +61,15 @@ class Pipeline:
         self.sampler, self.device, self.dtype = sampler, device, dtype
         self.sizes = size_rule(program.network.config.axes_lens, vae)
         self._lock = threading.Lock()
+        self._stages: tuple[Stage, ...] | None = None
 
     @property
-    def plan(self) -> Any:
-        """What compiling the network decided."""
-        return self.program.plan
+    def plan(self) -> Plan:
+        """What compiling decided, and the least each stage must cost for an image of the default size."""
+        if self._stages is None:
+            size = self.sizes.resolve(None, None)
+            self._stages = predict_stages(self.text, self.program.network, self.vae, *size)
+        return replace(self.program.plan, stages=self._stages)
 
     def __call__(
         self, prompt: str | Sequence[str] | PromptEmbeds, *, height: int | None = None, width: int | None = None,
@@ -96,6 +108,8 @@ class Pipeline:
     def save(self, path: str | Path) -> Path:
         """Writes the compiled program and the other parts as an artifact (passes/artifact.py), which
         `load` takes like a model folder, skipping the passes. It holds this pipeline's schedule only."""
+        with self._lock, torch.inference_mode():
+            self.program.refold(schedule(self.sampler, self.dtype))  # a call may have left another
         parts = {
             "transformer": (self.program.network.config.to_dict(), self.program.network.state_dict()),
             "text_encoder": (read_json(self.folder / "text_encoder" / "config.json"), self.text.weights()),
