@@ -1,7 +1,8 @@
-"""Builds the native extension with CMake and Ninja, and installs `kernels/` as `twinflow_rt.kernels`."""
+"""Builds the native libraries with CMake and Ninja, and installs `kernels/` as `twinflow_rt.kernels`."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """One CMake project makes the one extension; setuptools only says where it goes."""
+    """One CMake project makes everything native; setuptools only says where it goes.
+
+    Environment: TWINFLOW_CUDA = AUTO (default), ON or OFF; CMake's own variables work too.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -21,13 +25,26 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            "cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DTWINFLOW_CUDA={os.environ.get('TWINFLOW_CUDA', 'AUTO')}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
-        subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
+        self._run(configure, "configuring the native code")
+        self._run(["cmake", "--build", str(build)], "compiling the native code")
+        self._run(["cmake", "--install", str(build), "--prefix", str(target)], "installing the native code")
+
+    @staticmethod
+    def _run(command: list[str], doing: str) -> None:
+        try:
+            subprocess.run(command, check=True)
+        except FileNotFoundError:
+            raise SystemExit(f"twinflow_rt: {doing} needs {command[0]} on PATH: pip install cmake ninja") from None
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(
+                f"twinflow_rt: {doing} failed with status {error.returncode}; the compiler's words are above. "
+                "If they are about CUDA, TWINFLOW_CUDA=OFF builds without the GPU kernels."
+            ) from None
 
 
 packages = find_packages(include=["twinflow_rt*"])

@@ -33,18 +33,19 @@ PYBIND11_MODULE(_native, m) {
   m.attr("F32") = static_cast<int>(TWINFLOW_F32);
   m.attr("BF16") = static_cast<int>(TWINFLOW_BF16);
 
-  m.def("rms_norm", [](uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t rows_per_weight, uintptr_t out,
-                       int64_t rows, int64_t dim, float eps, int dtype, int threads) {
-    check(twinflow_cpu_rms_norm(ptr<void>(x), x_stride, ptr<float>(weight), rows_per_weight, ptr<void>(out), rows, dim,
-                                eps, dtype, threads));
+  m.def("rms_norm", [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t weight, int64_t weight_batch,
+                       uintptr_t out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
+    check(twinflow_cpu_rms_norm(ptr<void>(x), x_batch, x_row, ptr<float>(weight), weight_batch, ptr<void>(out), batch,
+                                seq, dim, eps, dtype, threads));
   }, Release());
 
-  m.def("residual_norm", [](uintptr_t x, int64_t x_stride, uintptr_t branch, int64_t branch_stride, uintptr_t post,
-                            int64_t rows_per_post, uintptr_t pre, int64_t rows_per_pre, uintptr_t x_out,
-                            uintptr_t h_out, int64_t rows, int64_t dim, float eps, int dtype, int threads) {
-    check(twinflow_cpu_residual_norm(ptr<void>(x), x_stride, ptr<void>(branch), branch_stride, ptr<float>(post),
-                                     rows_per_post, ptr<float>(pre), rows_per_pre, ptr<void>(x_out), ptr<void>(h_out),
-                                     rows, dim, eps, dtype, threads));
+  m.def("residual_norm", [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t branch, int64_t branch_batch,
+                            int64_t branch_row, uintptr_t post, int64_t post_batch, uintptr_t pre, int64_t pre_batch,
+                            uintptr_t x_out, uintptr_t h_out, int64_t batch, int64_t seq, int64_t dim, float eps,
+                            int dtype, int threads) {
+    check(twinflow_cpu_residual_norm(ptr<void>(x), x_batch, x_row, ptr<void>(branch), branch_batch, branch_row,
+                                     ptr<float>(post), post_batch, ptr<float>(pre), pre_batch, ptr<void>(x_out),
+                                     ptr<void>(h_out), batch, seq, dim, eps, dtype, threads));
   }, Release());
 
   m.def("swiglu", [](uintptr_t x, uintptr_t out, int64_t rows, int64_t hidden, int dtype, int threads) {
@@ -56,6 +57,10 @@ PYBIND11_MODULE(_native, m) {
                            int dtype, int threads) {
     check(twinflow_cpu_qk_norm_rope(ptr<void>(qkv), ptr<float>(q_weight), ptr<float>(k_weight), ptr<float>(cos),
                                     ptr<float>(sin), batch, rope_batch, seq, heads, dim, eps, dtype, threads));
+  }, Release());
+
+  m.def("x0_project", [](uintptr_t x, uintptr_t velocity, uintptr_t out, int64_t n, float t, int dtype, int threads) {
+    check(twinflow_cpu_x0_project(ptr<void>(x), ptr<void>(velocity), ptr<void>(out), n, t, dtype, threads));
   }, Release());
 
   m.def("to_uint8", [](uintptr_t image, std::array<int64_t, 4> strides, uintptr_t out, int64_t batch, int64_t channels,

@@ -37,21 +37,22 @@ const char* twinflow_error_message(int status) {
     case TWINFLOW_NULL_POINTER: return "a required pointer is NULL";
     case TWINFLOW_BAD_SHAPE: return "a size or stride is out of range for this kernel";
     case TWINFLOW_BAD_DTYPE: return "the dtype is none of twinflow_dtype";
-    default: return "unknown status";
+    case TWINFLOW_TOO_WIDE: return "rows are too wide for this kernel; see twinflow_rt.h";
+    default: return status >= TWINFLOW_CUDA_ERROR ? "CUDA refused the launch" : "unknown status";
   }
 }
 
-int twinflow_cpu_rms_norm(const void* x, int64_t x_stride, const float* weight, int64_t rows_per_weight, void* out,
-                          int64_t rows, int64_t dim, float eps, int dtype, int threads) {
-  return chosen().kernels.rms_norm(x, x_stride, weight, rows_per_weight, out, rows, dim, eps, dtype, threads);
+int twinflow_cpu_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
+                          void* out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
+  return chosen().kernels.rms_norm(x, x_batch, x_row, weight, weight_batch, out, batch, seq, dim, eps, dtype, threads);
 }
 
-int twinflow_cpu_residual_norm(const void* x, int64_t x_stride, const void* branch, int64_t branch_stride,
-                               const float* post, int64_t rows_per_post, const float* pre, int64_t rows_per_pre,
-                               void* x_out, void* h_out, int64_t rows, int64_t dim, float eps, int dtype,
-                               int threads) {
-  return chosen().kernels.residual_norm(x, x_stride, branch, branch_stride, post, rows_per_post, pre, rows_per_pre,
-                                        x_out, h_out, rows, dim, eps, dtype, threads);
+int twinflow_cpu_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch,
+                               int64_t branch_row, const float* post, int64_t post_batch, const float* pre,
+                               int64_t pre_batch, void* x_out, void* h_out, int64_t batch, int64_t seq, int64_t dim,
+                               float eps, int dtype, int threads) {
+  return chosen().kernels.residual_norm(x, x_batch, x_row, branch, branch_batch, branch_row, post, post_batch, pre,
+                                        pre_batch, x_out, h_out, batch, seq, dim, eps, dtype, threads);
 }
 
 int twinflow_cpu_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads) {
@@ -63,6 +64,11 @@ int twinflow_cpu_qk_norm_rope(void* qkv, const float* q_weight, const float* k_w
                               int64_t dim, float eps, int dtype, int threads) {
   return chosen().kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, batch, rope_batch, seq, heads, dim, eps,
                                        dtype, threads);
+}
+
+int twinflow_cpu_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t, int dtype,
+                            int threads) {
+  return chosen().kernels.x0_project(x, velocity, out, n, t, dtype, threads);
 }
 
 int twinflow_cpu_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch, int64_t channels,

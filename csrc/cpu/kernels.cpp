@@ -29,9 +29,10 @@ inline void store(bf16* p, float v) {
   p->bits = static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? (wide >> 16) | 0x40 : rounded);
 }
 
-// exp by 2^n * polynomial, relative error below 2e-7; branch-free, so that it vectorises. NaN stays NaN.
+// exp by 2^n * polynomial, relative error below 2e-7; branch-free, so that it vectorises. Infinite
+// from 88.4 on, NaN stays NaN.
 inline float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x;
   const float n = std::nearbyint(x * 1.44269504f);
   const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
   float p = 1.3888889e-3f;
@@ -65,28 +66,30 @@ inline void scale_row(const T* x, const float* weight, T* out, int64_t dim, floa
 }
 
 template <class T>
-void rms_norm(const T* x, int64_t x_stride, const float* weight, int64_t rows_per_weight, T* out, int64_t rows,
-              int64_t dim, float eps, int threads) {
+void rms_norm(const T* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch, T* out,
+              int64_t batch, int64_t seq, int64_t dim, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = x + r * x_stride;
-    scale_row(row, weight + r / rows_per_weight * dim, out + r * dim, dim, inverse_rms(row, dim, eps));
+  for (int64_t r = 0; r < batch * seq; ++r) {
+    const int64_t b = r / seq;
+    const T* row = x + b * x_batch + r % seq * x_row;
+    scale_row(row, weight + b * weight_batch, out + r * dim, dim, inverse_rms(row, dim, eps));
   }
 }
 
 template <class T>
-void residual_norm(const T* x, int64_t x_stride, const T* branch, int64_t branch_stride, const float* post,
-                   int64_t rows_per_post, const float* pre, int64_t rows_per_pre, T* x_out, T* h_out, int64_t rows,
-                   int64_t dim, float eps, int threads) {
+void residual_norm(const T* x, int64_t x_batch, int64_t x_row, const T* branch, int64_t branch_batch,
+                   int64_t branch_row, const float* post, int64_t post_batch, const float* pre, int64_t pre_batch,
+                   T* x_out, T* h_out, int64_t batch, int64_t seq, int64_t dim, float eps, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; ++r) {
-    const T *a = x + r * x_stride, *b = branch + r * branch_stride;
-    const float* w = post + r / rows_per_post * dim;
-    const float factor = inverse_rms(b, dim, eps);
+  for (int64_t r = 0; r < batch * seq; ++r) {
+    const int64_t b = r / seq, s = r % seq;
+    const T *old = x + b * x_batch + s * x_row, *add = branch + b * branch_batch + s * branch_row;
+    const float* w = post + b * post_batch;
+    const float factor = inverse_rms(add, dim, eps);
     T* sum = x_out + r * dim;
 #pragma omp simd
-    for (int64_t i = 0; i < dim; ++i) store(sum + i, load(a[i]) + load(b[i]) * factor * w[i]);
-    if (h_out) scale_row(sum, pre + r / rows_per_pre * dim, h_out + r * dim, dim, inverse_rms(sum, dim, eps));
+    for (int64_t i = 0; i < dim; ++i) store(sum + i, load(old[i]) + load(add[i]) * factor * w[i]);
+    if (h_out) scale_row(sum, pre + b * pre_batch, h_out + r * dim, dim, inverse_rms(sum, dim, eps));
   }
 }
 
@@ -130,19 +133,26 @@ void qk_norm_rope(T* qkv, const float* q_weight, const float* k_weight, const fl
 }
 
 template <class T>
+void x0_project(const T* x, const T* velocity, T* out, int64_t n, float t, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n; ++i) store(out + i, load(x[i]) - t * load(velocity[i]));
+}
+
+template <class T>
 void to_uint8(const T* image, const int64_t* s, uint8_t* out, int64_t batch, int64_t channels, int64_t height,
               int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < batch * height; ++row) {
-    const T* source = image + row / height * s[0] + row % height * s[2];
-    uint8_t* target = out + row * width * channels;
-    for (int64_t x = 0; x < width; ++x)
-      for (int64_t c = 0; c < channels; ++c) {
-        float v = load(source[c * s[1] + x * s[3]]) * 0.5f + 0.5f;
+  for (int64_t row = 0; row < batch * height; ++row)
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* source = image + row / height * s[0] + c * s[1] + row % height * s[2];
+      uint8_t* target = out + row * width * channels + c;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        float v = load(source[i * s[3]]) * 0.5f + 0.5f;
         v = v > 0.0f ? (v < 1.0f ? v : 1.0f) : 0.0f;
-        target[x * channels + c] = static_cast<uint8_t>(std::nearbyint(v * 255.0f));
+        target[i * channels] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(v * 255.0f)));
       }
-  }
+    }
 }
 
 // -- the C signatures, over both storage types --
@@ -154,27 +164,28 @@ int typed(int dtype, F&& run) {
   return TWINFLOW_BAD_DTYPE;
 }
 
-int c_rms_norm(const void* x, int64_t x_stride, const float* weight, int64_t rows_per_weight, void* out, int64_t rows,
-               int64_t dim, float eps, int dtype, int threads) {
-  if (rows < 0 || dim < 1 || rows_per_weight < 1) return TWINFLOW_BAD_SHAPE;
-  if (rows && !(x && weight && out)) return TWINFLOW_NULL_POINTER;
+int c_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch, void* out,
+               int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
+  if (batch < 0 || seq < 0 || dim < 1) return TWINFLOW_BAD_SHAPE;
+  if (batch * seq && !(x && weight && out)) return TWINFLOW_NULL_POINTER;
   return typed(dtype, [&](auto t) {
     using T = decltype(t);
-    rms_norm(static_cast<const T*>(x), x_stride, weight, rows_per_weight, static_cast<T*>(out), rows, dim, eps,
-             threads);
+    rms_norm(static_cast<const T*>(x), x_batch, x_row, weight, weight_batch, static_cast<T*>(out), batch, seq, dim,
+             eps, threads);
   });
 }
 
-int c_residual_norm(const void* x, int64_t x_stride, const void* branch, int64_t branch_stride, const float* post,
-                    int64_t rows_per_post, const float* pre, int64_t rows_per_pre, void* x_out, void* h_out,
-                    int64_t rows, int64_t dim, float eps, int dtype, int threads) {
-  if (rows < 0 || dim < 1 || rows_per_post < 1 || (pre && rows_per_pre < 1)) return TWINFLOW_BAD_SHAPE;
-  if ((rows && !(x && branch && post && x_out)) || !pre != !h_out) return TWINFLOW_NULL_POINTER;
+int c_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch,
+                    int64_t branch_row, const float* post, int64_t post_batch, const float* pre, int64_t pre_batch,
+                    void* x_out, void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
+                    int threads) {
+  if (batch < 0 || seq < 0 || dim < 1) return TWINFLOW_BAD_SHAPE;
+  if (batch * seq && (!(x && branch && post && x_out) || !pre != !h_out)) return TWINFLOW_NULL_POINTER;
   return typed(dtype, [&](auto t) {
     using T = decltype(t);
-    residual_norm(static_cast<const T*>(x), x_stride, static_cast<const T*>(branch), branch_stride, post,
-                  rows_per_post, pre, rows_per_pre, static_cast<T*>(x_out), static_cast<T*>(h_out), rows, dim, eps,
-                  threads);
+    residual_norm(static_cast<const T*>(x), x_batch, x_row, static_cast<const T*>(branch), branch_batch, branch_row,
+                  post, post_batch, pre, pre_batch, static_cast<T*>(x_out), static_cast<T*>(h_out), batch, seq, dim,
+                  eps, threads);
   });
 }
 
@@ -199,6 +210,15 @@ int c_qk_norm_rope(void* qkv, const float* q_weight, const float* k_weight, cons
   });
 }
 
+int c_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t, int dtype, int threads) {
+  if (n < 0) return TWINFLOW_BAD_SHAPE;
+  if (n && !(x && velocity && out)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto kind) {
+    using T = decltype(kind);
+    x0_project(static_cast<const T*>(x), static_cast<const T*>(velocity), static_cast<T*>(out), n, t, threads);
+  });
+}
+
 int c_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch, int64_t channels,
                int64_t height, int64_t width, int dtype, int threads) {
   if (batch < 0 || channels < 1 || height < 0 || width < 0) return TWINFLOW_BAD_SHAPE;
@@ -211,6 +231,7 @@ int c_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_
 }  // namespace
 
 const twinflow_kernels& TWINFLOW_ISA() {
-  static const twinflow_kernels table = {c_rms_norm, c_residual_norm, c_swiglu, c_qk_norm_rope, c_to_uint8};
+  static const twinflow_kernels table = {c_rms_norm, c_residual_norm, c_swiglu,
+                                         c_qk_norm_rope, c_x0_project, c_to_uint8};
   return table;
 }

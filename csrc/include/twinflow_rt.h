@@ -1,19 +1,30 @@
 /* twinflow_rt: the C interface of the native kernels. Plain C99: pointers, shapes, strides; no torch.
  *
- * Every function returns 0 or an error code (twinflow_error_message explains it), never throws, never
- * allocates, and may be called from several threads on different data. Strides count elements.
- * Arithmetic is float32 whatever the storage; results are rounded once, to nearest even.
+ * Every function returns TWINFLOW_OK or an error code (twinflow_error_message explains it), never
+ * throws, never allocates, and may be called from several threads on different data. All strides count
+ * elements; the last axis has stride 1. Storage is float32 or bfloat16, arithmetic is float32, and
+ * results are rounded once, to nearest even. Sizes of 0 are allowed and do nothing.
+ *
+ * The cpu functions split rows over `threads` OpenMP threads. The cuda functions live in a library of
+ * their own (libtwinflow_cuda), take device pointers, and are enqueued on `stream` (a cudaStream_t)
+ * without waiting for it.
  */
 #ifndef TWINFLOW_RT_H
 #define TWINFLOW_RT_H
 
 #include <stdint.h>
 
+#if defined(__GNUC__)
+#define TWINFLOW_API __attribute__((visibility("default")))
+#else
+#define TWINFLOW_API
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define TWINFLOW_ABI_VERSION 1
+#define TWINFLOW_ABI_VERSION 2
 
 typedef enum { TWINFLOW_F32 = 0, TWINFLOW_BF16 = 1 } twinflow_dtype;
 
@@ -21,42 +32,71 @@ typedef enum {
   TWINFLOW_OK = 0,
   TWINFLOW_NULL_POINTER = 1,
   TWINFLOW_BAD_SHAPE = 2,
-  TWINFLOW_BAD_DTYPE = 3
+  TWINFLOW_BAD_DTYPE = 3,
+  TWINFLOW_TOO_WIDE = 4,     /* cuda: a row does not fit in one block's registers */
+  TWINFLOW_CUDA_ERROR = 1000 /* cuda: 1000 + cudaError_t of the launch */
 } twinflow_status;
 
-int twinflow_abi_version(void);
-const char* twinflow_error_message(int status);
+TWINFLOW_API int twinflow_abi_version(void);
+TWINFLOW_API const char* twinflow_error_message(int status);
 
 /* The instruction set the CPU kernels run on: "avx512", "avx2" or "baseline". */
-const char* twinflow_cpu_isa(void);
+TWINFLOW_API const char* twinflow_cpu_isa(void);
 
-/* Norm weights: row r uses weight + (r / rows_per_weight) * dim, so one vector can serve all rows
- * (rows_per_weight = rows) or each sample its own. */
+/* Rows are addressed as p + b * p_batch + s * p_row for b < batch, s < seq. A weight of sample b is
+ * weight + b * weight_batch: weight_batch is 0 when all samples share one. */
 
-/* out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * weight.   x: [rows, dim], row stride x_stride;
- * out: [rows, dim] contiguous. */
-int twinflow_cpu_rms_norm(const void* x, int64_t x_stride, const float* weight, int64_t rows_per_weight,
-                          void* out, int64_t rows, int64_t dim, float eps, int dtype, int threads);
+/* out = x / sqrt(mean(x^2) + eps) * weight, over the last axis.
+ * x: [batch, seq, dim]; weight: float32 [1 or batch, dim]; out: [batch, seq, dim] contiguous. */
+TWINFLOW_API int twinflow_cpu_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                       int64_t weight_batch, void* out, int64_t batch, int64_t seq, int64_t dim,
+                                       float eps, int dtype, int threads);
 
-/* x_out = x + rms_norm(branch, post); h_out = rms_norm(x_out, pre).   h_out and pre may both be NULL. */
-int twinflow_cpu_residual_norm(const void* x, int64_t x_stride, const void* branch, int64_t branch_stride,
-                               const float* post, int64_t rows_per_post, const float* pre,
-                               int64_t rows_per_pre, void* x_out, void* h_out, int64_t rows, int64_t dim,
-                               float eps, int dtype, int threads);
+/* x_out = x + rms_norm(branch, post);  h_out = rms_norm(x_out, pre), read from the rounded x_out.
+ * x, branch: [batch, seq, dim]; x_out, h_out: the same, contiguous. pre and h_out may both be NULL. */
+TWINFLOW_API int twinflow_cpu_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                            int64_t branch_batch, int64_t branch_row, const float* post,
+                                            int64_t post_batch, const float* pre, int64_t pre_batch, void* x_out,
+                                            void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
+                                            int threads);
 
-/* out[r, i] = silu(x[r, i]) * x[r, hidden + i].   x: [rows, 2 * hidden] contiguous. */
-int twinflow_cpu_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads);
+/* out[r, i] = silu(x[r, i]) * x[r, hidden + i].   x: [rows, 2 * hidden], out: [rows, hidden], contiguous. */
+TWINFLOW_API int twinflow_cpu_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads);
 
-/* In place on q and k of qkv [batch, seq, 3, heads, dim] contiguous: RMS norm per head, then pairs
- * (2i, 2i+1) rotated by cos, sin [rope_batch, seq, dim / 2], rope_batch being 1 or batch. */
-int twinflow_cpu_qk_norm_rope(void* qkv, const float* q_weight, const float* k_weight, const float* cos,
-                              const float* sin, int64_t batch, int64_t rope_batch, int64_t seq,
-                              int64_t heads, int64_t dim, float eps, int dtype, int threads);
+/* In place on q and k of qkv [batch, seq, 3, heads, dim] contiguous: rms_norm of every head by q_weight
+ * or k_weight (float32 [dim]), rounded to storage, then (x[2i] + j x[2i+1]) * (cos[i] + j sin[i]).
+ * cos, sin: float32 [rope_batch, seq, dim / 2], rope_batch being 1 or batch. dim must be even. */
+TWINFLOW_API int twinflow_cpu_qk_norm_rope(void* qkv, const float* q_weight, const float* k_weight, const float* cos,
+                                           const float* sin, int64_t batch, int64_t rope_batch, int64_t seq,
+                                           int64_t heads, int64_t dim, float eps, int dtype, int threads);
 
-/* out[b, y, x, c] = round(clamp(image[b, c, y, x] / 2 + 1/2, 0, 1) * 255); NaN gives 0.
+/* out = x - t * velocity, elementwise over n contiguous elements: the clean end of a TwinFlow path. */
+TWINFLOW_API int twinflow_cpu_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t, int dtype,
+                                         int threads);
+
+/* out[b, y, x, c] = round(clamp(image[b, c, y, x] / 2 + 1/2, 0, 1) * 255), half to even; NaN gives 0.
  * image: strides of b, c, y, x; out: [batch, height, width, channels] uint8 contiguous. */
-int twinflow_cpu_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch,
-                          int64_t channels, int64_t height, int64_t width, int dtype, int threads);
+TWINFLOW_API int twinflow_cpu_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch,
+                                       int64_t channels, int64_t height, int64_t width, int dtype, int threads);
+
+/* The same three on a GPU. Rows of at most 16384 bfloat16 or 8192 float32; rows that are not whole
+ * 16-byte groups, or not aligned to 16 bytes, at most 2048. */
+TWINFLOW_API int twinflow_cuda_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                        int64_t weight_batch, void* out, int64_t batch, int64_t seq, int64_t dim,
+                                        float eps, int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                             int64_t branch_batch, int64_t branch_row, const float* post,
+                                             int64_t post_batch, const float* pre, int64_t pre_batch, void* x_out,
+                                             void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps,
+                                             int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch,
+                                        int64_t channels, int64_t height, int64_t width, int dtype, void* stream);
+
+/* Text for TWINFLOW_CUDA_ERROR + cudaError_t, and for every other status. */
+TWINFLOW_API const char* twinflow_cuda_error_message(int status);
+TWINFLOW_API int twinflow_cuda_abi_version(void);
 
 #ifdef __cplusplus
 }
