@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from importlib import import_module
+from types import ModuleType
 
 import torch
 
@@ -68,8 +70,20 @@ EAGER = OpTable(
     gelu_tanh=gelu_tanh,
 )
 
+
+def _native(op: str) -> Implementation:
+    """The native CPU kernel of `op`; its module (and the extension) is imported when first asked for."""
+
+    def module() -> ModuleType:
+        return import_module("twinflow_rt.native")
+
+    return Implementation("native", lambda: getattr(module(), op), lambda target: module().refuses(target))
+
+
 # op -> implementations faster than eager, best first
 IMPLEMENTATIONS: dict[str, list[Implementation]] = {f.name: [] for f in fields(OpTable)}
+for _op in ("rms_norm", "residual_norm", "qk_norm_rope", "swiglu", "x0_project", "to_uint8"):
+    IMPLEMENTATIONS[_op].append(_native(_op))
 
 
 @dataclass(frozen=True)
