@@ -83,5 +83,5 @@ def test_no_encoder_in_memory(tmp_path):
     [{"up_block_types": ["AttnUpDecoderBlock2D"]}, {"act_fn": "relu"}, {"latents_std": [1.0]}],
 )
 def test_other_decoders_are_refused(change):
-    with pytest.raises(ConfigError, match="vae/config.json"):
+    with pytest.raises(ConfigError, match=r"vae/config\.json"):
         AutoencoderConfig.from_dict({**VAE, **change})

@@ -21,7 +21,7 @@ from .config import (
     resolve_dtype,
     resolve_prompts,
     resolve_sampler,
-)  # fmt: skip
+)
 from .errors import CheckpointError, DeviceError
 from .models import family_of
 from .models.z_image import SEQ_MULTIPLE, Context

@@ -202,7 +202,7 @@ def test_parts_of_two_models_are_refused(model):
 
     edit_weights(model, widen)
     edit_json(model / "transformer" / "config.json", lambda c: c.update(cap_feat_dim=64))
-    with pytest.raises(CheckpointError, match="hidden_size 32 does not fit .* cap_feat_dim 64"):
+    with pytest.raises(CheckpointError, match=r"hidden_size 32 does not fit .* cap_feat_dim 64"):
         load(model, device="cpu")
 
 

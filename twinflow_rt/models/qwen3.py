@@ -39,7 +39,7 @@ class Qwen3Config:
     def from_dict(cls, raw: dict) -> Qwen3Config:
         """Builds from config.json's content; variants that this encoder lacks are refused."""
         if raw.get("model_type", "qwen3") != "qwen3":
-            raise ConfigError(f"text_encoder/config.json says model_type {raw['model_type']!r}; this encoder is 'qwen3'")
+            raise ConfigError(f"text_encoder/config.json says model_type {raw['model_type']!r}, not 'qwen3'")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
         sliding = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())

@@ -1,0 +1,173 @@
+"""The command line: files, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.factory import make_model
+from twinflow_rt import cli
+from twinflow_rt.pipeline import load
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_model(tmp_path_factory.mktemp("cli") / "m"))
+
+
+@pytest.fixture
+def generate(model, tmp_path, capsys):
+    def run(*args, out="out.png", prompts=("a red square",)):
+        argv = ["generate", *prompts, "--model", model, "--device", "cpu", "-o", str(tmp_path / out), *args]
+        code = cli.main([str(a) for a in argv])
+        return code, capsys.readouterr()
+
+    return run
+
+
+def pixels(path):
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_one_image(generate, model, tmp_path):
+    code, out = generate("--seed", 5, "--size", "24x16")
+    assert code == 0 and "(seed 5)" in out.out and out.err == ""
+    expected = load(model, device="cpu")("a red square", width=24, height=16, seed=5, output="np").images[0]
+    assert np.array_equal(pixels(tmp_path / "out.png"), expected)
+    assert os.listdir(tmp_path) == ["out.png"]
+
+
+def test_png_says_how_it_was_made(generate, tmp_path):
+    from PIL import Image
+
+    generate("--seed", 5, "--size", 16, prompts=("ein rotes Quadrat ✓",))
+    with Image.open(tmp_path / "out.png") as image:
+        facts = json.loads(image.text["twinflow_rt"])
+    assert (facts["prompt"], facts["seed"], facts["nfe"]) == ("ein rotes Quadrat ✓", 5, 1)
+
+
+def test_many_images_with_grid_and_json(generate, tmp_path):
+    code, out = generate(
+        "--seed", 1, "--size", 16, "--num-images", 3, "--nfe", 2, "--json", out="a.b.jpg", prompts=("a", "b")
+    )
+    report = json.loads(out.out)
+    names = [*(f"a.b-{i}.jpg" for i in range(6)), "a.b-grid.jpg"]
+    assert code == 0 and report["files"] == [str(tmp_path / n) for n in names]
+    assert report["seeds"] == [1, 2, 3, 4, 5, 6] and report["size"] == [16, 16]
+    assert report["seconds"]["total"] > 0 and report["peak_bytes"]["decode"] > 0
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+    assert pixels(tmp_path / names[-1]).shape == (32, 48, 3)  # one row per prompt
+
+
+def test_grid_places_images_row_by_row():
+    from PIL import Image
+
+    images = [Image.new("RGB", (2, 1), (i, 0, 0)) for i in range(5)]
+    sheet = np.asarray(cli.grid(images))[:, ::2, 0]
+    assert sheet.tolist() == [[0, 1, 2], [3, 4, 255]]
+    assert np.asarray(cli.grid(images[:4], 1)).shape == (4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--size", "65"], "the nearest is 64"),
+        (["--nfe", "0"], "nfe"),
+        (["--num-images", "0"], "num_images"),
+        (["--seed", "-1"], "seed"),
+        (["--dtype", "int4"], "dtype 'int4'"),
+        (["--device", "cuda:99"], "absent"),
+        (["--model", "nowhere"], "does not exist"),
+        (["-o", "x.gif"], "must end in one of .png"),
+        (["-o", "no/such/x.png"], "does not exist; create it first"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(generate, tmp_path, args, message):
+    code, out = generate(*args)
+    assert code == 2 and out.out == ""
+    assert message in out.err and out.err.count("\n") == 1 and "Traceback" not in out.err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("args", [["--size", "axb"], ["--size", "64x"], ["--size", "x64"], ["--mode", "fast"]])
+def test_unparsable_options_exit_2(generate, args):
+    if args[1] == "64x":  # a missing height means square
+        assert cli.parse_size("64x") == (64, 64)
+        return
+    with pytest.raises(SystemExit) as caught:
+        generate(*args)
+    assert caught.value.code == 2
+
+
+def test_a_full_disk_leaves_no_file_and_no_traceback(generate, tmp_path, monkeypatch):
+    from PIL import Image
+
+    (tmp_path / "out.png").write_bytes(b"before")
+
+    def full(self, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, out = generate("--size", 16)
+    assert code == 1 and "No space left" in out.err and "Traceback" not in out.err
+    assert os.listdir(tmp_path) == ["out.png"] and (tmp_path / "out.png").read_bytes() == b"before"
+
+
+def test_interrupt_exits_130(generate, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("twinflow_rt.pipeline.load", stop)
+    assert generate()[0] == 130
+
+
+def test_inspect(model, capsys):
+    assert cli.main(["inspect", model, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    parts = {p["name"]: p for p in facts["parts"]}
+    pipe = load(model, device="cpu")
+    networks = {"text_encoder": pipe.text.network, "transformer": pipe.program.network, "vae": pipe.vae.network}
+    for name, network in networks.items():
+        assert parts[name]["needed"] == sum(p.numel() for p in network.parameters())
+        assert parts[name]["dtype"] == "float32" and parts[name]["stored"] * 4 == parts[name]["stored_bytes"]
+    resident = sum(t.nbytes for n in networks.values() for t in (*n.parameters(), *n.buffers()))
+    assert facts["memory"]["float32"] == resident
+    folded = sum(facts["folded"].values())
+    assert folded == parts["transformer"]["stored"] - parts["transformer"]["needed"]
+    assert facts["folded_share"] == pytest.approx(folded / parts["transformer"]["stored"])
+    assert cli.main(["inspect", model]) == 0
+    text = capsys.readouterr().out
+    assert "z-image" in text and "t_embedder" in text and f"{facts['folded_share']:.1%}" in text
+
+
+def test_inspect_refuses_what_load_refuses(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    assert "model_index.json is missing" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_complete(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+    code = "import sys, twinflow_rt.cli as c; c.build_parser(['--help']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_train_demo_options_come_from_the_trainer(tmp_path):
+    args = cli.build_parser(["train"]).parse_args(["train", "demo", "--out", str(tmp_path), "--seed", "3"])
+    assert (args.command, args.trained, args.out, args.seed) == ("train", "demo", tmp_path, 3)
+
+
+def test_size_is_width_by_height():
+    assert cli.parse_size("96x64") == (96, 64) and cli.parse_size("32") == (32, 32)
