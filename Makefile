@@ -1,19 +1,24 @@
-# `make demo` and `make test` need nothing but python3 >= 3.11, a C++17 compiler and make.
+# `make demo` and `make test` need python3 >= 3.11 with venv, a C++17 compiler and make; the rest is
+# installed into .venv. The second run of anything is quick.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 # torch: the CPU build, so that nothing pulls gigabytes of CUDA unasked. On a GPU machine:
 #   make demo TORCH="torch==2.13.0 triton==3.7.1" TORCH_INDEX=https://download.pytorch.org/whl/cu130
+# Building the GPU kernels of csrc/cuda: TWINFLOW_CUDA=AUTO (default: where nvcc is found), ON or OFF.
 TORCH       ?= $(if $(filter Linux,$(shell uname -s)),torch==2.13.0+cpu,torch==2.13.0)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PROMPT      ?= a red circle above a blue square
-OUT         ?= demo.png
 
-SOURCES := $(shell find twinflow_rt kernels csrc -type f -not -name '*.pyc' 2>/dev/null) pyproject.toml setup.py CMakeLists.txt
+PROMPT ?= a red circle above a blue square
+OUT    ?= demo.png
 
-.PHONY: demo test bench lint clean check-packaging
+NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: build demo test bench lint asan check-packaging clean
+build: $(VENV)/.built
+
 demo: $(VENV)/.built
 	$(BIN)/twinflow-rt generate "$(PROMPT)" --seed 0 -o $(OUT)
 
@@ -23,29 +28,38 @@ test: $(VENV)/.built $(VENV)/.test
 bench: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest benches --benchmark-only -o testpaths=benches
 
-lint: $(VENV)/.torch
-	$(PIP) "ruff>=0.8" && $(BIN)/ruff check .
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/mypy twinflow_rt
 
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing $(TORCH)"
-	$(PIP) --retries 1 --timeout 15 --extra-index-url $(TORCH_INDEX) $(TORCH)
-	touch $@
+# The kernels under the address and undefined-behaviour sanitizers, driven through the C interface.
+asan:
+	sh tests/native/sanitize.sh
 
-# Editable: Python changes need no rebuild; the native extension is rebuilt when its sources change.
-$(VENV)/.built: $(VENV)/.torch $(filter-out %.py,$(SOURCES)) setup.py
-	@echo "building twinflow-rt"
-	$(PIP) --editable .
-	touch $@
-
-$(VENV)/.test: $(VENV)/.built pyproject.toml
-	@echo "installing the test dependencies"
-	$(PIP) --editable ".[test]"
-	touch $@
-
-# Every way a user may install it, each in a fresh environment; minutes, so not part of `make test`.
-check-packaging:
-	$(PYTHON) tests/check_packaging.py
+# Every way to install the package, each in a fresh environment; minutes, so not part of `test`.
+check-packaging: $(VENV)/.built $(VENV)/.test
+	$(BIN)/python tests/check_packaging.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info twinflow_rt/_native*.so twinflow_rt/libtwinflow*.so
+	rm -rf $(VENV) build dist *.egg-info twinflow_rt/_native*.so twinflow_rt/libtwinflow_cuda.so
+
+# A wheel that pip finds by itself (PIP_FIND_LINKS, a mirror) comes first, then PyTorch's own index.
+$(VENV)/.torch:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python 3.11 or newer is needed: make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing $(TORCH)"
+	@$(PIP) $(TORCH) 2>/dev/null || $(PIP) --extra-index-url $(TORCH_INDEX) $(TORCH)
+	@touch $@
+
+# Editable: Python changes need no rebuild, native sources are rebuilt when they change.
+$(VENV)/.built: $(VENV)/.torch $(NATIVE)
+	@echo "building twinflow_rt"
+	@$(PIP) --editable .
+	@touch $@
+
+# The extras' packages without another build of the project.
+$(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	@echo "installing what '$*' needs"
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'], sep='\n')" > $@.txt
+	@$(PIP) --requirement $@.txt
+	@touch $@

@@ -1,0 +1,134 @@
+/* The C interface from plain C99: every array is exactly as large as documented and on the heap, so a
+ * sanitizer sees any access beyond it. Results are compared with sums in double. */
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "twinflow_rt.h"
+
+#define EXPECT(condition)                                                \
+  do {                                                                   \
+    if (!(condition)) {                                                  \
+      printf("line %d: %s\n", __LINE__, #condition);                     \
+      exit(1);                                                           \
+    }                                                                    \
+  } while (0)
+
+static float* numbers(int64_t n, unsigned seed) {
+  float* out = malloc((size_t)(n ? n : 1) * sizeof *out);
+  srand(seed);
+  for (int64_t i = 0; i < n; ++i) out[i] = (float)rand() / (float)RAND_MAX * 4 - 2;
+  return out;
+}
+
+static double factor(const float* x, int64_t dim, double eps) {
+  double sum = 0;
+  for (int64_t i = 0; i < dim; ++i) sum += (double)x[i] * x[i];
+  return 1 / sqrt(sum / (double)dim + eps);
+}
+
+static void close_to(float got, double want) { EXPECT(fabs(got - want) <= 1e-5 * (1 + fabs(want))); }
+
+static void norms(int64_t batch, int64_t seq, int64_t dim) {
+  const int64_t n = batch * seq * dim, row = dim + 3;
+  /* x has gaps between its rows and ends with its last element */
+  const int64_t span = batch * seq > 0 ? (batch * seq - 1) * row + dim : 0;
+  float *x = numbers(span, 1), *branch = numbers(n, 2), *post = numbers(batch * dim, 3), *pre = numbers(dim, 4);
+  float *sum = numbers(n, 5), *h = numbers(n, 6);
+  EXPECT(!twinflow_cpu_residual_norm(x, seq * row, row, branch, seq * dim, dim, post, dim, pre, 0, sum, h, batch, seq,
+                                     dim, 1e-5f, TWINFLOW_F32, 3));
+  for (int64_t r = 0; r < batch * seq; ++r) {
+    const double f = factor(branch + r * dim, dim, 1e-5), g = factor(sum + r * dim, dim, 1e-5);
+    for (int64_t i = 0; i < dim; ++i) {
+      close_to(sum[r * dim + i], x[r * row + i] + branch[r * dim + i] * f * post[r / seq * dim + i]);
+      close_to(h[r * dim + i], sum[r * dim + i] * g * pre[i]);
+    }
+  }
+  EXPECT(!twinflow_cpu_rms_norm(x, seq * row, row, pre, 0, h, batch, seq, dim, 1e-5f, TWINFLOW_F32, 2));
+  for (int64_t r = 0; r < batch * seq; ++r)
+    for (int64_t i = 0; i < dim; ++i)
+      close_to(h[r * dim + i], x[r * row + i] * factor(x + r * row, dim, 1e-5) * pre[i]);
+  free(x), free(branch), free(post), free(pre), free(sum), free(h);
+}
+
+static void pointwise(int64_t rows, int64_t hidden) {
+  const int64_t n = rows * hidden;
+  float *x = numbers(2 * n, 7), *out = numbers(n, 8);
+  EXPECT(!twinflow_cpu_swiglu(x, out, rows, hidden, TWINFLOW_F32, 2));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < hidden; ++i) {
+      const double a = x[2 * r * hidden + i], b = x[(2 * r + 1) * hidden + i];
+      close_to(out[r * hidden + i], a / (1 + exp(-a)) * b);
+    }
+  EXPECT(!twinflow_cpu_x0_project(x, x + n, out, n, 0.25f, TWINFLOW_F32, 2));
+  for (int64_t i = 0; i < n; ++i) close_to(out[i], x[i] - 0.25 * x[n + i]);
+  free(x), free(out);
+}
+
+static void rotary(int64_t batch, int64_t seq, int64_t heads, int64_t dim) {
+  const int64_t row = 3 * heads * dim, n = batch * seq * row;
+  float *qkv = numbers(n, 9), *before = malloc((size_t)n * sizeof *before), *w = numbers(dim, 10);
+  float *cos = numbers(seq * dim / 2, 11), *sin = numbers(seq * dim / 2, 12);
+  memcpy(before, qkv, (size_t)n * sizeof *qkv);
+  EXPECT(!twinflow_cpu_qk_norm_rope(qkv, w, w, cos, sin, batch, 1, seq, heads, dim, 1e-5f, TWINFLOW_F32, 2));
+  for (int64_t r = 0; r < batch * seq; ++r)
+    for (int64_t h = 0; h < 3 * heads; ++h)
+      for (int64_t i = 0; i < dim; i += 2) {
+        const float *old = before + r * row + h * dim, *new = qkv + r * row + h * dim + i;
+        const float c = cos[r % seq * dim / 2 + i / 2], s = sin[r % seq * dim / 2 + i / 2];
+        const double f = factor(old, dim, 1e-5), re = old[i] * f * w[i], im = old[i + 1] * f * w[i + 1];
+        close_to(new[0], h < 2 * heads ? re * c - im * s : old[i]);
+        close_to(new[1], h < 2 * heads ? re * s + im * c : old[i + 1]);
+      }
+  free(qkv), free(before), free(w), free(cos), free(sin);
+}
+
+static void pixels(int64_t height, int64_t width) {
+  const int64_t plane = height * width, strides[4] = {3 * plane, plane, width, 1};
+  float* image = numbers(2 * 3 * plane, 13);
+  uint8_t* out = malloc((size_t)(6 * plane));
+  image[0] = NAN;
+  EXPECT(!twinflow_cpu_to_uint8(image, strides, out, 2, 3, height, width, TWINFLOW_F32, 2));
+  EXPECT(out[0] == 0);
+  for (int64_t i = 1; i < 6 * plane; ++i) {
+    const int64_t c = i % 3, at = i / 3 % plane, b = i / 3 / plane;
+    double v = image[b * 3 * plane + c * plane + at] * 0.5 + 0.5;
+    v = v < 0 ? 0 : v > 1 ? 1 : v;
+    EXPECT(fabs(out[i] - v * 255) <= 0.5001);
+  }
+  free(image), free(out);
+}
+
+static void bfloat16_rounds_to_even(void) {
+  /* 1 + 2^-8 lies halfway between two bfloat16s and 1 + 3 * 2^-8 as well: down to even, up to even */
+  const uint16_t one = 0x3f80, eighth_bit = 0x3b80, three = 0x3c40, inf = 0x7f80;
+  uint16_t out;
+  EXPECT(!twinflow_cpu_x0_project(&one, &eighth_bit, &out, 1, -1.0f, TWINFLOW_BF16, 1) && out == 0x3f80);
+  EXPECT(!twinflow_cpu_x0_project(&one, &three, &out, 1, -1.0f, TWINFLOW_BF16, 1) && out == 0x3f82);
+  EXPECT(!twinflow_cpu_x0_project(&inf, &inf, &out, 1, 1.0f, TWINFLOW_BF16, 1) && (out & 0x7fff) > 0x7f80);
+}
+
+static void errors(void) {
+  float v[4] = {1, 2, 3, 4};
+  EXPECT(twinflow_cpu_swiglu(v, NULL, 1, 2, TWINFLOW_F32, 1) == TWINFLOW_NULL_POINTER);
+  EXPECT(twinflow_cpu_swiglu(v, v, 1, 0, TWINFLOW_F32, 1) == TWINFLOW_BAD_SHAPE);
+  EXPECT(twinflow_cpu_swiglu(v, v, 1, 2, 7, 1) == TWINFLOW_BAD_DTYPE);
+  EXPECT(twinflow_cpu_qk_norm_rope(v, v, v, v, v, 3, 2, 1, 1, 2, 0, TWINFLOW_F32, 1) == TWINFLOW_BAD_SHAPE);
+  EXPECT(twinflow_cpu_swiglu(NULL, NULL, 0, 2, TWINFLOW_F32, 1) == TWINFLOW_OK);
+  EXPECT(strstr(twinflow_error_message(TWINFLOW_NULL_POINTER), "NULL") != NULL);
+  EXPECT(strcmp(twinflow_error_message(-1), "unknown status") == 0);
+  EXPECT(twinflow_abi_version() == TWINFLOW_ABI_VERSION);
+}
+
+int main(void) {
+  norms(1, 1, 1), norms(2, 3, 37), norms(3, 2, 199), norms(2, 0, 8);
+  pointwise(1, 1), pointwise(3, 37), pointwise(0, 8);
+  rotary(1, 1, 1, 2), rotary(2, 5, 3, 26);
+  pixels(1, 1), pixels(5, 37);
+  bfloat16_rounds_to_even();
+  errors();
+  printf("C interface: ok, %s\n", twinflow_cpu_isa());
+  return 0;
+}
