@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+GPU_LIBRARY = "libtwinflow_cuda.so"
 
 
 class CMakeBuild(build_ext):
@@ -33,6 +35,16 @@ class CMakeBuild(build_ext):
         self._run(configure, "configuring the native code")
         self._run(["cmake", "--build", str(build)], "compiling the native code")
         self._run(["cmake", "--install", str(build), "--prefix", str(target)], "installing the native code")
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs: setuptools copies the extension only, not the library that lies beside it."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib, *ext.name.split(".")).with_name(GPU_LIBRARY)
+            beside = ROOT.joinpath(*ext.name.split(".")).with_name(GPU_LIBRARY)
+            beside.unlink(missing_ok=True)
+            if built.exists():
+                shutil.copy2(built, beside)
 
     @staticmethod
     def _run(command: list[str], doing: str) -> None:

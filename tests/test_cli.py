@@ -67,6 +67,25 @@ def test_many_images_with_grid_and_json(generate, tmp_path):
     assert pixels(tmp_path / names[-1]).shape == (32, 48, 3)  # one row per prompt
 
 
+@pytest.mark.parametrize(
+    ("args", "nfe"), [([], 1), (["--nfe", "3"], 3), (["--mode", "any"], 4), (["--nfe", "2", "--mode", "multi"], 2)]
+)
+def test_nfe_and_mode_choose_the_schedule(generate, tmp_path, args, nfe):
+    from PIL import Image
+
+    assert generate("--size", 16, *args)[0] == 0
+    with Image.open(tmp_path / "out.png") as image:
+        assert json.loads(image.text["twinflow_rt"])["nfe"] == nfe
+
+
+def test_a_saved_program_keeps_its_schedule(model, tmp_path, capsys):
+    load(model, device="cpu", nfe=2).save(tmp_path / "saved")
+    argv = ["generate", "x", "--model", str(tmp_path / "saved"), "--device", "cpu", "--size", "16"]
+    assert cli.main([*argv, "-o", str(tmp_path / "o.png")]) == 0
+    assert cli.main([*argv, "-o", str(tmp_path / "p.png"), "--nfe", "1"]) == 2
+    assert "folded for 2 evaluation(s)" in capsys.readouterr().err
+
+
 def test_grid_places_images_row_by_row():
     from PIL import Image
 

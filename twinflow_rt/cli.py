@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def add_generate(parser: Parser) -> None:
         metavar="WxH",
         help="width x height in pixels, or one number for a square; default: the model's",
     )
-    parser.add_argument("--nfe", type=int, default=1, help="network evaluations per image (default %(default)s)")
+    parser.add_argument("--nfe", type=int, help="network evaluations per image; default: 1, or what was saved")
     parser.add_argument(
         "--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations"
     )
@@ -109,30 +110,38 @@ def parse_size(text: str) -> tuple[int, int]:
 def run_generate(args: argparse.Namespace) -> int:
     paths = output_paths(args.output, len(args.prompt) * args.num_images)
     from .pipeline import load
-    from .sample import preset
 
+    start = time.perf_counter()
     with loading(args.model) as progress:
-        pipe = load(
-            args.model, device=args.device, dtype=args.dtype, sampler=preset(args.nfe, args.mode), progress=progress
-        )
+        pipe = load(args.model, device=args.device, dtype=args.dtype, sampler=chosen_sampler(args), progress=progress)
+    load_seconds = time.perf_counter() - start
     width, height = args.size or (None, None)
     result = pipe(args.prompt, width=width, height=height, seed=args.seed, num_images=args.num_images)
-    prompts = [p for p in args.prompt for _ in range(args.num_images)]
+    prompts, nfe = [p for p in args.prompt for _ in range(args.num_images)], len(pipe.program.schedule)
     for path, image, prompt, seed in zip(paths, result.images, prompts, result.seeds, strict=False):
-        save_image(image, path, {"prompt": prompt, "seed": seed, "model": args.model, "nfe": args.nfe})
+        save_image(image, path, {"prompt": prompt, "seed": seed, "model": args.model, "nfe": nfe})
     if len(result.images) > 1:
         save_image(grid(result.images, args.num_images if len(args.prompt) > 1 else None), paths[-1])
     report = {
         "files": [str(p) for p in paths],
         "seeds": result.seeds,
         "size": list(result.images[0].size),
-        "seconds": result.timings,
+        "seconds": {"load": load_seconds, **result.timings},
         "peak_bytes": result.memory,
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     print(json.dumps(report, indent=1) if args.json else summary(report))
     return 0
+
+
+def chosen_sampler(args: argparse.Namespace) -> Any:
+    """What --nfe and --mode ask for; None leaves the choice to the model."""
+    from .sample import preset
+
+    if args.nfe is None and args.mode in ("any", "multi"):
+        return args.mode  # that mode's published settings
+    return None if args.nfe is None and args.mode is None else preset(1 if args.nfe is None else args.nfe, args.mode)
 
 
 def output_paths(output: Path, count: int) -> list[Path]:
@@ -175,9 +184,9 @@ def grid(images: Sequence[Any], columns: int | None = None) -> Any:
 
 
 def summary(report: dict[str, Any]) -> str:
-    lines = [f"wrote {file}" for file in report["files"]]
-    for name, seed in zip(lines, report["seeds"], strict=False):
-        lines[lines.index(name)] = f"{name} (seed {seed})"
+    """The report as text: a line per file, then time and memory."""
+    seeds = [f" (seed {seed})" for seed in report["seeds"]]
+    lines = [f"wrote {file}{seed}" for file, seed in zip(report["files"], [*seeds, ""], strict=False)]
     stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report["seconds"].items())
     peak = max(report["peak_bytes"].values()) / 1e6
     return "\n".join([*lines, f"{report['device']} {report['dtype']}: {stages}; peak {peak:,.0f} MB"])

@@ -106,17 +106,27 @@ void swiglu(const T* x, T* out, int64_t rows, int64_t hidden, int threads) {
   }
 }
 
+constexpr int64_t TILE = 128;  // elements staged on the stack, so that each loop sees adjacent data
+
+// One head: x <- rotate(round(rms_norm(x))); the reference networks round between norm and rotation.
 template <class T>
 inline void norm_rotate(T* x, const float* weight, const float* cos, const float* sin, int64_t dim, float eps) {
   const float factor = inverse_rms(x, dim, eps);
+  for (int64_t start = 0; start < dim; start += TILE) {
+    const int64_t n = dim - start < TILE ? dim - start : TILE;
+    T rounded[TILE];
+    float v[TILE], turned[TILE];
+    scale_row(x + start, weight + start, rounded, n, factor);
 #pragma omp simd
-  for (int64_t i = 0; i < dim / 2; ++i) {
-    T pair[2];  // the reference rounds between norm and rotation
-    store(pair, load(x[2 * i]) * factor * weight[2 * i]);
-    store(pair + 1, load(x[2 * i + 1]) * factor * weight[2 * i + 1]);
-    const float re = load(pair[0]), im = load(pair[1]);
-    store(x + 2 * i, re * cos[i] - im * sin[i]);
-    store(x + 2 * i + 1, re * sin[i] + im * cos[i]);
+    for (int64_t i = 0; i < n; ++i) v[i] = load(rounded[i]);
+    const float *c = cos + start / 2, *s = sin + start / 2;
+#pragma omp simd
+    for (int64_t i = 0; i < n / 2; ++i) {
+      turned[2 * i] = v[2 * i] * c[i] - v[2 * i + 1] * s[i];
+      turned[2 * i + 1] = v[2 * i] * s[i] + v[2 * i + 1] * c[i];
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) store(x + start + i, turned[i]);
   }
 }
 
@@ -138,6 +148,18 @@ void x0_project(const T* x, const T* velocity, T* out, int64_t n, float t, int t
   for (int64_t i = 0; i < n; ++i) store(out + i, load(x[i]) - t * load(velocity[i]));
 }
 
+// n bytes of one channel; column is the distance between the pixels of source.
+template <class T>
+inline void quantize(const T* source, int64_t column, uint8_t* bytes, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float v = load(source[i * column]) * 0.5f + 0.5f;
+    v = v > 0.0f ? v : 0.0f;  // NaN too
+    v = v < 1.0f ? v : 1.0f;
+    bytes[i] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(v * 255.0f)));
+  }
+}
+
 template <class T>
 void to_uint8(const T* image, const int64_t* s, uint8_t* out, int64_t batch, int64_t channels, int64_t height,
               int64_t width, int threads) {
@@ -146,11 +168,14 @@ void to_uint8(const T* image, const int64_t* s, uint8_t* out, int64_t batch, int
     for (int64_t c = 0; c < channels; ++c) {
       const T* source = image + row / height * s[0] + c * s[1] + row % height * s[2];
       uint8_t* target = out + row * width * channels + c;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        float v = load(source[i * s[3]]) * 0.5f + 0.5f;
-        v = v > 0.0f ? (v < 1.0f ? v : 1.0f) : 0.0f;
-        target[i * channels] = static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(v * 255.0f)));
+      for (int64_t x = 0; x < width; x += TILE) {
+        uint8_t bytes[TILE];
+        const int64_t n = width - x < TILE ? width - x : TILE;
+        if (s[3] == 1)  // a constant stride vectorises
+          quantize(source + x, 1, bytes, n);
+        else
+          quantize(source + x * s[3], s[3], bytes, n);
+        for (int64_t i = 0; i < n; ++i) target[(x + i) * channels] = bytes[i];
       }
     }
 }

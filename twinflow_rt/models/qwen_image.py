@@ -106,8 +106,7 @@ class QwenImageConfig:
 
 @dataclass(frozen=True)
 class Modulation:
-    """Constants of every block, (image stream, prompt stream), and of the closing norm, which has
-    only `shift_a` and `scale_a`."""
+    """Constants of each block, (image, prompt), and of the closing norm: `shift_a`, `scale_a`."""
 
     blocks: tuple[tuple[Constants, Constants], ...]
     final: Constants
@@ -129,8 +128,7 @@ class Context:
 class QwenImageTransformer(nn.Module):
     """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above.
 
-    Raises ConfigError when `absorbed` is asked for with other than one folded step.
-    """
+    Raises ConfigError when `absorbed` is asked for with other than one step."""
 
     def __init__(
         self, config: QwenImageConfig, *, folded_steps: int | None = None, absorbed: bool = False
@@ -246,7 +244,7 @@ class QwenImageTransformer(nn.Module):
         The joint sequence is image | prompt. Positions travel with the tokens, so the reference's
         opposite order gives the same; this one leaves the padding of ragged prompts at the end.
         """
-        height, width = latents.shape[2] // 2, latents.shape[3] // 2
+        height, width = (n // 2 for n in latents.shape[2:])
         x, c = self.img_in(pack(latents)), context.tokens.to(latents.dtype)
         rope = self._rope(height, width, c.shape[1], x.device)
         lengths = None if context.ragged is None else context.ragged + x.shape[1]

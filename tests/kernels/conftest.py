@@ -1,0 +1,69 @@
+"""Runs the Triton kernels of this folder in Triton's interpreter, on the CPU, with poisoned outputs.
+
+Every kernel is swapped for its interpreted twin while a test runs. TRITON_INTERPRET is not used: it
+acts when triton is first imported, and would reach the tests that compile the same kernels.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+
+MODULES = ("attention", "decode", "mlp", "norm", "rope", "sample")
+
+
+def _interpret(monkeypatch, module) -> None:
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for name, value in list(vars(module).items()):
+        if isinstance(value, JITFunction):
+            monkeypatch.setattr(module, name, InterpretedFunction(value.fn))
+
+
+def _mend(monkeypatch) -> None:
+    """bfloat16 as a GPU has it: the interpreter truncates instead of rounding, and multiplies bit patterns."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+
+    def rounded(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        bits = torch.from_numpy(np.ascontiguousarray(data).astype(np.float32)).bfloat16().view(torch.int16)
+        return bits.numpy().view(np.uint16)
+
+    def widened(self, a, b, d, precision, imprecise):
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, d, precision, imprecise)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    import triton
+    import triton.language as tl
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    _interpret(monkeypatch, tl.standard)
+    for name in ("sum", "max"):  # the only ones of triton's own jitted functions that the kernels call
+        monkeypatch.setattr(tl, name, getattr(tl.standard, name))
+    for name in MODULES:
+        _interpret(monkeypatch, import_module(f"twinflow_rt.kernels.{name}"))
+    _mend(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty hands out NaN (the largest value, of integers): what a kernel leaves out shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

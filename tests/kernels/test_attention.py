@@ -1,0 +1,98 @@
+"""Attention against a float64 softmax."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracle import draw, judge
+from twinflow_rt.kernels import attention as module
+from twinflow_rt.kernels.attention import attention, config
+
+from twinflow_rt import ops
+from twinflow_rt.errors import ConfigError
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def operands(b, queries, keys, h, d, dtype):
+    """Views of one merged qkv, as the network makes them; q keeps the first rows."""
+    qkv = draw(b, keys, 3 * h * d, dtype=dtype)
+    q, k, v = qkv.unflatten(-1, (3, h, d)).unbind(2)
+    return 2 * q[:, :queries], k, v
+
+
+def exact(q, k, v, lengths=None):
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(q.shape[-1])
+    if lengths is not None:
+        live = (torch.arange(k.shape[1]) < lengths[:, None])[:, None, None]
+        scores = scores.masked_fill(~live, -math.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).nan_to_num(0.0), v.double()).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1, 64), (2, 37, 37, 3, 48), (1, 130, 199, 2, 64), (1, 199, 199, 1, 128), (2, 5, 130, 2, 96),
+     (1, 3, 70, 1, 256), (1, 64, 128, 1, 64), (2, 0, 8, 1, 64), (1, 17, 760, 1, 36)],
+)  # fmt: skip
+def test_attention(shape, dtype):
+    q, k, v = operands(*shape, dtype)
+    judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 760, 1128, 2, 128), (1, 1128, 1128, 1, 96), (2, 512, 760, 3, 64)])
+def test_attention_of_long_sequences(shape, dtype):
+    test_attention(shape, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(1, 199), (64, 65), (128, 37), (0, 130), (500, 1)])
+def test_lengths(lengths, dtype):
+    q, k, v = operands(2, 37, 199, 2, 64, dtype)
+    count = torch.tensor(lengths)
+    k, v = k.clone(), v.clone()
+    for b, n in enumerate(lengths):  # what lies beyond the length must not matter, not even NaN
+        k[b, n:], v[b, n:] = torch.nan, torch.nan
+    clean = k.nan_to_num(0.0), v.nan_to_num(0.0)
+    judge(attention(q, k, v, count), ops.attention(q, *clean, count), exact(q, *clean, count))
+
+
+def test_scores_far_from_zero():
+    q, k, v = operands(1, 37, 70, 1, 64, torch.float16)
+    q, k = 40 * q, 40 * k
+    judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_every_tile_gives_the_same_answer(monkeypatch, arch):
+    monkeypatch.setattr(module.launch, "arch", lambda x: arch)
+    q, k, v = operands(1, 130, 199, 1, 128, torch.float16)
+    judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
+
+
+def test_refusals():
+    q, k, v = operands(2, 3, 5, 1, 64, torch.float16)
+    with pytest.raises(ConfigError, match="float32"):
+        attention(q.float(), k.float(), v.float())
+    with pytest.raises(ConfigError, match="one dtype"):
+        attention(q, k.bfloat16(), v)
+    with pytest.raises(ConfigError, match="twice"):
+        attention(q, k[:, :4], v)
+    with pytest.raises(ConfigError, match="lengths"):
+        attention(q, k, v, torch.tensor([1, 2], dtype=torch.int32))
+    with pytest.raises(ConfigError, match="256"):
+        attention(*(draw(1, 2, 1, 300, dtype=torch.float16),) * 3)
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("head_dim", [36, 64, 96, 128, 256])
+@pytest.mark.parametrize("queries", [1, 64, 4096])
+def test_config(queries, head_dim, arch):
+    c = config(queries, head_dim, torch.bfloat16, arch)
+    assert (head_dim <= c.dim and c.queries >= 64 and c.queries == 64) or queries > 64
+    tiles = c.queries * c.dim + 2 * c.stages * c.keys * c.dim  # q, and k and v once per stage
+    assert 2 * tiles <= (101376 if arch in (86, 89, 120) else 166912 if arch == 80 else 232448)

@@ -1,0 +1,60 @@
+"""Feed-forward activations against float64 arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from oracle import draw, judge, strided
+from twinflow_rt.kernels import mlp
+
+from twinflow_rt import ops
+from twinflow_rt.errors import ConfigError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [1, 37, 199, 760, 1128])
+def test_swiglu(dtype, hidden):
+    x = 4 * draw(2, 3, 2 * hidden, dtype=dtype)
+    a, b = x.double().chunk(2, -1)
+    judge(mlp.swiglu(strided(x)), ops.swiglu(x), a * a.sigmoid() * b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 37, 199, 760, 1128])
+def test_gelu_tanh(dtype, width):
+    x = 2 * draw(2, 3, width, dtype=dtype)
+    v = x.double()
+    exact = v / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+    judge(mlp.gelu_tanh(strided(x)), ops.gelu_tanh(x), exact)
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 3, 8), (5, 6), (2, 3, 4, 10)])
+def test_ranks_and_empty_rows(shape):
+    x = draw(*shape)
+    a, b = x.double().chunk(2, -1)
+    judge(mlp.swiglu(x), ops.swiglu(x), a * a.sigmoid() * b)
+
+
+@pytest.mark.parametrize("op", ["swiglu", "gelu_tanh"])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_ends_of_the_range(op):
+    x = torch.tensor([[-1e30, -200.0, -88.5, -20.0, 0.0, 88.5, 200.0, 1e12, 1, 1, 1, 1, 1, 1, 1, 1]])
+    torch.testing.assert_close(getattr(mlp, op)(x), getattr(ops, op)(x), atol=1e-30, rtol=1e-5)
+
+
+def test_refusals():
+    with pytest.raises(ConfigError, match="even"):
+        mlp.swiglu(draw(2, 3))
+    with pytest.raises(ConfigError, match="int64"):
+        mlp.swiglu(torch.zeros(2, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 37, 10240])
+def test_config(dtype, width):
+    c = mlp.config(width, dtype)
+    assert c.block <= 2 * width and c.block * dtype.itemsize <= 16 * 32 * c.warps and c.warps <= 4

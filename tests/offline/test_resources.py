@@ -1,0 +1,101 @@
+"""Every kernel, at the shapes of the networks it serves, compiled for every supported chip.
+
+Asserts what a GPU would otherwise reveal as slowness or a launch failure: spilled registers, stack
+frames, shared memory beyond the chip's, and matrix products that miss the tensor cores.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from compiler import SHARED_LIMIT, build, record
+
+from twinflow_rt.kernels import attention, decode, mlp, norm, rope, sample
+
+ARCHS = tuple(SHARED_LIMIT)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+EPS = 1e-5
+# image tokens + prompt tokens, width, heads: the demo, Z-Image at 1024^2, Qwen-Image at 1328^2
+NETWORKS = {"demo": (272, 144, 3), "z_image": (4224, 3840, 30), "qwen_image": (7144, 3072, 24)}
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def check(monkeypatch, tmp_path, module, arch, call):
+    launches = record(monkeypatch, module, arch, call)
+    assert launches
+    for one in launches:
+        built = build(one, arch, tmp_path)
+        assert built.stack == 0 and built.local == 0, f"spills: {built.stack} B stack, {built.local} B local"
+        assert built.shared <= SHARED_LIMIT[arch]
+        assert built.registers * 32 * one.options["num_warps"] <= 65536
+        yield built
+
+
+def matrix(*axes):
+    """Parameters over ARCHS x axes; only the first of each axis, on Hopper, unless `-m full` is asked for."""
+    first = (90, *(axis[0] for axis in axes))
+    return [pytest.param(*v, marks=() if v == first else pytest.mark.full) for v in product(ARCHS, *axes)]
+
+
+WIDTHS = (3840, 144, 3072, norm.MAX_WIDTH)
+
+
+@pytest.mark.parametrize("arch, width, dtype", matrix(WIDTHS, DTYPES))
+def test_norm(monkeypatch, tmp_path, arch, width, dtype):
+    x, w = meta(2, 4224, width, dtype=dtype), meta(2, 1, width)
+
+    def call():
+        norm.rms_norm(x, w, EPS)
+        norm.layer_norm(x, w, EPS, w)
+        norm.residual_norm(x, x, w, w, EPS)
+        norm.residual_layer_norm(x, x, w, w, w, EPS)
+
+    assert len(list(check(monkeypatch, tmp_path, norm, arch, call))) == 4
+
+
+@pytest.mark.parametrize("arch, hidden, dtype", matrix((10240, 37), DTYPES))
+def test_elementwise(monkeypatch, tmp_path, arch, hidden, dtype):
+    x, image, latents = meta(1, 4224, 2 * hidden, dtype=dtype), meta(1, 3, 512, 512, dtype=dtype), meta(1, 16, 128, 128)
+    for module, call in (
+        (mlp, lambda: (mlp.swiglu(x), mlp.gelu_tanh(x))),
+        (decode, lambda: decode.to_uint8(image)),
+        (sample, lambda: sample.x0_project(latents, latents.to(dtype))),
+    ):
+        assert list(check(monkeypatch, tmp_path, module, arch, call))
+
+
+@pytest.mark.parametrize("arch, network, dtype", matrix(("z_image", "demo", "qwen_image"), DTYPES))
+def test_rope(monkeypatch, tmp_path, arch, network, dtype):
+    tokens, width, heads = NETWORKS[network]
+    qkv, w = meta(1, tokens, 3 * width, dtype=dtype), meta(width // heads)
+    angle = meta(1, tokens, width // heads // 2)
+    joint = angle.repeat(1, 2, 1)
+
+    def call():
+        rope.qk_norm_rope(qkv, w, w, angle, angle, heads, EPS)
+        rope.joint_qk_norm_rope((qkv, qkv), (w, w), (w, w), joint, joint, heads, EPS)
+
+    assert list(check(monkeypatch, tmp_path, rope, arch, call))
+
+
+def _attention_cases():
+    for arch in ARCHS:
+        for d in (128, 64, 96, 48, 256):
+            for queries, lengths in ((4224, True), (4224, False), (64, True)):
+                shown = d == 128 and queries == 4224 and (arch == 90 or lengths)
+                yield pytest.param(arch, d, queries, lengths, marks=() if shown else pytest.mark.full)
+
+
+@pytest.mark.parametrize("arch, d, queries, lengths", list(_attention_cases()))
+def test_attention(monkeypatch, tmp_path, arch, d, queries, lengths):
+    q, k, v = meta(2, 4224, 3, 30, d, dtype=torch.bfloat16).unbind(2)
+    count = meta(2, dtype=torch.int64) if lengths else None
+    call = lambda: attention.attention(q[:, :queries], k, v, count)
+    (built,) = check(monkeypatch, tmp_path, attention, arch, call)
+    unit = "wgmma.mma_async" if arch == 90 else "tcgen05.mma" if arch == 100 else "mma.sync"
+    assert unit in built.ptx
