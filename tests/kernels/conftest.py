@@ -7,6 +7,7 @@ acts when triton is first imported, and would reach the tests that compile the s
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,6 +46,20 @@ def _mend(monkeypatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
 
 
+def _patch_language(monkeypatch):
+    """Patches triton.language once for the test; returns what undoes it.
+
+    The interpreter patches it anew for every call of a jitted function and forgets to undo the calls
+    made from inside a kernel, after which nothing in the process compiles any more.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+    return scope.restore
+
+
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
     import triton
@@ -57,6 +72,9 @@ def interpreted(monkeypatch):
     for name in MODULES:
         _interpret(monkeypatch, import_module(f"twinflow_rt.kernels.{name}"))
     _mend(monkeypatch)
+    restore = _patch_language(monkeypatch)
+    yield
+    restore()
 
 
 @pytest.fixture(autouse=True)
