@@ -90,7 +90,7 @@ def compile_network(
             if progress is not None:
                 progress(tensor.nbytes)
         assign(network, name, tensor)
-    network.eval().ops, choices = select(Target(device.type, dtype))
+    network.eval().ops, choices = select(Target.of(device, dtype, getattr(network.config, "head_dim", None)))
     away = folded_away(unfolded, network)
     before = sum(p.numel() for p in unfolded.parameters())
     plan = Plan(
@@ -114,7 +114,7 @@ def load_program(
         return torch.float32 if saved.dtype(name) == torch.float32 else kind
 
     materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
-    network.ops, choices = select(Target(device.type, dtype))
+    network.ops, choices = select(Target.of(device, dtype, getattr(network.config, "head_dim", None)))
     return Program(network, plan.schedule, replace(plan, device=str(device), choices=choices))
 
 

@@ -1,0 +1,167 @@
+"""The choice of implementations: order, refusals, broken packages, and what is imported when."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+from twinflow_rt import ops
+from twinflow_rt.ops import backends, optional
+from twinflow_rt.ops.select import CUDA, IMPLEMENTATIONS, NATIVE, RAGGED, OpTable, Target, choose, rank, select
+
+OPS = tuple(f.name for f in fields(OpTable))
+H100 = Target("cuda", torch.bfloat16, arch=90, head_dim=128)
+
+
+@pytest.fixture
+def forget():
+    """Forgets which packages were looked for, before and after."""
+    optional.find.cache_clear()
+    yield
+    optional.find.cache_clear()
+
+
+def reasons(choice):
+    return dict(choice.refused)
+
+
+@pytest.mark.parametrize("op", (*OPS, RAGGED))
+def test_rank_names_implementations_only(op):
+    for device in ("cpu", "cuda", "mps"):
+        for arch in (None, 75, 80, 86, 89, 90, 100, 103, 120):
+            names = rank(op, Target(device, torch.bfloat16, arch=arch))
+            assert len(set(names)) == len(names) and set(names) <= set(IMPLEMENTATIONS[op]) - {"eager"}
+
+
+def test_rank():
+    assert rank("rms_norm", Target("cpu", torch.float32)) == ("native",)
+    assert rank("attention", Target("cpu", torch.float32)) == ()
+    assert all(rank(op, H100) == ("cuda", "triton") for op in CUDA)
+    assert all("triton" in rank(op, H100) for op in (*OPS, RAGGED))
+    assert all(rank(op, Target("mps", torch.float32)) == () for op in OPS)
+    assert set(NATIVE) | set(CUDA) <= set(OPS)
+
+
+@pytest.mark.parametrize(
+    "arch, first", [(80, "flash-attn-2"), (89, "flash-attn-2"), (90, "flash-attn-3"), (100, "flash-attn-4"), (120, "cudnn")]
+)
+def test_attention_order(arch, first):
+    names = backends.order(arch)
+    assert names[0] == first and {"cudnn", "torch-flash", "triton"} < set(names)
+    serving = [n for n in names if n != "triton" and backends.BACKENDS[n].archs[0] <= arch < backends.BACKENDS[n].archs[1]]
+    assert serving[0] == first  # no order is led by a backend that cannot run there
+
+
+@pytest.mark.parametrize(
+    "name, target, reason",
+    [
+        ("flash-attn-3", Target("cuda", torch.bfloat16, arch=80), "capability 9.0"),
+        ("flash-attn-3", Target("cuda", torch.bfloat16, arch=100), "this GPU has 10.0"),
+        ("cudnn", Target("cuda", torch.bfloat16, arch=90, head_dim=256), "up to 128"),
+        ("cudnn", Target("cuda", torch.bfloat16, arch=90, head_dim=36), "multiples of 8"),
+        ("torch-flash", Target("cuda", torch.float32, arch=90), "not float32"),
+        ("xformers", Target("cpu", torch.float16), "not on cpu"),
+        ("triton", Target("cuda", torch.float32, arch=90), "not float32"),
+        ("triton", Target("cuda", torch.bfloat16, arch=90, head_dim=320), "not 320"),
+    ],
+)
+def test_attention_refusals(name, target, reason):
+    assert reason in IMPLEMENTATIONS["attention"][name].refuses(target)
+
+
+def test_triton_refusals():
+    refuses = IMPLEMENTATIONS["swiglu"]["triton"].refuses
+    assert "9.0" not in refuses(Target("cuda", torch.bfloat16, arch=75)) and "7.5" in refuses(
+        Target("cuda", torch.bfloat16, arch=75)
+    )
+    assert "no gradient" in refuses(Target("cuda", torch.bfloat16, training=True))
+    assert "not float64" in refuses(Target("cuda", torch.float64))
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in refuses(H100)
+
+
+def test_every_refusal_is_stated_and_eager_remains():
+    _, choices = select(Target("cuda", torch.float64, arch=90))
+    assert [c.op for c in choices] == [*OPS, RAGGED] and {c.chosen for c in choices} == {"eager"}
+    for choice in choices:
+        assert set(reasons(choice)) == set(rank(choice.op, H100)) and all(reasons(choice).values())
+
+
+def fake(folder, name, text):
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(text)
+
+
+def test_broken_packages_are_named(tmp_path, monkeypatch, forget):
+    fake(tmp_path, "flash_attn", "raise ImportError('undefined symbol: _ZN3c105ErrorC2E')")
+    fake(tmp_path, "flash_attn_interface", "import a_module_nobody_has")
+    fake(tmp_path, "xformers", "raise OSError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    why = reasons(choose("attention", H100))
+    assert "flash_attn is installed but broken: ImportError: undefined symbol" in why["flash-attn-2"]
+    assert "broken: it needs a_module_nobody_has" in why["flash-attn-3"]
+    assert "broken: OSError: libcudart.so.12" in why["xformers"]
+    assert optional.find("flash_attn").broken and not optional.find("surely_absent").broken
+
+
+def test_working_packages_are_taken(tmp_path, monkeypatch, forget):
+    """A package that imports is called, and either form of its result is understood."""
+    body = "def flash_attn_func(q, k, v): return {}"
+    fake(tmp_path, "flash_attn", body.format("q + v"))
+    fake(tmp_path, "flash_attn_interface", body.format("(k, 'log-sum-exp')"))
+    monkeypatch.syspath_prepend(tmp_path)
+    q, k, v = torch.randn(3, 2, 5, 3, 8).unbind(0)
+    table, choices = select(H100)
+    assert next(c.chosen for c in choices if c.op == "attention") == "flash-attn-3"
+    assert torch.equal(table.attention(q, k, v), k.flatten(2))
+    lengths = torch.tensor([5, 2])  # ragged batches take the implementation chosen for them
+    if not torch.cuda.is_available():
+        assert torch.equal(table.attention(q, k, v, lengths), ops.attention(q, k, v, lengths))
+    assert choose("attention", Target("cuda", torch.bfloat16, arch=80)).chosen == "flash-attn-2"
+    assert torch.equal(IMPLEMENTATIONS["attention"]["flash-attn-2"].load()(q, k, v), (q + v).flatten(2))
+    monkeypatch.setattr(optional, "_version", lambda name: "2.5.9")
+    optional.find.cache_clear()
+    assert "2.5.9 is older than 2.7" in choose("attention", Target("cuda", torch.bfloat16, arch=80)).refused[0][1]
+
+
+def test_versions():
+    assert optional.older("3.5.1", (3, 6)) and optional.older("0.0.29.post2", (0, 0, 30))
+    assert not any(optional.older(v, (3, 6)) for v in ("3.6.0", "3.7.1+git1", "4", "3.10.0rc1", None))
+
+
+@pytest.mark.parametrize("name", ["cudnn", "torch-flash"])
+def test_torch_backends_are_called_by_operators_that_exist(name):
+    """On the meta device: the operator, its arguments and the layout of its result; arithmetic needs a GPU."""
+    q, k, v = torch.empty(2, 37, 3, 4, 64, device="meta", dtype=torch.bfloat16).unbind(2)
+    out = backends.BACKENDS[name].load()(q[:, :20], k, v)
+    assert out.shape == (2, 20, 256) and out.dtype == torch.bfloat16
+
+
+def test_a_cpu_target_imports_no_gpu_software():
+    code = (
+        "import torch, sys; from twinflow_rt.ops.select import Target, select; select(Target('cpu', torch.float32));"
+        "assert not {'triton', 'flash_attn', 'xformers', 'twinflow_rt.triton_ops'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_shape_buckets():
+    for n in range(1, 20000, 7):
+        bucket = backends.shape_bucket(n)
+        assert bucket >= n and bucket % 32 == 0 and backends.shape_bucket(bucket) == bucket
+        assert bucket - n < max(n / 8, 32)
+    for n in (256, 1000, 4096):
+        assert len({backends.shape_bucket(m) for m in range(n + 1, 2 * n + 1)}) <= 9
+    assert backends.shape_bucket(100, multiple=64) == 128
+
+
+def test_warm_up_runs_each_shape_once():
+    seen = []
+    attention = lambda q, k, v: seen.append((q.shape, k.shape, v.stride()))
+    shapes = [(1, 4, 6, 2, 8), (2, 6, 6, 2, 8), (1, 4, 6, 2, 8)]
+    assert backends.warm_up(attention, shapes, torch.float32, "cpu") == 2
+    assert seen[0] == ((1, 4, 2, 8), (1, 6, 2, 8), (6 * 48, 48, 8, 1))

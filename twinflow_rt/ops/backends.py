@@ -1,0 +1,175 @@
+"""Attention backends on NVIDIA GPUs: what each one needs, and how to call it directly.
+
+Each adapter has the signature of `ops.attention` without `lengths`: dense batches. torch's two are
+called by their ATen names, so the choice between them is made here and not by torch's dispatcher on
+every call, and no context manager runs on the hot path. cuDNN plans once per shape, which takes tens
+to hundreds of milliseconds: `warm_up` runs the shapes to come before a user waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .optional import find, older
+
+if TYPE_CHECKING:
+    from .select import Target
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """module: what must import (None: torch alone); archs: (least, first that is too new); head_dim:
+    the largest; multiple: what head dims must be a multiple of."""
+
+    name: str
+    load: Callable[[], Callable]
+    module: str | None = None
+    archs: tuple[int, int] = (80, 1000)
+    head_dim: int = 256
+    multiple: int = 8
+    least: tuple[int, ...] = ()
+
+    def refuses(self, target: Target) -> str | None:
+        """Why this backend cannot serve `target` on this machine, or None."""
+        if target.device != "cuda":
+            return f"runs on NVIDIA GPUs, not on {target.device}"
+        if target.dtype not in DTYPES:
+            return f"takes bfloat16 or float16, not {str(target.dtype).removeprefix('torch.')}"
+        if target.arch is not None and not self.archs[0] <= target.arch < self.archs[1]:
+            newest = "and newer" if self.archs[1] >= 1000 else f"to {(self.archs[1] - 1) / 10:.1f}"
+            return f"needs compute capability {self.archs[0] / 10:.1f} {newest}, this GPU has {target.arch / 10:.1f}"
+        if target.head_dim is not None and (target.head_dim > self.head_dim or target.head_dim % self.multiple):
+            return f"takes head dims up to {self.head_dim}, multiples of {self.multiple}, not {target.head_dim}"
+        return self._absent()
+
+    def _absent(self) -> str | None:
+        if self.module is not None:
+            package = find(self.module)
+            if package.problem is None and older(package.version, self.least):
+                return f"{self.module} {package.version} is older than {'.'.join(map(str, self.least))}"
+            return package.problem
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        if self.name == "cudnn" and not torch.backends.cudnn.is_available():
+            return "this torch has no cuDNN"
+        if self.name == "torch-flash" and not torch.backends.cuda.is_flash_attention_available():
+            return "this torch was built without flash attention"
+        return None
+
+
+def _cudnn() -> Callable:
+    op = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return op(q, k, v, None, False)[0].transpose(1, 2).flatten(2)
+
+    return attention
+
+
+def _torch_flash() -> Callable:
+    op = torch.ops.aten._scaled_dot_product_flash_attention.default
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return op(q, k, v)[0].transpose(1, 2).flatten(2)
+
+    return attention
+
+
+def _first(function: Callable) -> Callable:
+    """Adapts flash_attn_func(q, k, v), whose versions return out or (out, log-sum-exp)."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = function(q, k, v)
+        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+
+    return attention
+
+
+def _flash2() -> Callable:
+    from flash_attn import flash_attn_func
+
+    return _first(flash_attn_func)
+
+
+def _flash3() -> Callable:
+    from flash_attn_interface import flash_attn_func
+
+    return _first(flash_attn_func)
+
+
+def _flash4() -> Callable:
+    from flash_attn.cute import flash_attn_func
+
+    return _first(flash_attn_func)
+
+
+def _xformers() -> Callable:
+    from xformers.ops import memory_efficient_attention
+
+    return _first(memory_efficient_attention)
+
+
+BACKENDS = {
+    b.name: b
+    for b in (
+        Backend("cudnn", _cudnn, head_dim=128),
+        Backend("torch-flash", _torch_flash),
+        Backend("flash-attn-2", _flash2, "flash_attn", least=(2, 7)),
+        Backend("flash-attn-3", _flash3, "flash_attn_interface", archs=(90, 100)),
+        Backend("flash-attn-4", _flash4, "flash_attn.cute", archs=(90, 120), head_dim=128),
+        Backend("xformers", _xformers, "xformers.ops", least=(0, 0, 30)),
+    )
+}
+PLANS_PER_SHAPE = ("cudnn",)
+
+
+def order(arch: int | None) -> tuple[str, ...]:
+    """Backends for compute capability `arch` (90 for 9.0; None: unknown), fastest first, by published figures.
+
+    Hopper: FlashAttention 3 and cuDNN lead, near level; Blackwell: FlashAttention 4, then cuDNN; before
+    Hopper FlashAttention 2, which torch ships as well. The project's own kernel (`triton`) comes after
+    these until a measurement puts it ahead, and before xformers, whose kernel for these GPUs is
+    FlashAttention's again or an older one.
+    """
+    if arch is not None and arch >= 120:
+        names = ("cudnn", "flash-attn-2", "torch-flash")
+    elif arch is not None and arch >= 100:
+        names = ("flash-attn-4", "cudnn", "flash-attn-2", "torch-flash")
+    elif arch is not None and arch >= 90:
+        names = ("flash-attn-3", "cudnn", "flash-attn-4", "flash-attn-2", "torch-flash")
+    else:
+        names = ("flash-attn-2", "torch-flash", "cudnn")
+    return (*names, "triton", "xformers")
+
+
+def shape_bucket(tokens: int, multiple: int = 32) -> int:
+    """`tokens` rounded up so that few lengths exist: steps of at most 1/8 of the length, at least `multiple`.
+
+    A sequence padded to its bucket wastes below 1/8 and at most 8 buckets lie between n and 2n, so a
+    backend that plans per shape plans a handful of times.
+    """
+    step = max(multiple, 1 << max((tokens - 1).bit_length() - 4, 0))
+    return -(-max(tokens, 1) // step) * step
+
+
+def warm_up(
+    attention: Callable, shapes: Iterable[tuple[int, int, int, int, int]], dtype: torch.dtype, device: torch.device | str
+) -> int:
+    """Runs `attention` once per distinct (batch, queries, keys, heads, head dim), so that what it plans or
+    compiles per shape is ready; returns how many ran. Waits for none of them."""
+    distinct = dict.fromkeys(shapes)
+    for batch, queries, keys, heads, dim in distinct:
+        # strides as in a network: q, k and v are views of one merged projection
+        qkv = torch.zeros(batch, keys, 3, heads, dim, dtype=dtype, device=device)
+        q, k, v = qkv.unbind(2)
+        attention(q[:, :queries], k, v)
+    return len(distinct)
