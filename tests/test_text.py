@@ -12,7 +12,8 @@ import torch
 from tests.factory import make_model
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.qwen3 import Qwen3Config
-from twinflow_rt.text import ChatTokenizer, TextEncoder
+from twinflow_rt.text import ZImageText
+from twinflow_rt.tokenizer import ChatTokenizer
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "", "日本の\n火山 🌋 {{ messages }} <|im_end|>", "x" * 30]
@@ -33,8 +34,8 @@ def reference(folder):
     return ZImagePipeline(None, None, encoder, tokenizer, None)
 
 
-def encoder(folder, dtype=torch.float32) -> TextEncoder:
-    return TextEncoder.load(folder / "text_encoder", folder / "tokenizer", CPU, dtype)[0]
+def encoder(folder, dtype=torch.float32) -> ZImageText:
+    return ZImageText.load(folder, CPU, dtype)
 
 
 @torch.inference_mode()
@@ -58,7 +59,7 @@ def test_equals_encode_prompt_at_any_length(folder, reference, prompts):
 
 def test_the_layer_that_is_not_built_is_the_one_not_needed(folder, reference):
     """All hidden states of transformers' full model: ours are number -2, and number -1 differs."""
-    ids = torch.tensor(ChatTokenizer(folder / "tokenizer")(PROMPTS[:1]))
+    ids = torch.tensor(ChatTokenizer(folder / "tokenizer")(PROMPTS[:1], 512))
     text = encoder(folder)
     with torch.inference_mode():
         states = reference.text_encoder(input_ids=ids, output_hidden_states=True).hidden_states
@@ -86,8 +87,7 @@ def test_a_prompt_does_not_depend_on_its_batch(folder):
 
 def test_head_and_prefix_of_a_causal_model_are_accepted(tmp_path, folder):
     whole = make_model(tmp_path / "head", head=True)
-    _, report = TextEncoder.load(whole / "text_encoder", whole / "tokenizer", CPU, torch.float32)
-    _, plain = TextEncoder.load(folder / "text_encoder", folder / "tokenizer", CPU, torch.float32)
+    (report,), (plain,) = encoder(whole).reports, encoder(folder).reports
     assert report.bytes_read == plain.bytes_read
     assert report.bytes_unused == plain.bytes_unused + 259 * 32 * 4  # the language-model head
 
@@ -140,16 +140,16 @@ def test_broken_tokenizers_are_refused(broken, damage, message):
 
 
 def test_template_can_live_in_the_config_and_may_use_no_python(broken):
-    expected = ChatTokenizer(broken)(["hi"])
+    expected = ChatTokenizer(broken)(["hi"], 512)
     template = (broken / "chat_template.jinja").read_text()
     (broken / "chat_template.jinja").unlink()
     config = json.loads((broken / "tokenizer_config.json").read_text())
     for stored in (template, [{"name": "default", "template": template}]):
         (broken / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": stored}))
-        assert ChatTokenizer(broken)(["hi"]) == expected
+        assert ChatTokenizer(broken)(["hi"], 512) == expected
     (broken / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
     with pytest.raises(CheckpointError, match="is unsafe"):
-        ChatTokenizer(broken)(["hi"])
+        ChatTokenizer(broken)(["hi"], 512)
 
 
 def test_templates_render_as_in_transformers(broken):
@@ -176,13 +176,14 @@ def test_templates_render_as_in_transformers(broken):
         )
         for p in PROMPTS
     ]
-    assert ChatTokenizer(broken)(PROMPTS) == reference(texts).input_ids
+    assert ChatTokenizer(broken)(PROMPTS, 512) == reference(texts).input_ids
 
 
-def test_vocabulary_larger_than_the_embedding_is_refused(folder, broken):
+def test_vocabulary_larger_than_the_embedding_is_refused(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "m") / "tokenizer"
     raw = json.loads((broken / "tokenizer.json").read_text())
     raw["model"]["vocab"]["extra"] = 400
     raw["model"]["vocab"] |= {f"extra{i}": 401 + i for i in range(8)}
     (broken / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match="different models"):
-        TextEncoder.load(folder / "text_encoder", broken, CPU, torch.float32)
+        encoder(broken.parent)

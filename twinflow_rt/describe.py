@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import stage
 from .models import family_of
-from .models.autoencoder_kl import AutoencoderConfig, AutoencoderDecoder
-from .models.qwen3 import Qwen3Config, Qwen3Encoder
 from .passes.fold import folded_away
-from .passes.load import Checkpoint, Layout, check, model_folder
+from .passes.load import Checkpoint, check, model_folder
 from .plan import group_folded
 
 PRECISIONS = {"float32": 4, "bfloat16": 2}  # float16 as bfloat16
@@ -70,21 +69,17 @@ class Description:
 
 def describe(path: Path) -> Description:
     """Describes a model folder; raises CheckpointError where loading it would."""
-    from .text import layout
-    from .vae import LAYOUT
-
     folder = model_folder(path)
-    transformer, text = (Checkpoint(folder / "transformer"), Checkpoint(folder / "text_encoder", strip="model."))
-    vae, family = Checkpoint(folder / "vae"), family_of(transformer.config)
-    config, text_config = (family.config.from_dict(transformer.config), Qwen3Config.from_dict(text.config))
+    transformer = Checkpoint(folder / "transformer")
+    family = family_of(transformer.config)
+    config, text, vae = family.config.from_dict(transformer.config), family.text(folder), family.vae(folder)
+    family.fit(config, text, vae)
     with torch.device("meta"):
         network, folded = family.network(config), family.network(config, folded_steps=1)
-        encoder = Qwen3Encoder(text_config)
-        decoder = AutoencoderDecoder(AutoencoderConfig.from_dict(vae.config))
     parts = (
-        _part("text_encoder", text, encoder, layout(text_config), encoder),
-        _part("transformer", transformer, network, family.layout, folded),
-        _part("vae", vae, decoder, LAYOUT, decoder),
+        *(_part(p, p.network) for p in text.parts),
+        _part(stage.Part("transformer", transformer, network, family.layout), folded),
+        *(_part(p, p.network) for p in vae.parts),
     )
     tables = sum(b.numel() for b in folded.buffers()) * 4
     memory = {name: sum(p.needed for p in parts) * size + tables for name, size in PRECISIONS.items()}
@@ -92,9 +87,10 @@ def describe(path: Path) -> Description:
     return Description(family.name, str(path), parts, away, memory)
 
 
-def _part(name: str, checkpoint: Checkpoint, whole: nn.Module, layout: Layout, resident: nn.Module) -> Part:
-    check(whole.state_dict(), checkpoint, layout)
+def _part(part: stage.Part, resident: nn.Module) -> Part:
+    checkpoint = part.checkpoint
+    check(part.network.state_dict(), checkpoint, part.layout)
     stored_bytes = sum(checkpoint.nbytes(k) for k in checkpoint)
     stored = sum(checkpoint.nbytes(k) // checkpoint.dtype(k).itemsize for k in checkpoint)
     needed = sum(p.numel() for p in resident.parameters())
-    return Part(name, str(checkpoint.main_dtype()).removeprefix("torch."), stored, needed, stored_bytes)
+    return Part(part.name, str(checkpoint.main_dtype()).removeprefix("torch."), stored, needed, stored_bytes)

@@ -22,18 +22,17 @@ from .config import (
     resolve_prompts,
     resolve_sampler,
 )
-from .errors import CheckpointError, DeviceError
+from .errors import DeviceError
 from .models import family_of
-from .models.z_image import SEQ_MULTIPLE, Context
+from .models.context import Context
 from .noise import initial_noise, resolve_seeds, step_noise
 from .passes import artifact
-from .passes.load import Checkpoint, model_folder, read_json
+from .passes.load import Checkpoint, model_folder
 from .plan import Plan, Stage
 from .predict import predict_stages
 from .report import Stages
 from .sample import SamplerConfig, preset, sample, schedule
-from .text import MAX_TOKENS, PromptEmbeds, TextEncoder
-from .vae import VaeDecoder
+from .text import PromptEmbeds
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -53,13 +52,12 @@ class Pipeline:
     """A loaded model. Calls are serialised: one device runs one generation at a time."""
 
     def __init__(
-        self, text: TextEncoder, program: Program, vae: VaeDecoder, sampler: SamplerConfig,
+        self, text: Any, program: Program, vae: Any, sizes: SizeRule, sampler: SamplerConfig,
         device: torch.device, dtype: torch.dtype, folder: Path,
     ) -> None:  # fmt: skip
         self.folder = folder
-        self.text, self.program, self.vae = text, program, vae
+        self.text, self.program, self.vae, self.sizes = text, program, vae, sizes
         self.sampler, self.device, self.dtype = sampler, device, dtype
-        self.sizes = size_rule(program.network.config.axes_lens, vae)
         self._lock = threading.Lock()
         self._stages: tuple[Stage, ...] | None = None
 
@@ -112,8 +110,7 @@ class Pipeline:
             self.program.refold(schedule(self.sampler, self.dtype))  # a call may have left another
         parts = {
             "transformer": (self.program.network.config.to_dict(), self.program.network.state_dict()),
-            "text_encoder": (read_json(self.folder / "text_encoder" / "config.json"), self.text.weights()),
-            "vae": (read_json(self.folder / "vae" / "config.json"), self.vae.network.state_dict()),
+            **{part.name: (part.checkpoint.config, part.weights()) for part in (*self.text.parts, *self.vae.parts)},
         }
         meta = {
             "sampler": asdict(self.sampler),
@@ -131,7 +128,7 @@ class Pipeline:
         with stages("text"):
             context = self._context(prompts, repeats)
         with stages("noise"):
-            shape = (network.config.in_channels, size[0] // self.vae.scale, size[1] // self.vae.scale)
+            shape = (self.vae.channels, size[0] // self.vae.scale, size[1] // self.vae.scale)
             noise = initial_noise(seeds, shape, self.dtype, self.device)
         with stages("sample"):
             latents = sample(
@@ -153,12 +150,9 @@ class Pipeline:
         else:
             order = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
             distinct, rows = self.text(list(order)), [order[p] for p in prompts]
-        context = self.program.network.encode_context(distinct.embeds.to(self.device, self.dtype), distinct.lengths)
-        rows = [r for r in rows for _ in range(repeats)]
-        if rows == list(range(len(distinct))):
-            return context
-        index = torch.tensor(rows, device=self.device)
-        return Context(context.tokens[index], tuple(context.lengths[r] for r in rows))
+        given = distinct.to(self.device, self.dtype)
+        context = self.program.network.encode_context(given.embeds, given.lengths, **given.extras)
+        return context.select([r for r in rows for _ in range(repeats)])
 
 
 def _deliver(images: Tensor, output: str) -> Any:
@@ -170,15 +164,6 @@ def _deliver(images: Tensor, output: str) -> Any:
     from PIL import Image
 
     return [Image.fromarray(a) for a in array]
-
-
-def size_rule(axes_lens: Sequence[int], vae: VaeDecoder) -> SizeRule:
-    """Latents are cut in 2x2 patches and rope counts at most axes_lens[1] x axes_lens[2] of them. The
-    default is the size the VAE was trained at (`sample_size`): 1024 for Z-Image, 64 for the demo."""
-    multiple = 2 * vae.scale
-    most = multiple * axes_lens[1], multiple * axes_lens[2]
-    default = max(vae.config.sample_size // multiple, 1) * multiple
-    return SizeRule(multiple, *most, default=min(default, *most))
 
 
 def load(
@@ -204,8 +189,10 @@ def load(
     checkpoint = Checkpoint(folder / "transformer")
     family = family_of(checkpoint.config)
     kind = resolve_dtype(dtype, target, checkpoint.main_dtype())
+    text, vae = family.text(folder), family.vae(folder)
+    sizes = family.fit(family.config.from_dict(checkpoint.config), text, vae)
     with torch.no_grad():
-        text, _ = TextEncoder.load(folder / "text_encoder", folder / "tokenizer", target, kind, part("text encoder"))
+        text.materialize(target, kind, part("text encoder"))
         times = schedule(config, kind)
         to = {"device": target, "dtype": kind, "progress": part("transformer")}
         if saved:
@@ -213,20 +200,5 @@ def load(
             program.refold(times)  # refuses another schedule than the saved one
         else:
             program = compile_network(checkpoint, family, times, **to)
-        vae, _ = VaeDecoder.load(folder / "vae", target, kind, part("vae"))
-    network = program.network.config
-    text.max_tokens = min(MAX_TOKENS, (network.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE)
-    _check_fit(text, network, vae)
-    return Pipeline(text, program, vae, config, target, kind, folder)
-
-
-def _check_fit(text: TextEncoder, network: Any, vae: VaeDecoder) -> None:
-    pairs = (
-        ("text_encoder hidden_size", text.network.config.hidden_size, "cap_feat_dim", network.cap_feat_dim),
-        ("vae latent_channels", vae.config.latent_channels, "in_channels", network.in_channels),
-    )
-    for name, value, other, wanted in pairs:
-        if value != wanted:
-            raise CheckpointError(
-                f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models"
-            )
+        vae.materialize(target, kind, part("vae"))
+    return Pipeline(text, program, vae, sizes, config, target, kind, folder)

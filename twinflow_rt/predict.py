@@ -17,18 +17,19 @@ def predict_stages(text: Any, network: Any, vae: Any, height: int, width: int) -
     text, network, vae: the loaded stages; copies of their networks on the meta device do the counting.
     """
     with torch.device("meta"):
-        encoder = type(text.network)(text.network.config)
         velocity = type(network)(network.config, folded_steps=1)
-        decoder = type(vae.network)(vae.network.config)
-        ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
-        embeds = torch.zeros(1, PROMPT_TOKENS, text.network.config.hidden_size)
-        latents = torch.zeros(1, network.config.in_channels, height // vae.scale, width // vae.scale)
-    context = velocity.encode_context(embeds, (PROMPT_TOKENS,))
-    refiner = parameter_bytes(network.context_refiner) + parameter_bytes(network.cap_embedder)
-    weights = parameter_bytes(network)
+        latents = torch.zeros(1, vae.channels, height // vae.scale, width // vae.scale)
+    prompt = text.probe(PROMPT_TOKENS)
+
+    def encode() -> Any:
+        return velocity.encode_context(prompt.embeds, prompt.lengths, **prompt.extras)
+
+    context = encode()
+    prompt_bytes = sum(parameter_bytes(getattr(network, name)) for name in network.prompt_modules)
+    text_bytes, vae_bytes = (sum(parameter_bytes(p.network) for p in stage.parts) for stage in (text, vae))
     return (
-        Stage("text", count_flops(lambda: encoder(ids)), parameter_bytes(text.network)),
-        Stage("context", count_flops(lambda: velocity.encode_context(embeds, (PROMPT_TOKENS,))), refiner),
-        Stage("velocity", count_flops(lambda: velocity(latents, velocity.step_modulation(0), context)), weights - refiner),
-        Stage("decode", count_flops(lambda: decoder(latents)), parameter_bytes(vae.network)),
+        Stage("text", count_flops(lambda: text.probe(PROMPT_TOKENS)), text_bytes),
+        Stage("context", count_flops(encode), prompt_bytes),
+        Stage("velocity", count_flops(lambda: velocity(latents, velocity.step_modulation(0), context)), parameter_bytes(network) - prompt_bytes),
+        Stage("decode", count_flops(lambda: vae.probe(height, width)), vae_bytes),
     )

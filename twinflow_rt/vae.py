@@ -7,44 +7,64 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .models.autoencoder_kl import AutoencoderConfig, AutoencoderDecoder
+from .models import autoencoder_kl
 from .ops import EAGER
-from .passes.load import Checkpoint, Layout, LoadReport, Progress, materialize
+from .passes.load import Progress
+from .stage import Model, Stage
 
-LAYOUT = Layout(unused=("encoder.", "quant_conv."))
 
+class VaeDecoder(Stage):
+    """Decodes x0, normalised as z = (raw - offset) * divisor, by the decoder that a subclass declares.
 
-class VaeDecoder:
-    """Decodes x0, normalised as z = (raw - shift_factor) * scaling_factor."""
+    Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
+    `divisor` (numbers, or one per channel). Its network maps raw latents to images.
+    """
 
-    def __init__(self, network: AutoencoderDecoder) -> None:
-        self.network, self.config, self.ops = network, network.config, EAGER
+    model: Model
 
-    @classmethod
-    def load(
-        cls, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
-    ) -> tuple[VaeDecoder, LoadReport]:
-        """Reads the decoder of `folder` (config.json + safetensors); convolutions in channels-last order."""
-        checkpoint = Checkpoint(folder)
-        with torch.device("meta"):
-            network = AutoencoderDecoder(AutoencoderConfig.from_dict(checkpoint.config))
-        report = materialize(network, checkpoint, LAYOUT, device, dtype, progress)
-        return cls(network.to(memory_format=torch.channels_last)), report
+    def __init__(self, folder: Path) -> None:
+        self.parts, self.ops = (self.model.open(folder / "vae"),), EAGER
+        self.network = self.parts[0].network
+        self.config = self.network.config
+
+    def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
+        """As every stage's; convolutions are kept in channels-last order."""
+        super().materialize(device, dtype, progress)
+        self.network.to(memory_format=torch.channels_last)
+        self.dtype = dtype
+        self._offset, self._divisor = (
+            torch.tensor(value, device=device).view(-1, 1, 1) for value in (self.config.offset, self.config.divisor)
+        )
 
     @property
     def scale(self) -> int:
         """Pixels per latent along each axis."""
         return self.config.scale
 
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.config.latent_channels
+
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, C, h, w] -> float images [B, 3, h*scale, w*scale], nominally in [-1, 1].
 
         Denormalised in float32, then computed in the weights' dtype, which the result has.
         """
-        raw = latents.float() / self.config.scaling_factor + self.config.shift_factor
-        dtype = self.network.decoder.conv_in.weight.dtype
-        return self.network(raw.to(dtype).contiguous(memory_format=torch.channels_last))
+        raw = latents.float() / self._divisor + self._offset
+        return self.network(raw.to(self.dtype).contiguous(memory_format=torch.channels_last))
 
     def decode_uint8(self, latents: Tensor) -> Tensor:
         """Normalised latents -> uint8 pixels [B, H, W, 3]."""
         return self.ops.to_uint8(self.decode(latents))
+
+    def probe(self, height: int, width: int) -> Tensor:
+        """The stage's work for one image, on the meta device: to be counted."""
+        shape = (1, self.channels, height // self.scale, width // self.scale)
+        return self.parts[0].shadow()(torch.zeros(shape, device="meta"))
+
+
+class KLDecoder(VaeDecoder):
+    """AutoencoderKL, the VAE of Z-Image and Stable Diffusion 3."""
+
+    model = autoencoder_kl.MODEL

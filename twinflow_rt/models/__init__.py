@@ -1,7 +1,15 @@
-"""One velocity network per model family.
+"""One module per model family: its velocity network, and what else differs between families.
 
 A family is found by the `_class_name` of its transformer's config.json; its module is imported only
-then.
+then. The networks have in common:
+
+    encode_context(embeds, lengths, **extras) -> Context    the prompts' side, once per prompt
+    step_modulation(step)                                   the folded constants of one evaluation
+    network(latents, modulation, context) -> velocity       in latent space, as the VAE has it
+    prompt_modules                                          names of the modules encode_context runs
+
+What depends on the prompt and time together (SD3.5's modulation takes the pooled prompt) belongs in the
+context, with one row per evaluation; `step_modulation` then says which row.
 """
 
 from __future__ import annotations
@@ -9,8 +17,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+from ..config import SizeRule
 from ..errors import CheckpointError
 from ..passes.load import Layout
 
@@ -19,12 +29,30 @@ FAMILIES = {"ZImageTransformer2DModel": "z_image"}
 
 @dataclass(frozen=True)
 class Family:
-    """What the compile path needs to know: config class, network class, and how files are read."""
+    """What differs between families.
+
+    config, network, layout: the velocity network's config class, class, and how its files are read.
+    text, vae: open the stages of a model folder (see `text.TextEncoder` and `vae.VaeDecoder`), unread.
+    fit(config, text, vae): the sizes the three make together; sets text.max_tokens where the network
+        limits it. Raises CheckpointError where they belong to different models.
+    """
 
     name: str
     config: Any
     network: Callable[..., Any]
     layout: Layout
+    text: Callable[[Path], Any]
+    vae: Callable[[Path], Any]
+    fit: Callable[[Any, Any, Any], SizeRule]
+
+
+def must_equal(*pairs: tuple[str, int, str, int]) -> None:
+    """For `Family.fit`: raises CheckpointError unless each (name, value, other name, value) agrees."""
+    for name, value, other, wanted in pairs:
+        if value != wanted:
+            raise CheckpointError(
+                f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models"
+            )
 
 
 def family_of(config: dict[str, Any]) -> Family:

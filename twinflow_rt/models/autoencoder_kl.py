@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..passes.load import Layout
+from ..stage import Model
 
 EPS = 1e-6
 
@@ -51,6 +53,15 @@ class AutoencoderConfig:
     def scale(self) -> int:
         """Pixels per latent, along each axis."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def offset(self) -> float:
+        """Normalised latents are (raw - offset) * divisor."""
+        return self.shift_factor
+
+    @property
+    def divisor(self) -> float:
+        return self.scaling_factor
 
 
 class Resnet(nn.Module):
@@ -151,3 +162,6 @@ class AutoencoderDecoder(nn.Module):
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
+
+
+MODEL = Model(AutoencoderConfig, AutoencoderDecoder, lambda config: Layout(unused=("encoder.", "quant_conv.")))

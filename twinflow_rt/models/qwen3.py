@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import EAGER
+from ..passes.load import Checkpoint, Layout
+from ..stage import Model
 
 FUSED = {
     "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -136,3 +138,13 @@ class Qwen3Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, self.ops)
         return x
+
+
+def layout(config: Qwen3Config) -> Layout:
+    """The language-model head, the last layer and the closing norm feed nothing here; norms stay float32."""
+    unused = ("lm_head.", f"layers.{config.depth - 1}.", "norm.")
+    return Layout(FUSED, unused, lambda name, dtype: torch.float32 if "norm" in name else dtype)
+
+
+# Qwen3ForCausalLM stores Qwen3Model under `model.`
+MODEL = Model(Qwen3Config, Qwen3Encoder, layout, lambda folder: Checkpoint(folder, strip="model."))

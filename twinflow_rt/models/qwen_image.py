@@ -24,7 +24,6 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
@@ -32,19 +31,11 @@ from ..ops import EAGER
 from ..passes.fold import Absorption
 from ..passes.load import Layout
 from . import Family
-from .qwen_image_blocks import EPS, PLAIN, Block, Constants, TimeEmbedding, modulation_rows
+from .context import Context as PromptContext
+from .mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack, unpack
+from .qwen_image_blocks import Block, TimeEmbedding
 
 ROPE_THETA = 10000.0
-
-# merged tensor -> the checkpoint's names, row blocks in this order (within a block's prefix)
-FUSED = {
-    f"attn.{merged}.{leaf}": tuple(f"attn.{part}.{leaf}" for part in parts)
-    for merged, parts in (
-        ("to_qkv", ("to_q", "to_k", "to_v")),
-        ("add_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
-    )
-    for leaf in ("weight", "bias")
-}
 
 # config.json keys of other variants of the network (editing, layers, guidance): off in Qwen-Image
 VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -103,6 +94,10 @@ class QwenImageConfig:
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def head_dim(self) -> int:
+        return self.attention_head_dim
+
 
 @dataclass(frozen=True)
 class Modulation:
@@ -113,15 +108,12 @@ class Modulation:
 
 
 @dataclass(frozen=True)
-class Context:
-    """The prompt's tokens as they enter the first block: independent of latents and time.
+class Context(PromptContext):
+    """The prompt's tokens as they enter the first block, zero beyond a sample's length.
 
-    tokens: [B, L, dim], zero beyond a sample's length. lengths: tokens that count, per sample.
-    ragged: the same as int64 [B] on the device where lengths differ, else None: no mask is needed.
+    ragged: `lengths` as int64 [B] on the device where they differ, else None: no mask is needed.
     """
 
-    tokens: Tensor
-    lengths: tuple[int, ...]
     ragged: Tensor | None = None
 
 
@@ -129,6 +121,8 @@ class QwenImageTransformer(nn.Module):
     """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above.
 
     Raises ConfigError when `absorbed` is asked for with other than one step."""
+
+    prompt_modules = ("txt_norm", "txt_in")
 
     def __init__(
         self, config: QwenImageConfig, *, folded_steps: int | None = None, absorbed: bool = False
@@ -273,16 +267,6 @@ class QwenImageTransformer(nn.Module):
         return joint.cos(), joint.sin()
 
 
-def pack(latents: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H/2*W/2, 4C], features ordered (channel, row, column)."""
-    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
-
-
-def unpack(x: Tensor, height: int, width: int) -> Tensor:
-    """[B, height*width, 4C] -> [B, C, 2*height, 2*width], the inverse of `pack`."""
-    return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (height, width)), 2)
-
-
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """Norm weights stay float32: a handful of vectors that every token passes through."""
     return torch.float32 if ".norm_" in name or name.startswith("txt_norm.") else dtype
@@ -297,4 +281,7 @@ def _absent(missing: set[str]) -> str | None:
     return None
 
 
-FAMILY = Family("qwen-image", QwenImageConfig, QwenImageTransformer, Layout(FUSED, (), _dtype_of, _absent))
+FAMILY = Family(
+    "qwen-image", QwenImageConfig, QwenImageTransformer, Layout(FUSED, (), _dtype_of, _absent),
+    text=None, vae=None, fit=None,
+)  # fmt: skip

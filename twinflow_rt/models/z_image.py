@@ -24,10 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import SizeRule
 from ..errors import ConfigError
 from ..ops import EAGER, OpTable
 from ..passes.load import Layout
-from . import Family
+from ..text import ZImageText
+from ..vae import KLDecoder
+from . import Family, must_equal
+from .context import Context
 
 SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
 ADALN_DIM = 256  # the time embedding is min(dim, ADALN_DIM) wide
@@ -118,17 +122,6 @@ class Modulation:
 
     blocks: tuple[Tensor, ...]
     final: Tensor
-
-
-@dataclass(frozen=True)
-class Context:
-    """The prompt's side of the network, independent of latents and time, so cacheable.
-
-    tokens: [B, L, dim], L a multiple of 32. lengths: tokens that count per sample, multiples of 32.
-    """
-
-    tokens: Tensor
-    lengths: tuple[int, ...]
 
 
 class TimestepEmbedder(nn.Module):
@@ -236,6 +229,8 @@ class ZImageTransformer(nn.Module):
     but tables of N rows of effective norm weights (buffers `norm_table`, float32).
     """
 
+    prompt_modules = ("cap_embedder", "context_refiner")
+
     def __init__(self, config: ZImageConfig, *, folded_steps: int | None = None) -> None:
         super().__init__()
         self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
@@ -342,7 +337,7 @@ class ZImageTransformer(nn.Module):
 
         prompt_embeds: [B, L, cap_feat_dim], sample b's first lengths[b] rows count (lengths live on
         the host: they shape the sequence). Rows up to the next multiple of 32 become the learned pad
-        token, which attends like any other (as in the reference).
+        token, which attends like any other (as in the reference), so the context's lengths are such.
         """
         padded = tuple(pad_length(int(n)) for n in lengths)
         device, longest = prompt_embeds.device, max(padded)
@@ -418,4 +413,21 @@ def _absent(missing: set[str]) -> str | None:
     return None
 
 
-FAMILY = Family("z-image", ZImageConfig, ZImageTransformer, Layout(FUSED, (), _dtype_of, _absent))
+def fit(config: ZImageConfig, text: ZImageText, vae: KLDecoder) -> SizeRule:
+    """Latents are cut in 2x2 patches, and rope counts at most axes_lens[1] x axes_lens[2] of them. The
+    default is the size the VAE was trained at (`sample_size`): 1024 for Z-Image, 64 for the demo."""
+    must_equal(
+        ("text_encoder hidden_size", text.width, "cap_feat_dim", config.cap_feat_dim),
+        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+    )
+    text.max_tokens = min(text.max_tokens, (config.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE)
+    multiple = 2 * vae.scale
+    most = multiple * config.axes_lens[1], multiple * config.axes_lens[2]
+    default = max(vae.config.sample_size // multiple, 1) * multiple
+    return SizeRule(multiple, *most, default=min(default, *most))
+
+
+FAMILY = Family(
+    "z-image", ZImageConfig, ZImageTransformer, Layout(FUSED, (), _dtype_of, _absent),
+    text=ZImageText, vae=KLDecoder, fit=fit,
+)  # fmt: skip

@@ -38,7 +38,7 @@ def write(
 ) -> Path:  # fmt: skip
     """Writes an artifact of `parts` (subfolder -> (config.json's content, tensors)) and `meta`.
 
-    source: the model folder it was compiled from; its tokenizer is copied. Raises CheckpointError if something stands at `folder` already: artifacts are never changed.
+    source: the model folder it was compiled from; its tokenizers are copied. Raises CheckpointError if something stands at `folder` already: artifacts are never changed.
     """
     from safetensors.torch import save_file
 
@@ -52,7 +52,8 @@ def write(
             (partial / name / "config.json").write_text(json.dumps(config, indent=1))
             owned = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             save_file(_unshared(owned), partial / name / "model.safetensors", metadata={"format": "pt"})
-        shutil.copytree(source / "tokenizer", partial / "tokenizer")
+        for tokenizer in sorted(source.glob("tokenizer*/")):
+            shutil.copytree(tokenizer, partial / tokenizer.name)
         shutil.copy(source / "model_index.json", partial / "model_index.json")
         files = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         manifest = {"schema": SCHEMA, **meta, "files": files}

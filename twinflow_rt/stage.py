@@ -1,0 +1,81 @@
+"""What the text and the image stage share: networks of a model folder, declared first, read when wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from .passes.fuse import sources
+from .passes.load import Checkpoint, Layout, LoadReport, Progress, materialize
+
+
+@dataclass(frozen=True)
+class Model:
+    """A kind of network: `config.from_dict`, `network(config)`, how its files are read.
+
+    layout(config): see `passes.load.Layout`. read(folder): its files, a Checkpoint.
+    """
+
+    config: Any
+    network: Callable[[Any], nn.Module]
+    layout: Callable[[Any], Layout]
+    read: Callable[[Path], Checkpoint] = Checkpoint
+
+    def open(self, folder: Path) -> Part:
+        """The network of `folder`, on the meta device. Raises CheckpointError, ConfigError."""
+        checkpoint = self.read(folder)
+        config = self.config.from_dict(checkpoint.config)
+        with torch.device("meta"):
+            network = self.network(config)
+        return Part(folder.name, checkpoint, network, self.layout(config))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network of a stage: the folder it has, its files, and how they are read."""
+
+    name: str
+    checkpoint: Checkpoint
+    network: nn.Module
+    layout: Layout
+
+    def load(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> LoadReport:
+        return materialize(self.network, self.checkpoint, self.layout, device, dtype, progress)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors in use under the checkpoint's names, merged ones cut as the files have them."""
+        out: dict[str, Tensor] = {}
+        for name, tensor in self.network.state_dict().items():
+            names = sources(name, self.layout.fused)
+            rows = [self.checkpoint.shape(n)[0] for n in names] if len(names) > 1 else [len(tensor)]
+            out.update(zip(names, tensor.split(rows) if len(names) > 1 else (tensor,), strict=True))
+        return out
+
+    def shadow(self) -> nn.Module:
+        """The same network without weights, for counting."""
+        with torch.device("meta"):
+            return type(self.network)(self.network.config)
+
+
+class Stage:
+    """A stage made of `parts`. The constructor takes the model folder and reads headers only; until
+    `materialize` every network is on the meta device."""
+
+    parts: tuple[Part, ...]
+    reports: tuple[LoadReport, ...] = ()
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> Self:
+        """The stage of a model folder, ready to run."""
+        stage = cls(folder)
+        stage.materialize(device, dtype, progress)
+        return stage
+
+    def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
+        """Reads all parts; `reports` tells what that took, part by part."""
+        self.reports = tuple(part.load(device, dtype, progress) for part in self.parts)

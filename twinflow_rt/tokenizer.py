@@ -1,0 +1,115 @@
+"""Token ids of prompts, each in the form its model was trained on.
+
+Uses the `tokenizers` library directly: importing transformers would cost seconds of start-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+from .passes.load import read_json
+
+# how Qwen2 and later cut text before merging bytes: contractions, words with their leading mark, single
+# digits, punctuation with its line ends, blanks (transformers: Qwen2Tokenizer)
+QWEN_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Ids of prompts as `render` writes them out; a family's form of prompt is a subclass."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.core = folder, read_core(folder)
+
+    def __call__(self, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """Ids of each prompt, at most `max_tokens` (the tail is cut)."""
+        texts = [self.render(prompt) for prompt in prompts]
+        self.core.no_padding()
+        self.core.enable_truncation(max_tokens)
+        return [encoding.ids for encoding in self.core.encode_batch(texts)]
+
+    def render(self, prompt: str) -> str:
+        """What is tokenized for a prompt; here the prompt itself."""
+        return prompt
+
+
+class ChatTokenizer(Tokenizer):
+    """One user turn of the folder's chat template, generation prompt added, thinking on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.template = _chat_template(folder)
+
+    def render(self, prompt: str) -> str:
+        from jinja2 import TemplateError
+
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            return self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=True)
+        except TemplateError as error:
+            raise CheckpointError(f"the model's chat template failed: {error}") from None
+
+
+def read_core(folder: Path) -> Any:
+    """The `tokenizers` object of a folder: tokenizer.json, or for Qwen2's kind vocab.json and merges.txt."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder} is missing; the model folder is incomplete")
+        kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "")
+        if kind.removesuffix("Fast") != "Qwen2Tokenizer" or not (folder / "vocab.json").is_file():
+            raise CheckpointError(f"{path} is missing; save the tokenizer with its fast (tokenizers) form")
+        return _qwen2(folder)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{path} is not a tokenizer ({error}); download it again") from None
+
+
+def _qwen2(folder: Path) -> Any:
+    """Byte-level BPE over NFC text, from the files of the slow Qwen2Tokenizer (Qwen-Image ships those)."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    config = read_json(folder / "tokenizer_config.json")
+    try:
+        core = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit ({error}); download both again") from None
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    for number, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
+        core.add_tokens([AddedToken(token["content"], **{f: token.get(f, False) for f in flags})])
+        if core.token_to_id(token["content"]) != int(number):
+            raise CheckpointError(f"{folder}: added token {token['content']!r} should be {number}; vocab.json is another's")
+    return core
+
+
+def _chat_template(folder: Path) -> Any:
+    """The compiled chat template, in a sandbox: templates are code from the checkpoint."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    config, file = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
+    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if isinstance(source, list):  # several named templates
+        source = next((t["template"] for t in source if t.get("name") == "default"), None)
+    if not isinstance(source, str):
+        raise CheckpointError(f"{folder} has no chat template; Z-Image prompts are written in chat form")
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise CheckpointError(f"{folder}: the chat template does not compile ({error})") from None
