@@ -11,6 +11,8 @@ import numpy as np
 
 from ..training.scenes import KINDS, prompts
 from .check import examine
+from .diversity import diversity
+from .diversity import diversity
 from .sheet import contact_sheet
 
 BATCH = 32
@@ -23,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations")
     parser.add_argument("--per-kind", type=int, default=50, metavar="N", help="captions per kind (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the captions; image k starts from noise seed k")
+    parser.add_argument("--diversity", action="store_true", help="also compare the images of one prompt with each other")
+    parser.add_argument("--diversity", action="store_true", help="also compare the images of one prompt with each other")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write prompts, images and verdicts as one picture")
     parser.add_argument("--json", action="store_true", help="print scores as JSON")
 
@@ -54,8 +58,13 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
             rows.append({"nfe": nfe, "captions": split, "images": scores.images, "mean": scores.mean, **scores.per_kind})
             if not args.json:
                 print(_line(rows[-1], header=len(rows) == 1), flush=True)
+        if args.diversity:
+            rows[-1]["diversity"], rows[-1]["diversity_of_data"] = spread = diversity(generate, seed=args.seed)
+            if not args.json:
+                print("     pairwise distance {:.1f}, of the data {:.1f}".format(*spread), flush=True)
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps({"schema": 1, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."),
+                          "mode": args.mode, "seed": args.seed, "rows": rows}, indent=1))  # fmt: skip
     if args.sheet is not None:
         sheet(Generator(pipe, preset(args.nfe[0], args.mode)), args.sheet)
     return 0

@@ -1,0 +1,40 @@
+"""`twinflow-rt eval` on a model of random weights: what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.factory import make_model
+from twinflow_rt import cli
+from twinflow_rt.training.scenes import KINDS
+
+pytest.importorskip("scipy")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_model(tmp_path_factory.mktemp("eval") / "m"))
+
+
+def test_json_has_every_setting_and_both_kinds_of_captions(model, tmp_path, capsys):
+    sheet = tmp_path / "sheet.png"
+    argv = ["eval", "--model", model, "--device", "cpu", "--nfe", "1", "2", "--per-kind", "2", "--json"]
+    assert cli.main([*argv, "--diversity", "--sheet", str(sheet)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [(r["nfe"], r["captions"]) for r in report["rows"]] == [
+        (n, split) for n in (1, 2) for split in ("train", "heldout")
+    ]
+    for row in report["rows"]:
+        assert row["images"] == 2 * len(KINDS)
+        assert row["mean"] == pytest.approx(sum(row[kind] for kind in KINDS) / len(KINDS))
+    assert report["rows"][1]["diversity_of_data"] > 0
+    assert sheet.stat().st_size > 1000
+
+
+def test_table(model, capsys):
+    assert cli.main(["eval", "--model", model, "--device", "cpu", "--per-kind", "1"]) == 0
+    header, train, heldout = capsys.readouterr().out.splitlines()
+    assert header.split() == ["nfe", "captions", "mean", *KINDS]
+    assert train.split()[:2] == ["1", "train"] and heldout.split()[:2] == ["1", "heldout"]
