@@ -23,8 +23,8 @@ from tests.qwen_image_factory import (
 )
 from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.qwen_image import FAMILY, FUSED, QwenImageConfig, QwenImageTransformer
-from twinflow_rt.models.qwen_image_blocks import Constants
+from twinflow_rt.models.mmdit import FUSED, Constants
+from twinflow_rt.models.qwen_image import FAMILY, QwenImageConfig, QwenImageTransformer
 from twinflow_rt.ops import EAGER, OpTable
 from twinflow_rt.passes.fold import Absorption, absorb, fold, folded_away
 from twinflow_rt.passes.fuse import merge
