@@ -28,29 +28,29 @@ class Config:
     stages: int
 
 
-# (shared memory of the chip is small, padded head dim) -> queries, keys, warps, stages
+# padded head dim -> queries, keys, warps, stages: the largest tiles that spill no register (tests/offline)
 _TILES = {
-    (False, 64): (128, 64, 4, 3), (False, 128): (128, 64, 8, 3), (False, 256): (128, 32, 8, 2),
-    (True, 64): (128, 64, 4, 2), (True, 128): (128, 32, 8, 2), (True, 256): (64, 32, 8, 2),
-}  # fmt: skip
-_HOPPER_TILES = {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)}
+    80: {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},  # 163 KiB of shared memory
+    86: {64: (128, 64, 8, 2), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},  # 99 KiB: 8.6, 8.9, 12.x
+    90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},  # 227 KiB
+    100: {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+}
 
 
 def config(queries: int, head_dim: int, dtype: torch.dtype, arch: int) -> Config:
     """Tile for `queries` rows of `head_dim` on compute capability `arch` (90 for 9.0).
 
-    Head dims are padded to 64, 128 or 256. Chips with 227 KiB of shared memory (9.0, 10.0) take key
-    tiles of 128; those with 99 KiB (8.6, 8.9, 12.x) shallow ones. Few queries take tiles of 64.
+    Head dims are padded to 64, 128 or 256; few queries take tiles of 64.
     """
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ConfigError(f"attention: head dims up to {MAX_HEAD_DIM}, got {head_dim}")
     if dtype not in DTYPES:
         raise ConfigError(f"attention: needs bfloat16 or float16, got {dtype}")
     dim = max(launch.power_of_two(head_dim), 64)
-    small = arch in (86, 89) or arch >= 120
-    m, n, warps, stages = _HOPPER_TILES[dim] if 90 <= arch < 120 else _TILES[small, dim]
+    chip = 80 if arch < 86 else 90 if arch == 90 else 100 if 100 <= arch < 120 else 86
+    m, n, warps, stages = _TILES[chip][dim]
     if queries <= 64:
-        m, n, warps = 64, min(n, 64), 4
+        m, n, warps = 64, min(n, 64), 8 if dim == 256 else 4
     return Config(m, n, dim, warps, stages)
 
 
