@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, optional
-from .attention import attention
+from .attention import attention, linear_attention
 from .decode import to_uint8
 from .mlp import gelu_tanh, swiglu
 from .norm import layer_norm, residual_layer_norm, residual_norm, rms_norm
@@ -72,6 +72,7 @@ class OpTable:
     residual_layer_norm: Callable
     joint_qk_norm_rope: Callable
     gelu_tanh: Callable
+    linear_attention: Callable
 
 
 EAGER = OpTable(
@@ -86,12 +87,14 @@ EAGER = OpTable(
     residual_layer_norm=residual_layer_norm,
     joint_qk_norm_rope=joint_qk_norm_rope,
     gelu_tanh=gelu_tanh,
+    linear_attention=linear_attention,
 )
 
 
 # what csrc/ has on each device; ops/ has everything, kernels/ (Triton) everything but what is listed here
 NATIVE = ("rms_norm", "residual_norm", "qk_norm_rope", "swiglu", "x0_project", "to_uint8")
 CUDA = ("rms_norm", "residual_norm", "to_uint8")
+EAGER_ONLY = ("linear_attention",)
 
 
 def rank(op: str, target: Target) -> tuple[str, ...]:
@@ -102,7 +105,7 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
     """
     if target.device == "cpu":
         return ("native",) if op in NATIVE else ()
-    if target.device != "cuda":
+    if target.device != "cuda" or op in EAGER_ONLY:
         return ()
     if op == "attention":
         return backends.order(target.arch)
