@@ -12,7 +12,6 @@ import numpy as np
 from ..training.scenes import KINDS, prompts
 from .check import examine
 from .diversity import diversity
-from .diversity import diversity
 from .sheet import contact_sheet
 
 BATCH = 32
@@ -25,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations")
     parser.add_argument("--per-kind", type=int, default=50, metavar="N", help="captions per kind (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the captions; image k starts from noise seed k")
-    parser.add_argument("--diversity", action="store_true", help="also compare the images of one prompt with each other")
     parser.add_argument("--diversity", action="store_true", help="also compare the images of one prompt with each other")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write prompts, images and verdicts as one picture")
     parser.add_argument("--json", action="store_true", help="print scores as JSON")
