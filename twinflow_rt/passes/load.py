@@ -7,7 +7,6 @@ is read that the network does not use, and no file that could run code (a pickle
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..report import LoadReport, Meter
+from . import random
 from .fuse import Fused, sources, stack
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -40,6 +41,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def open_tensors(path: Path) -> Any:
+    """A mapped safetensors file (`safe_open`); only its header is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; download it again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
+
+
 class Checkpoint:
     """One network's folder (config.json and safetensors, whole or sharded), tensors read on demand.
 
@@ -48,6 +61,8 @@ class Checkpoint:
     index that names a shard outside the folder, or a key that its shard lacks.
     """
 
+    loras: tuple[Any, ...] = ()  # adapters merged in: none (see `passes.lora.Merged`)
+
     def __init__(self, folder: str | Path, *, strip: str = "") -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -55,6 +70,7 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json")
         self._files: dict[str, Any] = {}
         self._where: dict[str, tuple[str, str]] = {}
+        self.meter = Meter()
         for file, names in self._listing().items():
             for name in names:
                 self._where[name.removeprefix(strip)] = (file, name)
@@ -80,7 +96,7 @@ class Checkpoint:
                 raise CheckpointError(f"{index} names {file!r}, not a .safetensors file of its own folder")
             absent = sorted(set(keys) - set(self._open(file).keys()))
             if absent:
-                raise CheckpointError(f"{index} places {_some(absent)} in {file}, which lacks it; download both again")
+                raise CheckpointError(f"{index} places {some(absent)} in {file}, which lacks it; download both again")
         return listing
 
     def _single_file(self) -> str:
@@ -92,6 +108,8 @@ class Checkpoint:
             return found[0]
         if found:
             raise CheckpointError(f"{self.folder} has several weight files ({', '.join(found)}) and no index; keep one")
+        if (self.folder / random.FILE).is_file():
+            return random.FILE
         pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
         if pickles:
             raise CheckpointError(
@@ -101,17 +119,9 @@ class Checkpoint:
         raise CheckpointError(f"{self.folder} has no .safetensors file; the download is incomplete")
 
     def _open(self, file: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
         if file not in self._files:
             path = self.folder / file
-            try:
-                self._files[file] = safe_open(path, framework="pt", device="cpu")
-            except FileNotFoundError:
-                raise CheckpointError(f"{path} is missing; download the shard again") from None
-            except (SafetensorError, OSError) as error:
-                reason = f"{path} is truncated or no safetensors file ({error}); download it again"
-                raise CheckpointError(reason) from None
+            self._files[file] = random.RandomFile(path, DTYPES) if file == random.FILE else open_tensors(path)
         return self._files[file]
 
     def _slice(self, name: str) -> Any:
@@ -154,11 +164,17 @@ class Checkpoint:
             size *= n
         return size
 
+    def total_bytes(self) -> int:
+        """Bytes of all tensors in the files."""
+        return sum(self.nbytes(name) for name in self._where)
+
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """The tensor on `device` in `dtype` (None: as stored). On the CPU in the stored dtype it is
         a view of the mapped file: nothing is copied, pages come in on first use."""
         file, key = self._where[name]
-        return self._files[file].get_tensor(key).to(device).to(dtype or self.dtype(name))
+        tensor = self._files[file].get_tensor(key).to(device).to(dtype or self.dtype(name))
+        self.meter.add(self.nbytes(name))
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -176,26 +192,16 @@ class Layout:
     absent: Callable[[set[str]], str | None] = lambda missing: None
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What loading one network took: wall seconds, tensors, bytes read, bytes left unread in the files."""
-
-    seconds: float
-    tensors: int
-    bytes_read: int
-    bytes_unused: int
-
-
 def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint, layout: Layout) -> None:
     """Compares the module's tensors (meta is enough) with the checkpoint's, names and shapes."""
     wanted = {part for name in expected for part in sources(name, layout.fused)}
     found = {k for k in checkpoint if not k.startswith(layout.unused)}
     where = checkpoint.folder
     if missing := wanted - set(checkpoint.keys()):
-        reason = layout.absent(missing) or f"missing {_some(missing)}; another model, or an incomplete file"
+        reason = layout.absent(missing) or f"missing {some(missing)}; another model, or an incomplete file"
         raise CheckpointError(f"{where}: {reason}")
     if unknown := found - wanted:
-        raise CheckpointError(f"{where}: unknown {_some(unknown)}; config.json and weights belong to different models")
+        raise CheckpointError(f"{where}: unknown {some(unknown)}; config.json and weights belong to different models")
     for name, tensor in expected.items():
         parts = sources(name, layout.fused)
         shapes = [checkpoint.shape(p) for p in parts]
@@ -209,13 +215,13 @@ def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint, layout: Layout
 
 
 def fetch(
-    name: str, rows: int, checkpoint: Checkpoint, layout: Layout, device: torch.device, dtype: torch.dtype
+    name: str, placeholder: Tensor, checkpoint: Checkpoint, layout: Layout, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """One module tensor, merged from its parts where the layout says so (`rows`: of the result)."""
+    """One module tensor, merged from its parts where the layout says so (`placeholder`: of its shape)."""
     parts, target = sources(name, layout.fused), layout.dtype_of(name, dtype)
     if len(parts) == 1:
         return checkpoint.get(name, device, target)
-    return stack((checkpoint.get(p, device, target) for p in parts), rows)
+    return stack((checkpoint.get(p, device, target) for p in parts), len(placeholder))
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -230,24 +236,19 @@ def materialize(
     progress: Progress | None = None,
 ) -> LoadReport:  # fmt: skip
     """Fills `module` (built on the meta device) from `checkpoint`; afterwards it is frozen, in eval mode."""
-    start = time.perf_counter()
+    checkpoint.meter.start()
     expected = module.state_dict()
     check(expected, checkpoint, layout)
-    read = 0
     for name, placeholder in expected.items():
-        rows = placeholder.shape[0] if placeholder.ndim else 0
-        tensor = fetch(name, rows, checkpoint, layout, device, dtype)
-        assign(module, name, tensor)
-        size = sum(checkpoint.nbytes(p) for p in sources(name, layout.fused))
-        read += size
+        before = checkpoint.meter.bytes_read
+        assign(module, name, fetch(name, placeholder, checkpoint, layout, device, dtype))
         if progress is not None:
-            progress(size)
+            progress(checkpoint.meter.bytes_read - before)
     module.eval()
-    total = sum(checkpoint.nbytes(k) for k in checkpoint)
-    return LoadReport(time.perf_counter() - start, len(expected), read, total - read)
+    return checkpoint.meter.report(len(expected), checkpoint.total_bytes())
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """The first few names, and how many more."""
     ordered = sorted(names)
     rest = len(ordered) - SHOWN
