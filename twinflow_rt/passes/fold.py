@@ -44,7 +44,7 @@ def fold(network: Foldable, read: Callable[[str], Tensor], schedule: Schedule) -
     def resident(*prefixes: str) -> Iterator[None]:
         borrowed = {
             name: param for name, param in network.named_parameters()
-            if any(name.startswith(prefix + ".") for prefix in prefixes)
+            if any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
         }  # fmt: skip
         for name in borrowed:
             assign(network, name, read(name).float().cpu())
@@ -67,12 +67,16 @@ def folded_away(unfolded: nn.Module, folded: nn.Module) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Absorption:
-    """Rows of a table that stand around a linear layer, y = gate * (W (scale * x + shift) + b)."""
+    """Rows of a table that stand around a linear layer, y = gate * (W (scale * x + shift) + b).
+
+    bias=False: the checkpoint has no b; a shift then makes one.
+    """
 
     table: str
     shift: int | None = None
     scale: int | None = None
     gate: int | None = None
+    bias: bool = True
 
 
 def absorb(
@@ -83,21 +87,26 @@ def absorb(
         W' = diag(gate) W diag(scale)        b' = gate * (b + W shift)
 
     tables: of one step each, [1, rows, dim]. read(name): a layer's tensor, on the device to compute
-    on. The caller rounds, once; one layer is resident at a time. Raises ConfigError when a table
+    on; a weight may be a 1x1 convolution's. The caller rounds, once; one layer is resident at a time. Raises ConfigError when a table
     has more than one step.
     """
     for name, what in layers.items():
-        weight, bias = read(name + ".weight").float(), read(name + ".bias").float()
+        kernel = read(name + ".weight").float()
+        weight = kernel.flatten(1)
+        bias = read(name + ".bias").float() if what.bias else None
         if len(tables[what.table]) != 1:
             raise ConfigError(
                 f"{name} cannot absorb the constants of {len(tables[what.table])} steps: fold one (t, tt) pair"
             )
         table = tables[what.table].to(weight.device, torch.float32)[0]
         if what.shift is not None:
-            bias = torch.addmv(bias, weight, table[what.shift])
+            shifted = weight @ table[what.shift]
+            bias = shifted if bias is None else bias + shifted
         if what.scale is not None:
             weight = weight * table[what.scale]
         if what.gate is not None:
-            weight, bias = weight * table[what.gate, :, None], bias * table[what.gate]
-        yield name + ".weight", weight
-        yield name + ".bias", bias
+            weight = weight * table[what.gate, :, None]
+            bias = None if bias is None else bias * table[what.gate]
+        yield name + ".weight", weight.view(kernel.shape)
+        if bias is not None:
+            yield name + ".bias", bias
