@@ -16,6 +16,7 @@ from .mmdit import (
     JointAttention,
     SinusoidEmbedder,
     Stream,
+    add_branch,
     finish,
     linear32,
     modulation_rows,
@@ -116,7 +117,7 @@ class Block(nn.Module):
         branch = self.attn.to_out[0](out[:, :n])
         if now.second is not None:
             h = ops.layer_norm(x, now.second.scale_a, EPS, now.second.shift_a)
-            x, _ = ops.residual_layer_norm(x, branch, own.gate_a, None, None, EPS)
+            x = add_branch(x, branch, own.gate_a, ops)
             branch, own = self.attn2(h, rope[1], ops), own._replace(gate_a=now.second.gate_a)
         image = finish(x, branch, self.ff, own, after[0], ops)
         if after[1] is None:
