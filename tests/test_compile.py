@@ -159,7 +159,7 @@ def test_refold_equals_compiling_anew_and_stays_bounded(checkpoint):
     fresh = compiled(checkpoint, FOUR)
     for name, tensor in fresh.network.state_dict().items():
         assert torch.equal(program.network.state_dict()[name], tensor), name
-    program.tables = None
+    program.recipe = None  # as after loading an artifact
     with pytest.raises(ConfigError, match=r"folded for 4 evaluation\(s\)"):
         program.refold(ONE)
 

@@ -2,104 +2,145 @@
 
     load    map the files, compare every name and shape; nothing is read yet
     fold    evaluate all time embeddings and modulations of the schedule into tables (float32)
+    absorb  at one evaluation, where the family can: move the tables into the weights beside them
     fuse    stream the remaining tensors to the device, merged where they share an input
     select  one implementation per op, refusals stated
     plan    say what was done
 
-The result holds no time embedder and no modulation layer. Another schedule needs other tables:
-`Program.refold` makes them from the checkpoint, so long as the program still has one.
+The result holds no time embedder and no modulation layer. Another schedule needs other constants:
+`Program.refold` makes them from the checkpoint, so long as the program still has one. Adapters are
+merged into the checkpoint's tensors as these passes read them (`passes.lora`).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ConfigError
 from .models import Family
-from .ops.select import Target, select
+from .ops.select import Choice, Target, select
+from .passes import fold as folding
 from .passes.fold import Schedule, fold, folded_away
 from .passes.load import Checkpoint, Layout, Progress, assign, check, fetch, materialize
+from .passes.lora import Merged
 from .plan import Plan, group_folded, parameter_bytes
 
 MAX_EVALUATIONS = 100
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a program was compiled from; `absorb`: whether its constants may go into the weights."""
+
+    source: Checkpoint
+    family: Family
+    device: torch.device
+    dtype: torch.dtype
+    absorb: bool = True
+
+    def unfolded(self) -> nn.Module:
+        """The network as the checkpoint has it, on the meta device."""
+        with torch.device("meta"):
+            return self.family.network(self.family.config.from_dict(self.source.config))
+
+    def tables(self, unfolded: nn.Module, schedule: Schedule) -> dict[str, Tensor]:
+        return fold(unfolded, lambda name: self.source.get(name, dtype=torch.float32), schedule)
+
+
 @dataclass
 class Program:
-    """A compiled velocity network: `network(latents, modulation(step), context)` per evaluation."""
+    """A compiled velocity network: `network(latents, modulation(step), context)` per evaluation.
+
+    recipe: None for a program that was saved, which no longer has a checkpoint to go back to.
+    """
 
     network: nn.Module
     schedule: tuple[tuple[float, float], ...]
     plan: Plan
-    tables: Callable[[Schedule], dict[str, torch.Tensor]] | None = None
+    recipe: Recipe | None = None
 
     def refold(self, schedule: Schedule) -> None:
-        """Switches to another schedule by folding anew from the checkpoint.
+        """Switches to another schedule: tables are folded anew, absorbed weights read anew.
 
-        Raises ConfigError if the program came from a saved artifact, which holds one schedule only.
+        A program that has left one absorbed evaluation keeps tables from then on, so going back and
+        forth reads the weights once. Raises ConfigError if the program came from a saved artifact,
+        which holds one schedule only.
         """
-        schedule = tuple(schedule)
+        schedule = _checked(schedule)
         if schedule == self.schedule:
             return
-        if self.tables is None:
-            raise ConfigError(
-                f"this artifact is folded for {_named(self.schedule)}; {_named(schedule)} needs the checkpoint: "
-                "load the model folder instead, or save another artifact"
-            )
+        recipe = self._checkpoint(f"this artifact is folded for {_named(self.schedule)}; {_named(schedule)}")
+        if self.network is None or self.plan.absorbed:
+            return self._replace(recipe, schedule)
         device = next(self.network.parameters()).device
-        for name, table in self.tables(schedule).items():
+        for name, table in recipe.tables(recipe.unfolded(), schedule).items():
             assign(self.network, name, table.to(device))
         self.network.folded_steps = len(schedule)
-        self.schedule, self.plan = schedule, replace(self.plan, schedule=schedule)
+        self.schedule = schedule
+        self.plan = replace(self.plan, schedule=schedule, bytes_after=parameter_bytes(self.network))
+
+    def set_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
+        """Compiles again with these adapters, (path, weight) each, in place of those merged before.
+
+        Weights come from the checkpoint, so nothing of an earlier adapter remains. Raises ConfigError
+        for a saved artifact, CheckpointError for what cannot be merged (nothing has changed then).
+        """
+        recipe = self._checkpoint("this artifact's adapters are merged into its weights; changing them")
+        self._replace(replace(recipe, source=Merged(recipe.source.folder, loras)), self.plan.schedule)
+
+    def _checkpoint(self, why: str) -> Recipe:
+        if self.recipe is None:
+            raise ConfigError(f"{why} needs the checkpoint: load the model folder instead, or save another artifact")
+        return self.recipe
+
+    def _replace(self, recipe: Recipe, schedule: Schedule) -> None:
+        """Becomes what `recipe` gives. The old network goes first: a device may not hold two. Should
+        compiling fail, the program is left without a schedule and the next `refold` compiles it."""
+        self.network, self.schedule, self.recipe = None, (), recipe
+        fresh = compile_network(
+            recipe.source, recipe.family, schedule, device=recipe.device, dtype=recipe.dtype, absorb=recipe.absorb
+        )
+        self.network, self.schedule, self.plan = fresh.network, fresh.schedule, fresh.plan
 
 
 def compile_network(
-    source: Any, family: Family, schedule: Sequence[tuple[float, float]], *, device: torch.device, dtype: torch.dtype,
-    progress: Progress | None = None, loras: tuple[str, ...] = (),
+    source: Checkpoint, family: Family, schedule: Schedule, *, device: torch.device, dtype: torch.dtype,
+    progress: Progress | None = None, absorb: bool = True,
 ) -> Program:  # fmt: skip
     """Compiles a network for the (t, tt) pairs of `schedule` (1 to 100 of them).
 
-    source: an open `passes.load.Checkpoint`, or one with adapters merged in (`passes.lora.Merged`).
+    source: an open checkpoint, or one with adapters merged in (`passes.lora.Merged`). absorb: whether
+    the constants of a single evaluation go into the weights, where the family declares that they can
+    (`absorptions`): exact in float32, and in bfloat16 within 1.1x of the unfolded network's error.
     Raises CheckpointError for anything about the files, ConfigError for the schedule.
     """
-    start, schedule = time.perf_counter(), tuple(schedule)
-    if not 1 <= len(schedule) <= MAX_EVALUATIONS:
-        raise ConfigError(f"a schedule of {len(schedule)} evaluations cannot be folded; use 1 to {MAX_EVALUATIONS}")
-    config = family.config.from_dict(source.config)
-    with torch.device("meta"):
-        unfolded, network = family.network(config), family.network(config, folded_steps=len(schedule))
+    schedule, recipe = _checked(schedule), Recipe(source, family, device, dtype, absorb)
+    source.meter.start()
+    unfolded = recipe.unfolded()
     check(unfolded.state_dict(), source, family.layout)
-
-    def tables(steps: Schedule) -> dict[str, torch.Tensor]:
-        return fold(unfolded, source.get, steps)
-
-    constants = tables(schedule)
-    for name, placeholder in network.state_dict().items():
-        if name in constants:
-            tensor = constants[name].to(device)
-        else:
-            rows = placeholder.shape[0] if placeholder.ndim else 0
-            tensor = fetch(name, rows, source, family.layout, device, dtype)
-            if progress is not None:
-                progress(tensor.nbytes)
+    network = _folded(family, unfolded.config, len(schedule), absorb)
+    expected = network.state_dict()
+    for name, tensor in _tensors(recipe, network, recipe.tables(unfolded, schedule)):
         assign(network, name, tensor)
-    network.eval().ops, choices = select(Target.of(device, dtype, getattr(network.config, "head_dim", None)))
+        if progress is not None:
+            progress(tensor.nbytes)
+    network.eval().ops, choices = _select(network, device, dtype)
+    report = source.meter.report(len(expected), source.total_bytes())
     away = folded_away(unfolded, network)
     before = sum(p.numel() for p in unfolded.parameters())
     plan = Plan(
-        family=family.name, source=Path(source.folder).parent.name, device=str(device), dtype=str(dtype).removeprefix("torch."),
+        family=family.name, source=Path(source.folder).parent.name, device=str(device), dtype=_short(dtype),
         schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
         bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=group_folded(away),
-        loras=loras, notes=(f"compiled in {time.perf_counter() - start:.2f} s",),
+        absorbed=_is_absorbed(network), loras=source.loras, notes=(f"transformer {report}",),
     )  # fmt: skip
-    return Program(network, schedule, plan, tables)
+    return Program(network, schedule, plan, recipe)
 
 
 def load_program(
@@ -107,15 +148,60 @@ def load_program(
     progress: Progress | None = None,
 ) -> Program:  # fmt: skip
     """The program of a saved artifact: no pass runs again, ops are selected for this machine."""
-    with torch.device("meta"):
-        network = family.network(family.config.from_dict(saved.config), folded_steps=len(plan.schedule))
+    network = _folded(family, family.config.from_dict(saved.config), len(plan.schedule), plan.absorbed)
 
     def dtype_of(name: str, kind: torch.dtype) -> torch.dtype:
         return torch.float32 if saved.dtype(name) == torch.float32 else kind
 
-    materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
-    network.ops, choices = select(Target.of(device, dtype, getattr(network.config, "head_dim", None)))
-    return Program(network, plan.schedule, replace(plan, device=str(device), choices=choices))
+    report = materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
+    network.ops, choices = _select(network, device, dtype)
+    notes = (f"compiled for {plan.dtype} on {plan.device} and saved", f"transformer {report}")
+    plan = replace(plan, device=str(device), dtype=_short(dtype), choices=choices, notes=notes)
+    return Program(network, plan.schedule, plan)
+
+
+def _folded(family: Family, config: Any, steps: int, absorb: bool) -> nn.Module:
+    """The compiled layout on the meta device, without constants of its own where they can be absorbed."""
+    absorbed = {"absorbed": True} if absorb and steps == 1 and hasattr(family.network, "absorptions") else {}
+    with torch.device("meta"):
+        return family.network(config, folded_steps=steps, **absorbed)
+
+
+def _tensors(recipe: Recipe, network: nn.Module, tables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the compiled `network`, on the device, made one at a time."""
+    source, layout, device, expected = recipe.source, recipe.family.layout, recipe.device, network.state_dict()
+    done = set()
+    if _is_absorbed(network):
+
+        def read(name: str) -> Tensor:
+            return fetch(name, expected[name], source, layout, device, torch.float32)
+
+        for name, tensor in folding.absorb(network.absorptions(), tables, read):
+            done.add(name)
+            yield name, tensor.to(layout.dtype_of(name, recipe.dtype))
+    for name in (name for name in expected if name not in done):
+        if name in tables:
+            yield name, tables[name].to(device)
+        else:
+            yield name, fetch(name, expected[name], source, layout, device, recipe.dtype)
+
+
+def _select(network: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[Any, tuple[Choice, ...]]:
+    return select(Target.of(device, dtype, getattr(network.config, "head_dim", None)))
+
+
+def _is_absorbed(network: nn.Module) -> bool:
+    return getattr(network, "absorbed", False)
+
+
+def _checked(schedule: Schedule) -> tuple[tuple[float, float], ...]:
+    if not 1 <= len(schedule) <= MAX_EVALUATIONS:
+        raise ConfigError(f"a schedule of {len(schedule)} evaluations cannot be folded; use 1 to {MAX_EVALUATIONS}")
+    return tuple(schedule)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _named(schedule: Schedule) -> str:

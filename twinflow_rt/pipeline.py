@@ -28,6 +28,7 @@ from .models.context import Context
 from .noise import initial_noise, resolve_seeds, step_noise
 from .passes import artifact
 from .passes.load import Checkpoint, model_folder
+from .passes.lora import Loras, Merged, require_same, resolve_loras
 from .plan import Plan, Stage
 from .predict import predict_stages
 from .report import Stages
@@ -103,6 +104,16 @@ class Pipeline:
             ) from None
         return Result(images, seeds, stages.timings(), stages.memory)
 
+    def set_loras(self, loras: Loras = ()) -> None:
+        """Replaces the merged adapters by `loras` (as for `load`; none by default): the network is
+        compiled again from the checkpoint, so nothing of the old ones remains.
+
+        Raises ConfigError on a saved artifact, whose weights hold theirs for good; CheckpointError for
+        an adapter that cannot be merged, and then nothing has changed.
+        """
+        with self._lock, torch.no_grad():
+            self.program.set_loras(resolve_loras(loras))
+
     def save(self, path: str | Path) -> Path:
         """Writes the compiled program and the other parts as an artifact (passes/artifact.py), which
         `load` takes like a model folder, skipping the passes. It holds this pipeline's schedule only."""
@@ -123,8 +134,8 @@ class Pipeline:
         self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, size: tuple[int, int], seeds: list[int],
         config: SamplerConfig, output: str, callback: Callable | None, stages: Stages,
     ) -> Any:  # fmt: skip
-        network = self.program.network
         self.program.refold(schedule(config, self.dtype))
+        network = self.program.network
         with stages("text"):
             context = self._context(prompts, repeats)
         with stages("noise"):
@@ -168,14 +179,15 @@ def _deliver(images: Tensor, output: str) -> Any:
 
 def load(
     path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-    nfe: int | None = None, sampler: SamplerConfig | str | None = None,
+    nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Pipeline:  # fmt: skip
     """Loads and compiles a model folder in diffusers' layout, or "demo", the miniature that ships along.
 
     device: default the GPU if there is one. dtype: default the checkpoint's, or float32 where the
     device cannot compute in that at full rate. nfe: evaluations per image the network is folded for
-    (default 1). progress(part, bytes) is called as tensors arrive.
+    (default 1). loras: adapters to merge, {path: weight} or [path or (path, weight), ...]; an artifact
+    takes those it was saved with, or None. progress(part, bytes) is called as tensors arrive.
     Raises CheckpointError, ConfigError, DeviceError.
     """
     asked, target = resolve_sampler(nfe, sampler), resolve_device(device)
@@ -186,7 +198,11 @@ def load(
     def part(name: str) -> Callable[[int], None] | None:
         return None if progress is None else lambda size: progress(name, size)
 
-    checkpoint = Checkpoint(folder / "transformer")
+    pairs = None if loras is None else resolve_loras(loras)
+    plan = Plan.from_dict(saved["plan"]) if saved else None
+    if plan is not None:
+        require_same(plan.loras, pairs)
+    checkpoint = Merged(folder / "transformer", pairs) if pairs and plan is None else Checkpoint(folder / "transformer")
     family = family_of(checkpoint.config)
     kind = resolve_dtype(dtype, target, checkpoint.main_dtype())
     text, vae = family.text(folder), family.vae(folder)
@@ -195,8 +211,8 @@ def load(
         text.materialize(target, kind, part("text encoder"))
         times = schedule(config, kind)
         to = {"device": target, "dtype": kind, "progress": part("transformer")}
-        if saved:
-            program = load_program(checkpoint, family, Plan.from_dict(saved["plan"]), **to)
+        if plan is not None:
+            program = load_program(checkpoint, family, plan, **to)
             program.refold(times)  # refuses another schedule than the saved one
         else:
             program = compile_network(checkpoint, family, times, **to)

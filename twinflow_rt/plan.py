@@ -18,7 +18,7 @@ from torch import nn
 from .errors import CheckpointError
 from .ops.select import Choice
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,23 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """An adapter merged into the weights: its file's name, its weight, the file's SHA-256."""
+
+    name: str
+    weight: float
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name} x {self.weight:g}"
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything a compiled program can tell about itself; `str(plan)` prints it."""
+    """Everything a compiled program can tell about itself; `str(plan)` prints it.
+
+    absorbed: the constants of the one evaluation are inside the weights; else they are tables.
+    """
 
     family: str
     source: str
@@ -67,7 +82,8 @@ class Plan:
     bytes_before: int
     bytes_after: int
     folded: dict[str, int] = field(default_factory=dict)
-    loras: tuple[str, ...] = ()
+    absorbed: bool = False
+    loras: tuple[Lora, ...] = ()
     stages: tuple[Stage, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -84,7 +100,7 @@ class Plan:
             **{k: v for k, v in raw.items() if k != "schema"},
             "schedule": tuple((float(t), float(tt)) for t, tt in raw["schedule"]),
             "choices": tuple(Choice(c["op"], c["chosen"], tuple(map(tuple, c["refused"]))) for c in raw["choices"]),
-            "loras": tuple(raw["loras"]),
+            "loras": tuple(Lora(**lora) for lora in raw["loras"]),
             "stages": tuple(Stage(**s) for s in raw["stages"]),
             "notes": tuple(raw["notes"]),
         })  # fmt: skip
@@ -93,11 +109,12 @@ class Plan:
         lines = [
             f"{self.family} from {self.source}: {self.dtype} on {self.device}",
             f"schedule     {' '.join(f'({t:g}, {tt:g})' for t, tt in self.schedule)}  (t, tt) of each evaluation",
+            f"constants    {'inside the weights' if self.absorbed else f'tables of {len(self.schedule)} row(s)'}",
             f"parameters   {_count(self.parameters_before)} -> {_count(self.parameters_after)}",
             f"bytes        {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}",
         ]
         lines += [f"folded       {_count(n):>8}  {name}" for name, n in self.folded.items()]
-        lines += [f"lora         {name}" for name in self.loras]
+        lines += [f"lora         {lora}" for lora in self.loras]
         for choice in self.choices:
             refusals = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused)
             lines.append(f"op           {choice.op:<14} {choice.chosen}" + (f"  ({refusals})" if refusals else ""))

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -62,3 +63,54 @@ def peak_host_bytes() -> int:
     """Peak resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs, now; outside Linux its peak resident memory."""
+    if not sys.platform.startswith("linux"):
+        return peak_host_bytes()
+    with open("/proc/self/statm", encoding="ascii") as file:
+        resident, shared = map(int, file.read().split()[1:3])
+    return (resident - shared) * resource.getpagesize()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading one network took.
+
+    seconds: wall time. tensors: of the network. bytes_read, bytes_unused: of the files.
+    peak_host_bytes: how far the process's anonymous memory rose above its level at the start; mapped
+    file pages, which the system can drop at any time, are not in it.
+    """
+
+    seconds: float
+    tensors: int
+    bytes_read: int
+    bytes_unused: int
+    peak_host_bytes: int
+
+    def __str__(self) -> str:
+        mega = f"{self.bytes_read / 1e6:,.1f} MB read, {self.bytes_unused / 1e6:,.1f} MB of the files not needed"
+        return f"loaded in {self.seconds:.2f} s: {mega}; host memory rose by {self.peak_host_bytes / 1e6:,.1f} MB"
+
+
+class Meter:
+    """Bytes read, and the highest anonymous memory seen when a tensor had just been read."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Measures from here on."""
+        self.began, self.bytes_read = time.perf_counter(), 0
+        self.base = self.peak = anonymous_bytes()
+
+    def add(self, size: int) -> None:
+        self.bytes_read += size
+        self.peak = max(self.peak, anonymous_bytes())
+
+    def report(self, tensors: int, stored: int) -> LoadReport:
+        """tensors: how many the network has; stored: bytes in the files."""
+        self.add(0)
+        seconds, unused = time.perf_counter() - self.began, stored - self.bytes_read
+        return LoadReport(seconds, tensors, self.bytes_read, unused, self.peak - self.base)

@@ -1,7 +1,7 @@
 """Saved programs: a model folder whose transformer is already compiled.
 
     artifact.json      schema, sampler, plan, hash of the source weights, hash of every file
-    transformer/       config.json, model.safetensors: fused weights and folded tables, under module names
+    transformer/       config.json, safetensors: fused weights and folded tables, under module names
     text_encoder/ vae/ the parts inference uses, under checkpoint names
     tokenizer/ model_index.json   as in the source
 
@@ -25,6 +25,7 @@ from .load import read_json
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
+SHARD_BYTES = 5_000_000_000
 FIELDS = ("schema", "sampler", "source", "plan", "files")
 
 
@@ -38,10 +39,9 @@ def write(
 ) -> Path:  # fmt: skip
     """Writes an artifact of `parts` (subfolder -> (config.json's content, tensors)) and `meta`.
 
-    source: the model folder it was compiled from; its tokenizers are copied. Raises CheckpointError if something stands at `folder` already: artifacts are never changed.
+    source: the model folder it was compiled from; its tokenizers are copied. Raises CheckpointError
+    if something stands at `folder` already: artifacts are never changed.
     """
-    from safetensors.torch import save_file
-
     if folder.exists():
         raise CheckpointError(f"{folder} exists; artifacts are not overwritten: choose another name or remove it")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -50,8 +50,7 @@ def write(
         for name, (config, tensors) in parts.items():
             (partial / name).mkdir(parents=True)
             (partial / name / "config.json").write_text(json.dumps(config, indent=1))
-            owned = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            save_file(_unshared(owned), partial / name / "model.safetensors", metadata={"format": "pt"})
+            _write_tensors(partial / name, tensors)
         for tokenizer in sorted(source.glob("tokenizer*/")):
             shutil.copytree(tokenizer, partial / tokenizer.name)
         shutil.copy(source / "model_index.json", partial / "model_index.json")
@@ -90,6 +89,35 @@ def is_artifact(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, or several with an index: only one shard's tensors are on the host at a time."""
+    from safetensors.torch import save_file
+
+    shards = _shards(tensors)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for file, keys in zip(names, shards, strict=True):
+        owned = {k: tensors[k].detach().cpu().contiguous() for k in keys}
+        save_file(_unshared(owned), folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {k: file for file, keys in zip(names, shards, strict=True) for k in keys}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names in order, cut where a file would exceed SHARD_BYTES (a larger tensor gets its own)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """safetensors refuses tensors that share storage; split views of one merged weight do."""
     seen: set[int] = set()
@@ -102,7 +130,10 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def source_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a network folder's weight files, in order."""
+    """SHA-256 over the names and contents of a network folder's weight files, in order; of an artifact's
+    network, that of the files it was compiled from."""
+    if is_artifact(folder.parent):
+        return read_json(folder.parent / MANIFEST)["source"]
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())
