@@ -175,7 +175,8 @@ def _write_tokenizer(folder: Path) -> None:
     core.add_special_tokens(list(SPECIAL))
     folder.mkdir(parents=True)
     core.save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", {"chat_template": CHAT_TEMPLATE})
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": SPECIAL[0], "eos_token": SPECIAL[2]}
+    _write_json(folder / "tokenizer_config.json", {**kind, "chat_template": CHAT_TEMPLATE})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

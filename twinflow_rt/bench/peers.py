@@ -1,0 +1,160 @@
+"""What the compiled pipeline is measured against, on the same weights.
+
+    eager      our network unfolded, on eager ops: time embedders and modulation run in every call
+    compile    the same through torch.compile
+    diffusers  diffusers' own pipeline (Z-Image, one evaluation: all its classes can express)
+
+A peer is a callable `call(output) -> images` for outputs "pil", "latent" and "pt".
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..models import family_of
+from ..noise import initial_noise
+from ..ops import EAGER
+from ..passes.load import Checkpoint, materialize, read_json
+from ..passes.random import random_tensor
+from ..pipeline import Pipeline
+from .workload import Workload
+
+NAMES = ("eager", "compile", "diffusers")
+
+
+class Unfolded:
+    """A network as it is trained, behind the interface of a compiled one: constants are made per call."""
+
+    def __init__(self, network: nn.Module, forward: Callable[..., Tensor] | None = None) -> None:
+        self.network, self.config, self.ops = network, network.config, network.ops
+        self.encode_context, self.forward = network.encode_context, forward or network
+        self.times: tuple[tuple[float, float], ...] = ()
+
+    def step_modulation(self, step: int) -> Any:
+        device = next(self.network.parameters()).device
+        t, tt = (torch.tensor([time], dtype=torch.float64, device=device) for time in self.times[step])
+        return self.network.modulate(t, tt)
+
+    def __call__(self, latents: Tensor, modulation: Any, context: Any) -> Tensor:
+        return self.forward(latents, modulation, context)
+
+
+class UnfoldedProgram:
+    """Stands where a pipeline has its compiled program; any schedule is free."""
+
+    def __init__(self, network: Unfolded) -> None:
+        self.network = network
+
+    def refold(self, times: Any) -> None:
+        self.network.times = tuple(times)
+
+
+def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
+    """A pipeline like `pipe`, sharing its text encoder and decoder, on the unfolded network and eager ops.
+
+    Reads the network's weights from the pipeline's folder again, in its dtype. Raises ConfigError for a
+    saved artifact, which no longer has them.
+    """
+    checkpoint = Checkpoint(pipe.folder / "transformer")
+    if (pipe.folder / "artifact.json").is_file():
+        raise ConfigError("an artifact holds no unfolded network: measure peers with the model folder it came from")
+    family = family_of(checkpoint.config)
+    with torch.device("meta"):
+        network = family.network(family.config.from_dict(checkpoint.config))
+    materialize(network, checkpoint, family.layout, pipe.device, pipe.dtype)
+    network.ops = EAGER
+    twin = copy.copy(pipe)
+    forward = torch.compile(network) if compiled else None
+    twin.program = UnfoldedProgram(Unfolded(network, forward))
+    twin.text, twin.vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
+    return twin
+
+
+def _eager_stage(stage: Any) -> Any:
+    """A copy of a stage that shares its weights and runs on eager ops."""
+    twin = copy.copy(stage)
+    if hasattr(stage, "ops"):
+        twin.ops = EAGER
+    if hasattr(getattr(stage, "network", None), "ops"):
+        twin.network = copy.copy(stage.network)
+        twin.network.ops = EAGER
+    return twin
+
+
+def build(name: str, pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
+    """The peer's call of `work`. Raises ConfigError where the peer cannot do it or is not installed."""
+    if name not in NAMES:
+        raise ConfigError(f"no peer {name!r}; use some of {', '.join(NAMES)}")
+    if name == "diffusers":
+        return _diffusers(pipe, work)
+    twin = unfolded(pipe, compiled=name == "compile")
+    return lambda output="pil": work.call(twin, output)
+
+
+def _diffusers(pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
+    """diffusers' ZImagePipeline: one Euler step from t = 1 to 0 is x0 = z - F(z, 1, 0), where TwinFlow's
+    second time embedder is multiplied by 0."""
+    if absent := [m for m in ("diffusers", "transformers") if find_spec(m) is None]:
+        raise ConfigError(f"the diffusers peer needs {' and '.join(absent)}; pip install 'twinflow-rt[train]'")
+    family = family_of(Checkpoint(pipe.folder / "transformer").config).name
+    if family != "z-image" or work.nfe != 1:
+        raise ConfigError(
+            f"the diffusers peer runs z-image at 1 evaluation, not {family} at {work.nfe}: its schedulers have "
+            "no any-step sampler and its networks no second time embedder"
+        )
+    theirs = _z_image_pipeline(pipe)
+    shape = work.shape(pipe)
+
+    def call(output: str = "pil") -> Any:
+        noise = initial_noise(work.seeds, shape, pipe.dtype, pipe.device)
+        return theirs(
+            list(work.prompts), height=work.height, width=work.width, num_inference_steps=1, guidance_scale=0.0,
+            latents=noise.float(), output_type=output,
+        ).images  # fmt: skip
+
+    return torch.no_grad()(call)
+
+
+def _z_image_pipeline(pipe: Pipeline) -> Any:
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    folder = pipe.folder
+    transformer, text, vae = (read_json(folder / part / "config.json") for part in ("transformer", "text_encoder", "vae"))
+    with torch.device("meta"):
+        parts = {
+            "transformer": ZImageTransformer2DModel.from_config(transformer),
+            "text_encoder": AutoModel.from_config(AutoConfig.for_model(**text)),
+            "vae": AutoencoderKL.from_config(vae),
+        }
+    for name, module in parts.items():
+        _fill(module, Checkpoint(folder / name, strip="model." if name == "text_encoder" else ""), pipe)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+    theirs = ZImagePipeline(scheduler=scheduler, tokenizer=tokenizer, **parts)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+def _fill(module: nn.Module, checkpoint: Checkpoint, pipe: Pipeline) -> None:
+    """Gives a module on the meta device the checkpoint's weights. Parts that image generation never reads
+    (the VAE's encoder) may be absent from declared random weights; they get others of their kind."""
+    tensors = {
+        name: checkpoint.get(name, pipe.device, pipe.dtype)
+        if name in checkpoint
+        else random_tensor(name, tuple(meta.shape), pipe.dtype).to(pipe.device)
+        for name, meta in module.state_dict().items()
+    }
+    module.load_state_dict(tensors, assign=True)
+    for name, child in list(module.named_modules()):
+        if any(buffer.is_meta for buffer in child.buffers(recurse=False)):  # computed, not stored: rope frequencies
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, type(child)(child.config).to(pipe.device))
+    module.eval().requires_grad_(False)
