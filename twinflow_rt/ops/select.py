@@ -91,9 +91,9 @@ EAGER = OpTable(
 )
 
 
-# what csrc/ has on each device; ops/ has everything, kernels/ (Triton) everything but what is listed here
-NATIVE = ("rms_norm", "residual_norm", "qk_norm_rope", "swiglu", "x0_project", "to_uint8")
-CUDA = ("rms_norm", "residual_norm", "to_uint8")
+# what csrc/ has for each device
+NATIVE = ("rms_norm", "residual_norm", "qk_norm_rope", "joint_qk_norm_rope", "swiglu", "x0_project", "to_uint8")
+CUDA = (*NATIVE, "layer_norm", "residual_layer_norm", "gelu_tanh")
 EAGER_ONLY = ("linear_attention",)
 
 
@@ -143,8 +143,8 @@ def _from(module: str, op: str) -> Callable[[], Callable]:
     return lambda: getattr(import_module(f"twinflow_rt.{module}"), op)
 
 
-def _native_refuses(function: str) -> Callable[[Target], str | None]:
-    return lambda target: getattr(import_module("twinflow_rt.native"), function)(target)
+def _library(function: str) -> Callable[[Target], str | None]:
+    return lambda target: _from("library", function)()(target)
 
 
 def _implementations(op: str) -> dict[str, Implementation]:
@@ -153,9 +153,10 @@ def _implementations(op: str) -> dict[str, Implementation]:
         found = [Implementation("triton", _from("triton_ops", op), _triton_attention_refuses)]
         found += [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()]
     if op in NATIVE:
-        found.append(Implementation("native", _from("native", op), _native_refuses("refuses")))
+        found.append(Implementation("native", _from("native", op), _library("refuses")))
     if op in CUDA:
-        found.append(Implementation("cuda", _from("native", op), _native_refuses("cuda_refuses")))
+        refuses = _library("cuda_rope_refuses" if "rope" in op else "cuda_refuses")
+        found.append(Implementation("cuda", _from("native", op), refuses))
     found.append(Implementation("eager", lambda: getattr(EAGER, op)))
     return {i.name: i for i in found}
 
@@ -174,10 +175,12 @@ class Choice:
     refused: tuple[tuple[str, str], ...] = ()
 
 
-def choose(op: str, target: Target) -> Choice:
-    """The best-ranked implementation of `op` that serves `target` on this machine."""
+def choose(op: str, target: Target, prefer: str | None = None) -> Choice:
+    """The best-ranked implementation of `op` that serves `target` on this machine; `prefer` leads the rank
+    of every op that has an implementation of that name."""
     refused = []
-    for name in rank(op, target):
+    first = (prefer,) if prefer in IMPLEMENTATIONS[op] else ()
+    for name in dict.fromkeys((*first, *rank(op, target))):
         reason = IMPLEMENTATIONS[op][name].refuses(target)
         if reason is None:
             return Choice(op, name, tuple(refused))
@@ -185,9 +188,9 @@ def choose(op: str, target: Target) -> Choice:
     return Choice(op, "eager", tuple(refused))
 
 
-def select(target: Target) -> tuple[OpTable, tuple[Choice, ...]]:
-    """Picks an implementation per op for `target`; pure but for asking what the machine has."""
-    choices = [choose(op, target) for op in IMPLEMENTATIONS]
+def select(target: Target, prefer: str | None = None) -> tuple[OpTable, tuple[Choice, ...]]:
+    """Picks an implementation per op for `target` (see `choose`); pure but for asking what the machine has."""
+    choices = [choose(op, target, prefer) for op in IMPLEMENTATIONS]
     table = {c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}
     ragged = table.pop(RAGGED)
     if ragged is not table["attention"]:
