@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, ConfigError
-from .models import qwen3
+from .models import qwen2_5_vl, qwen3
 from .stage import Model, Stage
 from .tokenizer import ChatTokenizer, Tokenizer
 
@@ -90,3 +90,26 @@ class ZImageText(TextEncoder):
 
     model = qwen3.MODEL
     tokenizer_class = ChatTokenizer
+
+
+class QwenImageTokenizer(Tokenizer):
+    """The fixed instruction that Qwen-Image was trained with, around the prompt."""
+
+    SYSTEM = (
+        "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
+        "of the objects and background:"
+    )
+
+    def render(self, prompt: str) -> str:
+        turns = f"<|im_start|>system\n{self.SYSTEM}<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
+        return turns + "<|im_start|>assistant\n"
+
+
+class QwenImageText(TextEncoder):
+    """Qwen2.5-VL's language model behind a fixed instruction, whose 34 tokens up to the prompt are
+    dropped, as in diffusers' QwenImagePipeline."""
+
+    model = qwen2_5_vl.MODEL
+    tokenizer_class = QwenImageTokenizer
+    max_tokens = 1024
+    dropped = 34

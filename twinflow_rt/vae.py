@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .models import autoencoder_kl
+from .models import autoencoder_kl, autoencoder_qwen
 from .ops import EAGER
 from .passes.load import Progress
 from .stage import Model, Stage
@@ -68,3 +68,9 @@ class KLDecoder(VaeDecoder):
     """AutoencoderKL, the VAE of Z-Image and Stable Diffusion 3."""
 
     model = autoencoder_kl.MODEL
+
+
+class QwenImageDecoder(VaeDecoder):
+    """AutoencoderKLQwenImage, decoding one frame."""
+
+    model = autoencoder_qwen.MODEL

@@ -24,7 +24,7 @@ from ..config import SizeRule
 from ..errors import CheckpointError
 from ..passes.load import Layout
 
-FAMILIES = {"ZImageTransformer2DModel": "z_image"}
+FAMILIES = {"ZImageTransformer2DModel": "z_image", "QwenImageTransformer2DModel": "qwen_image"}
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,21 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from ..config import SizeRule
 from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.fold import Absorption
 from ..passes.load import Layout
-from . import Family
+from ..text import QwenImageText
+from ..vae import QwenImageDecoder
+from . import Family, must_equal
 from .context import Context as PromptContext
 from .mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack, unpack
 from .qwen_image_blocks import Block, TimeEmbedding
 
 ROPE_THETA = 10000.0
+DEFAULT_TOKENS = 83  # per axis: 1328 pixels, the square that Qwen-Image was released for
+MAX_TOKENS = 256  # per axis: 4096 pixels
 
 # config.json keys of other variants of the network (editing, layers, guidance): off in Qwen-Image
 VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -281,7 +286,17 @@ def _absent(missing: set[str]) -> str | None:
     return None
 
 
+def fit(config: QwenImageConfig, text: QwenImageText, vae: QwenImageDecoder) -> SizeRule:
+    """Latents are packed 2x2; positions are computed, so nothing but memory bounds a size."""
+    must_equal(
+        ("text_encoder hidden_size", text.width, "joint_attention_dim", config.joint_attention_dim),
+        ("vae z_dim", vae.channels, "out_channels", config.out_channels),
+    )
+    multiple = 2 * vae.scale
+    return SizeRule(multiple, MAX_TOKENS * multiple, MAX_TOKENS * multiple, default=DEFAULT_TOKENS * multiple)
+
+
 FAMILY = Family(
     "qwen-image", QwenImageConfig, QwenImageTransformer, Layout(FUSED, (), _dtype_of, _absent),
-    text=None, vae=None, fit=None,
+    text=QwenImageText, vae=QwenImageDecoder, fit=fit,
 )  # fmt: skip

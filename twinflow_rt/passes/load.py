@@ -56,14 +56,15 @@ def open_tensors(path: Path) -> Any:
 class Checkpoint:
     """One network's folder (config.json and safetensors, whole or sharded), tensors read on demand.
 
-    `strip`: a key prefix to drop where present (Qwen3ForCausalLM stores Qwen3Model under `model.`).
+    `strip`: a key prefix to drop where present (Qwen3ForCausalLM stores Qwen3Model under `model.`), or
+    several, of which a key loses the first that it has.
     Opening reads headers only. Raises CheckpointError for a missing or truncated file, a pickle, an
     index that names a shard outside the folder, or a key that its shard lacks.
     """
 
     loras: tuple[Any, ...] = ()  # adapters merged in: none (see `passes.lora.Merged`)
 
-    def __init__(self, folder: str | Path, *, strip: str = "") -> None:
+    def __init__(self, folder: str | Path, *, strip: str | tuple[str, ...] = ()) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is missing; the model folder is incomplete")
@@ -71,9 +72,11 @@ class Checkpoint:
         self._files: dict[str, Any] = {}
         self._where: dict[str, tuple[str, str]] = {}
         self.meter = Meter()
+        prefixes = (strip,) if isinstance(strip, str) else strip
         for file, names in self._listing().items():
             for name in names:
-                self._where[name.removeprefix(strip)] = (file, name)
+                prefix = next((p for p in prefixes if name.startswith(p)), "")
+                self._where[name.removeprefix(prefix)] = (file, name)
 
     def _listing(self) -> dict[str, list[str]]:
         """File -> the keys it provides."""

@@ -1,0 +1,158 @@
+"""Causal language models as prompt encoders: no cache, no head, no layer that nothing reads.
+
+Prompts are padded on the right and attention is causal, so a real token never sees padding: no
+mask is needed, and a prompt's embedding does not depend on what it is batched with. Modules have the
+names that transformers gives them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..ops import EAGER
+from ..passes.load import Layout
+
+FUSED = {
+    "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "self_attn.qkv_proj.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+}
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The fields of text_encoder/config.json that shape the network; `depth` counts all its layers.
+
+    qkv_bias: biases on queries, keys and values. qk_norm: RMS norms of queries and keys, per head.
+    state: which of transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what
+    leaves the closing norm.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float = 1e-6
+    rope_theta: float = 1e6
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    state: int = -2
+
+    @classmethod
+    def read(cls, raw: dict[str, Any], name: str, rope: dict[str, Any], **fixed: Any) -> LanguageConfig:
+        """Builds from the fields that all such models name alike; raises ConfigError if one is absent."""
+        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+            raise ConfigError(f"text_encoder/config.json asks for sliding windows; released {name} encoders have none")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"text_encoder/config.json: activation {raw['hidden_act']!r}; {name} has silu")
+        try:
+            return cls(
+                raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"],
+                raw["num_attention_heads"], raw["num_key_value_heads"],
+                raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+                raw.get("rms_norm_eps", 1e-6), rope.get("rope_theta") or raw.get("rope_theta", 1e6), **fixed,
+            )  # fmt: skip
+        except KeyError as error:
+            raise ConfigError(f"text_encoder/config.json lacks {error}; it is no {name} configuration") from None
+
+    @property
+    def layers(self) -> int:
+        """Layers that are built."""
+        return self.depth + self.state + 1
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (x[i], x[i + D/2]); x: [B, S, H, D], cos and sin: float32 [S, 1, D/2]. One rounding."""
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+class Weight(nn.Module):
+    """One parameter, `weight`, to be loaded: a norm's or an embedding's, under the checkpoint's name.
+
+    (nn.Embedding would initialise itself, which on the meta device imports torch's compiler: 2 s.)
+    """
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.split = tuple(h * config.head_dim for h in (config.heads, config.kv_heads, config.kv_heads))
+        self.head_dim, self.eps, self.grouped = config.head_dim, config.eps, config.heads != config.kv_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.qkv_bias)
+        self.o_proj = nn.Linear(self.split[0], config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (Weight(config.head_dim) if config.qk_norm else None for _ in range(2))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], ops) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(self.split, -1))
+        if self.q_norm is not None:
+            q = ops.rms_norm(q, self.q_norm.weight.float(), self.eps)
+            k = ops.rms_norm(k, self.k_norm.weight.float(), self.eps)
+        q, k, v = (y.transpose(1, 2) for y in (rotate_halves(q, *rope), rotate_halves(k, *rope), v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = Weight(config.hidden_size)
+        self.post_attention_layernorm = Weight(config.hidden_size)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], ops) -> Tensor:
+        x = x + self.self_attn(ops.rms_norm(x, self.input_layernorm.weight.float(), self.eps), rope, ops)
+        h = ops.rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
+        return x + self.mlp.down_proj(ops.swiglu(self.mlp.gate_up_proj(h)))
+
+
+class LanguageModel(nn.Module):
+    """ids [B, L] int64 -> hidden state [B, L, hidden_size] number `config.state`; nothing beyond is built."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.config, self.ops = config, EAGER
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = Weight(config.hidden_size) if config.state == -1 else None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = F.embedding(ids, self.embed_tokens.weight)
+        exponents = torch.arange(0, self.config.head_dim, 2, device=ids.device).float() / self.config.head_dim
+        angles = torch.arange(ids.shape[1], device=ids.device).float()[:, None] / self.config.rope_theta**exponents
+        rope = angles.cos()[:, None], angles.sin()[:, None]
+        for layer in self.layers:
+            x = layer(x, rope, self.ops)
+        return x if self.norm is None else self.ops.rms_norm(x, self.norm.weight.float(), self.config.eps)
+
+
+def layout(config: LanguageConfig) -> Layout:
+    """The head, a vision tower, and what comes after `config.state` feed nothing here; norms stay float32."""
+    beyond = () if config.state == -1 else (*(f"layers.{i}." for i in range(config.layers, config.depth)), "norm.")
+    return Layout(FUSED, ("lm_head.", "visual.", *beyond), _dtype_of)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if "norm" in name else dtype
