@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.factory import make_model
@@ -31,6 +32,22 @@ def test_json_has_every_setting_and_both_kinds_of_captions(model, tmp_path, caps
         assert row["mean"] == pytest.approx(sum(row[kind] for kind in KINDS) / len(KINDS))
     assert report["rows"][1]["diversity_of_data"] > 0
     assert sheet.stat().st_size > 1000
+
+
+def test_guidance_extrapolates_from_the_empty_prompt(model):
+    from twinflow_rt.evaluate.command import Generator
+    from twinflow_rt.pipeline import load
+    from twinflow_rt.schedule import preset
+
+    pipe = load(model, device="cpu")
+    captions = ["a red circle", "two blue squares"]
+    plain = Generator(pipe, preset(2))(captions)
+    almost = Generator(pipe, preset(2), guidance=1 + 1e-6)(captions)
+    assert np.abs(plain.astype(int) - almost.astype(int)).max() <= 1
+    empty = Generator(pipe, preset(2))(["", ""])
+    none = Generator(pipe, preset(2), guidance=0.0)(captions)
+    assert np.abs(empty.astype(int) - none.astype(int)).max() <= 1
+    assert (plain != none).any()
 
 
 def test_table(model, capsys):

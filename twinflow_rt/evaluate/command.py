@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command, beside those that every command loading a model shares."""
     parser.add_argument("--nfe", type=int, nargs="+", default=[1], metavar="N", help="evaluations per image to compare")
     parser.add_argument("--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance, for plain flow models"
+    )
     parser.add_argument("--per-kind", type=int, default=50, metavar="N", help="captions per kind (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the captions; image k starts from noise seed k")
     parser.add_argument("--diversity", action="store_true", help="also compare the images of one prompt with each other")
@@ -30,18 +33,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Generator:
-    """captions -> uint8 images of one sampler setting; image k of a list has noise seed k."""
+    """captions -> uint8 images of one sampler setting; image k of a list has noise seed k.
 
-    def __init__(self, pipe: Any, sampler: Any) -> None:
-        self.pipe, self.sampler = pipe, sampler
+    guidance: of plain flow models, F_empty + guidance * (F_caption - F_empty) (arXiv 2207.12598), two
+    evaluations a step; 1 is off, as TwinFlow models are run.
+    """
+
+    def __init__(self, pipe: Any, sampler: Any, guidance: float = 1.0) -> None:
+        self.pipe, self.sampler, self.guidance = pipe, sampler, guidance
 
     def __call__(self, captions: list[str]) -> np.ndarray:
         batches = []
         for start in range(0, len(captions), BATCH):
             part = captions[start : start + BATCH]
             seeds = list(range(start, start + len(part)))
-            batches.append(self.pipe(part, seed=seeds, sampler=self.sampler, output="np").images)
+            if self.guidance == 1:
+                batches.append(self.pipe(part, seed=seeds, sampler=self.sampler, output="np").images)
+            else:
+                batches.append(self._guided(part, seeds))
         return np.concatenate(batches)
+
+    def _guided(self, captions: list[str], seeds: list[int]) -> np.ndarray:
+        import torch
+
+        from ..noise import initial_noise, step_noise
+        from ..sample import sample, schedule
+
+        pipe, vae = self.pipe, self.pipe.vae
+        with torch.inference_mode():
+            pipe.program.refold(schedule(self.sampler, pipe.dtype))
+            network = pipe.program.network
+            context = pipe._context((*captions, *[""] * len(captions)), 1)
+
+            def velocity(x: Any, step: int) -> Any:
+                asked, empty = network(torch.cat((x, x)), network.step_modulation(step), context).chunk(2)
+                return torch.lerp(empty, asked, self.guidance)
+
+            height, width = (n // vae.scale for n in pipe.sizes.resolve(None, None))
+            shape = (vae.channels, height, width)
+            noise = initial_noise(seeds, shape, pipe.dtype, pipe.device)
+            fresh = lambda step: step_noise(seeds, step, shape, device=pipe.device)
+            return vae.decode_uint8(sample(velocity, noise, self.sampler, noise_fn=fresh)).cpu().numpy()
 
 
 def run(args: argparse.Namespace, pipe: Any) -> int:
@@ -50,7 +82,7 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
 
     rows = []
     for nfe in args.nfe:
-        generate = Generator(pipe, preset(nfe, args.mode))
+        generate = Generator(pipe, preset(nfe, args.mode), args.guidance)
         for split in SPLITS:
             scores = examine(generate, args.per_kind, split, args.seed)
             rows.append({"nfe": nfe, "captions": split, "images": scores.images, "mean": scores.mean, **scores.per_kind})
@@ -62,9 +94,9 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
                 print("     pairwise distance {:.1f}, of the data {:.1f}".format(*spread), flush=True)
     if args.json:
         print(json.dumps({"schema": 1, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."),
-                          "mode": args.mode, "seed": args.seed, "rows": rows}, indent=1))  # fmt: skip
+                          "mode": args.mode, "guidance": args.guidance, "seed": args.seed, "rows": rows}, indent=1))  # fmt: skip
     if args.sheet is not None:
-        sheet(Generator(pipe, preset(args.nfe[0], args.mode)), args.sheet)
+        sheet(Generator(pipe, preset(args.nfe[0], args.mode), args.guidance), args.sheet)
     return 0
 
 
