@@ -1,0 +1,223 @@
+"""The decoder half of an AutoencoderDC (DC-AE, arXiv 2410.10733; diffusers), under the checkpoint's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..ops import linear_attention
+from ..passes.load import Layout
+from ..stage import Model
+
+EPS = 1e-5
+FFN_RATIO = 4
+FUSED = {"attn.to_qkv.weight": ("attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight")}
+
+
+@dataclass(frozen=True)
+class DCConfig:
+    """The fields of vae/config.json that the decoder needs; per level, finest first."""
+
+    latent_channels: int
+    out_channels: int
+    head_dim: int
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+    attentive: tuple[bool, ...]
+    scales: tuple[tuple[int, ...], ...]
+    interpolate: bool
+    scaling_factor: float
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> DCConfig:
+        """Builds from config.json's content, which must be complete; other kinds of blocks are refused."""
+        name = raw.get("_class_name")
+        if name != "AutoencoderDC":
+            raise ConfigError(f"vae/config.json says _class_name {name!r}; SANA's VAE is an AutoencoderDC")
+        try:
+            channels = tuple(raw["decoder_block_out_channels"])
+
+            def each(key: str) -> tuple:
+                return tuple(raw[key]) if not isinstance(raw[key], str) else (raw[key],) * len(channels)
+
+            kinds = each("decoder_block_types")
+            unknown = (
+                {*kinds} - {"ResBlock", "EfficientViTBlock"} | {*each("decoder_norm_types")} - {"rms_norm"}
+                | {*each("decoder_act_fns")} - {"silu"} | {raw["decoder_conv_act_fn"]} - {"relu"}
+            )  # fmt: skip
+            config = cls(
+                raw["latent_channels"], raw["in_channels"], raw["attention_head_dim"], channels,
+                each("decoder_layers_per_block"), tuple(kind == "EfficientViTBlock" for kind in kinds),
+                tuple(map(tuple, raw["decoder_qkv_multiscales"])), raw["upsample_block_type"] == "interpolate",
+                raw["scaling_factor"],
+            )  # fmt: skip
+            shortcut = raw["decoder_in_shortcut"]
+        except KeyError as error:
+            raise ConfigError(f"vae/config.json lacks {error}; download it again") from None
+        if unknown or not shortcut or min(config.depths) < 1:
+            raise ConfigError(
+                f"vae/config.json asks for {sorted(unknown) or 'another shape'}; supported is SANA's DC-AE: rms_norm, "
+                "silu and relu, a shortcut at its entry, blocks on every level"
+            )
+        return config
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, along each axis."""
+        return 2 ** (len(self.channels) - 1)
+
+    @property
+    def offset(self) -> float:
+        """Normalised latents are (raw - offset) * divisor."""
+        return 0.0
+
+    @property
+    def divisor(self) -> float:
+        return self.scaling_factor
+
+
+class Norm(nn.Module):
+    """RMS over the channels of [B, H, W, C], with weight and bias. float32 inside, one rounding."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = x.float()
+        return torch.addcmul(self.bias, v * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS), self.weight).to(x.dtype)
+
+
+def conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of [B, H, W, C], which is a channels-last image as it lies."""
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = Norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(conv(self.conv2, F.silu(conv(self.conv1, x))))
+
+
+class MultiscaleProjection(nn.Module):
+    """Queries, keys and values of a neighbourhood."""
+
+    def __init__(self, channels: int, head_dim: int, size: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
+        self.proj_out = nn.Conv2d(channels, channels, 1, groups=channels // head_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv(self.proj_out, conv(self.proj_in, x))
+
+
+class MultiscaleAttention(nn.Module):
+    """Linear attention. A head is 3 * head_dim consecutive channels of the projections, taken as q | k | v."""
+
+    def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...]) -> None:
+        super().__init__()
+        inner, self.head_dim = channels // head_dim * head_dim, head_dim
+        self.to_qkv = nn.Linear(channels, 3 * inner, bias=False)
+        self.to_qkv_multiscale = nn.ModuleList(MultiscaleProjection(3 * inner, head_dim, size) for size in scales)
+        self.to_out = nn.Linear(inner * (1 + len(scales)), channels, bias=False)
+        self.norm_out = Norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(x)
+        qkv = torch.cat((qkv, *(projection(qkv) for projection in self.to_qkv_multiscale)), -1).flatten(1, 2)
+        q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
+        return x + self.norm_out(self.to_out(linear_attention(q, k, v)).view_as(x))
+
+
+class GatedConvolution(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = FFN_RATIO * channels
+        self.conv_inverted = nn.Conv2d(channels, 2 * hidden, 1)
+        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
+        self.norm = Norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = conv(self.conv_depth, F.silu(conv(self.conv_inverted, x))).chunk(2, -1)
+        return x + self.norm(conv(self.conv_point, h * F.silu(gate)))
+
+
+class AttentiveBlock(nn.Module):
+    def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...]) -> None:
+        super().__init__()
+        self.attn = MultiscaleAttention(channels, head_dim, scales)
+        self.conv_out = GatedConvolution(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.attn(x))
+
+
+class Upsample(nn.Module):
+    """Twice the size, by a convolution beside a shortcut that spreads channels over pixels."""
+
+    def __init__(self, inner: int, outer: int, interpolate: bool) -> None:
+        super().__init__()
+        self.interpolate, self.repeats = interpolate, 4 * outer // inner
+        self.conv = nn.Conv2d(inner, outer if interpolate else 4 * outer, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x.permute(0, 3, 1, 2)
+        if self.interpolate:
+            h = self.conv(F.interpolate(image, scale_factor=2, mode="nearest"))
+        else:
+            h = F.pixel_shuffle(self.conv(image), 2)
+        shortcut = F.pixel_shuffle(image.repeat_interleave(self.repeats, 1), 2)
+        return (h + shortcut).permute(0, 2, 3, 1)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DCConfig) -> None:
+        super().__init__()
+        channels, last = config.channels, len(config.channels) - 1
+        self.repeats = channels[-1] // config.latent_channels
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
+        self.up_blocks = nn.ModuleList()
+        for i, (width, depth) in enumerate(zip(channels, config.depths, strict=True)):
+            level = nn.Sequential() if i == last else nn.Sequential(Upsample(channels[i + 1], width, config.interpolate))
+            for _ in range(depth):
+                attentive = config.attentive[i]
+                level.append(AttentiveBlock(width, config.head_dim, config.scales[i]) if attentive else ResBlock(width))
+            self.up_blocks.append(level)
+        self.norm_out = Norm(channels[0])
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = (self.conv_in(latents) + latents.repeat_interleave(self.repeats, 1)).permute(0, 2, 3, 1)
+        for level in reversed(self.up_blocks):
+            x = level(x)
+        return self.conv_out(F.relu(self.norm_out(x)).permute(0, 3, 1, 2))
+
+
+class DCDecoder(nn.Module):
+    """Raw latents [B, latent_channels, h, w] -> images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
+
+    def __init__(self, config: DCConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if ".norm" in name else dtype
+
+
+MODEL = Model(DCConfig, DCDecoder, lambda config: Layout(FUSED, ("encoder.",), _dtype_of))

@@ -1,0 +1,132 @@
+"""Gemma 2 as a prompt encoder: its last hidden state, behind the closing norm (transformers: Gemma2Model).
+
+Sandwich norms with weights 1 + w, scores soft-capped at c (c * tanh(s / c)), a GELU-gated MLP, grouped
+keys. Sliding windows are far longer than any prompt here, so they are not built. Causal, as the
+other encoders: padding on the right changes nothing (see `language_model`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..ops import EAGER
+from ..passes.load import Checkpoint, Layout
+from ..stage import Model
+from .language_model import FUSED, FeedForward, Weight, rotate_halves
+
+NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class Gemma2Config:
+    """The fields of text_encoder/config.json that shape the network; defaults are those of Gemma 2 2B."""
+
+    vocab_size: int = 256000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    rms_norm_eps: float = 1e-6
+    query_pre_attn_scalar: float = 256
+    attn_logit_softcapping: float | None = 50.0
+    sliding_window: int = 4096
+    rope_theta: float = 10000.0
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Gemma2Config:
+        """Builds from config.json's content; raises ConfigError for another model's."""
+        if raw.get("model_type") != "gemma2":
+            raise ConfigError(f"text_encoder/config.json says model_type {raw.get('model_type')!r}; SANA has 'gemma2'")
+        if raw.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh" or raw.get("attention_bias"):
+            raise ConfigError("text_encoder/config.json asks for another activation than gelu_pytorch_tanh, or biases")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if rope.get("rope_type", "default") != "default":
+            raise ConfigError(f"text_encoder/config.json asks for {rope['rope_type']!r} rope; Gemma 2 has none scaled")
+        given = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
+        return cls(**{"rope_theta": rope.get("rope_theta", 10000.0), **given})
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.head_dim, self.kv_heads = config.head_dim, config.num_key_value_heads
+        self.scale, self.cap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
+        heads = config.num_attention_heads, self.kv_heads, self.kv_heads
+        self.split = tuple(h * config.head_dim for h in heads)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split), bias=False)
+        self.o_proj = nn.Linear(self.split[0], config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """mask: [L, L], True where a key comes later than its query."""
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(self.split, -1))
+        q, k = rotate_halves(q, *rope), rotate_halves(k, *rope)
+        q = q.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, kv heads, queries per key, L, D]
+        k, v = (y.transpose(1, 2)[:, :, None] for y in (k, v))
+        scores = (q @ k.transpose(-1, -2)).float() * self.scale
+        if self.cap is not None:
+            scores = self.cap * (scores / self.cap).tanh()
+        weights = scores.masked_fill(mask, float("-inf")).softmax(-1).to(v.dtype)
+        return self.o_proj((weights @ v).permute(0, 3, 1, 2, 4).flatten(2))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config), FeedForward(config)
+        for name in NORMS:
+            setattr(self, name, Weight(config.hidden_size))
+
+    def forward(
+        self, x: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, after: Tensor, eps: float, ops
+    ) -> tuple[Tensor, Tensor]:
+        """h: x under this layer's first norm; after: the weight of the norm that reads the output."""
+        _, post_a, pre_f, post_f = (1 + getattr(self, name).weight.float() for name in NORMS)
+        x, h = ops.residual_norm(x, self.self_attn(h, rope, mask), post_a, pre_f, eps)
+        gate, up = self.mlp.gate_up_proj(h).chunk(2, -1)
+        return ops.residual_norm(x, self.mlp.down_proj(ops.gelu_tanh(gate) * up), post_f, after, eps)
+
+
+class Gemma2(nn.Module):
+    """ids [B, L] int64 -> last hidden state [B, L, hidden_size]."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.config, self.ops = config, EAGER
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Weight(config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        config, length, device = self.config, ids.shape[1], ids.device
+        if length > config.sliding_window:
+            raise ConfigError(f"a prompt of {length} tokens exceeds the window of {config.sliding_window}; shorten it")
+        weight = self.embed_tokens.weight
+        x = F.embedding(ids, weight) * torch.tensor(config.hidden_size**0.5, dtype=weight.dtype).item()
+        exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+        angles = torch.arange(length, device=device).float()[:, None] / config.rope_theta**exponents
+        rope = angles.cos()[:, None], angles.sin()[:, None]
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
+        firsts = [1 + layer.input_layernorm.weight.float() for layer in self.layers] + [1 + self.norm.weight.float()]
+        h = self.ops.rms_norm(x, firsts[0], config.rms_norm_eps)
+        for layer, after in zip(self.layers, firsts[1:], strict=True):
+            x, h = layer(x, h, rope, mask, after, config.rms_norm_eps, self.ops)
+        return h
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if "norm" in name else dtype
+
+
+# Gemma2ForCausalLM stores Gemma2Model under `model.`
+MODEL = Model(
+    Gemma2Config, Gemma2, lambda config: Layout(FUSED, ("lm_head.",), _dtype_of),
+    lambda folder: Checkpoint(folder, strip="model."),
+)  # fmt: skip
