@@ -81,8 +81,8 @@ class QwenImageConfig:
         """Builds from config.json's content; diffusers' bookkeeping keys (`_*`) are dropped."""
         if active := [k for k in VARIANTS if raw.get(k)]:
             raise ConfigError(
-                f"transformer/config.json sets {', '.join(active)}: a variant of Qwen-Image that is not "
-                "supported; use a text-to-image checkpoint"
+                f"transformer/config.json sets {', '.join(active)}: a variant of Qwen-Image for editing, layers or "
+                "guidance; use a text-to-image checkpoint (docs/editing.md)"
             )
         known = {f.name for f in fields(cls)}
         skipped = {*known, *VARIANTS, *UNREAD}

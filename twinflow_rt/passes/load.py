@@ -23,6 +23,7 @@ from .fuse import Fused, sources, stack
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+IMAGE_TASKS = ("Edit", "Img2Img", "Inpaint", "ControlNet", "Layered", "Kontext")  # in names of pipelines
 SHOWN = 8  # names listed in one message
 
 Progress = Callable[[int], None]  # called with the bytes just loaded
@@ -259,14 +260,19 @@ def some(names: Iterable[str]) -> str:
 
 
 def model_folder(path: Path) -> Path:
-    """Checks that `path` is a whole model folder (model_index.json and its four parts) and returns it."""
+    """Checks that `path` is a whole text-to-image model (model_index.json and its four parts) and returns it."""
     if path.is_file():
         raise CheckpointError(f"{path} is a single file; give the model folder (diffusers layout) instead")
     if not path.is_dir():
         raise CheckpointError(
             f"{path} does not exist; give a local model folder (download one first, e.g. with `hf download`) or 'demo'"
         )
-    read_json(path / "model_index.json")
+    pipeline = str(read_json(path / "model_index.json").get("_class_name", ""))
+    if any(task in pipeline for task in IMAGE_TASKS):
+        raise CheckpointError(
+            f"{path} is a {pipeline}, which takes images as input; only generation from text is supported "
+            "(docs/editing.md says what more it would take)"
+        )
     for part in ("transformer", "text_encoder", "tokenizer", "vae"):
         if not (path / part).is_dir():
             raise CheckpointError(f"{path} has no {part}/ folder; the download is incomplete")
