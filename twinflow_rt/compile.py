@@ -178,7 +178,9 @@ def _tensors(recipe: Recipe, network: nn.Module, tables: dict[str, Tensor]) -> I
 
         for name, tensor in folding.absorb(network.absorptions(), tables, read):
             done.add(name)
-            yield name, tensor.to(layout.dtype_of(name, recipe.dtype))
+            tensor = tensor.to(layout.dtype_of(name, recipe.dtype))
+            yield name, tensor
+            del tensor  # before the next one is read
     for name in (name for name in expected if name not in done):
         if name in tables:
             yield name, tables[name].to(device)

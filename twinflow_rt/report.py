@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import time
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from .errors import CancelledError
+
+TRIM_EVERY = 8_000_000  # bytes read
 
 
 class Stages:
@@ -95,22 +98,37 @@ class LoadReport:
 
 
 class Meter:
-    """Bytes read, and the highest anonymous memory seen when a tensor had just been read."""
+    """Bytes read, and the highest anonymous memory seen when a tensor had just been read.
+
+    Keeps that low, too: while tensors of some megabytes come and go between others that stay, the C
+    library would hold on to every gap, so it is asked to give them back now and then.
+    """
 
     def __init__(self) -> None:
         self.start()
 
     def start(self) -> None:
         """Measures from here on."""
-        self.began, self.bytes_read = time.perf_counter(), 0
+        self.began, self.bytes_read, self._trimmed = time.perf_counter(), 0, 0
         self.base = self.peak = anonymous_bytes()
 
     def add(self, size: int) -> None:
         self.bytes_read += size
         self.peak = max(self.peak, anonymous_bytes())
+        if self.bytes_read - self._trimmed > TRIM_EVERY:
+            self._trimmed = self.bytes_read
+            release_free_memory()
 
     def report(self, tensors: int, stored: int) -> LoadReport:
         """tensors: how many the network has; stored: bytes in the files."""
         self.add(0)
+        release_free_memory()
         seconds, unused = time.perf_counter() - self.began, stored - self.bytes_read
         return LoadReport(seconds, tensors, self.bytes_read, unused, self.peak - self.base)
+
+
+def release_free_memory() -> None:
+    """Returns freed memory to the system, where the C library has a call for that (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

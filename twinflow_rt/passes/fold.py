@@ -87,26 +87,31 @@ def absorb(
         W' = diag(gate) W diag(scale)        b' = gate * (b + W shift)
 
     tables: of one step each, [1, rows, dim]. read(name): a layer's tensor, on the device to compute
-    on; a weight may be a 1x1 convolution's. The caller rounds, once; one layer is resident at a time. Raises ConfigError when a table
-    has more than one step.
+    on; a weight may be a 1x1 convolution's. The caller rounds, once. At most two copies of one weight
+    exist at a time, if the caller lets go of what it got before it asks for more. Raises ConfigError
+    when a table has more than one step.
     """
     for name, what in layers.items():
-        kernel = read(name + ".weight").float()
-        weight = kernel.flatten(1)
+        table = tables[what.table]
+        if len(table) != 1:
+            raise ConfigError(f"{name} cannot absorb the constants of {len(table)} steps: fold one (t, tt) pair")
         bias = read(name + ".bias").float() if what.bias else None
-        if len(tables[what.table]) != 1:
-            raise ConfigError(
-                f"{name} cannot absorb the constants of {len(tables[what.table])} steps: fold one (t, tt) pair"
-            )
-        table = tables[what.table].to(weight.device, torch.float32)[0]
-        if what.shift is not None:
-            shifted = weight @ table[what.shift]
-            bias = shifted if bias is None else bias + shifted
-        if what.scale is not None:
-            weight = weight * table[what.scale]
-        if what.gate is not None:
-            weight = weight * table[what.gate, :, None]
-            bias = None if bias is None else bias * table[what.gate]
-        yield name + ".weight", weight.view(kernel.shape)
+        weight, bias = _inside(what, table[0], read(name + ".weight").float(), bias)
+        yield name + ".weight", weight
+        del weight
         if bias is not None:
             yield name + ".bias", bias
+
+
+def _inside(what: Absorption, table: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, as new tensors, of a layer that does what `kernel`, `bias` and the rows around them do."""
+    table, weight = table.to(kernel.device, torch.float32), kernel.flatten(1)
+    if what.shift is not None:
+        shifted = weight @ table[what.shift]
+        bias = shifted if bias is None else bias + shifted
+    if what.scale is not None:
+        weight = weight * table[what.scale]
+    if what.gate is not None:
+        weight = weight * table[what.gate, :, None]
+        bias = None if bias is None else bias * table[what.gate]
+    return weight.view(kernel.shape), bias

@@ -45,7 +45,8 @@ def resolve_loras(loras: Loras) -> tuple[tuple[Path, float], ...]:
     entries = loras.items() if isinstance(loras, Mapping) else loras
     pairs = [(entry, 1.0) if isinstance(entry, (str, Path)) else entry for entry in entries]
     for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], (str, Path)) or not _is_number(pair[1]):
+        whole = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not whole or not isinstance(pair[0], (str, Path)) or not _is_number(pair[1]):
             raise ConfigError(f"loras holds {pair!r}; each must be a path, or a path and a finite weight")
     return tuple((Path(path), float(weight)) for path, weight in pairs)
 
