@@ -251,10 +251,29 @@ def run_eval(args: argparse.Namespace) -> int:
     return command.run(args, pipe)
 
 
+def add_serve(parser: Parser) -> None:
+    from .serve import command
+
+    command.add_arguments(parser)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from .serve import command
+
+    def load_model() -> Any:
+        from .pipeline import load
+
+        with loading(args.model) as progress:
+            return load(args.model, device=args.device, dtype=args.dtype, nfe=args.nfe, progress=progress)
+
+    return command.run(args, load_model)
+
+
 COMMANDS = {
     "generate": Command("Generate images from prompts.", add_generate, run_generate),
     "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
     "eval": Command("Score a model of coloured shapes with a program.", add_eval, run_eval),
+    "serve": Command("Serve a model over HTTP (OpenAI's images API).", add_serve, run_serve),
     "train": Command("Train a model.", add_train, run_train),
 }
 

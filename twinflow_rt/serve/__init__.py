@@ -1,0 +1,1 @@
+"""Generation for many callers: `engine` batches them over one pipeline, `app` is its HTTP side."""

@@ -1,0 +1,187 @@
+"""The HTTP side of an engine: OpenAI's images API, health, metrics, and a page to try prompts.
+
+    POST /v1/images/generations    GET /v1/models    GET /health /health/live /health/ready
+    GET /metrics                   GET /             GET /openapi.json
+
+Errors have OpenAI's shape, {"error": {"message", "type", "param", "code"}}. Images come as base64
+only: a server that hands out links would have to keep what it made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from .. import __version__
+from ..errors import CancelledError, ConfigError, DeviceError, TwinFlowError
+from .engine import DrainingError, Engine, Job, QueueFullError
+from .gate import CLOSE, Gate, failure
+from .metrics import Metrics
+
+PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {  # nothing is fetched from anywhere else, and no other site may frame or script it
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+ENCODING = {"png": {"compress_level": 1}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}
+CLIENT_LEFT = 499  # nobody reads this answer; the number is for the metrics
+
+
+class ImageRequest(BaseModel):
+    """Body of /v1/images/generations. Beyond OpenAI's fields: `seed` (image k gets seed + k) and `nfe`
+    (network evaluations per image; default: what the server was started with)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    model: str | None = None
+    n: int | None = Field(None, description="images, default 1")
+    size: str | None = Field(None, description="WxH in pixels, or auto", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    user: Annotated[str | None, Field(description="ignored")] = None
+    seed: int | None = None
+    nfe: int | None = None
+
+
+def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: float = 120.0) -> FastAPI:
+    """The application serving `engine` as model `name`.
+
+    token: what clients must send as `Authorization: Bearer <token>`, except to the page and /health.
+    timeout: seconds a request may take, waiting included.
+    """
+    app = FastAPI(title="twinflow_rt", version=__version__, docs_url=None, redoc_url=None)
+    metrics, created = Metrics(engine), int(time.time())
+    app.add_middleware(Gate, token=token, count=metrics.requests, seconds=metrics.seconds)
+    _add_errors(app)
+
+    @app.post("/v1/images/generations")
+    async def generate(request: Request, body: ImageRequest) -> Response:
+        if body.model not in (None, name):
+            raise HTTPException(404, f"model {body.model!r} does not exist; this server has {name!r}")
+        width, height = map(int, body.size.split("x")) if body.size not in (None, "auto") else (None, None)
+        jobs = engine.submit(
+            body.prompt, width=width, height=height, seed=body.seed, num_images=1 if body.n is None else body.n, nfe=body.nfe
+        )
+        images = await _finished(engine, jobs, request, timeout)
+        if images is None:
+            return Response(status_code=CLIENT_LEFT)
+        kind = body.output_format or "png"
+        encoded = await run_in_threadpool(lambda: [encode(image, kind) for image in images])
+        data = [{"b64_json": image, "seed": job.seed} for image, job in zip(encoded, jobs, strict=True)]
+        size = f"{images[0].width}x{images[0].height}"
+        return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})
+
+    model = {"id": name, "object": "model", "created": created, "owned_by": "twinflow_rt"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{wanted:path}")
+    async def one_model(wanted: str) -> dict[str, Any]:
+        if wanted != name:
+            raise HTTPException(404, f"model {wanted!r} does not exist; this server has {name!r}")
+        return model
+
+    @app.get("/health/live")
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @app.get("/health")
+    @app.get("/health/ready")
+    async def ready() -> JSONResponse:
+        state = {"status": "ready" if engine.accepting else "draining", "waiting": engine.waiting, "running": engine.running}
+        return JSONResponse(state, 200 if engine.accepting else 503)
+
+    @app.get("/metrics")
+    async def measured() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, headers=PAGE_HEADERS)
+
+    return app
+
+
+def encode(image: Any, kind: str) -> str:
+    """A PIL image as base64 of a file of `kind`."""
+    file = io.BytesIO()
+    image.save(file, format=kind.upper(), **ENCODING[kind])
+    return base64.b64encode(file.getvalue()).decode()
+
+
+async def _finished(engine: Engine, jobs: list[Job], request: Request, timeout: float) -> list[Any] | None:
+    """The jobs' images; None when the client has left. Whatever ends this early gives the jobs up.
+
+    Raises TimeoutError, and what the jobs raise.
+    """
+    work = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        if gone.done():
+            return None
+        raise TimeoutError
+    finally:
+        work.cancel()
+        gone.cancel()
+        engine.cancel(jobs)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+        message = f"{param or 'body'}: {first['msg']}"
+        return failure(400, message, param=None if first["type"] == "json_invalid" else param)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        code = "model_not_found" if error.status_code == 404 and request.url.path.startswith("/v1/") else None
+        return failure(error.status_code, str(error.detail), code=code, headers=dict(error.headers or {}))
+
+    @app.exception_handler(TimeoutError)
+    async def late(request: Request, error: TimeoutError) -> JSONResponse:
+        return failure(504, "the request took longer than this server allows; try fewer images", "server_error", code="timeout")
+
+    @app.exception_handler(TwinFlowError)
+    async def failed(request: Request, error: TwinFlowError) -> JSONResponse:
+        if isinstance(error, ConfigError):
+            return failure(400, str(error))
+        if isinstance(error, QueueFullError):
+            headers = {"Retry-After": str(error.retry_after)}
+            return failure(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
+        if isinstance(error, (DrainingError, CancelledError)):
+            headers = {"Retry-After": "1", **CLOSE}
+            return failure(503, str(error), "server_error", code="unavailable", headers=headers)
+        return failure(500, str(error) if isinstance(error, DeviceError) else "generation failed", "server_error")
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return failure(500, "internal error", "server_error")
