@@ -81,16 +81,17 @@ def describe(path: Path) -> Description:
         _part(stage.Part("transformer", transformer, network, family.layout), folded),
         *(_part(p, p.network) for p in vae.parts),
     )
-    tables = sum(b.numel() for b in folded.buffers()) * 4
+    stored = network.state_dict()
+    tables = sum(b.numel() for name, b in folded.named_buffers() if name not in stored) * 4
     memory = {name: sum(p.needed for p in parts) * size + tables for name, size in PRECISIONS.items()}
     away = group_folded(folded_away(network, folded))
     return Description(family.name, str(path), parts, away, memory)
 
 
 def _part(part: stage.Part, resident: nn.Module) -> Part:
-    checkpoint = part.checkpoint
-    check(part.network.state_dict(), checkpoint, part.layout)
+    checkpoint, expected = part.checkpoint, part.network.state_dict()
+    check(expected, checkpoint, part.layout)
     stored_bytes = sum(checkpoint.nbytes(k) for k in checkpoint)
     stored = sum(checkpoint.nbytes(k) // checkpoint.dtype(k).itemsize for k in checkpoint)
-    needed = sum(p.numel() for p in resident.parameters())
+    needed = sum(t.numel() for name, t in resident.state_dict().items() if name in expected)
     return Part(part.name, str(checkpoint.main_dtype()).removeprefix("torch."), stored, needed, stored_bytes)

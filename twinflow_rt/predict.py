@@ -25,7 +25,7 @@ def predict_stages(text: Any, network: Any, vae: Any, height: int, width: int) -
         return velocity.encode_context(prompt.embeds, prompt.lengths, **prompt.extras)
 
     context = encode()
-    prompt_bytes = sum(parameter_bytes(getattr(network, name)) for name in network.prompt_modules)
+    prompt_bytes = sum(parameter_bytes(network.get_submodule(name)) for name in network.prompt_modules)
     text_bytes, vae_bytes = (sum(parameter_bytes(p.network) for p in stage.parts) for stage in (text, vae))
     return (
         Stage("text", count_flops(lambda: text.probe(PROMPT_TOKENS)), text_bytes),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, ConfigError
 from .models import qwen2_5_vl, qwen3
-from .stage import Model, Stage
+from .stage import Model, Part, Stage
 from .tokenizer import ChatTokenizer, Tokenizer
 
 
@@ -56,12 +56,7 @@ class TextEncoder(Stage):
         self.tokenizer = self.tokenizer_class(folder / "tokenizer")
         self.parts = (self.model.open(folder / "text_encoder"),)
         self.network = self.parts[0].network
-        known, embedded = self.tokenizer.core.get_vocab_size(), self.network.config.vocab_size
-        if known > embedded:
-            raise CheckpointError(
-                f"{folder / 'tokenizer'} knows {known} tokens, {folder / 'text_encoder'} embeds {embedded}; "
-                "they belong to different models"
-            )
+        check_vocabulary(self.tokenizer, self.parts[0])
 
     @property
     def width(self) -> int:
@@ -77,12 +72,26 @@ class TextEncoder(Stage):
         longest = max(len(i) for i in ids)
         device = self.network.embed_tokens.weight.device
         padded = torch.tensor([i + [0] * (longest - len(i)) for i in ids], device=device)
-        return PromptEmbeds(self.network(padded)[:, self.dropped :], lengths)
+        return PromptEmbeds(self.kept(self.network(padded)), lengths)
+
+    def kept(self, states: Tensor) -> Tensor:
+        """Of the model's states [B, dropped + L, width], those that are embeddings."""
+        return states[:, self.dropped :]
 
     def probe(self, tokens: int) -> PromptEmbeds:
         """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""
         ids = torch.zeros(1, self.dropped + tokens, dtype=torch.int64, device="meta")
-        return PromptEmbeds(self.parts[0].shadow()(ids)[:, self.dropped :], (tokens,))
+        return PromptEmbeds(self.kept(self.parts[0].shadow()(ids)), (tokens,))
+
+
+def check_vocabulary(tokenizer: Tokenizer, encoder: Part) -> None:
+    """Raises CheckpointError if the tokenizer has more tokens than the encoder embeds."""
+    known, embedded = tokenizer.core.get_vocab_size(), encoder.network.config.vocab_size
+    if known > embedded:
+        raise CheckpointError(
+            f"{tokenizer.folder} knows {known} tokens, {encoder.checkpoint.folder} embeds {embedded}; "
+            "they belong to different models"
+        )
 
 
 class ZImageText(TextEncoder):

@@ -20,6 +20,11 @@ QWEN_WORDS = (
 )
 
 
+# CLIP's: its own special tokens, contractions, words, single digits, punctuation; blanks are dropped
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
 class Tokenizer:
     """Ids of prompts as `render` writes them out; a family's form of prompt is a subclass."""
 
@@ -36,6 +41,21 @@ class Tokenizer:
     def render(self, prompt: str) -> str:
         """What is tokenized for a prompt; here the prompt itself."""
         return prompt
+
+
+class PaddingTokenizer(Tokenizer):
+    """Every prompt at one length, padded with the folder's pad token."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        token = read_json(folder / "tokenizer_config.json").get("pad_token")
+        self.pad = self.core.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+        if self.pad is None:
+            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: pad_token {token!r} is not in the vocabulary")
+
+    def __call__(self, prompts: Sequence[str], length: int) -> list[list[int]]:
+        """`length` ids of each prompt (the tail is cut, but for what ends a prompt)."""
+        return [ids + [self.pad] * (length - len(ids)) for ids in super().__call__(prompts, length)]
 
 
 class ChatTokenizer(Tokenizer):
@@ -56,17 +76,17 @@ class ChatTokenizer(Tokenizer):
 
 
 def read_core(folder: Path) -> Any:
-    """The `tokenizers` object of a folder: tokenizer.json, or for Qwen2's kind vocab.json and merges.txt."""
+    """The `tokenizers` object of a folder: tokenizer.json, or for some kinds vocab.json and merges.txt."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is missing; the model folder is incomplete")
-        kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "")
-        if kind.removesuffix("Fast") != "Qwen2Tokenizer" or not (folder / "vocab.json").is_file():
+        kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "").removesuffix("Fast")
+        if kind not in SLOW or not (folder / "vocab.json").is_file():
             raise CheckpointError(f"{path} is missing; save the tokenizer with its fast (tokenizers) form")
-        return _qwen2(folder)
+        return SLOW[kind](folder)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -75,18 +95,56 @@ def read_core(folder: Path) -> Any:
 
 def _qwen2(folder: Path) -> Any:
     """Byte-level BPE over NFC text, from the files of the slow Qwen2Tokenizer (Qwen-Image ships those)."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
-    config = read_json(folder / "tokenizer_config.json")
-    try:
-        core = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit ({error}); download both again") from None
+    core = _byte_pairs(folder)
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(QWEN_WORDS), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
+    return _add_tokens(core, folder)
+
+
+def _clip(folder: Path) -> Any:
+    """Lower-case byte-level BPE between start and end token, from the files of the slow CLIPTokenizer
+    (Stable Diffusion ships those)."""
+    from tokenizers import Regex, normalizers, pre_tokenizers, processors
+
+    core = _byte_pairs(folder, end_of_word_suffix="</w>", unk_token=CLIP_END)
+    core.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ])  # fmt: skip
+    core = _add_tokens(core, folder)
+    ends = [(token, core.token_to_id(token)) for token in (CLIP_START, CLIP_END)]
+    if None in (number for _, number in ends):
+        raise CheckpointError(f"{folder}: vocab.json lacks {CLIP_START} or {CLIP_END}; it is no CLIP vocabulary")
+    core.post_processor = processors.TemplateProcessing(single=f"{CLIP_START} $A {CLIP_END}", special_tokens=ends)
+    return core
+
+
+SLOW = {"Qwen2Tokenizer": _qwen2, "CLIPTokenizer": _clip}
+
+
+def _byte_pairs(folder: Path, **options: Any) -> Any:
+    """BPE of a folder's vocab.json and merges.txt."""
+    from tokenizers import Tokenizer, models
+
+    try:
+        return Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), **options))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit ({error}); download both again") from None
+
+
+def _add_tokens(core: Any, folder: Path) -> Any:
+    """`core` with the added tokens of tokenizer_config.json, at the numbers it gives them."""
+    from tokenizers import AddedToken
+
+    config = read_json(folder / "tokenizer_config.json")
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
     for number, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
         core.add_tokens([AddedToken(token["content"], **{f: token.get(f, False) for f in flags})])

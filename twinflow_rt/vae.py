@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .models import autoencoder_kl, autoencoder_qwen
+from .models import autoencoder_dc, autoencoder_kl, autoencoder_qwen
 from .ops import EAGER
 from .passes.load import Progress
 from .stage import Model, Stage
@@ -74,3 +74,9 @@ class QwenImageDecoder(VaeDecoder):
     """AutoencoderKLQwenImage, decoding one frame."""
 
     model = autoencoder_qwen.MODEL
+
+
+class DeepDecoder(VaeDecoder):
+    """AutoencoderDC, SANA's VAE of 32 pixels a latent."""
+
+    model = autoencoder_dc.MODEL

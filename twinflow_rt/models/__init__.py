@@ -24,7 +24,12 @@ from ..config import SizeRule
 from ..errors import CheckpointError
 from ..passes.load import Layout
 
-FAMILIES = {"ZImageTransformer2DModel": "z_image", "QwenImageTransformer2DModel": "qwen_image"}
+FAMILIES = {
+    "ZImageTransformer2DModel": "z_image",
+    "QwenImageTransformer2DModel": "qwen_image",
+    "SD3Transformer2DModel": "sd3",
+    "SanaTransformer2DModel": "sana",
+}
 
 
 @dataclass(frozen=True)

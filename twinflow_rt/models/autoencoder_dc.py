@@ -90,7 +90,8 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v = x.float()
-        return torch.addcmul(self.bias, v * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS), self.weight).to(x.dtype)
+        v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS)
+        return torch.addcmul(self.bias, v, self.weight).to(x.dtype)
 
 
 def conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -189,11 +190,11 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()
         for i, (width, depth) in enumerate(zip(channels, config.depths, strict=True)):
-            level = nn.Sequential() if i == last else nn.Sequential(Upsample(channels[i + 1], width, config.interpolate))
+            level = [] if i == last else [Upsample(channels[i + 1], width, config.interpolate)]
             for _ in range(depth):
                 attentive = config.attentive[i]
                 level.append(AttentiveBlock(width, config.head_dim, config.scales[i]) if attentive else ResBlock(width))
-            self.up_blocks.append(level)
+            self.up_blocks.append(nn.Sequential(*level))
         self.norm_out = Norm(channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 

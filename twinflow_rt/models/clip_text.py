@@ -21,7 +21,8 @@ from ..stage import Model
 from .language_model import Weight
 
 FUSED = {
-    f"self_attn.qkv_proj.{leaf}": tuple(f"self_attn.{part}_proj.{leaf}" for part in "qkv") for leaf in ("weight", "bias")
+    f"self_attn.qkv_proj.{leaf}": tuple(f"self_attn.{part}_proj.{leaf}" for part in "qkv")
+    for leaf in ("weight", "bias")
 }
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 LEGACY_END = 2  # an end token number that old files have wrongly: there it is the highest id of a prompt
@@ -49,7 +50,8 @@ class ClipConfig:
             raise ConfigError(f"config.json says model_type {raw.get('model_type')!r}, not 'clip_text_model'")
         config = cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
         if config.hidden_act not in ACTIVATIONS:
-            raise ConfigError(f"config.json: activation {config.hidden_act!r}; CLIP has one of {', '.join(ACTIVATIONS)}")
+            known = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"config.json: activation {config.hidden_act!r}; CLIP has one of {known}")
         return config
 
 

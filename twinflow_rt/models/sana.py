@@ -34,14 +34,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import SizeRule
 from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.fold import Absorption
+from ..passes.load import Layout
+from ..text_sana import SanaText
+from ..vae import DeepDecoder
+from . import Family, must_equal
 from .context import Context as PromptContext
 from .mmdit import EPS, PLAIN, Constants
 from .sana_blocks import QK_EPS, Block, TimeModulation, effective
 
 TIME_SCALE = 1000.0
+MAX_PIXELS = 4096  # along an axis: the largest that SANA was published for
 GUIDANCE = 4.5  # SANA-Sprint's default guidance scale, part of its constants
 
 FUSED = {"attn1.to_qkv.weight": ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight")} | {
@@ -75,8 +81,10 @@ class SanaConfig:
     qk_norm: str | None = None
 
     def __post_init__(self) -> None:
-        fixed = {"patch_size": 1, "attention_bias": False, "norm_elementwise_affine": False, "norm_eps": EPS,
-                 "interpolation_scale": None, "out_channels": self.in_channels, "cross_attention_dim": self.dim}  # fmt: skip
+        fixed = {
+            "patch_size": 1, "attention_bias": False, "norm_elementwise_affine": False, "norm_eps": EPS,
+            "interpolation_scale": None, "out_channels": self.in_channels, "cross_attention_dim": self.dim,
+        }  # fmt: skip
         for name, value in fixed.items():
             if (given := getattr(self, name)) != value:
                 raise ConfigError(
@@ -188,7 +196,8 @@ class SanaTransformer(nn.Module):
             guidance = t.new_tensor([GUIDANCE * self.config.guidance_embeds_scale])
             return self.time_embed(t, guidance)
         gap = (t - tt).float()[:, None]
-        (shared, condition), (shared_2, condition_2) = self.time_embed(TIME_SCALE * t), self.time_embed_2(TIME_SCALE * tt)
+        shared, condition = self.time_embed(TIME_SCALE * t)
+        shared_2, condition_2 = self.time_embed_2(TIME_SCALE * tt)
         return shared + gap[..., None] * shared_2, condition + gap * condition_2
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
@@ -259,7 +268,35 @@ class SanaTransformer(nn.Module):
         first = modulation.blocks[0]
         image = x, self.ops.layer_norm(x, first.scale_a, EPS, first.shift_a)
         following = (*modulation.blocks[1:], modulation.final)
-        for i, (block, now, after) in enumerate(zip(self.transformer_blocks, modulation.blocks, following, strict=True)):
-            keys_values = context.keys_values[:, i].to(x.dtype)
-            image = block(image, keys_values, context.ragged, now, after, height, self.ops)
+        prompts = context.keys_values.to(x.dtype).unbind(1)
+        for block, prompt, now, after in zip(self.transformer_blocks, prompts, modulation.blocks, following, strict=True):
+            image = block(image, prompt, context.ragged, now, after, height, self.ops)
         return self.proj_out(image[1]).transpose(1, 2).unflatten(2, (height, -1))
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    return torch.float32 if ".norm_" in name or name.startswith("caption_norm.") else dtype
+
+
+def _absent(missing: set[str]) -> str | None:
+    if all(name.startswith("time_embed_2.") for name in missing):
+        return (
+            "time_embed_2 is missing: this is a plain SANA checkpoint, or a community loader saved it without "
+            "TwinFlow's second time embedder; get the original TwinFlow files, or SANA-Sprint"
+        )
+    return None
+
+
+def fit(config: SanaConfig, text: SanaText, vae: DeepDecoder) -> SizeRule:
+    """A latent is a token; its position is nowhere but in its neighbours, so nothing bounds a size."""
+    must_equal(
+        ("text_encoder hidden_size", text.width, "caption_channels", config.caption_channels),
+        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+    )
+    return SizeRule(vae.scale, MAX_PIXELS, MAX_PIXELS, default=config.sample_size * vae.scale)
+
+
+FAMILY = Family(
+    "sana", SanaConfig, SanaTransformer, Layout(FUSED, (), _dtype_of, _absent), text=SanaText, vae=DeepDecoder, fit=fit
+)

@@ -20,9 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..config import SizeRule
+from ..errors import CheckpointError, ConfigError
 from ..ops import EAGER
-from . import mmdit
+from ..passes.load import Layout
+from ..text_sd3 import SD3Text
+from ..vae import KLDecoder
+from . import Family, mmdit, must_equal
 from .context import Context as PromptContext
 from .mmdit import EPS, Constants, modulation_rows, pack, unpack
 from .sd3_blocks import Block, TimeTextEmbedding
@@ -236,3 +240,42 @@ class SD3Transformer(nn.Module):
         """cos, sin of no rotation at all: positions are in the tokens, the ops are those of rotary networks."""
         angles = torch.zeros(1, length, self.config.attention_head_dim // 2, device=device)
         return angles + 1, angles
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    return torch.float32 if ".norm_" in name else dtype
+
+
+def _absent(missing: set[str]) -> str | None:
+    if all(name.startswith("time_text_embed_2.") for name in missing):
+        return (
+            "time_text_embed_2 is missing: this is a plain SD3.5 checkpoint, or a community loader saved it without "
+            "TwinFlow's second embedder; get the original TwinFlow files"
+        )
+    return None
+
+
+def fit(config: SD3Config, text: SD3Text, vae: KLDecoder) -> SizeRule:
+    """Latents are cut in 2x2 patches, and the checkpoint has positions for so many of them."""
+    must_equal(
+        ("pooled width of text_encoder and text_encoder_2", text.pooled_width, "pooled_projection_dim",
+         config.pooled_projection_dim),
+        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+    )  # fmt: skip
+    width = config.joint_attention_dim
+    if text.has_t5:
+        must_equal(("text_encoder_3 d_model", text.width, "joint_attention_dim", width))
+    if text.clip_width > width:
+        raise CheckpointError(
+            f"the {text.clip_width} features of text_encoder and text_encoder_2 exceed the transformer's "
+            f"joint_attention_dim {width}: parts of two models"
+        )
+    text.width = width
+    most = config.pos_embed_max_size * 2 * vae.scale
+    return SizeRule(2 * vae.scale, most, most, default=min(config.sample_size * vae.scale, most))
+
+
+FAMILY = Family(
+    "sd3.5", SD3Config, SD3Transformer, Layout(FUSED, (), _dtype_of, _absent), text=SD3Text, vae=KLDecoder, fit=fit
+)
