@@ -22,15 +22,14 @@ def model(tmp_path_factory):
 def test_json_has_every_setting_and_both_kinds_of_captions(model, tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
     argv = ["eval", "--model", model, "--device", "cpu", "--nfe", "1", "2", "--per-kind", "2", "--json"]
-    assert cli.main([*argv, "--diversity", "--sheet", str(sheet)]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert [(r["nfe"], r["captions"]) for r in report["rows"]] == [
-        (n, split) for n in (1, 2) for split in ("train", "heldout")
-    ]
-    for row in report["rows"]:
+    assert cli.main([*argv, "--diversity", "--data", "--sheet", str(sheet)]) == 0
+    drawn, encoded, *rows = json.loads(capsys.readouterr().out)["rows"]
+    assert drawn["mean"] == 1 and encoded["mean"] < 0.5  # a VAE of random weights
+    assert [(r["nfe"], r["captions"]) for r in rows] == [(n, split) for n in (1, 2) for split in ("train", "heldout")]
+    for row in rows:
         assert row["images"] == 2 * len(KINDS)
         assert row["mean"] == pytest.approx(sum(row[kind] for kind in KINDS) / len(KINDS))
-    assert report["rows"][1]["diversity_of_data"] > 0
+    assert rows[1]["diversity_of_data"] > 0
     assert sheet.stat().st_size > 1000
 
 

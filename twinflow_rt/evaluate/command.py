@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..training.scenes import KINDS, prompts
-from .check import examine
+from .check import Scores, examine
+from .data import score_data
 from .diversity import diversity
 from .sheet import contact_sheet
 
@@ -21,13 +22,16 @@ SPLITS = ("train", "heldout")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command, beside those that every command loading a model shares."""
     parser.add_argument("--nfe", type=int, nargs="+", default=[1], metavar="N", help="evaluations per image to compare")
-    parser.add_argument("--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations")
+    parser.add_argument("--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8")
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance, for plain flow models"
     )
     parser.add_argument("--per-kind", type=int, default=50, metavar="N", help="captions per kind (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the captions; image k starts from noise seed k")
-    parser.add_argument("--diversity", action="store_true", help="also compare the images of one prompt with each other")
+    parser.add_argument("--diversity", action="store_true", help="also compare the images of one prompt")
+    parser.add_argument(
+        "--data", action="store_true", help="first score the data itself, drawn and through the VAE (extra: train)"
+    )
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write prompts, images and verdicts as one picture")
     parser.add_argument("--json", action="store_true", help="print scores as JSON")
 
@@ -80,21 +84,30 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
     """Scores `pipe` at every asked-for number of evaluations and prints one line each."""
     from ..schedule import preset
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def add(of: dict[str, Any], scores: Scores) -> None:
+        rows.append({**of, "images": scores.images, "mean": scores.mean, **scores.per_kind})
+        if not args.json:
+            print(_line(rows[-1], header=len(rows) == 1), flush=True)
+
+    if args.data:
+        for name, scores in score_data(pipe.folder / "vae", args.per_kind, args.seed).items():
+            add({"nfe": 0, "captions": name}, scores)
     for nfe in args.nfe:
         generate = Generator(pipe, preset(nfe, args.mode), args.guidance)
         for split in SPLITS:
-            scores = examine(generate, args.per_kind, split, args.seed)
-            rows.append({"nfe": nfe, "captions": split, "images": scores.images, "mean": scores.mean, **scores.per_kind})
-            if not args.json:
-                print(_line(rows[-1], header=len(rows) == 1), flush=True)
+            add({"nfe": nfe, "captions": split}, examine(generate, args.per_kind, split, args.seed))
         if args.diversity:
             rows[-1]["diversity"], rows[-1]["diversity_of_data"] = spread = diversity(generate, seed=args.seed)
             if not args.json:
                 print("     pairwise distance {:.1f}, of the data {:.1f}".format(*spread), flush=True)
     if args.json:
-        print(json.dumps({"schema": 1, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."),
-                          "mode": args.mode, "guidance": args.guidance, "seed": args.seed, "rows": rows}, indent=1))  # fmt: skip
+        report = {
+            "schema": 1, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), "mode": args.mode,
+            "guidance": args.guidance, "seed": args.seed, "rows": rows,
+        }  # fmt: skip
+        print(json.dumps(report, indent=1))
     if args.sheet is not None:
         sheet(Generator(pipe, preset(args.nfe[0], args.mode), args.guidance), args.sheet)
     return 0

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ class TwinFlowObjective:
         edges = torch.tensor(self.config.parts).cumsum(0)
         edges = [0, *(edges / edges[-1] * batch).round().int().tolist()]
         index = torch.arange(batch, device=device)
-        return [(index >= a) & (index < b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return [(index >= a) & (index < b) for a, b in pairwise(edges)]
 
     def _inputs(self, x: Tensor, cond: object, masks: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Clean latents (the twin part replaced by own one-step samples) and times t, tt [B]."""
