@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from ..errors import ConfigError
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-HOST_ARCH = 80  # what the heuristics assume of tensors that are on no GPU (Triton's interpreter)
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+HOST_ARCH = 89  # what is assumed of tensors that are on no GPU (Triton's interpreter): every storage type
+MAX_WIDTH = 16384  # a wider row no longer fits the registers of one block
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -20,6 +23,30 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is at least max(n, 1)."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """Tile of a program that holds whole rows: `rows` x `block` elements on `warps` warps."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+def row_tile(where: str, count: int, width: int, dtype: torch.dtype, mixed: bool = False) -> RowTile:
+    """Tile for `count` rows of `width` elements; ConfigError where a row is too wide.
+
+    A thread holds 16 elements (8 of float32, so that its loads stay 16 bytes wide but few), more
+    once 16 warps are in use. Narrow rows share a program, as many as there are. `mixed`: the kernel
+    writes `dtype` and bytes, and with 8 elements a thread both stores take them where they are.
+    """
+    if width > MAX_WIDTH:
+        raise ConfigError(f"{where}: rows of at most {MAX_WIDTH} elements, got {width}")
+    block = power_of_two(width)
+    rows = min(max(2048 // block, 1), power_of_two(count))
+    per_warp = 32 * (8 if mixed or dtype.itemsize == 4 else 16)
+    return RowTile(rows, block, min(max(rows * block // per_warp, 1), 16))
 
 
 @lru_cache
@@ -38,6 +65,14 @@ def require_floats(where: str, *tensors: Tensor) -> None:
     for x in tensors:
         if x.dtype not in FLOATS:
             raise ConfigError(f"{where}: needs bfloat16, float16 or float32, got {x.dtype}")
+
+
+def require_quantized(where: str, dtype: torch.dtype, arch: int) -> None:
+    """Raises ConfigError for a dtype that rows cannot be quantized to on compute capability `arch`."""
+    if dtype not in QUANTIZED:
+        raise ConfigError(f"{where}: rows quantize to float8_e4m3fn or int8, got {dtype}")
+    if dtype == torch.float8_e4m3fn and arch < 89:
+        raise ConfigError(f"{where}: float8_e4m3fn needs compute capability 8.9, this is {arch / 10}; use int8")
 
 
 def rows(x: Tensor) -> Tensor:

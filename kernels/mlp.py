@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import launch
+from .linear import quantized
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,7 @@ def config(width: int, dtype: torch.dtype) -> Config:
 
 
 @triton.jit
-def _activation(
-    x, out, seq, width, x_batch, x_row, GATED: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0)
-    batch, s = (row // seq).to(tl.int64), (row % seq).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = col < width
-    source = x + batch * x_batch + s * x_row + col
+def _activate(source, width, mask, GATED: tl.constexpr):
     a = tl.load(source, mask, other=0.0).to(tl.float32)
     if GATED:
         y = a / (1.0 + tl.exp(-a)) * tl.load(source + width, mask, other=0.0).to(tl.float32)
@@ -44,7 +38,31 @@ def _activation(
         # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)): the same function, without cancellation
         twice = 1.5957691216057308 * (a + 0.044715 * a * a * a)
         y = a / (1.0 + tl.exp(-twice))
+    return y
+
+
+@triton.jit
+def _activation(x, out, seq, width, x_batch, x_row, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    batch, s = (row // seq).to(tl.int64), (row % seq).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < width
+    y = _activate(x + batch * x_batch + s * x_row + col, width, mask, GATED)
     tl.store(out + row.to(tl.int64) * width + col, y.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _activation_quantized(
+    x, out, scales, count, seq, width, x_batch, x_row, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (row < count) & (col < width)
+    batch, s = (row // seq).to(tl.int64), (row % seq).to(tl.int64)
+    y = _activate(x + batch * x_batch + s * x_row + col, width, mask, GATED)
+    values, scale = quantized(y, out.dtype.element_ty)
+    tl.store(scales + row, scale, row < count)
+    tl.store(out + row.to(tl.int64) * width + col, values, mask)
 
 
 def _launch(where: str, x: Tensor, width: int, gated: bool) -> Tensor:
@@ -61,13 +79,45 @@ def _launch(where: str, x: Tensor, width: int, gated: bool) -> Tensor:
     return out
 
 
+def _launch_quantized(where: str, x: Tensor, width: int, gated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    launch.require_floats(where, x)
+    launch.require_quantized(where, dtype, launch.arch(x))
+    out = torch.empty(*x.shape[:-1], width, dtype=dtype, device=x.device)
+    scales = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    if not out.numel():
+        return out, scales
+    x = launch.rows(x)
+    count = x.shape[0] * x.shape[1]
+    c = launch.row_tile(where, count, width, x.dtype)
+    with torch.cuda.device_of(x):
+        _activation_quantized[(launch.ceil_div(count, c.rows),)](
+            x, out, scales, count, x.shape[1], width, x.stride(0), x.stride(1), gated, c.rows, c.block,
+            num_warps=c.warps,
+        )  # fmt: skip
+    return out, scales
+
+
+def _half(where: str, x: Tensor) -> int:
+    if x.shape[-1] % 2:
+        raise ConfigError(f"{where}: needs an even last dimension, got {x.shape[-1]}")
+    return x.shape[-1] // 2
+
+
 def swiglu(x: Tensor) -> Tensor:
     """`ops.swiglu` on the GPU: x [..., 2*hidden], any row strides; returns [..., hidden], contiguous."""
-    if x.shape[-1] % 2:
-        raise ConfigError(f"swiglu: needs an even last dimension, got {x.shape[-1]}")
-    return _launch("swiglu", x, x.shape[-1] // 2, gated=True)
+    return _launch("swiglu", x, _half("swiglu", x), gated=True)
+
+
+def swiglu_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`ops.swiglu_quantized` in one pass: x [..., 2*hidden], any row strides, hidden <= 16384."""
+    return _launch_quantized("swiglu_quantized", x, _half("swiglu_quantized", x), True, dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """`ops.gelu_tanh` on the GPU: x [..., D], any row strides; returns the same shape, contiguous."""
     return _launch("gelu_tanh", x, x.shape[-1], gated=False)
+
+
+def gelu_tanh_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`ops.gelu_tanh_quantized` in one pass: x [..., D], any row strides, D <= 16384."""
+    return _launch_quantized("gelu_tanh_quantized", x, x.shape[-1], False, dtype)

@@ -1,12 +1,11 @@
 """Normalisation in one pass: a program holds whole rows in registers, statistics in float32.
 
-Two kernels serve the four ops: `_norm` (RMS or layer norm of one tensor) and `_residual` (closes a
-branch into the residual stream and opens the next). Rounding points are those of `ops.norm`.
+Two kernels serve all the ops: `_norm` (RMS or layer norm of one tensor) and `_residual` (closes a
+branch into the residual stream and opens the next), each quantizing its normalised rows where it is
+given `scales` to fill. Rounding points are those of `ops.norm`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,32 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import launch
-
-MAX_WIDTH = 16384  # a wider row no longer fits the registers of one block
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile of one program: `rows` x `block` elements on `warps` warps."""
-
-    rows: int
-    block: int
-    warps: int
-
-
-def config(count: int, width: int, dtype: torch.dtype) -> Config:
-    """Tile for `count` rows of `width` elements; ConfigError where a row is too wide.
-
-    A thread holds 16 elements (8 of float32, so that its loads stay 16 bytes wide but few), more
-    once 16 warps are in use. Narrow rows share a program, as many as there are.
-    """
-    if width > MAX_WIDTH:
-        raise ConfigError(f"norm: rows of at most {MAX_WIDTH} elements, got {width}")
-    block = launch.power_of_two(width)
-    rows = min(max(2048 // block, 1), launch.power_of_two(count))
-    per_warp = 32 * (8 if dtype.itemsize == 4 else 16)
-    return Config(rows, block, min(max(rows * block // per_warp, 1), 16))
-
+from .linear import quantized
 
 @triton.jit
 def _normalise(v, mask, width, eps, CENTER: tl.constexpr):
@@ -59,8 +33,16 @@ def _scaled(v, weight, bias, weight_batch, bias_batch, batch, col, mask):
 
 
 @triton.jit
+def _store(out, scales, y, at, row, count, mask):
+    if scales is not None:
+        y, scale = quantized(y, out.dtype.element_ty)
+        tl.store(scales + row, scale, row < count)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
 def _norm(
-    x, weight, bias, out, count, seq, width, x_batch, x_row, weight_batch, bias_batch, eps,
+    x, weight, bias, out, scales, count, seq, width, x_batch, x_row, weight_batch, bias_batch, eps,
     CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -70,12 +52,12 @@ def _norm(
     v = tl.load(x + batch * x_batch + s * x_row + col, mask, other=0.0).to(tl.float32)
     y = _normalise(v, mask, width, eps, CENTER)
     y = _scaled(y, weight, bias, weight_batch, bias_batch, batch, col, mask)
-    tl.store(out + row.to(tl.int64) * width + col, y.to(out.dtype.element_ty), mask)
+    _store(out, scales, y, row.to(tl.int64) * width + col, row, count, mask)
 
 
 @triton.jit
 def _residual(
-    x, branch, post, weight, bias, out, normed, count, seq, width, x_batch, x_row, branch_batch,
+    x, branch, post, weight, bias, out, normed, scales, count, seq, width, x_batch, x_row, branch_batch,
     branch_row, post_batch, weight_batch, bias_batch, eps,
     SANDWICH: tl.constexpr, CENTER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +76,7 @@ def _residual(
     if normed is not None:
         y = _normalise(total.to(tl.float32), mask, width, eps, CENTER)
         y = _scaled(y, weight, bias, weight_batch, bias_batch, batch, col, mask)
-        tl.store(normed + at, y.to(out.dtype.element_ty), mask)
+        _store(normed, scales, y, at, row, count, mask)
 
 
 def _per_sample(where: str, x: Tensor, weight: Tensor | None) -> tuple[Tensor | None, int]:
@@ -110,69 +92,108 @@ def _per_sample(where: str, x: Tensor, weight: Tensor | None) -> tuple[Tensor | 
     return weight, weight.stride(0) if weight.dim() == 3 and weight.shape[0] > 1 else 0
 
 
-def _single(where: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool) -> Tensor:
+def _outputs(where: str, x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Uninitialised rows like x's, with scales where they are to be quantized to `dtype`."""
+    if dtype is None:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+    launch.require_quantized(where, dtype, launch.arch(x))
+    scales = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=dtype, device=x.device), scales
+
+
+def _single(
+    where: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, center: bool,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     launch.require_floats(where, x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out, scales = _outputs(where, x, dtype)
     if not out.numel():
-        return out
+        return out, scales
     x = launch.rows(x)
     count, width = x.shape[0] * x.shape[1], x.shape[2]
     weight, weight_batch = _per_sample(where, x, weight)
     bias, bias_batch = _per_sample(where, x, bias)
-    c = config(count, width, x.dtype)
+    c = launch.row_tile(where, count, width, x.dtype)
     with torch.cuda.device_of(x):
         _norm[(launch.ceil_div(count, c.rows),)](
-            x, weight, bias, out, count, x.shape[1], width, x.stride(0), x.stride(1), weight_batch,
+            x, weight, bias, out, scales, count, x.shape[1], width, x.stride(0), x.stride(1), weight_batch,
             bias_batch, eps, center, c.rows, c.block, num_warps=c.warps,
         )  # fmt: skip
-    return out
+    return out, scales
 
 
 def _close(
     where: str, x: Tensor, branch: Tensor, post: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    eps: float, sandwich: bool, norm: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    eps: float, sandwich: bool, norm: bool = True, dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     launch.require_floats(where, x, branch)
     if x.shape != branch.shape:
         raise ConfigError(f"{where}: x {tuple(x.shape)} and branch {tuple(branch.shape)} differ")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normed = torch.empty_like(out) if norm else None
+    normed, scales = _outputs(where, x, dtype) if norm else (None, None)
     if not out.numel():
-        return out, normed
+        return out, normed, scales
     x, branch = launch.rows(x), launch.rows(branch)
     count, width = x.shape[0] * x.shape[1], x.shape[2]
     post, post_batch = _per_sample(where, x, post)
     weight, weight_batch = _per_sample(where, x, weight)
     bias, bias_batch = _per_sample(where, x, bias)
-    c = config(count, width, x.dtype)
+    c = launch.row_tile(where, count, width, x.dtype, mixed=scales is not None)
     with torch.cuda.device_of(x):
         _residual[(launch.ceil_div(count, c.rows),)](
-            x, branch, post, weight, bias, out, normed, count, x.shape[1], width, x.stride(0), x.stride(1),
+            x, branch, post, weight, bias, out, normed, scales, count, x.shape[1], width, x.stride(0), x.stride(1),
             branch.stride(0), branch.stride(1), post_batch, weight_batch, bias_batch, eps,
             sandwich, not sandwich, c.rows, c.block, num_warps=c.warps,
         )  # fmt: skip
-    return out, normed
+    return out, normed, scales
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`ops.rms_norm` on the GPU: x [B, S, D] with any batch and row strides, D <= 16384."""
-    return _single("rms_norm", x, weight, None, eps, center=False)
+    return _single("rms_norm", x, weight, None, eps, center=False)[0]
+
+
+def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`ops.rms_norm_quantized` in one pass; shapes and strides as `rms_norm`."""
+    return _single("rms_norm_quantized", x, weight, None, eps, center=False, dtype=dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> Tensor:
     """`ops.layer_norm` on the GPU; shapes and strides as `rms_norm`. The variance is of the centred row."""
-    return _single("layer_norm", x, weight, bias, eps, center=True)
+    return _single("layer_norm", x, weight, bias, eps, center=True)[0]
+
+
+def layer_norm_quantized(
+    x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`ops.layer_norm_quantized` in one pass; shapes and strides as `rms_norm`."""
+    return _single("layer_norm_quantized", x, weight, bias, eps, center=True, dtype=dtype)
 
 
 def residual_norm(
     x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.residual_norm` in one pass: reads x and branch once, writes x' and h once."""
-    return _close("residual_norm", x, branch, post, pre, None, eps, sandwich=True, norm=pre is not None)
+    return _close("residual_norm", x, branch, post, pre, None, eps, sandwich=True, norm=pre is not None)[:2]
+
+
+def residual_norm_quantized(
+    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.residual_norm_quantized` in one pass: reads x and branch once, writes x', values and scales once."""
+    return _close("residual_norm_quantized", x, branch, post, pre, None, eps, sandwich=True, dtype=dtype)
 
 
 def residual_layer_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
     """`ops.residual_layer_norm` in one pass: reads x and branch once, writes x' and h once."""
-    return _close("residual_layer_norm", x, branch, gate, weight, bias, eps, sandwich=False, norm=True)
+    return _close("residual_layer_norm", x, branch, gate, weight, bias, eps, sandwich=False)[:2]
+
+
+def residual_layer_norm_quantized(
+    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`ops.residual_layer_norm_quantized` in one pass: reads x and branch once, writes x', values and scales once."""
+    return _close("residual_layer_norm_quantized", x, branch, gate, weight, bias, eps, sandwich=False, dtype=dtype)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-MODULES = ("attention", "decode", "mlp", "norm", "rope", "sample")
+MODULES = ("attention", "decode", "linear", "mlp", "norm", "rope", "sample")
 
 
 def _interpret(monkeypatch, module) -> None:
@@ -25,21 +25,24 @@ def _interpret(monkeypatch, module) -> None:
 
 
 def _mend(monkeypatch) -> None:
-    """bfloat16 as a GPU has it: the interpreter truncates instead of rounding, and multiplies bit patterns."""
+    """Narrow floats as a GPU has them: the interpreter truncates bfloat16 and multiplies its bit patterns."""
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    dot = interpreter.InterpreterBuilder.create_dot
+    dtypes = {
+        tl.float32: torch.float32, tl.float16: torch.float16, tl.bfloat16: torch.bfloat16,
+        tl.float8e4nv: torch.float8_e4m3fn,
+    }  # fmt: skip
 
     def rounded(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        bits = torch.from_numpy(np.ascontiguousarray(data).astype(np.float32)).bfloat16().view(torch.int16)
-        return bits.numpy().view(np.uint16)
+        source, target = dtypes[source], dtypes[target]
+        bits = torch.from_numpy(np.ascontiguousarray(data).view(f"i{source.itemsize}")).view(source).to(target)
+        return bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[target.itemsize]).numpy()
 
     def widened(self, a, b, d, precision, imprecise):
-        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        a, b = (self.create_fp_to_fp(x, tl.float32, None) if x.dtype.scalar != tl.float32 else x for x in (a, b))
         return dot(self, a, b, d, precision, imprecise)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)

@@ -28,3 +28,14 @@ def judge(got: Tensor, eager: Tensor, exact: Tensor) -> None:
     worst = lambda x: (x.double() - exact).abs().max().item()
     floor = torch.finfo(got.dtype).eps * exact.abs().max().item()
     assert worst(got) <= 2 * worst(eager) + floor
+
+
+def judge_quantized(got: tuple[Tensor, Tensor], eager: tuple[Tensor, Tensor], exact: Tensor) -> None:
+    """Rows (values, scales): what they stand for is judged by the rule, the scale against the exact one."""
+    for (values, scales), wanted in zip((got, eager), eager[:1] * 2, strict=True):
+        assert values.dtype == wanted.dtype and scales.dtype == torch.float32
+        assert values.shape == exact.shape and scales.shape == (*exact.shape[:-1], 1) and values.is_contiguous()
+    limit = 127.0 if got[0].dtype == torch.int8 else 448.0
+    top = exact.abs().amax(-1, keepdim=True) if exact.numel() else exact.new_empty(got[1].shape)
+    torch.testing.assert_close(got[1].double(), top.clamp_min(1e-12) / limit, rtol=2e-6, atol=0)
+    judge(*(values.float() * scales for values, scales in (got, eager)), exact)

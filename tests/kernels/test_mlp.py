@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracle import draw, judge, strided
+from oracle import draw, judge, judge_quantized, strided
 from twinflow_rt.kernels import mlp
 
 from twinflow_rt import ops
@@ -15,28 +15,47 @@ from twinflow_rt.errors import ConfigError
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def exact_swiglu(x):
+    a, b = x.double().chunk(2, -1)
+    return a * a.sigmoid() * b
+
+
+def exact_gelu(x):
+    v = x.double()
+    return v / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [1, 37, 199, 760, 1128])
 def test_swiglu(dtype, hidden):
     x = 4 * draw(2, 3, 2 * hidden, dtype=dtype)
-    a, b = x.double().chunk(2, -1)
-    judge(mlp.swiglu(strided(x)), ops.swiglu(x), a * a.sigmoid() * b)
+    judge(mlp.swiglu(strided(x)), ops.swiglu(x), exact_swiglu(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 37, 199, 760, 1128])
 def test_gelu_tanh(dtype, width):
     x = 2 * draw(2, 3, width, dtype=dtype)
-    v = x.double()
-    exact = v / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
-    judge(mlp.gelu_tanh(strided(x)), ops.gelu_tanh(x), exact)
+    judge(mlp.gelu_tanh(strided(x)), ops.gelu_tanh(x), exact_gelu(x))
+
+
+@pytest.mark.parametrize("quantized", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 74, 760])
+def test_quantized(dtype, width, quantized):
+    x = 4 * draw(2, 3, width, dtype=dtype)
+    judge_quantized(
+        mlp.swiglu_quantized(strided(x), quantized), ops.swiglu_quantized(x, quantized), exact_swiglu(x)
+    )
+    judge_quantized(
+        mlp.gelu_tanh_quantized(strided(x), quantized), ops.gelu_tanh_quantized(x, quantized), exact_gelu(x)
+    )
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 3, 8), (5, 6), (2, 3, 4, 10)])
 def test_ranks_and_empty_rows(shape):
     x = draw(*shape)
-    a, b = x.double().chunk(2, -1)
-    judge(mlp.swiglu(x), ops.swiglu(x), a * a.sigmoid() * b)
+    judge(mlp.swiglu(x), ops.swiglu(x), exact_swiglu(x))
 
 
 @pytest.mark.parametrize("op", ["swiglu", "gelu_tanh"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import draw, judge, strided
-from twinflow_rt.kernels import norm
+from oracle import draw, judge, judge_quantized, strided
+from twinflow_rt.kernels import launch, norm
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
@@ -77,6 +77,39 @@ def test_residual_layer_norm(shape, dtype, full):
     judge(got[1], ops.layer_norm(got[0], w, EPS, bias), exact_layer(got[0], w, bias))
 
 
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+ROWS = ((2, 5, 37), (3, 3, 199), (1, 2, 1128), (2, 0, 16), (1, 1, 1))
+
+
+@pytest.mark.parametrize("quantized", QUANTIZED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+def test_quantized_norms(shape, dtype, quantized):
+    x, w, bias = (draw(*shape) + 1).to(dtype), weight(shape, True, 1), weight(shape, True, 2)
+    for got, eager, exact in (
+        (norm.rms_norm_quantized(strided(x), w, EPS, quantized),
+         ops.rms_norm_quantized(x, w, EPS, quantized), exact_rms(x, w)),
+        (norm.layer_norm_quantized(strided(x), w, EPS, bias, quantized),
+         ops.layer_norm_quantized(x, w, EPS, bias, quantized), exact_layer(x, w, bias)),
+    ):  # fmt: skip
+        judge_quantized(got, eager, exact)
+
+
+@pytest.mark.parametrize("quantized", QUANTIZED)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+def test_quantized_residuals(shape, dtype, quantized):
+    x, branch = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=5)
+    post, w, bias = (weight(shape, True, i) for i in (1, 2, 3))
+    total, *got = norm.residual_norm_quantized(strided(x), strided(branch), post, w, EPS, quantized)
+    judge(total, ops.residual_norm_quantized(x, branch, post, w, EPS, quantized)[0], x.double() + exact_rms(branch, post))
+    judge_quantized(got, ops.rms_norm_quantized(total, w, EPS, quantized), exact_rms(total, w))
+    total, *got = norm.residual_layer_norm_quantized(strided(x), strided(branch), post, w, bias, EPS, quantized)
+    eager = ops.residual_layer_norm_quantized(x, branch, post, w, bias, EPS, quantized)
+    judge(total, eager[0], x.double() + branch.double() * post.double())
+    judge_quantized(got, ops.layer_norm_quantized(total, w, EPS, bias, quantized), exact_layer(total, w, bias))
+
+
 def test_weight_taken_from_a_table_of_steps():
     shape = (2, 3, 37)
     x, table = draw(*shape, dtype=torch.bfloat16), draw(2, 4, 37)
@@ -99,13 +132,15 @@ def test_other_ranks(shape):
 def test_refusals():
     x, w = draw(2, 3, 8), draw(8)
     with pytest.raises(ConfigError, match="16384"):
-        norm.rms_norm(draw(1, 1, norm.MAX_WIDTH + 1), draw(norm.MAX_WIDTH + 1), EPS)
+        norm.rms_norm(draw(1, 1, launch.MAX_WIDTH + 1), draw(launch.MAX_WIDTH + 1), EPS)
     with pytest.raises(ConfigError, match="weight"):
         norm.rms_norm(x, draw(3, 1, 8), EPS)
     with pytest.raises(ConfigError, match="float32"):
         norm.rms_norm(x, w.bfloat16(), EPS)
     with pytest.raises(ConfigError, match="float64"):
         norm.rms_norm(x.double(), w, EPS)
+    with pytest.raises(ConfigError, match="int8, got torch.float16"):
+        norm.rms_norm_quantized(x, w, EPS, torch.float16)
     with pytest.raises(ConfigError, match="differ"):
         norm.residual_norm(x, x[:, :2], w, w, EPS)
 
@@ -113,7 +148,7 @@ def test_refusals():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 37, 144, 1024, 3072, 3840, 16384])
 @pytest.mark.parametrize("count", [1, 37, 4096])
-def test_config(count, width, dtype):
-    c = norm.config(count, width, dtype)
+def test_row_tile(count, width, dtype):
+    c = launch.row_tile("norm", count, width, dtype)
     assert c.block >= width and c.block < 2 * max(width, 1) and c.rows < 2 * count + 1
     assert 1 <= c.warps <= 16 and c.rows * c.block <= 32 * 32 * c.warps + 2048

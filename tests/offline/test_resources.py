@@ -12,7 +12,7 @@ import pytest
 import torch
 from compiler import SHARED_LIMIT, build, record
 
-from twinflow_rt.kernels import attention, decode, mlp, norm, rope, sample
+from twinflow_rt.kernels import attention, decode, launch, linear, mlp, norm, rope, sample
 
 ARCHS = tuple(SHARED_LIMIT)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +42,11 @@ def matrix(*axes):
     return [pytest.param(*v, marks=() if v == first else pytest.mark.full) for v in product(ARCHS, *axes)]
 
 
-WIDTHS = (3840, 144, 3072, norm.MAX_WIDTH)
+def formats(arch):
+    return launch.QUANTIZED if arch >= 89 else (torch.int8,)
+
+
+WIDTHS = (3840, 144, 3072, launch.MAX_WIDTH)
 
 
 @pytest.mark.parametrize("arch, width, dtype", matrix(WIDTHS, DTYPES))
@@ -56,6 +60,21 @@ def test_norm(monkeypatch, tmp_path, arch, width, dtype):
         norm.residual_layer_norm(x, x, w, w, w, EPS)
 
     assert len(list(check(monkeypatch, tmp_path, norm, arch, call))) == 4
+
+
+@pytest.mark.parametrize("arch, width, dtype", matrix(WIDTHS, DTYPES))
+def test_quantized(monkeypatch, tmp_path, arch, width, dtype):
+    x, wide, w = meta(2, 4224, width, dtype=dtype), meta(2, 4224, 2 * width, dtype=dtype), meta(2, 1, width)
+    for to in formats(arch):
+        call = lambda to=to: (
+            norm.rms_norm_quantized(x, w, EPS, to), norm.layer_norm_quantized(x, w, EPS, w, to),
+            norm.residual_norm_quantized(x, x, w, w, EPS, to),
+            norm.residual_layer_norm_quantized(x, x, w, w, w, EPS, to),
+        )  # fmt: skip
+        assert len(list(check(monkeypatch, tmp_path, norm, arch, call))) == 4
+        call = lambda to=to: (mlp.swiglu_quantized(wide, to), mlp.gelu_tanh_quantized(x, to))
+        assert len(list(check(monkeypatch, tmp_path, mlp, arch, call))) == 2
+        assert list(check(monkeypatch, tmp_path, linear, arch, lambda to=to: linear.quantize_rows(x, to)))
 
 
 @pytest.mark.parametrize("arch, hidden, dtype", matrix((10240, 37), DTYPES))

@@ -2,14 +2,20 @@
 
 from .attention import attention, linear_attention
 from .decode import to_uint8
-from .mlp import gelu_tanh, swiglu
-from .norm import layer_norm, residual_layer_norm, residual_norm, rms_norm
+from .linear import linear_quantized, quantize_rows
+from .mlp import gelu_tanh, gelu_tanh_quantized, linear_swiglu, swiglu, swiglu_quantized
+from .norm import (
+    layer_norm, layer_norm_quantized, residual_layer_norm, residual_layer_norm_quantized, residual_norm,
+    residual_norm_quantized, rms_norm, rms_norm_quantized,
+)  # fmt: skip
 from .rope import joint_qk_norm_rope, qk_norm_rope, rotate
 from .sample import x0_project
 from .select import EAGER, OpTable, Target, select
 
 __all__ = [
-    "EAGER", "OpTable", "Target", "attention", "gelu_tanh", "joint_qk_norm_rope", "layer_norm", "linear_attention",
-    "qk_norm_rope", "residual_layer_norm", "residual_norm", "rms_norm", "rotate", "select", "swiglu",
-    "to_uint8", "x0_project",
+    "EAGER", "OpTable", "Target", "attention", "gelu_tanh", "gelu_tanh_quantized", "joint_qk_norm_rope",
+    "layer_norm", "layer_norm_quantized", "linear_attention", "linear_quantized",
+    "linear_swiglu", "qk_norm_rope", "quantize_rows",
+    "residual_layer_norm", "residual_layer_norm_quantized", "residual_norm", "residual_norm_quantized",
+    "rms_norm", "rms_norm_quantized", "rotate", "select", "swiglu", "swiglu_quantized", "to_uint8", "x0_project",
 ]  # fmt: skip

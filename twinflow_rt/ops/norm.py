@@ -2,7 +2,8 @@
 
 All of them compute in float32 whatever the storage dtype and round once, at the output. `weight`
 is the *effective* norm weight: a learned vector, or that vector times a modulation's (1 + scale) or
-tanh(gate), so one op serves plain, modulated and folded networks.
+tanh(gate), so one op serves plain, modulated and folded networks. The `_quantized` forms hand
+`linear.quantize_rows` the normalised rows before they are rounded to storage: one rounding, not two.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .linear import quantize_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -63,3 +66,32 @@ def residual_layer_norm(
     b = branch.float()
     x = (x.float() + (b if gate is None else b * gate)).to(x.dtype)
     return x, layer_norm(x, weight, eps, bias)
+
+
+def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`rms_norm`, then `quantize_rows` to `dtype`: (values [B, S, D], float32 scales [B, S, 1])."""
+    return quantize_rows(rms_norm(x.float(), weight, eps), dtype)
+
+
+def layer_norm_quantized(
+    x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm`, then `quantize_rows` to `dtype`: (values [B, S, D], float32 scales [B, S, 1])."""
+    return quantize_rows(layer_norm(x.float(), weight, eps, bias), dtype)
+
+
+def residual_norm_quantized(
+    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`residual_norm` with h quantized: (x' in x's dtype, values [B, S, D], float32 scales [B, S, 1])."""
+    x, _ = residual_norm(x, branch, post, None, eps)
+    return x, *rms_norm_quantized(x, pre, eps, dtype)
+
+
+def residual_layer_norm_quantized(
+    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`residual_layer_norm` with h quantized: (x' in x's dtype, values [B, S, D], float32 scales [B, S, 1])."""
+    x, _ = residual_layer_norm(x, branch, gate, weight, bias, eps)
+    return x, *layer_norm_quantized(x, weight, eps, bias, dtype)

@@ -1,0 +1,54 @@
+"""Rowwise quantization: a program holds whole rows, so their largest magnitude costs no second read."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+
+@triton.jit
+def quantized(y, DTYPE: tl.constexpr):
+    """Rows of y [ROWS, BLOCK], zero where masked, as (values in DTYPE, scales [ROWS, 1])."""
+    top = tl.maximum(tl.max(tl.abs(y), 1, keep_dims=True), 1e-12)
+    if DTYPE == tl.int8:
+        # 1.5 * 2^23: at that size a float32 has no fraction, so the addition rounds, half to even
+        values = (y * (127.0 / top) + 12582912.0) - 12582912.0
+        scale = top / 127.0
+    else:
+        values = y * (448.0 / top)
+        scale = top / 448.0
+    return values.to(DTYPE), scale
+
+
+@triton.jit
+def _quantize_rows(x, out, scales, count, seq, width, x_batch, x_row, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (row < count) & (col < width)
+    batch, s = (row // seq).to(tl.int64), (row % seq).to(tl.int64)
+    v = tl.load(x + batch * x_batch + s * x_row + col, mask, other=0.0).to(tl.float32)
+    values, scale = quantized(v, out.dtype.element_ty)
+    tl.store(scales + row, scale, row < count)
+    tl.store(out + row.to(tl.int64) * width + col, values, mask)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`ops.quantize_rows` on the GPU: x [..., D], any row strides, D <= 16384. float8_e4m3fn needs 8.9 or later."""
+    launch.require_floats("quantize_rows", x)
+    launch.require_quantized("quantize_rows", dtype, launch.arch(x))
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scales = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    if not out.numel():
+        return out, scales
+    x = launch.rows(x)
+    count, width = x.shape[0] * x.shape[1], x.shape[2]
+    c = launch.row_tile("quantize_rows", count, width, x.dtype)
+    with torch.cuda.device_of(x):
+        _quantize_rows[(launch.ceil_div(count, c.rows),)](
+            x, out, scales, count, x.shape[1], width, x.stride(0), x.stride(1), c.rows, c.block, num_warps=c.warps
+        )
+    return out, scales
