@@ -35,6 +35,11 @@ class Ceilings:
         """The roofline: no stage of so many FLOPs and bytes takes less."""
         return max(flops / self.gemm[dtype], nbytes / self.copy)
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of two measurements of one machine."""
+        gemm = {name: max(rate, other.gemm[name]) for name, rate in self.gemm.items()}
+        return Ceilings(gemm, max(self.copy, other.copy), self.sizes)
+
     def to_dict(self) -> dict[str, Any]:
         return {"gemm": self.gemm, "copy": self.copy, "sizes": self.sizes}
 

@@ -42,7 +42,10 @@ class Verdict:
     reason: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON can hold it: null for an infinite error."""
+        raw = asdict(self)
+        finite = {k: {n: x if math.isfinite(x) else None for n, x in e.items()} for k, e in raw["errors"].items()}
+        return {**raw, "errors": finite}
 
 
 def error(got: Tensor, reference: Tensor) -> Error:

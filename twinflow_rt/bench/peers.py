@@ -12,18 +12,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..models import family_of
+from ..models import Family, family_of
 from ..noise import initial_noise
 from ..ops import EAGER
+from ..passes import artifact
 from ..passes.load import Checkpoint, materialize, read_json
 from ..passes.random import random_tensor
 from ..pipeline import Pipeline
+from ..schedule import preset
 from .workload import Workload
 
 NAMES = ("eager", "compile", "diffusers")
@@ -56,25 +59,37 @@ class UnfoldedProgram:
         self.network.times = tuple(times)
 
 
-def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
-    """A pipeline like `pipe`, sharing its text encoder and decoder, on the unfolded network and eager ops.
+def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """The model of a folder with no pass run over it: the unfolded network, eager ops throughout."""
+    network, family = _network(folder, device, dtype)
+    text, vae = family.text(folder), family.vae(folder)
+    sizes = family.fit(network.config, text, vae)
+    with torch.no_grad():
+        text.materialize(device, dtype)
+        vae.materialize(device, dtype)
+    text, vae = _eager_stage(text), _eager_stage(vae)
+    return Pipeline(text, UnfoldedProgram(Unfolded(network)), vae, sizes, preset(1), device, dtype, folder)
 
-    Reads the network's weights from the pipeline's folder again, in its dtype. Raises ConfigError for a
-    saved artifact, which no longer has them.
-    """
-    checkpoint = Checkpoint(pipe.folder / "transformer")
-    if (pipe.folder / "artifact.json").is_file():
-        raise ConfigError("an artifact holds no unfolded network: measure peers with the model folder it came from")
+
+def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
+    """The same beside a loaded pipeline, sharing its text encoder's and decoder's weights."""
+    network, _ = _network(pipe.folder, pipe.device, pipe.dtype)
+    twin = copy.copy(pipe)
+    twin.program = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
+    twin.text, twin.vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
+    return twin
+
+
+def _network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Family]:
+    if artifact.is_artifact(folder):
+        raise ConfigError(f"{folder} is an artifact, without the unfolded network: measure the model folder it is from")
+    checkpoint = Checkpoint(folder / "transformer")
     family = family_of(checkpoint.config)
     with torch.device("meta"):
         network = family.network(family.config.from_dict(checkpoint.config))
-    materialize(network, checkpoint, family.layout, pipe.device, pipe.dtype)
+    materialize(network, checkpoint, family.layout, device, dtype)
     network.ops = EAGER
-    twin = copy.copy(pipe)
-    forward = torch.compile(network) if compiled else None
-    twin.program = UnfoldedProgram(Unfolded(network, forward))
-    twin.text, twin.vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
-    return twin
+    return network, family
 
 
 def _eager_stage(stage: Any) -> Any:

@@ -15,6 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import TwinFlowError
 from .timeline import Timeline
 
 PHASES = ("start", "import", "load", "compile", "first_image")
@@ -32,8 +33,8 @@ class Task:
     nfe: int
     prompt: str
     seed: int
-    width: int
-    height: int
+    width: int | None
+    height: int | None
     threads: int
     images: int = 1
     control: dict[str, str] | None = None
@@ -42,14 +43,15 @@ class Task:
 def run(task: Task, wrapper: tuple[str, ...] = (), timeout: float = 1800) -> dict[str, Any]:
     """Runs `task` in a fresh interpreter (started by `wrapper`, if any) and returns what it prints.
 
-    Raises RuntimeError with the end of its stderr if it fails.
+    Raises TwinFlowError with the end of its stderr if it fails.
     """
     content = json.dumps({**asdict(task), "origin": time.monotonic()})
     command = [*wrapper, sys.executable, "-m", "twinflow_rt.bench.probe", content]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": str(task.threads)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"the measuring process failed: {' '.join(done.stderr.strip().splitlines()[-3:])}")
+        last = " ".join(done.stderr.strip().splitlines()[-3:])
+        raise TwinFlowError(f"the measuring process ended with status {done.returncode}: {last}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

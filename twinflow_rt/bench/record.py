@@ -1,0 +1,57 @@
+"""Records: what one run of the bench measured, as JSON of a versioned schema."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .schema import SCHEMA, validate
+
+Record = dict[str, Any]  # as `schema.SCHEMA` describes
+
+
+def save(record: Record, path: str | Path) -> Path:
+    """Writes a record, whole or not at all. Raises ConfigError where it is not one."""
+    validate(record)
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | Path) -> Record:
+    """Reads and validates a record. Raises ConfigError naming what is wrong with it."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; `twinflow-rt bench MODEL --json FILE` writes a record") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error})") from None
+    try:
+        validate(record, SCHEMA)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return record
+
+
+def timings(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(figure, samples) of everything timed, under names that two records share."""
+    for name, samples in record["stages"].items():
+        yield f"stage {name}", samples
+    for name, samples in (record["cold_start"] or {"phases": {}})["phases"].items():
+        yield f"cold {name}", samples
+    for key, label in (("batches", "batch"), ("concurrency", "threads"), ("evaluations", "nfe")):
+        for entry in record[key]:
+            if "seconds" in entry:
+                yield f"{label} {entry[label]}", entry["seconds"]
+    for peer in record["peers"]:
+        if peer["seconds"]:
+            yield f"peer {peer['name']}", peer["seconds"]

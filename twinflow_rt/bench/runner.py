@@ -1,0 +1,294 @@
+"""One run of the bench: everything that is measured, in the order in which it disturbs itself least.
+
+    cold starts and instruction counts    in processes of their own, before this one holds the model
+    reference outputs                     float32, unfolded; its memory is freed again
+    memory per stage                      with nothing loaded but the model
+    stages, whole calls and peers         in turns, between two measurements of the machine's ceilings
+    batch sizes, callers, evaluations     in turns; energy last
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import check_count, resolve_device, resolve_dtype
+from ..errors import ConfigError
+from ..ops.select import Choice
+from ..passes.load import Checkpoint, model_folder
+from ..pipeline import DEMO, Pipeline, load
+from . import energy, facts, instructions, peers, random_weights, sweeps
+from .ceilings import Ceilings
+from .ceilings import measure as measure_ceilings
+from .correctness import Verdict, judge
+from .figures import describe, efficiency, prefer, speedup
+from .memory import stage_peaks
+from .probe import PHASES, Task
+from .probe import run as run_probe
+from .record import Record
+from .schema import VERSION, validate
+from .timing import Samples, interleave
+from .workload import STAGES, Workload, batch_of, exact_outputs, outputs, stages
+
+Contender = Callable[..., Any]
+UNCHECKED = Verdict({}, False, "not checked in this run")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. size: (width, height), None for the model's default. random_weights: the name of a
+    published model instead of `model`, with `scale` and `layers` as `random_weights.skeleton` takes them.
+    batches, callers, evaluations: the sweeps; empty ones are left out. cold_runs: 0 leaves out cold starts.
+    check: compare outputs with the float32 reference; without it no speed-up is stated. tolerance:
+    replaces the error rule by an rms bound. max_seconds: per figure group, after which no round begins.
+    """
+
+    model: str = "demo"
+    random_weights: str | None = None
+    scale: float = 1.0
+    layers: int | None = None
+    size: tuple[int, int] | None = None
+    batch: int = 1
+    nfe: int = 1
+    dtype: str | None = None
+    device: str | None = None
+    backend: str = "auto"
+    peers: tuple[str, ...] = ()
+    prompt: str | None = None
+    seed: int = 0
+    repeats: int = 20
+    warmup: int = 3
+    batches: tuple[int, ...] = (1, 2, 4)
+    callers: tuple[int, ...] = (1, 2, 4)
+    evaluations: tuple[int, ...] = (1, 2, 4)
+    cold_runs: int = 3
+    count_instructions: bool = False
+    check: bool = True
+    tolerance: float | None = None
+    max_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "repeats"):
+            check_count(name, getattr(self, name))
+        for name in self.peers:
+            if name not in peers.NAMES:
+                raise ConfigError(f"no peer {name!r}; use some of {', '.join(peers.NAMES)}")
+        if self.peers and not self.check:
+            raise ConfigError("peers are compared only where outputs are checked; drop peers or keep the check")
+
+    @property
+    def name(self) -> str:
+        """The model's, without the folders it lies in."""
+        return f"random-{self.random_weights}" if self.random_weights else Path(self.model).name
+
+
+def run(
+    model: str | Path = "demo", *, command: str | None = None, say: Callable[[str], None] = lambda text: None, **options: Any
+) -> Record:
+    """Measures a model and returns the record (`schema.SCHEMA`; `record.save` writes it).
+
+    options: the fields of `Settings`. command: kept in the record, for others to repeat. say(text):
+    told what is being measured. Raises ConfigError, CheckpointError, DeviceError.
+    """
+    settings = Settings(model=str(model), **options)
+    with ExitStack() as stack:
+        folder = DEMO if settings.model == "demo" else Path(settings.model)
+        if settings.random_weights:
+            dtype = settings.dtype or ("bfloat16" if resolve_device(settings.device).type == "cuda" else "float32")
+            settings = replace(settings, dtype=dtype)
+            skeleton = random_weights.temporary(
+                settings.random_weights, scale=settings.scale, layers=settings.layers, dtype=dtype
+            )
+            folder = stack.enter_context(skeleton)
+        return _Run(settings, model_folder(folder), say).record(command or f"twinflow_rt.bench.run({settings.name!r}, ...)")
+
+
+class _Run:
+    """The state that the parts of one run share."""
+
+    def __init__(self, settings: Settings, folder: Path, say: Callable[[str], None]) -> None:
+        self.settings, self.folder, self.say = settings, folder, say
+        self.device, self.notes = resolve_device(settings.device), []
+        stored = Checkpoint(folder / "transformer").main_dtype()
+        self.dtype = resolve_dtype(settings.dtype, self.device, stored)
+        self.dtype_name = str(self.dtype).removeprefix("torch.")
+
+    def record(self, command: str) -> Record:
+        machine = facts.machine(self.device)
+        if (machine["load_average"] or 0) > machine["cores"]:
+            self._note(f"the machine was busy: load {machine['load_average']} on {machine['cores']} cores")
+        cold, counted = self._cold(), self._instructions()
+        exact = self._exact()
+        pipe, choices = self._load()
+        work = self._work(pipe)
+        memory = self._memory(pipe, work)
+        contenders = self._contenders(pipe, work)
+        verdicts = self._verdicts(contenders, exact)
+        timed, ceiling, drift = self._time(pipe, work, contenders)
+        compared = self._compare(timed, verdicts)
+        contenders.clear()
+        _free()
+        record = {
+            "schema": VERSION, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%MZ"), "command": command,
+            "machine": machine, "settings": self._settings(work), "model": describe(pipe, work, choices),
+            "ceilings": {**ceiling.to_dict(), "drift": drift}, "correctness": verdicts["ours"].to_dict(),
+            "stages": {name: timed[name].to_dict() for name in (*STAGES, "total")},
+            "efficiency": efficiency(pipe, work, timed, ceiling, self.dtype_name), "memory": memory,
+            "cold_start": cold, **self._sweep(pipe, work), "instructions": counted, "peers": compared,
+            "notes": self.notes,
+        }  # fmt: skip
+        validate(record)
+        return record
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        self.say(f"note: {text}")
+
+    # -- in processes of their own ----------------------------------------------------------------
+
+    def _task(self, kind: str) -> Task:
+        settings = self.settings
+        width, height = settings.size or (None, None)
+        prompt = batch_of(settings.prompt, 1)[0]
+        return Task(
+            kind, str(self.folder), str(self.device), self.dtype_name, settings.nfe, prompt, settings.seed, width,
+            height, torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _cold(self) -> dict[str, Any] | None:
+        runs = self.settings.cold_runs
+        if not runs:
+            return None
+        self.say(f"{runs} cold starts")
+        results = [run_probe(self._task("cold")) for _ in range(runs)]
+        phases = {name: [r["phases"][name] for r in results] for name in results[0]["phases"]}
+        phases["total"] = [sum(r["phases"][name] for name in PHASES) for r in results]
+        summary = {name: Samples(tuple(seconds)).to_dict() for name, seconds in phases.items()}
+        return {"runs": runs, "phases": summary, "timeline": results[-1]["timeline"]}
+
+    def _instructions(self) -> dict[str, Any]:
+        if not self.settings.count_instructions:
+            return {"reason": "not asked for (--instructions)"}
+        self.say("instructions of one image")
+        return instructions.count(self._task("instructions"))
+
+    # -- outputs ----------------------------------------------------------------------------------
+
+    def _exact(self) -> tuple[Tensor, Tensor] | None:
+        """Reference outputs, float32; None where not wanted or where they do not fit in memory."""
+        if not self.settings.check:
+            return None
+        self.say("reference outputs in float32")
+        try:
+            reference = peers.uncompiled(self.folder, self.device, torch.float32)
+            return exact_outputs(reference, self._work(reference), self.dtype)
+        except torch.OutOfMemoryError:
+            self._note(f"the float32 reference does not fit in {self.device}'s memory: outputs are unchecked")
+            return None
+        finally:
+            reference = None
+            _free()
+
+    def _load(self) -> tuple[Pipeline, tuple[Choice, ...]]:
+        self.say("compiling")
+        pipe = load(self.folder, device=self.device, dtype=self.dtype, nfe=self.settings.nfe)
+        if self.settings.backend == "auto":
+            return pipe, pipe.program.plan.choices
+        return pipe, prefer(pipe, self.settings.backend)
+
+    def _work(self, pipe: Pipeline) -> Workload:
+        settings = self.settings
+        width, height = settings.size or (None, None)
+        height, width = pipe.sizes.resolve(height, width)
+        return Workload(batch_of(settings.prompt, settings.batch), height, width, settings.seed, settings.nfe)
+
+    def _contenders(self, pipe: Pipeline, work: Workload) -> dict[str, Contender]:
+        """name -> call(output): ours, the peers, and below float32 the eager network that sets the bar."""
+        found: dict[str, Contender] = {"ours": lambda output="pil": work.call(pipe, output)}
+        judged = self.settings.check and self.dtype != torch.float32 and self.settings.tolerance is None
+        for name in dict.fromkeys((*self.settings.peers, *(("eager",) if judged else ()))):
+            self.say(f"building peer {name}")
+            try:
+                found[name] = peers.build(name, pipe, work)
+            except (ConfigError, torch.OutOfMemoryError) as error:
+                self._note(f"peer {name}: {str(error).splitlines()[0]}")
+        return found
+
+    def _verdicts(self, contenders: dict[str, Contender], exact: tuple[Tensor, Tensor] | None) -> dict[str, Verdict]:
+        if exact is None:
+            return dict.fromkeys(contenders, UNCHECKED)
+        self.say("checking outputs")
+        got = {name: outputs(call) for name, call in contenders.items()}
+        rule = {"dtype": self.dtype_name, "eager": got.get("eager"), "tolerance": self.settings.tolerance}
+        if self.dtype != torch.float32 and rule["eager"] is None and rule["tolerance"] is None:
+            return dict.fromkeys(contenders, replace(UNCHECKED, reason="the eager network that sets the bar is missing"))
+        return {name: judge(out, exact, ours=name == "ours", **rule) for name, out in got.items()}
+
+    # -- time and memory --------------------------------------------------------------------------
+
+    def _memory(self, pipe: Pipeline, work: Workload) -> dict[str, Any]:
+        self.say("memory of each stage")
+        loaded = stage_peaks(lambda: None, self.device)
+        calls = {**stages(pipe, work), "total": lambda: work.call(pipe)}
+        return {"loaded": loaded, "stages": {name: stage_peaks(call, self.device) for name, call in calls.items()}}
+
+    def _time(
+        self, pipe: Pipeline, work: Workload, contenders: dict[str, Contender]
+    ) -> tuple[dict[str, Samples], Ceilings, float]:
+        """Stages, whole calls and peers in turns; ceilings before and after (the better counts), and the
+        ratio of the later to the earlier: how much the machine changed meanwhile."""
+        settings = self.settings
+        asked = {f"peer {name}": contenders[name] for name in settings.peers if name in contenders}
+        calls = {**stages(pipe, work), "total": contenders["ours"], **asked}
+        self.say("ceilings of this machine")
+        before = measure_ceilings(self.device, [self.dtype_name])
+        self.say(f"{len(calls)} figures, {settings.repeats} rounds in turns")
+        options = {"repeats": settings.repeats, "warmup": settings.warmup, "max_seconds": settings.max_seconds}
+        timed = interleave(calls, device=self.device, **options)
+        after = measure_ceilings(self.device, [self.dtype_name])
+        drift = after.gemm[self.dtype_name] / before.gemm[self.dtype_name]
+        if abs(drift - 1) > 0.1:
+            self._note(f"the machine's matrix products ran at {drift:.2f}x their speed after the timing: not a quiet machine")
+        return timed, before.best(after), drift
+
+    def _compare(self, timed: dict[str, Samples], verdicts: dict[str, Verdict]) -> list[dict[str, Any]]:
+        """The peers: a speed-up stands only where both outputs passed."""
+        rows = []
+        for name in self.settings.peers:
+            samples, verdict = timed.get(f"peer {name}"), verdicts.get(name)
+            row = {"name": name, "seconds": samples and samples.to_dict(), "correctness": verdict and verdict.to_dict()}
+            rows.append({**row, **speedup(timed["total"], samples, verdicts["ours"], verdict)})
+        return rows
+
+    def _sweep(self, pipe: Pipeline, work: Workload) -> dict[str, Any]:
+        settings, few = self.settings, max(3, self.settings.repeats // 2)
+        self.say(f"batches of {settings.batches or 'no size'}")
+        batches = sweeps.batches(pipe, work, settings.batches, few, settings.max_seconds)
+        self.say(f"{settings.callers or 'no'} concurrent callers")
+        concurrency = sweeps.concurrency(pipe, work, settings.callers, few)
+        self.say("energy")
+        used = energy.per_image(lambda: work.call(pipe), len(work.prompts), self.device)
+        self.say(f"{settings.evaluations or 'no'} evaluations")
+        evaluations = sweeps.evaluations(pipe, work, settings.evaluations, few, settings.max_seconds)
+        return {"batches": batches, "concurrency": concurrency, "energy": used, "evaluations": evaluations}
+
+    def _settings(self, work: Workload) -> dict[str, Any]:
+        kept = ("random_weights", "scale", "layers", "batch", "nfe", "backend", "seed", "repeats", "warmup", "tolerance")
+        return {
+            "model": self.settings.name, **{name: getattr(self.settings, name) for name in kept}, "width": work.width,
+            "height": work.height, "device": str(self.device), "dtype": self.dtype_name, "prompts": list(work.prompts),
+        }  # fmt: skip
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,97 @@
+"""How time changes with batch size, with concurrent callers, and with evaluations per image."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from ..errors import ConfigError, DeviceError
+from ..pipeline import Pipeline
+from .memory import stage_peaks
+from .timing import Samples, interleave, measure, synchronize
+from .workload import Workload, batch_of
+
+Row = dict[str, Any]
+
+
+def batches(pipe: Pipeline, work: Workload, sizes: Iterable[int], repeats: int, max_seconds: float) -> list[Row]:
+    """Seconds per call, images per second and peak memory for each batch size; sizes take turns.
+
+    A size that does not fit in memory gets a reason instead.
+    """
+    rows: dict[int, Row] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    for size in sizes:
+        larger = replace(work, prompts=batch_of(work.prompts[0], size))
+        try:
+            rows[size] = {"batch": size, "memory": stage_peaks(lambda larger=larger: larger.call(pipe), pipe.device)}
+        except DeviceError as error:
+            rows[size] = {"batch": size, "reason": str(error)}
+            continue
+        calls[str(size)] = lambda larger=larger: larger.call(pipe)
+    taken = interleave(calls, device=pipe.device, repeats=repeats, warmup=1, max_seconds=max_seconds)
+    for name, samples in taken.items():
+        size = int(name)
+        rows[size] |= {"seconds": samples.to_dict(), "images_per_second": size / samples.median}
+    return list(rows.values())
+
+
+def concurrency(pipe: Pipeline, work: Workload, callers: Iterable[int], repeats: int) -> list[Row]:
+    """Latency that each of n simultaneous callers sees, and images per second of all together.
+
+    Each caller makes `repeats` calls, one after the other; all begin at once.
+    """
+    return [_callers(pipe, work, n, repeats) for n in callers]
+
+
+def _callers(pipe: Pipeline, work: Workload, count: int, repeats: int) -> Row:
+    seconds: list[float] = []
+    failures: list[BaseException] = []
+    barrier = threading.Barrier(count + 1)
+
+    def caller() -> None:
+        barrier.wait()
+        try:
+            for _ in range(repeats):
+                start = time.perf_counter()
+                work.call(pipe)
+                synchronize(pipe.device)
+                seconds.append(time.perf_counter() - start)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=caller) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    start = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    elapsed = time.perf_counter() - start
+    if failures:
+        raise failures[0]
+    samples = Samples(tuple(seconds))
+    images = count * repeats * len(work.prompts)
+    return {"threads": count, "seconds": samples.to_dict(), "images_per_second": images / elapsed}
+
+
+def evaluations(pipe: Pipeline, work: Workload, counts: Iterable[int], repeats: int, max_seconds: float) -> list[Row]:
+    """Seconds per call at each number of evaluations, one after the other, as each folds the program anew
+    (in the warm-up). The workload's own comes first: what was absorbed into weights for one evaluation
+    is not after another schedule. A saved artifact holds one schedule: the others get a reason."""
+    rows: list[Row] = []
+    for count in sorted(counts, key=lambda n: (n != work.nfe, n)):
+        several = replace(work, nfe=count)
+        try:
+            several.call(pipe)
+        except ConfigError as error:
+            rows.append({"nfe": count, "reason": str(error)})
+            continue
+        call = lambda several=several: several.call(pipe)
+        samples = measure(call, device=pipe.device, repeats=repeats, warmup=1, max_seconds=max_seconds)
+        row = {"nfe": count, "seconds": samples.to_dict(), "images_per_second": len(work.prompts) / samples.median}
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["nfe"])
