@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,10 +13,12 @@ from tests.factory import TRANSFORMER, make_model, randomize
 from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.models import family_of
-from twinflow_rt.models.z_image import FUSED, ZImageConfig, ZImageTransformer
+from twinflow_rt.models.z_image import FAMILY, FUSED, ZImageConfig, ZImageTransformer
 from twinflow_rt.ops import rms_norm
-from twinflow_rt.passes.fold import fold, folded_away
+from twinflow_rt.passes.fold import fold
+from twinflow_rt.passes.fuse import merge
 from twinflow_rt.passes.load import Checkpoint, materialize
+from twinflow_rt.pipeline import DEMO
 
 CPU = torch.device("cpu")
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
@@ -75,39 +79,117 @@ def test_folded_float32_equals_unfolded(checkpoint, unfolded, schedule, shape):
         assert relative(run_folded(program.network, args, step), run_unfolded(unfolded, args, t, tt)) < 1e-5
 
 
-@pytest.mark.parametrize("schedule", [ONE, FOUR])
-def test_folded_bfloat16_is_as_exact_as_unfolded(checkpoint, unfolded, schedule):
-    """End to end, error against float32 on the same bf16-rounded inputs."""
-    program, half = compiled(checkpoint, schedule, torch.bfloat16), load_unfolded(checkpoint, torch.bfloat16)
-    args = inputs(2, 8, 12, (9, 33), torch.bfloat16)
-    wide = (args[0].float(), args[1].float(), args[2])
-    for step, (t, tt) in enumerate(schedule):
-        exact = run_unfolded(unfolded, wide, t, tt)
-        error, bound = (
-            (run(net, args, *at).double() - exact).pow(2).mean().sqrt()
-            for run, net, at in ((run_folded, program.network, (step,)), (run_unfolded, half, (t, tt)))
-        )
+SIZES = {
+    "narrow": ZImageConfig(
+        in_channels=4, dim=48, n_layers=3, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+        axes_dims=(8, 8, 8), axes_lens=(256, 32, 32),
+    ),
+    "odd": ZImageConfig(
+        in_channels=4, dim=180, n_layers=2, n_refiner_layers=2, n_heads=5, n_kv_heads=5, cap_feat_dim=32,
+        axes_dims=(12, 12, 12), axes_lens=(256, 32, 32),
+    ),
+    "released heads": ZImageConfig(
+        in_channels=4, dim=384, n_layers=2, n_refiner_layers=1, n_heads=3, n_kv_heads=3, cap_feat_dim=32,
+        axes_lens=(256, 32, 32),
+    ),
+}  # fmt: skip
+SHIPPED = pytest.param("demo", marks=pytest.mark.skipif(not DEMO.is_dir(), reason="no demo model beside the package"))
+
+
+@dataclass
+class Networks:
+    """Weights as a bfloat16 checkpoint holds them, in the unfolded network and in the folded one."""
+
+    config: ZImageConfig
+    weights: dict[str, torch.Tensor]
+
+    def unfolded(self, dtype: torch.dtype) -> ZImageTransformer:
+        return self._fill(ZImageTransformer(self.config), dtype, {})
+
+    def folded(self, dtype: torch.dtype, times) -> ZImageTransformer:
+        with torch.device("meta"):
+            shell = ZImageTransformer(self.config)
+        tables = fold(shell, self.weights.__getitem__, times)
+        assert all(p.is_meta for p in shell.parameters())  # nothing stays behind
+        return self._fill(ZImageTransformer(self.config, folded_steps=len(times)), dtype, tables)
+
+    def _fill(self, network, dtype, tables):
+        cast = {k: v.to(FAMILY.layout.dtype_of(k, dtype)) for k, v in self.weights.items()}
+        network.load_state_dict({k: tables[k] if k in tables else cast[k] for k in network.state_dict()}, assign=True)
+        return network.eval()
+
+    def inputs(self, height: int, width: int, lengths: tuple[int, ...], dtype=torch.float32):
+        g = torch.Generator().manual_seed(height)
+        latents = torch.randn(len(lengths), self.config.in_channels, height, width, generator=g).to(dtype)
+        embeds = torch.randn(len(lengths), max(lengths), self.config.cap_feat_dim, generator=g).to(dtype)
+        return latents, embeds, lengths
+
+
+@pytest.fixture(scope="module", params=[*SIZES, SHIPPED])
+def networks(request):
+    """Random weights at several sizes, and the shipped model's trained ones."""
+    if request.param == "demo":
+        checkpoint = Checkpoint(DEMO / "transformer")
+        config = ZImageConfig.from_dict(checkpoint.config)
+        weights = merge({k: checkpoint.get(k) for k in checkpoint}, FUSED)
+    else:
+        config = SIZES[request.param]
+        weights = randomize(ZImageTransformer(config), 5).state_dict()
+    return Networks(config, {k: v.to(FAMILY.layout.dtype_of(k, torch.bfloat16)) for k, v in weights.items()})
+
+
+BATCHES = [(8, 8, (20,)), (6, 10, (7, 33))]
+
+
+def test_folded_float32_equals_unfolded_at_several_sizes(networks):
+    unfolded, folded = networks.unfolded(torch.float32), networks.folded(torch.float32, FOUR)
+    one = networks.folded(torch.float32, ONE)
+    for batch in BATCHES:
+        args = networks.inputs(*batch)
+        assert relative(run_folded(one, args, 0), run_unfolded(unfolded, args, 1.0, 0.0)) < 1e-5
+        for step, (t, tt) in enumerate(FOUR):
+            assert relative(run_folded(folded, args, step), run_unfolded(unfolded, args, t, tt)) < 1e-5
+
+
+def test_folded_bfloat16_is_as_exact_as_unfolded(networks):
+    """End to end: mean square error against float32 on the same bfloat16 weights and inputs."""
+    exact, half = networks.unfolded(torch.float32), networks.unfolded(torch.bfloat16)
+    folded = networks.folded(torch.bfloat16, FOUR)
+    errors = torch.zeros(2, dtype=torch.float64)
+    for batch in BATCHES:
+        args = networks.inputs(*batch, torch.bfloat16)
+        wide = (args[0].float(), args[1].float(), args[2])
+        for step, (t, tt) in enumerate(FOUR):
+            truth = run_unfolded(exact, wide, t, tt)
+            outs = run_folded(folded, args, step), run_unfolded(half, args, t, tt)
+            errors += torch.stack([(out.double() - truth).square().mean() for out in outs])
+    error, bound = errors.sqrt()
+    assert error <= 1.1 * bound
+
+
+def test_each_block_in_bfloat16_is_as_exact_as_unfolded(networks):
+    """The same per block, the prompt's refiner included: every one gets the same bfloat16 input."""
+    exact, half = networks.unfolded(torch.float32), networks.unfolded(torch.bfloat16)
+    folded, times = networks.folded(torch.bfloat16, ONE), (torch.ones(1), torch.zeros(1))
+    rope = exact._context_rope(32, CPU)
+    x = torch.randn(2, 32, exact.config.dim, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def outputs(network, modulation, x):
+        prompt = [b.norm_table if hasattr(b, "norm_table") else b.norm_weights() for b in network.context_refiner]
+        blocks = (*network.noise_refiner, *network.layers, *network.context_refiner)
+        with torch.no_grad():
+            for block, norms in zip(blocks, (*modulation.blocks, *prompt), strict=True):
+                h = rms_norm(x, norms[:, :1], block.eps)
+                yield block(x, h, norms, None, rope, None, network.ops)[0].double()
+
+    with torch.no_grad():
+        runs = [
+            outputs(exact, exact.modulate(*times), x.float()),
+            outputs(folded, folded.step_modulation(0), x), outputs(half, half.modulate(*times), x),
+        ]  # fmt: skip
+    for truth, ours, theirs in zip(*runs, strict=True):
+        error, bound = ((out - truth).square().mean().sqrt() for out in (ours, theirs))
         assert error <= 1.1 * bound
-
-
-def test_each_block_in_bfloat16_is_as_exact_as_unfolded(checkpoint, unfolded):
-    half, program = load_unfolded(checkpoint, torch.bfloat16), compiled(checkpoint, ONE, torch.bfloat16)
-    one, zero = torch.ones(1), torch.zeros(1)
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 32, unfolded.config.dim, generator=g).bfloat16()
-    rope = unfolded._context_rope(32, CPU)
-    folded, bound_mod, exact_mod = program.network.step_modulation(0), half.modulate(one, zero), unfolded.modulate(one, zero)
-    offset = len(unfolded.noise_refiner)
-    for i, block in enumerate(unfolded.layers):
-
-        def run(layer, x, modulation, ops=unfolded.ops, i=i):
-            norms = modulation.blocks[offset + i]
-            with torch.no_grad():
-                return layer(x, rms_norm(x, norms[:, :1], layer.eps), norms, None, rope, None, ops)[0].double()
-
-        exact = run(block, x.float(), exact_mod)
-        error = (run(program.network.layers[i], x, folded) - exact).pow(2).mean()
-        assert error <= 1.1**2 * (run(half.layers[i], x, bound_mod) - exact).pow(2).mean()
 
 
 @settings(max_examples=12, deadline=None)
@@ -120,18 +202,11 @@ def test_any_network_folds(heads, half, layers, refiners, times, seed):
         in_channels=2, dim=12 * half * heads, n_layers=layers, n_refiner_layers=refiners, n_heads=heads,
         n_kv_heads=heads, cap_feat_dim=8, axes_dims=(4 * half,) * 3, axes_lens=(128, 8, 8),
     )  # fmt: skip
-    network = randomize(ZImageTransformer(config), seed)
-    with torch.device("meta"):
-        shell = ZImageTransformer(config)
-    folded = ZImageTransformer(config, folded_steps=len(times))
-    weights, away = network.state_dict(), folded_away(shell, folded)
-    tables = fold(shell, weights.__getitem__, times)
-    folded.load_state_dict({**{k: v for k, v in weights.items() if k not in away}, **tables})
-    latents, embeds = torch.randn(2, 2, 4, 6), torch.randn(2, 5, 8)
+    networks = Networks(config, randomize(ZImageTransformer(config), seed).state_dict())
+    unfolded, folded = networks.unfolded(torch.float32), networks.folded(torch.float32, times)
+    args = networks.inputs(4, 6, (5, 3))
     for step, (t, tt) in enumerate(times):
-        expected = run_unfolded(network, (latents, embeds, (5, 3)), t, tt)
-        assert relative(run_folded(folded, (latents, embeds, (5, 3)), step), expected) < 1e-5
-    assert all(p.is_meta for p in shell.parameters())  # nothing stays behind
+        assert relative(run_folded(folded, args, step), run_unfolded(unfolded, args, t, tt)) < 1e-5
 
 
 def test_what_is_folded_is_gone(checkpoint):
