@@ -18,21 +18,26 @@ from .passes.load import Checkpoint, Layout, LoadReport, Progress, materialize
 class Model:
     """A kind of network: `config.from_dict`, `network(config)`, how its files are read.
 
-    layout(config): see `passes.load.Layout`. read(folder): its files, a Checkpoint.
+    layout(config): see `passes.load.Layout`. strip, read: prefixes that files may put before every name,
+    and what reads them (see `passes.load.Checkpoint`).
     """
 
     config: Any
     network: Callable[[Any], nn.Module]
     layout: Callable[[Any], Layout]
-    read: Callable[[Path], Checkpoint] = Checkpoint
+    strip: tuple[str, ...] = ()
+    read: Callable[..., Checkpoint] = Checkpoint
+
+    def declare(self, raw: dict[str, Any]) -> tuple[nn.Module, Layout]:
+        """The network that config.json's content asks for, on the meta device, and how its files are read."""
+        config = self.config.from_dict(raw)
+        with torch.device("meta"):
+            return self.network(config), self.layout(config)
 
     def open(self, folder: Path) -> Part:
-        """The network of `folder`, on the meta device. Raises CheckpointError, ConfigError."""
-        checkpoint = self.read(folder)
-        config = self.config.from_dict(checkpoint.config)
-        with torch.device("meta"):
-            network = self.network(config)
-        return Part(folder.name, checkpoint, network, self.layout(config))
+        """The network of `folder`, not yet read. Raises CheckpointError, ConfigError."""
+        checkpoint = self.read(folder, strip=self.strip)
+        return Part(folder.name, checkpoint, *self.declare(checkpoint.config))
 
 
 @dataclass(frozen=True)

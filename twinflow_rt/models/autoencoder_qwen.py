@@ -189,8 +189,7 @@ class OneFrame(Checkpoint):
     [C, 1, 1, 1] without time. Tensors that are two-dimensional already stay as they are."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        shape = super().shape(name)
-        return shape[:2] + shape[3:] if _in_time(name, len(shape)) else shape
+        return one_frame(name, super().shape(name))
 
     def nbytes(self, name: str) -> int:
         """Bytes in the file: all taps."""
@@ -203,6 +202,11 @@ class OneFrame(Checkpoint):
         return tensor.to(device, dtype or tensor.dtype, copy=True)
 
 
+def one_frame(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor without time."""
+    return shape[:2] + shape[3:] if _in_time(name, len(shape)) else shape
+
+
 def _in_time(name: str, ndim: int) -> bool:
     return ndim == 5 or (ndim == 4 and name.endswith(".gamma"))
 
@@ -212,4 +216,4 @@ def _layout(config: QwenAutoencoderConfig) -> Layout:
     return Layout(unused=("encoder.", "quant_conv.", *time))
 
 
-MODEL = Model(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, OneFrame)
+MODEL = Model(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame)

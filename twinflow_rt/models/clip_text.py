@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import EAGER
-from ..passes.load import Checkpoint, Layout
+from ..passes.load import Layout
 from ..stage import Model
 from .language_model import Weight
 
@@ -129,5 +129,5 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 MODEL = Model(
     ClipConfig, ClipText, lambda config: Layout(FUSED, ("embeddings.position_ids",), _dtype_of),
-    lambda folder: Checkpoint(folder, strip="text_model."),
+    ("text_model.",),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import EAGER
-from ..passes.load import Checkpoint, Layout
+from ..passes.load import Layout
 from ..stage import Model
 from .language_model import FUSED, FeedForward, Weight, rotate_halves
 
@@ -128,5 +128,5 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
 # Gemma2ForCausalLM stores Gemma2Model under `model.`
 MODEL = Model(
     Gemma2Config, Gemma2, lambda config: Layout(FUSED, ("lm_head.",), _dtype_of),
-    lambda folder: Checkpoint(folder, strip="model."),
+    ("model.",),
 )  # fmt: skip

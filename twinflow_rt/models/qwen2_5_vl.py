@@ -7,7 +7,6 @@ The vision tower and the head stay in the files.
 from __future__ import annotations
 
 from ..errors import ConfigError
-from ..passes.load import Checkpoint
 from ..stage import Model
 from .language_model import LanguageConfig, LanguageModel, layout
 
@@ -33,4 +32,4 @@ class Qwen25VLConfig(LanguageConfig):
         return cls.read(raw, "Qwen2.5-VL", rope, qkv_bias=True, qk_norm=False, state=-1)
 
 
-MODEL = Model(Qwen25VLConfig, LanguageModel, layout, lambda folder: Checkpoint(folder, strip=PREFIXES))
+MODEL = Model(Qwen25VLConfig, LanguageModel, layout, PREFIXES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ..errors import ConfigError
-from ..passes.load import Checkpoint
 from ..stage import Model
 from .language_model import LanguageConfig, LanguageModel, layout
 
@@ -25,4 +24,4 @@ class Qwen3Config(LanguageConfig):
 
 
 # Qwen3ForCausalLM stores Qwen3Model under `model.`
-MODEL = Model(Qwen3Config, LanguageModel, layout, lambda folder: Checkpoint(folder, strip="model."))
+MODEL = Model(Qwen3Config, LanguageModel, layout, ("model.",))

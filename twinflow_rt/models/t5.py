@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import EAGER
-from ..passes.load import Checkpoint, Layout
+from ..passes.load import Layout
 from ..stage import Model
 from .language_model import Weight
 
@@ -130,5 +130,5 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 MODEL = Model(
     T5Config, T5Encoder, lambda config: Layout(FUSED, ("embed_tokens.", "decoder.", "lm_head."), _dtype_of),
-    lambda folder: Checkpoint(folder, strip="encoder."),
+    ("encoder.",),
 )  # fmt: skip
