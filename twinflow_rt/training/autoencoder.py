@@ -49,10 +49,10 @@ class Autoencoder(nn.Module):
         return error.abs().mean() + KL_WEIGHT * kl, {"psnr": psnr}
 
 
-def _draw(batch: int) -> Tensor:
+def _draw(batch: int, device: torch.device | str = "cpu") -> Tensor:
     """Fresh scenes; numpy's generator is seeded from torch's, whose state is checkpointed."""
     rng = np.random.default_rng(int(torch.randint(2**62, ())))
-    return to_tensor(np.stack([render(sample_scene(rng)) for _ in range(batch)]))
+    return to_tensor(np.stack([render(sample_scene(rng)) for _ in range(batch)])).to(device)
 
 
 def train_autoencoder(
@@ -62,6 +62,7 @@ def train_autoencoder(
     batch: int = 16,
     seed: int = 0,
     log: Callable[[str], None] = print,
+    device: torch.device | str = "cpu",
 ) -> Path:
     """Trains or resumes in folder `out`; returns `out`/final, for AutoencoderKL.from_pretrained.
 
@@ -73,13 +74,11 @@ def train_autoencoder(
         return final
     torch.manual_seed(seed)
     config = TrainerConfig(steps=steps, lr=2e-3, ema=0.995, seed=seed)
-    trainer = Trainer(
-        "autoencoder", Autoencoder(), lambda model, *_: model.loss(_draw(batch)), config, out, log
-    )
-    vae = trainer.run().vae.eval()
+    loss = lambda model, *_: model.loss(_draw(batch, device))
+    vae = Trainer("autoencoder", Autoencoder().to(device), loss, config, out, log).run().vae.eval()
     torch.manual_seed(seed + 1)
     with torch.no_grad():
-        latents = vae.encode(_draw(256)).latent_dist.mean
+        latents = vae.encode(_draw(256, device)).latent_dist.mean
     vae.register_to_config(
         shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
     )
@@ -98,5 +97,5 @@ def load_autoencoder(folder: Path) -> nn.Module:
 @torch.no_grad()
 def encode_images(vae: nn.Module, images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> normalised latents (mean of the posterior) [B, 4, H/4, W/4] float32."""
-    z = vae.encode(to_tensor(images)).latent_dist.mean
+    z = vae.encode(to_tensor(images).to(vae.device)).latent_dist.mean
     return (z - vae.config.shift_factor) * vae.config.scaling_factor

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import resolve_device
 from ..models.z_image import ZImageConfig, ZImageTransformer
 from .export import save_model
 from .objective import ObjectiveConfig, TwinFlowObjective, flow_matching_loss
 from .text import Captions, build_text_encoder, build_tokenizer
 from .trainer import Trainer, TrainerConfig
 
+CPU = torch.device("cpu")
 TRANSFORMER = ZImageConfig(
     in_channels=4, dim=144, n_layers=4, n_refiner_layers=1, n_heads=6, n_kv_heads=6, cap_feat_dim=96,
     axes_dims=(8, 8, 8), axes_lens=(576, 64, 64),
@@ -78,11 +80,14 @@ class DemoModel(torch.nn.Module):
         self.text_encoder = build_text_encoder(vocab, TRANSFORMER.cap_feat_dim)
 
     def embed(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids [B, L] -> (prompt_embeds [B, L, D], lengths [B])."""
+        """Token ids [B, L] and lengths [B], on the CPU -> (prompt_embeds [B, L, D], lengths)."""
         longest = int(lengths.max())
         ids = ids[:, :longest]
-        mask = torch.arange(longest) < lengths[:, None].cpu()
-        out = self.text_encoder(input_ids=ids, attention_mask=mask.to(ids.device), output_hidden_states=True)
+        mask = torch.arange(longest) < lengths[:, None]
+        device = self.text_encoder.device
+        out = self.text_encoder(
+            input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True
+        )
         return out.hidden_states[-2], lengths
 
     def forward(self, x: Tensor, t: Tensor, tt: Tensor, cond: tuple[Tensor, Tensor]) -> Tensor:
@@ -92,19 +97,23 @@ class DemoModel(torch.nn.Module):
 
 @dataclass(frozen=True)
 class LatentData:
-    """Normalised latents [N, C, H, W] (float16) with their tokenised captions (`captions[i]` is row i's)."""
+    """Normalised latents [N, C, H, W] (float16) with their tokenised captions (`ids[i]` is row i's), all on
+    the CPU; batches of latents are drawn to `device`."""
 
     latents: Tensor
     ids: Tensor
     lengths: Tensor
     empty: tuple[Tensor, Tensor]
+    device: torch.device = CPU
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         i = torch.randint(len(self.latents), (batch,))
-        return self.latents[i].float(), self.ids[i], self.lengths[i]
+        return self.latents[i].to(self.device).float(), self.ids[i], self.lengths[i]
 
 
-def encode_scenes(out: Path, vae_dir: Path, tokenizer: object, recipe: Recipe, log: Callable) -> LatentData:
+def encode_scenes(
+    out: Path, vae_dir: Path, tokenizer: object, recipe: Recipe, log: Callable, device: torch.device
+) -> LatentData:
     """Renders and encodes the training scenes once; cached in `out`/latents.pt."""
     cache = out / "latents.pt"
     captions = Captions(tokenizer)
@@ -112,11 +121,11 @@ def encode_scenes(out: Path, vae_dir: Path, tokenizer: object, recipe: Recipe, l
         from .autoencoder import encode_images, load_autoencoder
         from .scenes import render, sample_scene
 
-        vae, rng = load_autoencoder(vae_dir), np.random.default_rng(recipe.seed)
+        vae, rng = load_autoencoder(vae_dir).to(device), np.random.default_rng(recipe.seed)
         latents, texts = [], []
         for start in range(0, recipe.scenes, 256):
             scenes = [sample_scene(rng) for _ in range(min(256, recipe.scenes - start))]
-            latents.append(encode_images(vae, np.stack([render(s) for s in scenes])).half())
+            latents.append(encode_images(vae, np.stack([render(s) for s in scenes])).half().cpu())
             texts += [s.caption for s in scenes]
             if start % 4096 == 0:
                 log(f"latents {start}/{recipe.scenes}")
@@ -124,7 +133,7 @@ def encode_scenes(out: Path, vae_dir: Path, tokenizer: object, recipe: Recipe, l
         partial = cache.with_suffix(".tmp")
         torch.save({"latents": torch.cat(latents), "ids": ids, "lengths": lengths}, partial)
         partial.replace(cache)
-    return LatentData(**torch.load(cache, weights_only=True), empty=captions.tokenize([""]))
+    return LatentData(**torch.load(cache, weights_only=True), empty=captions.tokenize([""]), device=device)
 
 
 def _run(trainer: Trainer, compile: bool) -> DemoModel:
@@ -143,7 +152,7 @@ def flow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, 
         ids = torch.where(dropped[:, None], data.empty[0][:, : ids.shape[1]], ids)
         lengths = torch.where(dropped, data.empty[1], lengths)
         cond = current.embed(ids, lengths)
-        t, shift = torch.rand(len(x)), recipe.flow_shift if step >= recipe.flow_shift_from else 1.0
+        t, shift = torch.rand(len(x)).to(x.device), recipe.flow_shift if step >= recipe.flow_shift_from else 1.0
         return flow_matching_loss(current, x, shift * t / (1 + (shift - 1) * t), cond), {}
 
     config = TrainerConfig(steps=recipe.flow_steps, lr=recipe.flow_lr, ema=0.999, seed=recipe.seed)
@@ -157,7 +166,7 @@ def twinflow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Pa
         empty = model.embed(*data.empty)
 
     def pick(cond: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-        return cond[0][mask], cond[1][mask]
+        return cond[0][mask], cond[1][mask.cpu()]
 
     def drop(cond: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         n = len(cond[1])
@@ -173,9 +182,13 @@ def twinflow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Pa
     return Trainer("twinflow", model, loss, config, out, log)
 
 
-def train(out: Path, recipe: Recipe, log: Callable[[str], None] = print, compile: bool = False) -> Path:
+def train(
+    out: Path, recipe: Recipe, log: Callable[[str], None] = print, compile: bool = False,
+    device: torch.device = CPU,
+) -> Path:  # fmt: skip
     """Runs or resumes `recipe` in folder `out`; returns the finished model folder `out`/`recipe.name`/model.
 
+    The same seed on the same device and machine gives the same model, interrupted or not.
     `compile` runs the network through torch.compile: 1.6 times as fast on two cores after a minute or
     two of compilation per stage; results then differ from an uncompiled run's in rounding.
     """
@@ -186,11 +199,12 @@ def train(out: Path, recipe: Recipe, log: Callable[[str], None] = print, compile
     if not (vae_dir / "config.json").exists():
         from .autoencoder import train_autoencoder
 
-        train_autoencoder(out / "vae", steps=recipe.autoencoder_steps, seed=recipe.seed, log=log)
+        train_autoencoder(out / "vae", steps=recipe.autoencoder_steps, seed=recipe.seed, log=log, device=device)
     tokenizer = build_tokenizer(recipe.seed)
-    data = encode_scenes(out, vae_dir, tokenizer, recipe, log)
+    data = encode_scenes(out, vae_dir, tokenizer, recipe, log, device)
     torch.manual_seed(recipe.seed)
-    flow = flow_trainer(DemoModel(len(tokenizer)), data, recipe, out / f"flow-{recipe.flow_steps}", log)
+    fresh = DemoModel(len(tokenizer)).to(device)
+    flow = flow_trainer(fresh, data, recipe, out / f"flow-{recipe.flow_steps}", log)
     model = _run(flow, compile)
     if recipe.distill_steps:
         model = _run(twinflow_trainer(model, data, recipe, out / recipe.name, log), compile)
@@ -212,6 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="run folder; an interrupted run resumes")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="twinflow")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--seed", type=int, default=0)
     for name in ("scenes", "autoencoder_steps", "flow_steps", "distill_steps"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
@@ -220,6 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Entry of the command."""
     given = {k: v for k, v in vars(args).items() if k in Recipe.__dataclass_fields__ and v is not None}
-    folder = train(args.out, replace(RECIPES[args.recipe], **given), lambda line: print(line, flush=True), args.compile)
+    recipe, log = replace(RECIPES[args.recipe], **given), lambda line: print(line, flush=True)
+    folder = train(args.out, recipe, log, args.compile, resolve_device(args.device))
     print(f"wrote {folder}")
     return 0
