@@ -222,6 +222,26 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_convert(parser: Parser) -> None:
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors files to convert")
+    parser.add_argument("target", type=Path, metavar="TARGET", help="the model folder to write")
+    parser.add_argument(
+        "--base", type=Path, required=True, metavar="FOLDER",
+        help="the released model in diffusers' layout: its configs, tokenizer, and the networks FILEs lack",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="report, key by key, and write nothing")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, with every key")
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    from .convert import convert
+
+    conversion = convert(args.files, args.base, args.target, dry_run=args.dry_run)
+    print(json.dumps(conversion.to_dict(), indent=1) if args.json else conversion)
+    conversion.require_complete()  # a dry run reports first
+    return 0
+
+
 def add_train(parser: Parser) -> None:
     from .training import demo
 
@@ -269,9 +289,23 @@ def run_serve(args: argparse.Namespace) -> int:
     return command.run(args, load_model)
 
 
+def add_bench(parser: Parser) -> None:
+    from .bench import command
+
+    command.add_arguments(parser, parse_size)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from .bench import command
+
+    return command.run(args)
+
+
 COMMANDS = {
     "generate": Command("Generate images from prompts.", add_generate, run_generate),
+    "convert": Command("Write a model folder from weight files under other names.", add_convert, run_convert),
     "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
+    "bench": Command("Measure a model; compare two measurements.", add_bench, run_bench),
     "eval": Command("Score a model of coloured shapes with a program.", add_eval, run_eval),
     "serve": Command("Serve a model over HTTP (OpenAI's images API).", add_serve, run_serve),
     "train": Command("Train a model.", add_train, run_train),

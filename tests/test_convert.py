@@ -1,0 +1,287 @@
+"""Conversion of original file layouts, against diffusers' own converters."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import factory, qwen_image_factory
+from twinflow_rt import cli, convert
+from twinflow_rt.convert import names
+from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.passes.load import Checkpoint
+from twinflow_rt.pipeline import load
+
+WEIGHTS = factory.WEIGHTS
+ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory):
+    return factory.make_model(tmp_path_factory.mktemp("z") / "m")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    return qwen_image_factory.make_model(tmp_path_factory.mktemp("q") / "m")
+
+
+# -- original layouts, made from diffusers' by rules of their own --------------------------------------
+
+
+def comfy_z_image(tensors):
+    """Fused attention, the authors' names, ComfyUI's container, and a norm that nothing reads."""
+    out = {"model.diffusion_model.norm_final.weight": torch.ones(factory.DIM)}
+    for name, tensor in tensors.items():
+        if ".attention.to_q." in name:
+            tensor = torch.cat([tensors[name.replace("to_q", f"to_{x}")] for x in "qkv"])
+            name = name.replace("to_q", "qkv")
+        elif re.search(r"attention\.to_[kv]\.", name):
+            continue
+        for new, old in (("all_x_embedder.2-1.", "x_embedder."), ("all_final_layer.2-1.", "final_layer."),
+                         ("attention.to_out.0.", "attention.out."), ("attention.norm_q.", "attention.q_norm."),
+                         ("attention.norm_k.", "attention.k_norm.")):  # fmt: skip
+            name = name.replace(new, old)
+        out["model.diffusion_model." + name] = tensor
+    return out
+
+
+def ldm_vae(tensors, levels=3):
+    out = {}
+    for name, tensor in tensors.items():
+        if "attentions.0.to_" in name and name.endswith("weight"):
+            tensor = tensor[..., None, None]
+        name = re.sub(r"up_blocks\.(\d)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
+        name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}.", name)
+        for new, old in (("down_blocks.", "down."), (".resnets.", ".block."), (".downsamplers.0.", ".downsample."),
+                         (".upsamplers.0.", ".upsample."), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
+                         ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"), ("mid_block.attentions.0.to_out.0",
+                         "mid.attn_1.proj_out"), ("mid_block.attentions.0.to_", "mid.attn_1.")):  # fmt: skip
+            name = name.replace(new, old)
+        out[name] = tensor.contiguous()
+    return out
+
+
+LAYERS = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
+          "conv_shortcut": "shortcut"}  # fmt: skip
+
+
+def wan_vae(tensors, per_level=3):
+    out = {}
+    for name, tensor in tensors.items():
+        name = re.sub(r"decoder\.up_blocks\.(\d)\.resnets\.(\d)\.",
+                      lambda m: f"decoder.upsamples.{int(m[1]) * per_level + int(m[2])}.", name)  # fmt: skip
+        name = re.sub(r"decoder\.up_blocks\.(\d)\.upsamplers\.0\.",
+                      lambda m: f"decoder.upsamples.{(int(m[1]) + 1) * per_level - 1}.", name)  # fmt: skip
+        name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"middle.{2 * int(m[1])}.", name)
+        for new, old in (("mid_block.attentions.0.", "middle.1."), ("encoder.down_blocks.", "encoder.downsamples."),
+                         ("coder.conv_in.", "coder.conv1."), ("coder.conv_out.", "coder.head.2."),
+                         ("coder.norm_out.", "coder.head.0."), ("post_quant_conv.", "conv2."), ("quant_conv.", "conv1.")):  # fmt: skip
+            name = name.replace(new, old)
+        parts = name.split(".")
+        inside = "middle" in parts or "upsamples" in parts or "downsamples" in parts
+        out[".".join(LAYERS.get(p, p) if inside else p for p in parts)] = tensor
+    return out
+
+
+def written(folder, part):
+    return load_file(folder / part / WEIGHTS)
+
+
+def to_file(path, tensors):
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    return path
+
+
+# -- whole conversions ----------------------------------------------------------------------------------
+
+
+def test_z_image_from_comfyui_files(z_image, tmp_path):
+    """Network and VAE from single files give the model they came from, image for image."""
+    network, vae = written(z_image, "transformer"), written(z_image, "vae")
+    files = [to_file(tmp_path / "net.safetensors", comfy_z_image(network)), to_file(tmp_path / "ae.safetensors", ldm_vae(vae))]
+    done = convert.convert(files, z_image, tmp_path / "out")
+    for part, tensors in (("transformer", network), ("vae", vae)):
+        back = written(tmp_path / "out", part)
+        assert back.keys() == tensors.keys()
+        assert all(torch.equal(back[k], v) for k, v in tensors.items())
+    assert done.copied == ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+    actions = {k.source.removeprefix("model.diffusion_model."): k.action for k in done.parts[0].keys}
+    assert actions["norm_final.weight"] == "dropped"
+    assert actions["layers.0.attention.qkv.weight"] == "split"
+    assert actions["x_embedder.weight"] == "renamed"
+    images = [load(folder, device="cpu")("a red square", **ARGS).images for folder in (z_image, tmp_path / "out")]
+    assert np.array_equal(*images)
+
+
+def test_qwen_image_from_comfyui_files(qwen, tmp_path):
+    network, vae = written(qwen, "transformer"), written(qwen, "vae")
+    text = load_file(qwen / "text_encoder" / "model.safetensors")
+    files = [
+        to_file(tmp_path / "net.safetensors", {"model.diffusion_model." + k: v for k, v in network.items()}),
+        to_file(tmp_path / "vae.safetensors", wan_vae(vae)),
+        to_file(tmp_path / "text.safetensors", text),
+    ]
+    assert "decoder.upsamples.2.resample.1.weight" in wan_vae(vae)
+    done = convert.convert(files, qwen, tmp_path / "out")
+    assert [p.part for p in done.parts] == ["transformer", "vae", "text_encoder"]
+    back = written(tmp_path / "out", "vae")
+    assert back.keys() == vae.keys() and all(torch.equal(back[k], v) for k, v in vae.items())
+    images = [load(folder, device="cpu")("a red square", **ARGS).images for folder in (qwen, tmp_path / "out")]
+    assert np.array_equal(*images)
+
+
+def test_one_file_with_everything(z_image, tmp_path):
+    text = load_file(z_image / "text_encoder" / "model.safetensors")
+    whole = {
+        **comfy_z_image(written(z_image, "transformer")),
+        **{"vae." + k: v for k, v in ldm_vae(written(z_image, "vae")).items()},
+        **{"text_encoders.qwen3_4b.transformer." + k: v for k, v in text.items()},
+    }
+    done = convert.convert([to_file(tmp_path / "all.safetensors", whole)], z_image, tmp_path / "out")
+    assert {p.part for p in done.parts} == {"transformer", "vae", "text_encoder"}
+    images = [load(folder, device="cpu")("a red square", **ARGS).images for folder in (z_image, tmp_path / "out")]
+    assert np.array_equal(*images)
+
+
+def test_large_networks_are_written_in_shards(z_image, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "SHARD_BYTES", 60_000)
+    network = written(z_image, "transformer")
+    file = to_file(tmp_path / "net.safetensors", comfy_z_image(network))
+    convert.convert([file], z_image, tmp_path / "out")
+    folder = tmp_path / "out" / "transformer"
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    checkpoint = Checkpoint(folder)
+    assert all(torch.equal(checkpoint.get(k), v) for k, v in network.items())
+
+
+# -- names, against diffusers' converters --------------------------------------------------------------
+
+
+def ours(rules, tensors):
+    """Names and tensors by our rules alone."""
+    out = {}
+    for key, tensor in tensors.items():
+        targets = rules.targets(key)
+        for target, part in zip(targets, tensor.chunk(max(len(targets), 1)), strict=False):
+            out[target] = part.squeeze() if rules.matrices and re.search(rules.matrices, target) else part
+    return out
+
+
+def test_z_image_names_equal_diffusers(z_image):
+    from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers as theirs
+
+    original = comfy_z_image(written(z_image, "transformer"))
+    bare = {k.removeprefix("model.diffusion_model."): v for k, v in original.items()}
+    same(ours(names.z_image({}), bare), theirs(dict(original)))
+
+
+def test_ldm_names_equal_diffusers():
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint as theirs
+
+    vae = AutoencoderKL(**{**factory.VAE, "use_quant_conv": True, "use_post_quant_conv": True})
+    original = ldm_vae(vae.state_dict())
+    same(ours(names.ldm_autoencoder(vae.config), original), theirs(dict(original), vae.config))
+
+
+def test_wan_names_equal_diffusers():
+    """Of a VAE with the released number of layers; diffusers' table holds for no other."""
+    from diffusers import AutoencoderKLQwenImage
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers as theirs
+
+    config = {**qwen_image_factory.VAE, "num_res_blocks": 2, "dim_mult": [1, 2, 4, 4]}
+    original = wan_vae(AutoencoderKLQwenImage(**config).state_dict(), per_level=4)
+    same(ours(names.wan_autoencoder(config), original), theirs(dict(original)))
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], v) for k, v in b.items())
+
+
+@pytest.mark.parametrize("rules", [names.z_image({}), names.ldm_autoencoder(factory.VAE), names.wan_autoencoder(qwen_image_factory.VAE)])
+def test_names_that_are_diffusers_already_stay(rules, z_image, qwen):
+    part, folder = ("transformer", z_image) if rules.splits else ("vae", z_image if rules.matrices else qwen)
+    assert all(rules.targets(k) == (k,) for k in written(folder, part))
+
+
+# -- refusals -------------------------------------------------------------------------------------------
+
+
+def drop(*ends):
+    return lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(ends)}
+
+
+def only_second(tensors):
+    return {k: v for k, v in tensors.items() if "t_embedder_2" not in k}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (drop("layers.1.feed_forward.w2.weight"), r"transformer lacks layers\.1\.feed_forward\.w2\.weight"),
+        (only_second, "t_embedder_2 is missing: this is a plain Z-Image"),
+        (lambda t: {**t, "model.diffusion_model.control.weight": torch.ones(2)}, r"unknown control\.weight"),
+        (lambda t: {k: v[:-1] if k.endswith("cap_embedder.1.bias") else v for k, v in t.items()}, "has shape"),
+        (lambda t: {k: v[:-1] if k.endswith("layers.0.attention.qkv.weight") else v for k, v in t.items()}, "do not split in 3"),
+        (lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}, "stored as F8_E4M3; take the file in one of"),
+        (lambda t: {"something.else": torch.ones(2)}, "belong to none of the base's networks"),
+    ],
+)
+def test_files_of_other_models_are_refused(z_image, tmp_path, change, message):
+    file = to_file(tmp_path / "net.safetensors", change(comfy_z_image(written(z_image, "transformer"))))
+    with pytest.raises(CheckpointError, match=message):
+        convert.convert([file], z_image, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.safetensors"]
+
+
+def test_impossible_arguments(z_image, tmp_path):
+    file = to_file(tmp_path / "net.safetensors", comfy_z_image(written(z_image, "transformer")))
+    with pytest.raises(ConfigError, match="a second transformer"):
+        convert.convert([file, file], z_image, tmp_path / "out")
+    with pytest.raises(ConfigError, match="exists; choose another name"):
+        convert.convert([file], z_image, tmp_path)
+    with pytest.raises(CheckpointError, match="needs model_index"):
+        convert.convert([file], tmp_path, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="is missing"):
+        convert.convert([tmp_path / "absent.safetensors"], z_image, tmp_path / "out")
+
+
+def test_a_failure_leaves_nothing(z_image, tmp_path, monkeypatch):
+    file = to_file(tmp_path / "net.safetensors", comfy_z_image(written(z_image, "transformer")))
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert, "_write_shards", full)
+    with pytest.raises(OSError, match="No space"):
+        convert.convert([file], z_image, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.safetensors"]
+
+
+def test_command_line(z_image, tmp_path, capsys):
+    tensors = comfy_z_image(written(z_image, "transformer"))
+    file = to_file(tmp_path / "net.safetensors", tensors)
+    argv = ["convert", str(file), str(tmp_path / "out"), "--base", str(z_image)]
+    assert cli.main([*argv, "--dry-run", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {k["source"] for k in report["parts"][0]["keys"]} == tensors.keys()
+    assert not (tmp_path / "out").exists()
+    assert cli.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "model.diffusion_model.norm_final.weight" in printed and "transformer from" in printed
+    assert (tmp_path / "out" / "transformer" / WEIGHTS).is_file()
+
+
+def test_dry_run_reports_before_it_refuses(z_image, tmp_path, capsys):
+    file = to_file(tmp_path / "net.safetensors", only_second(comfy_z_image(written(z_image, "transformer"))))
+    assert cli.main(["convert", str(file), str(tmp_path / "out"), "--base", str(z_image), "--dry-run"]) == 2
+    out = capsys.readouterr()
+    assert "missing       4" in out.out and "t_embedder_2.mlp.0.weight" in out.out
+    assert "t_embedder_2 is missing: this is a plain Z-Image" in out.err
