@@ -74,7 +74,7 @@ def roofline(record: Record) -> str:
     for (name, (intensity, reached)), height in zip(points.items(), heights, strict=True):
         share = f"{record['efficiency'][name]['fraction_of_floor']:.0%} of its floor"
         parts.append(dot(x(intensity), y(reached), "dot one", f"{name}: {rate(reached, 'FLOP/s')}, {share}"))
-        parts.append(text(x(intensity) + 9, height, f"{name}, {share}", "start", "name"))
+        parts.append(text(x(intensity) + 9, height, name, "start", "name"))
     return figure("roofline", "Roofline", parts)
 
 
@@ -109,15 +109,10 @@ def memory_timeline(record: Record) -> str | None:
     y = Axis(0, max(max(values) for _, _, values in series) * 1.08, HEIGHT - BOTTOM, TOP)
     parts = frame(x, y, "seconds since the process started", "bytes", _plain, lambda v: size(v) if v else "0")
     marks = [mark for mark in timeline["marks"] if mark["phase"] != "start"]
-    for mark, next_mark in zip(marks, [*marks[1:], None], strict=True):
-        close = next_mark is not None and x(next_mark["seconds"]) - x(mark["seconds"]) < 3
-        tip = f"{mark['phase']} ends at {mark['seconds']:.2f} s"
-        parts.append(bar(x(mark["seconds"]) - 0.5, y.end, 1, y.start - y.end, "fill muted", tip))
-        if not close:
-            parts.append(text(x(mark["seconds"]) - 4, y.end + 10, "", "end", "tick"))
-    heights = apart([TOP + 10 + 14 * i for i in range(len(marks))])
-    for mark, height in zip(marks, heights, strict=True):
-        parts.append(text(WIDTH - 108, height + 8, f"{mark['seconds']:.2f} s {mark['phase'].replace('_', ' ')}", "start", "tick"))
+    for i, mark in enumerate(marks):
+        phase, at = mark["phase"].replace("_", " "), mark["seconds"]
+        parts.append(bar(x(at) - 0.5, y.end, 1, y.start - y.end, "fill muted", f"{phase} ends at {at:.2f} s"))
+        parts.append(text(WIDTH - 108, TOP + 18 + 14 * i, f"{at:.2f} s {phase}", "start", "tick"))
     for label, style, values in series:
         parts.append(line([(x(t), y(v)) for t, v in zip(times, values, strict=True)], f"stroke {style}"))
         parts.append(text(x.start + 8, y(max(values)) + 14, f"{label}, at most {size(max(values))}", "start", "name"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +26,7 @@ def seconds(value: float) -> str:
 def size(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+    return f"{value / 1e9:.3g} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
 
 
 def rate(value: float, unit: str) -> str:
@@ -61,14 +62,14 @@ def show(record: Record, console: Console | None = None) -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
     return table
 
 
 def _stages(record: Record) -> Table:
-    table = _table("Time per call, warm", "stage", "median", "p90", "p99", "+-MAD", "FLOP/s", "B/s", "of floor", "peak")
+    table = _table("Time per call, warm", "stage", "median", "p90", "p99", "MAD", "FLOP/s", "B/s", "floor", "peak")
     for name, samples in record["stages"].items():
         if name == "total":
             table.add_section()
@@ -88,7 +89,7 @@ def _times(samples: dict[str, Any]) -> tuple[str, ...]:
 def _peak(peaks: dict[str, Any]) -> str:
     if peaks["device_allocated"] is None:
         return size(peaks["host_resident"])
-    return f"{size(peaks['device_allocated'])} of {size(peaks['device_reserved'])} reserved"
+    return f"{size(peaks['device_allocated'])} / {size(peaks['device_reserved'])}"
 
 
 def _cold(record: Record) -> Table | None:
@@ -102,7 +103,7 @@ def _cold(record: Record) -> Table | None:
 
 
 def _sweeps(record: Record) -> Table | None:
-    table = _table("Throughput", "", "median", "p90", "p99", "+-MAD", "images/s", "peak")
+    table = _table("Throughput", "", "median", "p90", "p99", "MAD", "images/s", "peak")
     for key, label in (("batches", "batch"), ("concurrency", "threads"), ("evaluations", "nfe")):
         for row in record[key]:
             name = {"threads": "callers", "nfe": "evaluations"}.get(label, label) + f" {row[label]}"
@@ -141,9 +142,9 @@ def _instructions(counted: dict[str, Any]) -> str:
 def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Prints a comparison; gated figures are marked."""
     console = console or Console()
-    table = Table(title="B against A", title_justify="left")
-    for name in ("figure", "verdict", "why"):
-        table.add_column(name, overflow="fold")
+    table = Table(title="B against A", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name, fixed in (("figure", True), ("verdict", True), ("why", False)):
+        table.add_column(name, overflow="fold", no_wrap=fixed)
     for d in comparison.differences:
         gate = " (gate)" if d.gated else ""
         table.add_row(d.figure + gate, Text(d.verdict, style=COLOURS.get(d.verdict, "")), d.reason)
