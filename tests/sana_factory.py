@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.factory import randomize
+from tests.factory import WEIGHTS, randomize
 from twinflow_rt.models.sana import FUSED, GUIDANCE, SanaConfig, SanaTransformer
 from twinflow_rt.passes.fuse import merge
 
 SMALL = SanaConfig(
     in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=4, num_layers=3,
-    num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=12, caption_channels=10,
+    num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=12, caption_channels=20,
     sample_size=2,
 )  # fmt: skip
 SPRINT = replace(SMALL, guidance_embeds=True, qk_norm="rms_norm_across_heads")
 # (latent height, width, prompt lengths of the batch)
 SHAPES = ((4, 4, (7,)), (1, 5, (1,)), (3, 2, (9, 9)), (5, 3, (3, 11, 5)))
+
+
+def add_second(second: nn.Module, tt: float):
+    """A hook that adds TwinFlow's term to both results of diffusers' embedder: (t - tt) * (m2, e2)(1000 tt)."""
+
+    def hook(module, args, kwargs, output):
+        target = torch.full_like(args[0], tt * 1000)
+        gap = (args[0] - target)[:, None] / 1000
+        return tuple(a + b * gap for a, b in zip(output, second(target, **kwargs), strict=True))
+
+    return hook
 
 
 class TwinFlowReference(nn.Module):
@@ -51,13 +64,8 @@ class TwinFlowReference(nn.Module):
         else:
             time = time * 1000
         if tt is not None and self.second is not None:
-
-            def add_second(module, args, kwargs, output):
-                target = torch.full_like(args[0], tt * 1000)
-                gap = (args[0] - target)[:, None] / 1000
-                return tuple(a + b * gap for a, b in zip(output, self.second(target, **kwargs), strict=True))
-
-            handles.append(self.network.time_embed.register_forward_hook(add_second, with_kwargs=True))
+            hook = add_second(self.second, tt)
+            handles.append(self.network.time_embed.register_forward_hook(hook, with_kwargs=True))
         try:
             return self.network(latents, embeds, time, guidance, mask, return_dict=False)[0]
         finally:
@@ -93,3 +101,60 @@ def run_step(network: SanaTransformer, args, step: int) -> Tensor:
     """A folded network at its evaluation `step`."""
     latents, embeds, lengths = args
     return network(latents, network.step_modulation(step), network.encode_context(embeds, lengths))
+
+
+def tokenizer():
+    """Byte-level BPE without merges, a start token in front: Gemma's habits."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ("<pad>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<pad>", "<bos>"])
+    core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", padding_side="right")
+
+
+def text_encoder(head: bool = False, **changes):
+    """A Gemma 2 of two layers whose soft cap bites; `head`: inside Gemma2ForCausalLM."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=258, hidden_size=SMALL.caption_channels, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=7, attn_logit_softcapping=1.5,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None, **changes,
+    )  # fmt: skip
+    return randomize((Gemma2ForCausalLM if head else Gemma2Model)(config), 4)
+
+
+def autoencoder(**changes):
+    """A DC-AE of three levels, four pixels a latent."""
+    from diffusers import AutoencoderDC
+
+    blocks = ("ResBlock", "EfficientViTBlock", "EfficientViTBlock")
+    config = dict(
+        in_channels=3, latent_channels=SMALL.in_channels, attention_head_dim=4, encoder_block_types=blocks,
+        decoder_block_types=blocks, encoder_block_out_channels=(8, 8, 16), decoder_block_out_channels=(8, 8, 16),
+        encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 2, 1), encoder_qkv_multiscales=((), (5,), (5,)),
+        decoder_qkv_multiscales=((), (5,), (3, 5)), upsample_block_type="interpolate", scaling_factor=0.41,
+    )  # fmt: skip
+    return randomize(AutoencoderDC(**{**config, **changes}), 3)
+
+
+def make_model(folder: Path, config: SanaConfig = SMALL) -> Path:
+    """A whole TwinFlow-SANA folder, or one of SANA-Sprint, as diffusers saves it, every part tiny and random."""
+    from diffusers import DPMSolverMultistepScheduler, SanaPipeline, SanaSprintPipeline, SCMScheduler
+
+    reference = TwinFlowReference(config)
+    parts = tokenizer(), text_encoder(), autoencoder(), reference.network
+    if config.guidance_embeds:
+        pipe = SanaSprintPipeline(*parts, SCMScheduler())
+    else:
+        scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        pipe = SanaPipeline(*parts, scheduler)
+    pipe.save_pretrained(folder)
+    file = folder / "transformer" / WEIGHTS
+    save_file({**load_file(file), **reference.tensors()}, file, metadata={"format": "pt"})
+    return folder

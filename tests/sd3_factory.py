@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tests.factory import randomize
+from tests.factory import VAE, WEIGHTS, randomize
 from twinflow_rt.models.sd3 import FUSED, SD3Config, SD3Transformer
 from twinflow_rt.passes.fuse import merge
 
@@ -14,8 +17,20 @@ SMALL = SD3Config(
     caption_projection_dim=12, pooled_projection_dim=10, out_channels=4, pos_embed_max_size=9,
     dual_attention_layers=(0, 1),
 )  # fmt: skip
+CLIP_TOKENS = 12
 # (latent height, width, batch, prompt tokens)
 SHAPES = ((8, 8, 1, 7), (2, 14, 2, 1), (10, 6, 3, 9))
+
+
+def add_second(second: nn.Module, tt: float):
+    """A hook that adds TwinFlow's term to diffusers' conditioning: (t - tt) * (e2(1000 tt) + g2(pooled))."""
+
+    def hook(module, args, output):
+        timestep, pooled = args
+        target = torch.full_like(timestep, tt * 1000)
+        return output + second(target, pooled) * ((timestep - target)[:, None] / 1000)
+
+    return hook
 
 
 class TwinFlowReference(nn.Module):
@@ -42,13 +57,7 @@ class TwinFlowReference(nn.Module):
         """diffusers' prediction; tt=None: without the second embedder's term."""
         handles = []
         if tt is not None:
-
-            def add_second(module, args, output):
-                timestep, pooled = args
-                target = torch.full_like(timestep, tt * 1000)
-                return output + self.second(target, pooled) * ((timestep - target)[:, None] / 1000)
-
-            handles.append(self.network.time_text_embed.register_forward_hook(add_second))
+            handles.append(self.network.time_text_embed.register_forward_hook(add_second(self.second, tt)))
         timestep = torch.full((len(latents),), t * 1000, dtype=latents.dtype)
         try:
             return self.network(latents, embeds, pooled, timestep, return_dict=False)[0]
@@ -91,3 +100,66 @@ def run(network: SD3Transformer, args, t: float, tt: float) -> Tensor:
 def run_step(network: SD3Transformer, args, step: int) -> Tensor:
     """A folded network at its evaluation `step`."""
     return network(args[0], network.step_modulation(step), context_of(network, args))
+
+
+def clip_tokenizer(pad: str):
+    """CLIP's, over bytes alone: lower case, start and end tokens, word ends marked."""
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = (*alphabet, *(c + "</w>" for c in alphabet), "re", "re" + "d</w>", "<|startoftext|>", "<|endoftext|>")
+    merges = [("r", "e"), ("re", "d</w>")]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab, merges, pad_token=pad, model_max_length=CLIP_TOKENS)
+
+
+def clip_encoder(width: int, pooled: int, act: str, legacy: bool):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=516, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=2,
+        projection_dim=pooled, max_position_embeddings=CLIP_TOKENS, hidden_act=act, bos_token_id=514, pad_token_id=1,
+        eos_token_id=2 if legacy else 515,
+    )  # fmt: skip
+    return CLIPTextModelWithProjection(config)
+
+
+def t5_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(c) for c in range(32, 127) if chr(c) != " "]
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -2.0) for c in (chr(0x2581), *letters))]
+    core = Tokenizer(models.Unigram(scores, unk_id=2))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def t5_encoder():
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=128, d_model=SMALL.joint_attention_dim, d_kv=4, d_ff=24, num_layers=2, num_heads=3,
+        feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=20,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def make_model(folder: Path, *, with_t5: bool = True) -> Path:
+    """A whole TwinFlow-SD3.5 folder as diffusers saves it, every part tiny and random."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    reference = TwinFlowReference()
+    pipe = StableDiffusion3Pipeline(
+        transformer=reference.network, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=randomize(AutoencoderKL(**VAE), 3),
+        text_encoder=randomize(clip_encoder(8, 4, "quick_gelu", False), 4), tokenizer=clip_tokenizer("<|endoftext|>"),
+        text_encoder_2=randomize(clip_encoder(10, 6, "gelu", True), 5), tokenizer_2=clip_tokenizer("!"),
+        text_encoder_3=randomize(t5_encoder(), 6) if with_t5 else None, tokenizer_3=t5_tokenizer() if with_t5 else None,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    file = folder / "transformer" / WEIGHTS
+    save_file({**load_file(file), **reference.tensors()}, file, metadata={"format": "pt"})
+    return folder

@@ -52,10 +52,10 @@ class Description:
         lines = [
             f"{self.family} model at {self.path}",
             "",
-            "part          dtype       parameters       needed      on disk",
+            "part            dtype       parameters       needed      on disk",
         ]
         for p in self.parts:
-            lines.append(f"{p.name:<13} {p.dtype:<9} {p.stored:>12,} {p.needed:>12,} {p.stored_bytes / 1e6:>9,.2f} MB")
+            lines.append(f"{p.name:<15} {p.dtype:<9} {p.stored:>12,} {p.needed:>12,} {p.stored_bytes / 1e6:>9,.2f} MB")
         total = sum(self.folded.values())
         lines += [
             "",

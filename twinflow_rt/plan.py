@@ -145,7 +145,7 @@ def group_folded(sizes: dict[str, int]) -> dict[str, int]:
     """Sums folded parameters by what they were: layer numbers dropped from their names, norms together."""
     groups: dict[str, int] = {}
     for name, n in sizes.items():
-        key = ".".join(part for part in name.rpartition(".")[0].split(".") if not part.isdigit())
+        key = ".".join(part for part in name.split(".") if not part.isdigit() and part not in ("weight", "bias"))
         key = "norm weights" if "norm" in key else key
         groups[key] = groups.get(key, 0) + n
     return groups

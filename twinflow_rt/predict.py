@@ -19,12 +19,14 @@ def predict_stages(text: Any, network: Any, vae: Any, height: int, width: int) -
     with torch.device("meta"):
         velocity = type(network)(network.config, folded_steps=1)
         latents = torch.zeros(1, vae.channels, height // vae.scale, width // vae.scale)
-    prompt = text.probe(PROMPT_TOKENS)
+    with torch.no_grad():
+        prompt = text.probe(PROMPT_TOKENS)
 
     def encode() -> Any:
         return velocity.encode_context(prompt.embeds, prompt.lengths, **prompt.extras)
 
-    context = encode()
+    with torch.no_grad():
+        context = encode()
     prompt_bytes = sum(parameter_bytes(network.get_submodule(name)) for name in network.prompt_modules)
     text_bytes, vae_bytes = (sum(parameter_bytes(p.network) for p in stage.parts) for stage in (text, vae))
     return (
