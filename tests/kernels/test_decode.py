@@ -1,18 +1,21 @@
-"""Pixels: the bytes are the eager reference's own, bit for bit."""
+"""Around the VAE: bytes as the eager reference's own, the rest against float64 arithmetic."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from oracle import draw
+import torch.nn.functional as F
+from oracle import draw, judge
 from twinflow_rt.kernels import decode
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 37, 19), (1, 1, 5, 199), (2, 4, 3, 3), (0, 3, 8, 8)])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_to_uint8(shape, dtype, channels_last):
@@ -39,6 +42,98 @@ def test_a_crop_of_a_larger_image():
 def test_refuses_what_is_no_image():
     with pytest.raises(ConfigError, match="B, C, H, W"):
         decode.to_uint8(draw(3, 8, 8))
+
+
+@pytest.mark.parametrize("order", ["channels first", "channels last"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape, patch", [((2, 4, 6, 10), 2), ((1, 3, 5, 7), 1), ((1, 16, 4, 6), 2), ((0, 4, 2, 2), 2)])
+def test_x0_to_vae(shape, patch, dtype, order):
+    b, c, h, w = shape
+    x, std, mean = draw(*shape), draw(c, seed=1), draw(c, seed=2)
+    if order == "channels first":  # inside a token
+        tokens = draw(b, h // patch, w // patch, c, patch, patch, dtype=dtype)
+        velocity = tokens.permute(0, 3, 1, 4, 2, 5)
+    else:
+        tokens = draw(b, h // patch, w // patch, patch, patch, c, dtype=dtype)
+        velocity = tokens.permute(0, 5, 1, 3, 2, 4)
+    x = x.contiguous(memory_format=torch.channels_last)
+    flat = velocity.double().reshape(shape)
+    exact = (x.double() - 0.75 * flat) * std.view(-1, 1, 1).double() + mean.view(-1, 1, 1).double()
+    got = decode.x0_to_vae(x, velocity, 0.75, std, mean, dtype)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    judge(got, ops.x0_to_vae(x, velocity, 0.75, std, mean, dtype), exact)
+
+
+def exact_group_norm(x, groups, weight, bias, eps):
+    return F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), eps))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, groups",
+    [((1, 2, 1, 1), 1), ((2, 6, 5, 7), 3), ((1, 36, 37, 3), 4), ((2, 64, 8, 8), 32), ((1, 5, 1, 199), 5),
+     ((0, 4, 2, 2), 2)],
+)  # fmt: skip
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_group_norm_silu(shape, groups, dtype, channels_last):
+    x, weight, bias = (draw(*shape) + 2).to(dtype), 1 + 0.3 * draw(shape[1], seed=1), draw(shape[1], seed=2)
+    source = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    got = decode.group_norm_silu(source, groups, weight.to(dtype), bias.to(dtype), 1e-6)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    arguments = (x, groups, weight.to(dtype), bias.to(dtype), 1e-6)
+    judge(got, ops.group_norm_silu(*arguments), exact_group_norm(*arguments))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 512])
+def test_group_norm_merges_chunks_of_far_values(monkeypatch, chunks):
+    """A large mean, drifting over the image: sums of squares would lose it."""
+    monkeypatch.setattr(decode, "MAX_CHUNKS", chunks)
+    x = draw(1, 8, 40, 41) + 3000 + 50 * torch.arange(40.0).view(1, 1, 40, 1)
+    arguments = (x, 2, draw(8, seed=1), draw(8, seed=2), 1e-6)
+    judge(decode.group_norm_silu(*arguments), ops.group_norm_silu(*arguments), exact_group_norm(*arguments))
+
+
+def test_group_norm_of_a_crop():
+    wide = draw(2, 9, 11, 24).permute(0, 3, 1, 2)
+    x = wide[:, :16, 1:8, 2:]
+    arguments = (x, 4, draw(16, seed=1), draw(16, seed=2), 1e-6)
+    judge(decode.group_norm_silu(*arguments), ops.group_norm_silu(*arguments), exact_group_norm(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 8, 37, 2)])
+def test_folded_upsampling(shape, dtype):
+    x, weight, bias = draw(*shape, dtype=dtype), draw(6, shape[1], 3, 3, dtype=dtype), draw(6, dtype=dtype)
+    large = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    exact = F.conv2d(large.double(), weight.double(), bias.double(), padding=1)
+    twice = ops.upsample_conv(x.double(), ops.fold_upsample(weight.double()), bias.double())
+    torch.testing.assert_close(twice, exact, rtol=1e-12, atol=1e-12)
+    # sums of the kernel's taps are rounded to its dtype once, which the plain convolution does not do
+    folded = ops.upsample_conv(x.float(), ops.fold_upsample(weight), bias) if dtype == torch.float32 else None
+    if folded is not None:
+        judge(folded, F.conv2d(large, weight, bias, padding=1), exact)
+    else:
+        rounded = ops.fold_upsample(weight)
+        assert rounded.dtype == dtype and torch.equal(rounded, ops.fold_upsample(weight.float()).to(dtype))
+
+
+def test_refusals():
+    x, w = draw(1, 6, 4, 4), draw(6)
+    with pytest.raises(ConfigError, match="multiple of the 4 groups"):
+        decode.group_norm_silu(x, 4, w, w, 1e-6)
+    with pytest.raises(ConfigError, match="weight and bias"):
+        decode.group_norm_silu(x, 3, w[:3], w, 1e-6)
+    with pytest.raises(ConfigError, match="H/p, p"):
+        decode.x0_to_vae(x, draw(1, 6, 2, 2, 2, 1), 1.0, w, w, torch.float32)
+    with pytest.raises(ConfigError, match="float32"):
+        decode.x0_to_vae(x, draw(1, 6, 2, 2, 2, 2), 1.0, w.bfloat16(), w, torch.float32)
+
+
+@pytest.mark.parametrize("pixels, channels", [(1, 3), (37, 128), (2**20, 128), (2**16, 512), (1328 * 1328, 96)])
+def test_group_config(pixels, channels):
+    c = decode.group_config(pixels, channels)
+    assert c.chunk % c.rows == 0 and -(-pixels // c.chunk) <= decode.MAX_CHUNKS
+    assert channels <= c.block < 2 * channels + 1 and c.rows * c.block <= 4096
 
 
 def test_config():

@@ -88,6 +88,24 @@ def test_elementwise(monkeypatch, tmp_path, arch, hidden, dtype):
         assert list(check(monkeypatch, tmp_path, module, arch, call))
 
 
+VAE = ((128, 1024), (512, 256), (96, 1328), (1024, 32))  # channels, pixels along each axis
+
+
+@pytest.mark.parametrize("arch, layer, dtype", matrix(VAE, DTYPES))
+def test_group_norm(monkeypatch, tmp_path, arch, layer, dtype):
+    channels, size = layer
+    x, w = meta(2, size, size, channels, dtype=dtype).permute(0, 3, 1, 2), meta(channels, dtype=dtype)
+    call = lambda: decode.group_norm_silu(x, 32, w, w, EPS)
+    assert len(list(check(monkeypatch, tmp_path, decode, arch, call))) == 3
+
+
+@pytest.mark.parametrize("arch, size, dtype", matrix((128, 166), DTYPES))
+def test_x0_to_vae(monkeypatch, tmp_path, arch, size, dtype):
+    x, std, tokens = meta(1, 16, size, size), meta(16), meta(1, size // 2, size // 2, 2, 2, 16, dtype=dtype)
+    call = lambda: decode.x0_to_vae(x, tokens.permute(0, 5, 1, 3, 2, 4), 1.0, std, std, dtype)
+    assert list(check(monkeypatch, tmp_path, decode, arch, call))
+
+
 @pytest.mark.parametrize("arch, network, dtype", matrix(("z_image", "demo", "qwen_image"), DTYPES))
 def test_rope(monkeypatch, tmp_path, arch, network, dtype):
     tokens, width, heads = NETWORKS[network]
