@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,6 +169,7 @@ def ours(rules, tensors):
     out = {}
     for key, tensor in tensors.items():
         targets = rules.targets(key)
+        tensor = torch.cat(tensor.chunk(2)[::-1]) if rules.swapped(key) else tensor
         for target, part in zip(targets, tensor.chunk(max(len(targets), 1)), strict=False):
             out[target] = part.squeeze() if rules.matrices and re.search(rules.matrices, target) else part
     return out
@@ -198,6 +200,128 @@ def test_wan_names_equal_diffusers():
     config = {**qwen_image_factory.VAE, "num_res_blocks": 2, "dim_mult": [1, 2, 4, 4]}
     original = wan_vae(AutoencoderKLQwenImage(**config).state_dict(), per_level=4)
     same(ours(names.wan_autoencoder(config), original), theirs(dict(original)))
+
+
+def shapes(text):
+    """Tensors of the names in `text`, one "name rows [columns]" a line, {i} standing for each block."""
+    generator = torch.Generator().manual_seed(0)
+    out = {}
+    for line in text.split("\n"):
+        name, *size = line.split() or [""]
+        for i in range(2 if "{i}" in name else bool(name)):
+            out[name.format(i=i)] = torch.randn([int(n) for n in size], generator=generator)
+    return out
+
+
+SD3 = """pos_embed 1 4 8
+x_embedder.proj.weight 8 2 2
+x_embedder.proj.bias 8
+t_embedder.mlp.0.weight 8 4
+t_embedder.mlp.0.bias 8
+t_embedder.mlp.2.weight 8 8
+t_embedder.mlp.2.bias 8
+y_embedder.mlp.0.weight 8 4
+y_embedder.mlp.0.bias 8
+y_embedder.mlp.2.weight 8 8
+y_embedder.mlp.2.bias 8
+context_embedder.weight 8 6
+context_embedder.bias 8
+joint_blocks.{i}.x_block.attn.qkv.weight 24 8
+joint_blocks.{i}.x_block.attn.qkv.bias 24
+joint_blocks.{i}.x_block.attn.ln_q.weight 4
+joint_blocks.{i}.x_block.attn.ln_k.weight 4
+joint_blocks.{i}.x_block.attn.proj.weight 8 8
+joint_blocks.{i}.x_block.attn.proj.bias 8
+joint_blocks.0.x_block.attn2.qkv.weight 24 8
+joint_blocks.0.x_block.attn2.qkv.bias 24
+joint_blocks.0.x_block.attn2.ln_q.weight 4
+joint_blocks.0.x_block.attn2.ln_k.weight 4
+joint_blocks.0.x_block.attn2.proj.weight 8 8
+joint_blocks.0.x_block.attn2.proj.bias 8
+joint_blocks.{i}.x_block.adaLN_modulation.1.weight 48 8
+joint_blocks.{i}.x_block.adaLN_modulation.1.bias 48
+joint_blocks.{i}.x_block.mlp.fc1.weight 32 8
+joint_blocks.{i}.x_block.mlp.fc1.bias 32
+joint_blocks.{i}.x_block.mlp.fc2.weight 8 32
+joint_blocks.{i}.x_block.mlp.fc2.bias 8
+joint_blocks.{i}.context_block.attn.qkv.weight 24 8
+joint_blocks.{i}.context_block.attn.qkv.bias 24
+joint_blocks.{i}.context_block.attn.ln_q.weight 4
+joint_blocks.{i}.context_block.attn.ln_k.weight 4
+joint_blocks.0.context_block.attn.proj.weight 8 8
+joint_blocks.0.context_block.attn.proj.bias 8
+joint_blocks.{i}.context_block.adaLN_modulation.1.weight 16 8
+joint_blocks.{i}.context_block.adaLN_modulation.1.bias 16
+joint_blocks.0.context_block.mlp.fc1.weight 32 8
+joint_blocks.0.context_block.mlp.fc1.bias 32
+joint_blocks.0.context_block.mlp.fc2.weight 8 32
+joint_blocks.0.context_block.mlp.fc2.bias 8
+final_layer.linear.weight 4 8
+final_layer.linear.bias 4
+final_layer.adaLN_modulation.1.weight 16 8
+final_layer.adaLN_modulation.1.bias 16"""
+
+SANA = """pos_embed 1 4 8
+x_embedder.proj.weight 8 2 1 1
+x_embedder.proj.bias 8
+t_embedder.mlp.0.weight 8 4
+t_embedder.mlp.0.bias 8
+t_embedder.mlp.2.weight 8 8
+t_embedder.mlp.2.bias 8
+t_block.1.weight 48 8
+t_block.1.bias 48
+y_embedder.y_embedding 3 6
+y_embedder.y_proj.fc1.weight 8 6
+y_embedder.y_proj.fc1.bias 8
+y_embedder.y_proj.fc2.weight 8 8
+y_embedder.y_proj.fc2.bias 8
+attention_y_norm.weight 8
+blocks.{i}.scale_shift_table 6 8
+blocks.{i}.attn.qkv.weight 24 8
+blocks.{i}.attn.proj.weight 8 8
+blocks.{i}.attn.proj.bias 8
+blocks.{i}.cross_attn.q_linear.weight 8 8
+blocks.{i}.cross_attn.q_linear.bias 8
+blocks.{i}.cross_attn.kv_linear.weight 16 8
+blocks.{i}.cross_attn.kv_linear.bias 16
+blocks.{i}.cross_attn.proj.weight 8 8
+blocks.{i}.cross_attn.proj.bias 8
+blocks.{i}.mlp.inverted_conv.conv.weight 40 8 1 1
+blocks.{i}.mlp.inverted_conv.conv.bias 40
+blocks.{i}.mlp.depth_conv.conv.weight 40 1 3 3
+blocks.{i}.mlp.depth_conv.conv.bias 40
+blocks.{i}.mlp.point_conv.conv.weight 8 20 1 1
+final_layer.linear.weight 4 8
+final_layer.linear.bias 4
+final_layer.scale_shift_table 2 8"""
+
+
+def test_sd3_names_equal_diffusers():
+    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers as theirs
+
+    original = shapes(SD3)
+    same(ours(names.sd3({"num_layers": 2}), original), theirs(dict(original)))
+
+
+def test_sana_names_equal_diffusers():
+    from diffusers.loaders.single_file_utils import convert_sana_transformer_to_diffusers as theirs
+
+    original = shapes(SANA)
+    same(ours(names.sana({}), original), theirs(dict(original)))
+
+
+def test_halves_are_swapped_in_the_file_written(tmp_path):
+    """Stable Diffusion 3's closing norm: shift | scale becomes scale | shift."""
+    from twinflow_rt.passes.load import open_tensors
+
+    file = to_file(tmp_path / "f.safetensors", shapes(SD3))
+    slot = SimpleNamespace(rules=names.sd3({"num_layers": 2}), bare=lambda name: name)
+    stored = "final_layer.adaLN_modulation.1.weight"
+    key = convert.Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
+    network = convert.Converted(file, open_tensors(file), slot, {stored: key})
+    shift, scale = shapes(SD3)[stored].chunk(2)
+    assert key.action == "swapped"
+    assert torch.equal(network.get("norm_out.linear.weight"), torch.cat((scale, shift)))
 
 
 def same(a, b):

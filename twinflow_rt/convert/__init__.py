@@ -87,6 +87,7 @@ class Converted:
     def __init__(self, file: Path, handle: Any, slot: Slot, keys: dict[str, Key]) -> None:
         self.folder, self.handle, self.slot = file, handle, slot
         self.where = {t: (stored, i, len(k.targets)) for stored, k in keys.items() for i, t in enumerate(k.targets)}
+        self.swapped = {t for k in keys.values() if k.swapped for t in k.targets}
         self.names = {slot.bare(target): target for target in self.where}
 
     def keys(self):
@@ -124,6 +125,8 @@ class Converted:
         stored, index, parts = self.where[target]
         tensor = self.handle.get_tensor(stored)
         rows = tensor.chunk(parts)[index].clone() if parts > 1 else tensor
+        if target in self.swapped:
+            rows = torch.cat(rows.chunk(2)[::-1])
         return rows.reshape(self.stored_shape(target))
 
     def _is_matrix(self, target: str, shape: tuple[int, ...]) -> bool:
@@ -178,7 +181,7 @@ def _recognise(file: Path, slots: Sequence[Slot]) -> Iterator[tuple[Converted, P
                 f"{file}: {some(group.values())} belong to none of the base's networks "
                 f"({', '.join(s.name for s in slots)}); is the base the same model?"
             )
-        keys = {stored: Key(stored, slot.rules.targets(bare)) for stored, bare in group.items()}
+        keys = {stored: Key(stored, slot.rules.targets(bare), slot.rules.swapped(bare)) for stored, bare in group.items()}
         network = Converted(file, handle, slot, keys)
         yield network, _account(network, tuple(keys.values()))
 

@@ -2,13 +2,14 @@
 
 The rules are facts about released files: the single files of ComfyUI and of the models' authors (for
 networks), LDM's names (for the VAE of Stable Diffusion 3 and Z-Image), Wan's (for Qwen-Image's VAE).
-Names that no rule changes stay, so files that already have diffusers' names pass through.
+Names that no rule changes stay, so files that already have diffusers' names pass through. Qwen-Image's
+network has the same names everywhere.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +20,13 @@ Rename = tuple[str, str | Callable[[re.Match], str]]  # as for re.sub
 class Names:
     """renames: applied in order, each to the result of those before. splits: end of a merged tensor's
     name -> ends of its parts, in row order. drops: names that diffusers' network does not have, as
-    regular expressions. matrices: names whose 1x1 convolutions are matrices in diffusers' network."""
+    regular expressions. swaps: names before renaming whose row halves trade places (shift | scale is
+    scale | shift in diffusers' network). matrices: diffusers' names of matrices, 1x1 convolutions before."""
 
     renames: tuple[Rename, ...] = ()
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     drops: tuple[str, ...] = ()
+    swaps: str | None = None
     matrices: str | None = None
 
     def targets(self, key: str) -> tuple[str, ...]:
@@ -37,6 +40,14 @@ class Names:
                 return tuple(key.removesuffix(merged) + part for part in parts)
         return (key,)
 
+    def swapped(self, key: str) -> bool:
+        """Whether the row halves of the tensor `key` trade places."""
+        return self.swaps is not None and re.search(self.swaps, key) is not None
+
+
+def _split(merged: str, parts: Sequence[str], leaves: Sequence[str] = ("weight", "bias")) -> dict[str, tuple[str, ...]]:
+    return {f".{merged}.{leaf}": tuple(f".{part}.{leaf}" for part in parts) for leaf in leaves}
+
 
 def z_image(config: dict[str, Any]) -> Names:
     """The network as its authors and ComfyUI store it."""
@@ -47,8 +58,65 @@ def z_image(config: dict[str, Any]) -> Names:
             (r"\.attention\.out\.", ".attention.to_out.0."),
             (r"\.attention\.([qk])_norm\.", r".attention.norm_\1."),
         ),
-        {".attention.qkv.weight": tuple(f".attention.to_{x}.weight" for x in "qkv")},
+        _split("attention.qkv", [f"attention.to_{x}" for x in "qkv"]),
         (r"^norm_final\.weight$",),
+    )
+
+
+def sd3(config: dict[str, Any]) -> Names:
+    """The network of Stable Diffusion 3 and 3.5 as its authors store it."""
+    embedders = {"t": "timestep", "y": "text"}
+    last = config["num_layers"] - 1
+    return Names(
+        (
+            (r"^pos_embed$", "pos_embed.pos_embed"),
+            (r"^x_embedder\.proj\.", "pos_embed.proj."),
+            (r"^([ty])_embedder\.mlp\.([02])\.",
+             lambda m: f"time_text_embed.{embedders[m[1]]}_embedder.linear_{int(m[2]) // 2 + 1}."),
+            (r"^joint_blocks\.", "transformer_blocks."),
+            (r"\.x_block\.adaLN_modulation\.1\.", ".norm1.linear."),
+            (r"\.context_block\.adaLN_modulation\.1\.", ".norm1_context.linear."),
+            (r"\.x_block\.mlp\.", ".ff."),
+            (r"\.context_block\.mlp\.", ".ff_context."),
+            (r"\.fc1\.", ".net.0.proj."),
+            (r"\.fc2\.", ".net.2."),
+            (r"\.context_block\.attn\.proj\.", ".attn.to_add_out."),
+            (r"\.context_block\.attn\.ln_", ".attn.norm_added_"),
+            (r"\.context_block\.attn\.qkv\.", ".attn.add_qkv."),
+            (r"\.x_block\.attn(2?)\.proj\.", r".attn\1.to_out.0."),
+            (r"\.x_block\.attn(2?)\.ln_", r".attn\1.norm_"),
+            (r"\.x_block\.attn(2?)\.qkv\.", r".attn\1.qkv."),
+            (r"^final_layer\.linear\.", "proj_out."),
+            (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
+        ),
+        _split("qkv", ("to_q", "to_k", "to_v")) | _split("add_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        swaps=rf"^(final_layer|joint_blocks\.{last}\.context_block)\.adaLN_modulation\.1\.",
+    )  # fmt: skip
+
+
+def sana(config: dict[str, Any]) -> Names:
+    """The network of SANA as its authors store it."""
+    return Names(
+        (
+            (r"^x_embedder\.proj\.", "patch_embed.proj."),
+            (r"^t_embedder\.mlp\.0\.", "time_embed.emb.timestep_embedder.linear_1."),
+            (r"^t_embedder\.mlp\.2\.", "time_embed.emb.timestep_embedder.linear_2."),
+            (r"^t_block\.1\.", "time_embed.linear."),
+            (r"^y_embedder\.y_proj\.fc([12])\.", r"caption_projection.linear_\1."),
+            (r"^attention_y_norm\.", "caption_norm."),
+            (r"^blocks\.", "transformer_blocks."),
+            (r"\.attn\.proj\.", ".attn1.to_out.0."),
+            (r"\.attn\.qkv\.", ".attn1.qkv."),
+            (r"\.cross_attn\.proj\.", ".attn2.to_out.0."),
+            (r"\.cross_attn\.q_linear\.", ".attn2.to_q."),
+            (r"\.cross_attn\.kv_linear\.", ".attn2.kv."),
+            (r"\.mlp\.(inverted|depth|point)_conv\.conv\.", r".ff.conv_\1."),
+            (r"^final_layer\.linear\.", "proj_out."),
+            (r"^final_layer\.scale_shift_table$", "scale_shift_table"),
+        ),
+        _split("attn1.qkv", [f"attn1.to_{x}" for x in "qkv"]) | _split("attn2.kv", ("attn2.to_k", "attn2.to_v")),
+        # of training, and positions that the network computes itself or does not use
+        (r"^y_embedder\.y_embedding$", r"^pos_embed$"),
     )
 
 
@@ -105,6 +173,8 @@ def unchanged(config: dict[str, Any]) -> Names:
 # by _class_name or model_type of config.json
 RULES: dict[str, Callable[[dict[str, Any]], Names]] = {
     "ZImageTransformer2DModel": z_image,
+    "SD3Transformer2DModel": sd3,
+    "SanaTransformer2DModel": sana,
     "AutoencoderKL": ldm_autoencoder,
     "AutoencoderKLQwenImage": wan_autoencoder,
 }

@@ -13,15 +13,19 @@ LISTED = 12  # keys of one kind that the printed report names
 
 @dataclass(frozen=True)
 class Key:
-    """What happens to one tensor of a file: its names afterwards, none if it is dropped."""
+    """What happens to one tensor of a file: its names afterwards, none if it is dropped; whether its row
+    halves trade places."""
 
     source: str
     targets: tuple[str, ...]
+    swapped: bool = False
 
     @property
     def action(self) -> str:
         if len(self.targets) != 1:
             return "split" if self.targets else "dropped"
+        if self.swapped:
+            return "swapped"
         return "kept" if self.targets[0] == self.source else "renamed"
 
 
@@ -39,7 +43,7 @@ class PartReport:
 
     def __str__(self) -> str:
         lines = [f"{self.part} from {self.file}: {len(self.keys)} keys"]
-        for action in ("kept", "renamed", "split", "dropped"):
+        for action in ("kept", "renamed", "swapped", "split", "dropped"):
             chosen = [k for k in self.keys if k.action == action]
             lines += [f"  {action:<8} {len(chosen):>6}"] if chosen else []
             shown = chosen if action == "dropped" else [] if action == "kept" else chosen[:LISTED]
