@@ -54,6 +54,24 @@ def test_png_says_how_it_was_made(generate, tmp_path):
     assert (facts["prompt"], facts["seed"], facts["nfe"]) == ("ein rotes Quadrat ✓", 5, 1)
 
 
+def test_loras_are_merged_and_written_down(generate, model, tmp_path):
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    name, paths = "transformer.layers.0.attention.to_k", [tmp_path / "a.safetensors", tmp_path / "b:2.safetensors"]
+    for path in paths:
+        save_file({f"{name}.lora_A.weight": torch.randn(2, 48), f"{name}.lora_B.weight": torch.randn(48, 2)}, path)
+    code, _ = generate("--seed", 5, "--size", 16, "--lora", f"{paths[0]}:-0.5", "--lora", paths[1])
+    expected = load(model, device="cpu", loras={paths[0]: -0.5, paths[1]: 1})
+    images = expected("a red square", width=16, height=16, seed=5, output="np").images
+    assert code == 0 and np.array_equal(pixels(tmp_path / "out.png"), images[0])
+    with Image.open(tmp_path / "out.png") as image:
+        assert json.loads(image.text["twinflow_rt"])["loras"] == ["a.safetensors x -0.5", "b:2.safetensors x 1"]
+    code, out = generate("--lora", tmp_path / "none.safetensors")
+    assert code == 2 and "none.safetensors does not exist" in out.err
+
+
 def test_many_images_with_grid_and_json(generate, tmp_path):
     code, out = generate(
         "--seed", 1, "--size", 16, "--num-images", 3, "--nfe", 2, "--json", out="a.b.jpg", prompts=("a", "b")

@@ -87,6 +87,13 @@ def add_generate(parser: Parser) -> None:
     parser.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="images per prompt (default %(default)s)"
     )
+    parser.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        metavar="PATH[:WEIGHT]",
+        help="merge this LoRA file; may be given several times (weight: default 1)",
+    )
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="print files, seeds, seconds and bytes as JSON")
 
@@ -107,19 +114,31 @@ def parse_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not WxH or one number") from None
 
 
+def parse_lora(text: str) -> tuple[str, float]:
+    """ "PATH" or "PATH:WEIGHT" -> (path, weight)."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # the colon is part of the path
+
+
 def run_generate(args: argparse.Namespace) -> int:
     paths = output_paths(args.output, len(args.prompt) * args.num_images)
     from .pipeline import load
 
     start = time.perf_counter()
     with loading(args.model) as progress:
-        pipe = load(args.model, device=args.device, dtype=args.dtype, sampler=chosen_sampler(args), progress=progress)
+        options = {"sampler": chosen_sampler(args), "loras": args.lora, "progress": progress}
+        pipe = load(args.model, device=args.device, dtype=args.dtype, **options)
     load_seconds = time.perf_counter() - start
     width, height = args.size or (None, None)
     result = pipe(args.prompt, width=width, height=height, seed=args.seed, num_images=args.num_images)
     prompts, nfe = [p for p in args.prompt for _ in range(args.num_images)], len(pipe.program.schedule)
+    loras = [str(lora) for lora in pipe.program.plan.loras]
     for path, image, prompt, seed in zip(paths, result.images, prompts, result.seeds, strict=False):
-        save_image(image, path, {"prompt": prompt, "seed": seed, "model": args.model, "nfe": nfe})
+        facts = {"prompt": prompt, "seed": seed, "model": args.model, "nfe": nfe}
+        save_image(image, path, facts | ({"loras": loras} if loras else {}))
     if len(result.images) > 1:
         save_image(grid(result.images, args.num_images if len(args.prompt) > 1 else None), paths[-1])
     report = {
