@@ -137,8 +137,8 @@ def autoencoder(**changes):
     config = dict(
         in_channels=3, latent_channels=SMALL.in_channels, attention_head_dim=4, encoder_block_types=blocks,
         decoder_block_types=blocks, encoder_block_out_channels=(8, 8, 16), decoder_block_out_channels=(8, 8, 16),
-        encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 2, 1), encoder_qkv_multiscales=((), (5,), (5,)),
-        decoder_qkv_multiscales=((), (5,), (3, 5)), upsample_block_type="interpolate", scaling_factor=0.41,
+        encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 2, 1),
+        encoder_qkv_multiscales=((), (5,), (5,)), decoder_qkv_multiscales=((), (5,), (3, 5)), upsample_block_type="interpolate", scaling_factor=0.41,
     )  # fmt: skip
     return randomize(AutoencoderDC(**{**config, **changes}), 3)
 

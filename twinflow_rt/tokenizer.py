@@ -137,7 +137,8 @@ def _byte_pairs(folder: Path, **options: Any) -> Any:
     try:
         return Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), **options))
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit ({error}); download both again") from None
+        reason = f"{folder}: vocab.json and merges.txt do not fit ({error}); download both"
+        raise CheckpointError(reason) from None
 
 
 def _add_tokens(core: Any, folder: Path) -> Any:
@@ -149,7 +150,7 @@ def _add_tokens(core: Any, folder: Path) -> Any:
     for number, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
         core.add_tokens([AddedToken(token["content"], **{f: token.get(f, False) for f in flags})])
         if core.token_to_id(token["content"]) != int(number):
-            raise CheckpointError(f"{folder}: added token {token['content']!r} should be {number}; vocab.json is another's")
+            raise CheckpointError(f"{folder}: token {token['content']!r} should be {number}; vocab.json is another's")
     return core
 
 

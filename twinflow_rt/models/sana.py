@@ -269,7 +269,8 @@ class SanaTransformer(nn.Module):
         image = x, self.ops.layer_norm(x, first.scale_a, EPS, first.shift_a)
         following = (*modulation.blocks[1:], modulation.final)
         prompts = context.keys_values.to(x.dtype).unbind(1)
-        for block, prompt, now, after in zip(self.transformer_blocks, prompts, modulation.blocks, following, strict=True):
+        each = zip(self.transformer_blocks, prompts, modulation.blocks, following, strict=True)
+        for block, prompt, now, after in each:
             image = block(image, prompt, context.ragged, now, after, height, self.ops)
         return self.proj_out(image[1]).transpose(1, 2).unflatten(2, (height, -1))
 
