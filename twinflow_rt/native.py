@@ -1,109 +1,27 @@
 """The native kernels (csrc/) as torch ops `twinflow::*`, with the signatures of the eager references.
 
-On the CPU they are the extension `_native`; on an NVIDIA GPU the library `libtwinflow_cuda`, which a
-build without nvcc leaves out. Both are loaded on first use. Where one is absent `unavailable_reason`
-says why, and the op table keeps another implementation.
+On the CPU they run in the extension `_native`, on an NVIDIA GPU in `libtwinflow_cuda` (library.py).
+Where one is absent the ops raise DeviceError, and the op table keeps another implementation.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import library
 from .errors import DeviceError
-from .ops.select import Target
+from .library import KINDS
 
-ABI_VERSION = 2
-KINDS = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
-CUDA_OPS = ("rms_norm", "residual_norm", "to_uint8")
-CUDA_LIBRARY = Path(__file__).with_name("libtwinflow_cuda.so")
-
-_library = torch.library.Library("twinflow", "DEF")
-
-
-class CudaKernels:
-    """libtwinflow_cuda's functions under the names and argument orders of `_native`; the last
-    argument is a CUDA stream instead of a number of threads."""
-
-    def __init__(self, path: Path) -> None:
-        pointer, size, real, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-        rows = [pointer, size, size]
-        self._library = ctypes.CDLL(str(path))
-        self.abi_version = self._library.twinflow_cuda_abi_version()
-        self._message = self._library.twinflow_cuda_error_message
-        self._message.restype = ctypes.c_char_p
-        shape = [size, size, size, real, kind, pointer]
-        self._declare("rms_norm", [*rows, pointer, size, pointer, *shape])
-        self._declare("residual_norm", [*rows, *rows, *[pointer, size] * 2, pointer, pointer, *shape])
-        self._declare("to_uint8", [pointer, size * 4, pointer, *[size] * 4, kind, pointer])
-
-    def _declare(self, name: str, arguments: list[Any]) -> None:
-        function = getattr(self._library, f"twinflow_cuda_{name}")
-        function.argtypes, function.errcheck = arguments, self._check
-        setattr(self, name, function)
-
-    def _check(self, status: int, function: Any, arguments: Any) -> None:
-        if status:
-            raise RuntimeError(f"libtwinflow_cuda: {self._message(status).decode()}")
-
-
-@cache
-def _load(device: str) -> Any:
-    """The kernels for a device type, or the reason (a str) why there are none."""
-    if device == "cuda":
-        if not CUDA_LIBRARY.exists():
-            return "built without GPU kernels; reinstall where nvcc is on PATH (TWINFLOW_CUDA=ON insists)"
-        try:
-            found: Any = CudaKernels(CUDA_LIBRARY)
-        except OSError as error:
-            return f"the GPU kernels do not load: {error}"
-    elif device == "cpu":
-        try:
-            from . import _native as found
-        except ImportError as error:
-            return f"the native extension is not built here ({error}); `pip install .` builds it"
-    else:
-        return f"runs on cpu and cuda, not on {device}"
-    if found.abi_version != ABI_VERSION:
-        return f"the native build has ABI {found.abi_version}, this package needs {ABI_VERSION}; reinstall it"
-    return found
-
-
-def unavailable_reason(device: str = "cpu") -> str | None:
-    """Why there are no native kernels for `device` ("cpu" or "cuda") on this machine, or None."""
-    found = _load(device)
-    return found if isinstance(found, str) else None
-
-
-def refuses(target: Target) -> str | None:
-    """Why the CPU kernels cannot serve `target`, or None."""
-    if target.device != "cpu":
-        return f"runs on the CPU, not on {target.device}"
-    return _refuses_kind(target) or unavailable_reason()
-
-
-def cuda_refuses(target: Target) -> str | None:
-    """Why the GPU kernels (those of `CUDA_OPS`) cannot serve `target`, or None."""
-    if target.device != "cuda":
-        return f"runs on NVIDIA GPUs, not on {target.device}"
-    return _refuses_kind(target) or unavailable_reason("cuda")
-
-
-def _refuses_kind(target: Target) -> str | None:
-    if target.dtype not in KINDS:
-        return f"stores float32 or bfloat16, not {str(target.dtype).removeprefix('torch.')}"
-    return "has no gradient" if target.training else None
+_torch_library = torch.library.Library("twinflow", "DEF")
 
 
 def _call(name: str, x: Tensor, *arguments: Any) -> None:
     """Runs a kernel where x lives; its dtype and the threads or the stream are the last arguments."""
-    kernels = _load(x.device.type)
+    kernels = library.load(x.device.type)
     if isinstance(kernels, str):
         raise DeviceError(kernels)
     kind = KINDS.get(x.dtype)
@@ -117,63 +35,197 @@ def _call(name: str, x: Tensor, *arguments: Any) -> None:
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x [B, S, D], its batch and row strides; copied only if elements of a row are not adjacent."""
+    """x as [B, S, D], its batch and row strides; copied only if elements of a row are not adjacent."""
     if x.ndim != 3:
-        raise ValueError(f"expected [B, S, D], got {tuple(x.shape)}")
+        x = x.reshape(x.shape[0] if x.ndim > 3 else 1, -1, x.shape[-1])
     x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
     return x, x.stride(0), x.stride(1)
 
 
-def _weight(weight: Tensor, x: Tensor) -> tuple[Tensor, int]:
-    """A norm weight, [D] or [B or 1, 1, D], and the stride from one sample's to the next's (0: shared)."""
+def _shape(x: Tensor) -> tuple[int, int, int]:
+    rows = x.shape[1:-1].numel() if x.ndim > 2 else x.shape[0]
+    return x.shape[0] if x.ndim > 2 else 1, rows, x.shape[-1]
+
+
+def _same(name: str, x: Tensor, other: Tensor) -> None:
+    if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+        raise ValueError(f"{name} must be like x: {other.dtype} {tuple(other.shape)}, {x.dtype} {tuple(x.shape)}")
+
+
+def _weight(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
+    """A weight, [D] or [B or 1, 1, D] or None; its address, and the stride between samples (0: shared)."""
+    if weight is None:
+        return None, 0, 0
     dim, batch = x.shape[-1], x.shape[0]
-    shared = weight.numel() == dim
     if weight.dtype != torch.float32 or weight.device != x.device:
         raise TypeError(f"a norm weight is float32 on {x.device}, not {weight.dtype} on {weight.device}")
+    shared = weight.numel() == dim
     if weight.shape[-1] != dim or not (shared or weight.shape == (batch, 1, dim)):
         raise ValueError(f"a norm weight for {tuple(x.shape)} is [D] or [B or 1, 1, D], not {tuple(weight.shape)}")
-    return weight.contiguous(), 0 if shared else dim
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    return weight, weight.data_ptr(), 0 if shared else weight.stride(0)
 
 
-def _op(schema: str, devices: tuple[str, ...] = ("CPU",)) -> Callable:
-    """Registers a function as `twinflow::<schema>` for the given devices."""
+def _op(schema: str) -> Callable:
+    """Registers a function as `twinflow::<schema>` for both devices."""
     name = schema.split("(")[0]
-    _library.define(schema)
+    _torch_library.define(schema)
 
     def register(function: Callable) -> Callable:
-        for device in devices:
-            _library.impl(name, function, device)
+        for device in ("CPU", "CUDA"):
+            _torch_library.impl(name, function, device)
         return getattr(torch.ops.twinflow, name).default
 
     return register
 
 
-def _fake(name: str) -> Callable:
-    return torch.library.register_fake(f"twinflow::{name}", lib=_library)
+def _fake(*names: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        for name in names:
+            torch.library.register_fake(f"twinflow::{name}", function, lib=_torch_library)
+        return function
+
+    return register
 
 
-@_op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", ("CPU", "CUDA"))
+# -- norm -------------------------------------------------------------------------------------------------
+
+
+@_op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = x.new_empty(x.shape)
-    (rows, batch, row), (weight, each) = _rows(x), _weight(weight, x)
-    pointers = rows.data_ptr(), batch, row, weight.data_ptr(), each, out.data_ptr()
-    _call("rms_norm", x, *pointers, *x.shape, eps)
+    rows, *strides = _rows(x)
+    held, address, each = _weight(weight, x)
+    _call("rms_norm", x, rows.data_ptr(), *strides, address, each, out.data_ptr(), *_shape(x), eps)
     return out
 
 
-@_op("residual_norm(Tensor x, Tensor branch, Tensor post, Tensor? pre, float eps) -> Tensor[]", ("CPU", "CUDA"))
+@_op("layer_norm(Tensor x, Tensor? weight, float eps, Tensor? bias=None) -> Tensor")
+def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> Tensor:
+    out = x.new_empty(x.shape)
+    rows, *strides = _rows(x)
+    (held, *w), (held_too, *b) = _weight(weight, x), _weight(bias, x)
+    _call("layer_norm", x, rows.data_ptr(), *strides, *w, *b, out.data_ptr(), *_shape(x), eps)
+    return out
+
+
+@_op("residual_norm(Tensor x, Tensor branch, Tensor post, Tensor? pre, float eps) -> Tensor[]")
 def _residual_norm(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
-    if branch.shape != x.shape or branch.dtype != x.dtype or branch.device != x.device:
-        raise ValueError(f"branch must be like x: {branch.dtype} {tuple(branch.shape)}, {x.dtype} {tuple(x.shape)}")
+    _same("branch", x, branch)
     out = [x.new_empty(x.shape) for _ in range(1 if pre is None else 2)]
-    (a, *a_strides), (b, *b_strides), (post, each_post) = _rows(x), _rows(branch), _weight(post, x)
-    pre, each_pre = (None, 0) if pre is None else _weight(pre, x)
+    (a, *a_strides), (b, *b_strides) = _rows(x), _rows(branch)
+    (held, *after), (held_too, *before) = _weight(post, x), _weight(pre, x)
     _call(
-        "residual_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, post.data_ptr(), each_post,
-        0 if pre is None else pre.data_ptr(), each_pre, out[0].data_ptr(), 0 if pre is None else out[1].data_ptr(),
-        *x.shape, eps,
+        "residual_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before, out[0].data_ptr(),
+        0 if pre is None else out[1].data_ptr(), *_shape(x), eps,
     )  # fmt: skip
     return out
+
+
+@_op(
+    "residual_layer_norm(Tensor x, Tensor branch, Tensor? gate, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor)"
+)
+def residual_layer_norm(
+    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    _same("branch", x, branch)
+    total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+    (a, *a_strides), (b, *b_strides) = _rows(x), _rows(branch)
+    kept = [_weight(w, x) for w in (gate, weight, bias)]
+    places = [place for _, *one in kept for place in one]
+    _call(
+        "residual_layer_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *places, total.data_ptr(),
+        normed.data_ptr(), *_shape(x), eps,
+    )  # fmt: skip
+    return total, normed
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """See ops/norm.py."""
+    out = _residual_norm(x, branch, post, pre, eps)
+    return out[0], None if pre is None else out[1]
+
+
+# -- rope -------------------------------------------------------------------------------------------------
+
+
+def _rotate(
+    qkv: Tensor, out: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+    parts: int,
+) -> None:  # fmt: skip
+    """q and k (parts 3: and v) of qkv [B, S, 3*H*D] to the same places of out, in any batch and row strides."""
+    batch, seq, width = qkv.shape
+    dim = width // (3 * heads)
+    if dim * 3 * heads != width or dim % 2 or dim == 0 or qkv.stride(2) != 1:
+        raise ValueError(f"qkv must be [B, S, 3 * {heads} * even] with adjacent elements, got {tuple(qkv.shape)}")
+    if any(w.shape != (dim,) for w in (q_weight, k_weight)) or cos.shape != sin.shape:
+        raise ValueError(f"norm weights are [{dim}] and cos is shaped as sin")
+    if cos.shape not in ((1, seq, dim // 2), (batch, seq, dim // 2)):
+        raise ValueError(f"cos and sin are [{batch} or 1, {seq}, {dim // 2}], not {tuple(cos.shape)}")
+    if any(x.dtype != torch.float32 or x.device != qkv.device for x in (q_weight, k_weight, cos, sin)):
+        raise TypeError(f"norm weights, cos and sin are float32 on {qkv.device}")
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    tables = [x.contiguous() for x in (q_weight, k_weight)] + [cos, sin]
+    _call(
+        "qk_norm_rope", qkv, qkv.data_ptr(), *qkv.stride()[:2], heads * dim, out.data_ptr(), *out.stride()[:2],
+        heads * dim, *(x.data_ptr() for x in tables), 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1),
+        batch, seq, heads, dim, parts, eps,
+    )  # fmt: skip
+
+
+@_op(
+    "qk_norm_rope_(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, float eps)"
+    " -> ()"
+)
+def _qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> None:
+    _rotate(qkv, qkv, q_weight, k_weight, cos, sin, heads, eps, parts=2)
+
+
+@_op(
+    "joint_qk_norm_rope(Tensor[] qkv, Tensor[] q_weights, Tensor[] k_weights, Tensor cos, Tensor sin, int heads,"
+    " float eps) -> Tensor"
+)
+def _joint_qk_norm_rope(
+    qkv: Sequence[Tensor], q_weights: Sequence[Tensor], k_weights: Sequence[Tensor], cos: Tensor, sin: Tensor,
+    heads: int, eps: float,
+) -> Tensor:  # fmt: skip
+    joint, lengths = _joint_buffer(qkv), [x.shape[1] for x in qkv]
+    pieces = joint.split(lengths, 1), cos.split(lengths, 1), sin.split(lengths, 1)
+    for x, q_weight, k_weight, out, c, s in zip(qkv, q_weights, k_weights, *pieces, strict=True):
+        if x.dtype != joint.dtype or x.shape[0] != joint.shape[0] or x.shape[2] != joint.shape[2]:
+            raise ValueError("streams of one joint sequence differ in length only")
+        _rotate(x if x.stride(2) == 1 else x.contiguous(), out, q_weight, k_weight, c, s, heads, eps, parts=3)
+    return joint
+
+
+def _joint_buffer(qkv: Sequence[Tensor], *_: Any) -> Tensor:
+    return qkv[0].new_empty((qkv[0].shape[0], sum(x.shape[1] for x in qkv), qkv[0].shape[2]))
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops/rope.py; writes q and k in place."""
+    _qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    return qkv.unflatten(-1, (3, heads, -1)).unbind(-3)  # type: ignore[return-value]
+
+
+def joint_qk_norm_rope(
+    qkv: Sequence[Tensor], q_weights: Sequence[Tensor], k_weights: Sequence[Tensor],
+    cos: Tensor, sin: Tensor, heads: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See ops/rope.py; the results are views of one joint buffer."""
+    joint = _joint_qk_norm_rope(list(qkv), list(q_weights), list(k_weights), cos, sin, heads, eps)
+    return joint.unflatten(-1, (3, heads, -1)).unbind(-3)  # type: ignore[return-value]
+
+
+# -- mlp, sample, decode ------------------------------------------------------------------------------------
 
 
 @_op("swiglu(Tensor x) -> Tensor")
@@ -186,91 +238,59 @@ def swiglu(x: Tensor) -> Tensor:
     return out
 
 
-@_op(
-    "qk_norm_rope_(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, float eps)"
-    " -> ()"
-)
-def _qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
-) -> None:
-    batch, seq, width = qkv.shape
-    dim = width // (3 * heads)
-    if not qkv.is_contiguous() or dim * 3 * heads != width or dim % 2:
-        raise ValueError(f"qkv must be contiguous [B, S, 3 * {heads} * even], got {tuple(qkv.shape)}")
-    if any(w.shape != (dim,) for w in (q_weight, k_weight)) or cos.shape != sin.shape:
-        raise ValueError(f"norm weights are [{dim}] and cos is shaped as sin")
-    if cos.shape not in ((1, seq, dim // 2), (batch, seq, dim // 2)):
-        raise ValueError(f"cos and sin are [{batch} or 1, {seq}, {dim // 2}], not {tuple(cos.shape)}")
-    tables = [x.contiguous() for x in (q_weight, k_weight, cos, sin)]
-    if any(x.dtype != torch.float32 for x in tables):
-        raise TypeError("norm weights, cos and sin are float32")
-    pointers = [x.data_ptr() for x in tables]
-    _call("qk_norm_rope", qkv, qkv.data_ptr(), *pointers, batch, cos.shape[0], seq, heads, dim, eps)
+@_op("gelu_tanh(Tensor x) -> Tensor")
+def gelu_tanh(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    out, width = x.new_empty(x.shape), max(x.shape[-1], 1)
+    _call("gelu_tanh", x, x.data_ptr(), out.data_ptr(), out.numel() // width, width)
+    return out
 
 
 @_op("x0_project(Tensor x, Tensor velocity, float t=1.0) -> Tensor")
 def x0_project(x: Tensor, velocity: Tensor, t: float = 1.0) -> Tensor:
-    if velocity.shape != x.shape or velocity.dtype != x.dtype:
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, velocity {velocity.dtype} {tuple(velocity.shape)}")
+    _same("velocity", x, velocity)
     x, velocity = x.contiguous(), velocity.contiguous()
     out = x.new_empty(x.shape)
     _call("x0_project", x, x.data_ptr(), velocity.data_ptr(), out.data_ptr(), x.numel(), t)
     return out
 
 
-@_op("to_uint8(Tensor image) -> Tensor", ("CPU", "CUDA"))
+@_op("to_uint8(Tensor image) -> Tensor")
 def to_uint8(image: Tensor) -> Tensor:
     batch, channels, height, width = image.shape
     out = image.new_empty((batch, height, width, channels), dtype=torch.uint8)
-    strides = image.stride() if image.is_cpu else (ctypes.c_int64 * 4)(*image.stride())
-    _call("to_uint8", image, image.data_ptr(), strides, out.data_ptr(), batch, channels, height, width)
+    _call("to_uint8", image, image.data_ptr(), image.stride(), out.data_ptr(), batch, channels, height, width)
     return out
 
 
-@_fake("rms_norm")
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+# -- what torch.compile must know of the results ------------------------------------------------------------
+
+
+@_fake("rms_norm", "layer_norm", "gelu_tanh", "x0_project")
+def _like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @_fake("residual_norm")
-def _(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
+def _one_or_two_like(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
     return [x.new_empty(x.shape) for _ in range(1 if pre is None else 2)]
 
 
+@_fake("residual_layer_norm")
+def _two_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+_fake("qk_norm_rope_")(lambda *_: None)
+_fake("joint_qk_norm_rope")(_joint_buffer)
+
+
 @_fake("swiglu")
-def _(x: Tensor) -> Tensor:
+def _halved(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@_fake("qk_norm_rope_")
-def _(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float) -> None:
-    return None
-
-
-@_fake("x0_project")
-def _(x: Tensor, velocity: Tensor, t: float = 1.0) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 @_fake("to_uint8")
-def _(image: Tensor) -> Tensor:
+def _bytes(image: Tensor) -> Tensor:
     b, c, h, w = image.shape
     return image.new_empty((b, h, w, c), dtype=torch.uint8)
-
-
-def residual_norm(
-    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    """See ops/norm.py."""
-    out = _residual_norm(x, branch, post, pre, eps)
-    return out[0], None if pre is None else out[1]
-
-
-def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See ops/rope.py; writes q and k in place."""
-    qkv = qkv.contiguous()
-    _qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
-    return q, k, v

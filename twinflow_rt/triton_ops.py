@@ -45,8 +45,9 @@ def _joint(qkv: list[Tensor], *_: object) -> Tensor:
 
 
 def _launch_joint(
-    qkv: list[Tensor], q_weights: list[Tensor], k_weights: list[Tensor], cos: Tensor, sin: Tensor, heads: int, eps: float
-) -> Tensor:
+    qkv: list[Tensor], q_weights: list[Tensor], k_weights: list[Tensor], cos: Tensor, sin: Tensor, heads: int,
+    eps: float,
+) -> Tensor:  # fmt: skip
     q, _, _ = rope.joint_qk_norm_rope(qkv, q_weights, k_weights, cos, sin, heads, eps)
     batch, seq, row = q.shape[0], q.shape[1], 3 * q.shape[2] * q.shape[3]
     return q.as_strided((batch, seq, row), (seq * row, row, 1))  # the buffer q, k and v are views of
@@ -79,8 +80,8 @@ residual_layer_norm = _op(
     norm.residual_layer_norm, _two_like,
 )  # fmt: skip
 _qk_norm_rope = _op(
-    "triton_qk_norm_rope_(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, float eps)"
-    " -> ()",
+    "triton_qk_norm_rope_(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads,"
+    " float eps) -> ()",
     _launch_rope, lambda *_: None,
 )  # fmt: skip
 _joint_qk_norm_rope = _op(

@@ -47,6 +47,13 @@ int twinflow_cpu_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const f
   return chosen().kernels.rms_norm(x, x_batch, x_row, weight, weight_batch, out, batch, seq, dim, eps, dtype, threads);
 }
 
+int twinflow_cpu_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
+                            const float* bias, int64_t bias_batch, void* out, int64_t batch, int64_t seq, int64_t dim,
+                            float eps, int dtype, int threads) {
+  return chosen().kernels.layer_norm(x, x_batch, x_row, weight, weight_batch, bias, bias_batch, out, batch, seq, dim,
+                                     eps, dtype, threads);
+}
+
 int twinflow_cpu_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch,
                                int64_t branch_row, const float* post, int64_t post_batch, const float* pre,
                                int64_t pre_batch, void* x_out, void* h_out, int64_t batch, int64_t seq, int64_t dim,
@@ -55,14 +62,31 @@ int twinflow_cpu_residual_norm(const void* x, int64_t x_batch, int64_t x_row, co
                                         pre_batch, x_out, h_out, batch, seq, dim, eps, dtype, threads);
 }
 
+int twinflow_cpu_residual_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                     int64_t branch_batch, int64_t branch_row, const float* gate, int64_t gate_batch,
+                                     const float* weight, int64_t weight_batch, const float* bias, int64_t bias_batch,
+                                     void* x_out, void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps,
+                                     int dtype, int threads) {
+  return chosen().kernels.residual_layer_norm(x, x_batch, x_row, branch, branch_batch, branch_row, gate, gate_batch,
+                                              weight, weight_batch, bias, bias_batch, x_out, h_out, batch, seq, dim,
+                                              eps, dtype, threads);
+}
+
 int twinflow_cpu_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads) {
   return chosen().kernels.swiglu(x, out, rows, hidden, dtype, threads);
 }
 
-int twinflow_cpu_qk_norm_rope(void* qkv, const float* q_weight, const float* k_weight, const float* cos,
-                              const float* sin, int64_t batch, int64_t rope_batch, int64_t seq, int64_t heads,
-                              int64_t dim, float eps, int dtype, int threads) {
-  return chosen().kernels.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, batch, rope_batch, seq, heads, dim, eps,
+int twinflow_cpu_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype, int threads) {
+  return chosen().kernels.gelu_tanh(x, out, rows, width, dtype, threads);
+}
+
+int twinflow_cpu_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part, void* out,
+                              int64_t out_batch, int64_t out_row, int64_t out_part, const float* q_weight,
+                              const float* k_weight, const float* cos, const float* sin, int64_t angle_batch,
+                              int64_t angle_row, int64_t batch, int64_t seq, int64_t heads, int64_t dim, int parts,
+                              float eps, int dtype, int threads) {
+  return chosen().kernels.qk_norm_rope(qkv, qkv_batch, qkv_row, qkv_part, out, out_batch, out_row, out_part, q_weight,
+                                       k_weight, cos, sin, angle_batch, angle_row, batch, seq, heads, dim, parts, eps,
                                        dtype, threads);
 }
 

@@ -5,9 +5,12 @@
 
 struct twinflow_kernels {
   decltype(&twinflow_cpu_rms_norm) rms_norm;
+  decltype(&twinflow_cpu_layer_norm) layer_norm;
   decltype(&twinflow_cpu_residual_norm) residual_norm;
-  decltype(&twinflow_cpu_swiglu) swiglu;
+  decltype(&twinflow_cpu_residual_layer_norm) residual_layer_norm;
   decltype(&twinflow_cpu_qk_norm_rope) qk_norm_rope;
+  decltype(&twinflow_cpu_swiglu) swiglu;
+  decltype(&twinflow_cpu_gelu_tanh) gelu_tanh;
   decltype(&twinflow_cpu_x0_project) x0_project;
   decltype(&twinflow_cpu_to_uint8) to_uint8;
 };

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: storage types, 16-byte groups, launch status.
+// What the CUDA kernels share: storage types, 16-byte groups, rows of strided tensors, launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,10 +21,81 @@ struct alignas(sizeof(T) * N) Group {
   T v[N];
 };
 
+// How many elements of T make 16 bytes.
+template <class T>
+constexpr int WIDE = 16 / sizeof(T);
+
+// N float32 from global memory, 16 bytes at a time where N allows.
+template <int N>
+__device__ inline void read(const float* from, float* to) {
+  constexpr int W = N < 4 ? N : 4;
+#pragma unroll
+  for (int i = 0; i < N; i += W) {
+    const auto group = *reinterpret_cast<const Group<float, W>*>(from + i);
+#pragma unroll
+    for (int j = 0; j < W; ++j) to[i + j] = group.v[j];
+  }
+}
+
+// N elements of storage as float32, and float32 rounded to storage.
+template <int N, class T>
+__device__ inline void read_as_float(const T* from, float* to) {
+  const auto group = *reinterpret_cast<const Group<T, N>*>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = load(group.v[i]);
+}
+
+template <int N, class T>
+__device__ inline void write_rounded(const float* from, T* to) {
+  Group<T, N> group;
+#pragma unroll
+  for (int i = 0; i < N; ++i) store(&group.v[i], from[i]);
+  *reinterpret_cast<Group<T, N>*>(to) = group;
+}
+
+// The rows of a [batch, seq, dim] tensor, and the weights of one of its samples; strides in elements.
+template <class T>
+struct Rows {
+  T* data;
+  int64_t batch, row;
+  __device__ T* at(int64_t b, int64_t s) const { return data + b * batch + s * row; }
+};
+
+struct Weights {
+  const float* data;
+  int64_t batch;
+  __device__ const float* at(int64_t b) const { return data + b * batch; }
+};
+
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-inline int launched() {
-  const cudaError_t error = cudaGetLastError();
+template <class T>
+bool whole_groups(const Rows<T>& rows, int64_t dim) {
+  constexpr int64_t N = WIDE<T>;
+  return aligned16(rows.data) && dim % N == 0 && rows.batch % N == 0 && rows.row % N == 0;
+}
+
+inline bool whole_groups(const Weights& w) { return aligned16(w.data) && w.batch % 4 == 0; }
+
+struct Shape {
+  int64_t batch, seq, dim;
+  int error() const {
+    if (batch < 0 || seq < 0 || dim < 1 || dim > INT32_MAX) return TWINFLOW_BAD_SHAPE;
+    return seq > 0 && batch > INT32_MAX / seq ? TWINFLOW_BAD_SHAPE : TWINFLOW_OK;  // one block a row
+  }
+  bool empty() const { return batch * seq == 0; }
+};
+
+// Runs `kernel` on `blocks` blocks (0: nothing to do) of `threads` threads.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t blocks, int threads, void* stream, A... arguments) {
+  if (blocks == 0) return TWINFLOW_OK;
+  if (blocks > INT32_MAX) return TWINFLOW_BAD_SHAPE;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
   return error == cudaSuccess ? TWINFLOW_OK : TWINFLOW_CUDA_ERROR + static_cast<int>(error);
 }
 

@@ -1,4 +1,4 @@
-// to_uint8: planar image in [-1, 1] to interleaved bytes, and the library's own status functions.
+// to_uint8: planar image in [-1, 1] to interleaved bytes.
 
 #include "common.cuh"
 
@@ -18,7 +18,8 @@ struct Strides {
 
 // One thread: one byte of the output.
 template <class T>
-__global__ void bytes(const T* image, Strides at, uint8_t* out, int64_t count, int channels, int height, int width) {
+__global__ void __launch_bounds__(THREADS)
+    bytes(const T* image, Strides at, uint8_t* out, int64_t count, int channels, int height, int width) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x;
   if (i >= count) return;
   const int64_t c = i % channels, x = i / channels % width;
@@ -28,8 +29,9 @@ __global__ void bytes(const T* image, Strides at, uint8_t* out, int64_t count, i
 
 // One thread: 16 bytes of each of three planes in, N whole RGB pixels (3 N bytes, as words) out.
 template <class T>
-__global__ void pixels(const T* image, Strides at, uint8_t* out, int64_t count, int height, int width) {
-  constexpr int N = 16 / sizeof(T);
+__global__ void __launch_bounds__(THREADS)
+    pixels(const T* image, Strides at, uint8_t* out, int64_t count, int height, int width) {
+  constexpr int N = WIDE<T>;
   const int64_t i = (blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x) * N;
   if (i >= count) return;
   const int64_t x = i % width, y = i / width % height, b = i / width / height;
@@ -48,7 +50,7 @@ __global__ void pixels(const T* image, Strides at, uint8_t* out, int64_t count, 
 
 template <class T>
 bool whole_groups(const T* image, const Strides& at, const uint8_t* out, int64_t channels, int64_t width) {
-  constexpr int64_t N = 16 / sizeof(T);
+  constexpr int64_t N = WIDE<T>;
   return channels == 3 && at.column == 1 && width % N == 0 && at.row % N == 0 && at.channel % N == 0 &&
          at.batch % N == 0 && aligned16(image) && aligned16(out);
 }
@@ -68,31 +70,14 @@ int twinflow_cuda_to_uint8(const void* image, const int64_t strides[4], uint8_t*
   const int64_t count = batch * height * width;
   if (count == 0) return TWINFLOW_OK;
   if (!(image && strides && out)) return TWINFLOW_NULL_POINTER;
-  if (blocks(count * channels) > INT32_MAX) return TWINFLOW_BAD_SHAPE;
   const Strides at{strides[0], strides[1], strides[2], strides[3]};
-  const auto queue = static_cast<cudaStream_t>(stream);
   return typed(dtype, [&](auto kind) {
     using T = decltype(kind);
     const T* source = static_cast<const T*>(image);
+    const int rows = static_cast<int>(height), columns = static_cast<int>(width);
     if (whole_groups(source, at, out, channels, width))
-      pixels<T><<<blocks(count / (16 / sizeof(T))), THREADS, 0, queue>>>(source, at, out, count, height, width);
-    else
-      bytes<T><<<blocks(count * channels), THREADS, 0, queue>>>(source, at, out, count * channels, channels, height,
-                                                                 width);
-    return launched();
+      return launch(pixels<T>, blocks(count / WIDE<T>), THREADS, stream, source, at, out, count, rows, columns);
+    return launch(bytes<T>, blocks(count * channels), THREADS, stream, source, at, out, count * channels,
+                  static_cast<int>(channels), rows, columns);
   });
-}
-
-int twinflow_cuda_abi_version(void) { return TWINFLOW_ABI_VERSION; }
-
-const char* twinflow_cuda_error_message(int status) {
-  if (status >= TWINFLOW_CUDA_ERROR) return cudaGetErrorString(static_cast<cudaError_t>(status - TWINFLOW_CUDA_ERROR));
-  switch (status) {
-    case TWINFLOW_OK: return "no error";
-    case TWINFLOW_NULL_POINTER: return "a required pointer is NULL";
-    case TWINFLOW_BAD_SHAPE: return "a size or stride is out of range for this kernel";
-    case TWINFLOW_BAD_DTYPE: return "the dtype is none of twinflow_dtype";
-    case TWINFLOW_TOO_WIDE: return "rows are too wide for this kernel; see twinflow_rt.h";
-    default: return "unknown status";
-  }
 }

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define TWINFLOW_ABI_VERSION 2
+#define TWINFLOW_ABI_VERSION 3
 
 typedef enum { TWINFLOW_F32 = 0, TWINFLOW_BF16 = 1 } twinflow_dtype;
 
@@ -52,6 +52,11 @@ TWINFLOW_API int twinflow_cpu_rms_norm(const void* x, int64_t x_batch, int64_t x
                                        int64_t weight_batch, void* out, int64_t batch, int64_t seq, int64_t dim,
                                        float eps, int dtype, int threads);
 
+/* out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias; weight and bias may be NULL. */
+TWINFLOW_API int twinflow_cpu_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                         int64_t weight_batch, const float* bias, int64_t bias_batch, void* out,
+                                         int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads);
+
 /* x_out = x + rms_norm(branch, post);  h_out = rms_norm(x_out, pre), read from the rounded x_out.
  * x, branch: [batch, seq, dim]; x_out, h_out: the same, contiguous. pre and h_out may both be NULL. */
 TWINFLOW_API int twinflow_cpu_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
@@ -60,15 +65,33 @@ TWINFLOW_API int twinflow_cpu_residual_norm(const void* x, int64_t x_batch, int6
                                             void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
                                             int threads);
 
+/* x_out = x + gate * branch;  h_out = layer_norm(x_out, weight, bias), read from the rounded x_out.
+ * gate, weight and bias may be NULL. */
+TWINFLOW_API int twinflow_cpu_residual_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                                  int64_t branch_batch, int64_t branch_row, const float* gate,
+                                                  int64_t gate_batch, const float* weight, int64_t weight_batch,
+                                                  const float* bias, int64_t bias_batch, void* x_out, void* h_out,
+                                                  int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
+                                                  int threads);
+
 /* out[r, i] = silu(x[r, i]) * x[r, hidden + i].   x: [rows, 2 * hidden], out: [rows, hidden], contiguous. */
 TWINFLOW_API int twinflow_cpu_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads);
 
-/* In place on q and k of qkv [batch, seq, 3, heads, dim] contiguous: rms_norm of every head by q_weight
- * or k_weight (float32 [dim]), rounded to storage, then (x[2i] + j x[2i+1]) * (cos[i] + j sin[i]).
- * cos, sin: float32 [rope_batch, seq, dim / 2], rope_batch being 1 or batch. dim must be even. */
-TWINFLOW_API int twinflow_cpu_qk_norm_rope(void* qkv, const float* q_weight, const float* k_weight, const float* cos,
-                                           const float* sin, int64_t batch, int64_t rope_batch, int64_t seq,
-                                           int64_t heads, int64_t dim, float eps, int dtype, int threads);
+/* out = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).   x, out: [rows, width], contiguous. */
+TWINFLOW_API int twinflow_cpu_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype,
+                                        int threads);
+
+/* From q | k | v of every token to attention's operands: rms_norm of every head of q and k by q_weight or
+ * k_weight (float32 [dim]), rounded to storage, then (x[2i] + j x[2i+1]) * (cos[i] + j sin[i]).
+ * A token's q, k and v are heads * dim elements each, `part` elements apart; out may be qkv itself. parts:
+ * 2 writes q and k, 3 copies v as well. cos, sin: float32 rows of dim / 2, angle_batch 0 where all samples
+ * share them. dim must be even. */
+TWINFLOW_API int twinflow_cpu_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part,
+                                           void* out, int64_t out_batch, int64_t out_row, int64_t out_part,
+                                           const float* q_weight, const float* k_weight, const float* cos,
+                                           const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch,
+                                           int64_t seq, int64_t heads, int64_t dim, int parts, float eps, int dtype,
+                                           int threads);
 
 /* out = x - t * velocity, elementwise over n contiguous elements: the clean end of a TwinFlow path. */
 TWINFLOW_API int twinflow_cpu_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t, int dtype,
@@ -79,8 +102,8 @@ TWINFLOW_API int twinflow_cpu_x0_project(const void* x, const void* velocity, vo
 TWINFLOW_API int twinflow_cpu_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch,
                                        int64_t channels, int64_t height, int64_t width, int dtype, int threads);
 
-/* The same three on a GPU. Rows of at most 16384 bfloat16 or 8192 float32; rows that are not whole
- * 16-byte groups, or not aligned to 16 bytes, at most 2048. */
+/* On a GPU. Rows of at most 16384 bfloat16 or 8192 float32; rows that are not whole 16-byte groups, or
+ * not aligned to 16 bytes, at most 2048. batch * seq stays below 2^31; offsets may exceed it. */
 TWINFLOW_API int twinflow_cuda_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
                                         int64_t weight_batch, void* out, int64_t batch, int64_t seq, int64_t dim,
                                         float eps, int dtype, void* stream);
@@ -91,8 +114,39 @@ TWINFLOW_API int twinflow_cuda_residual_norm(const void* x, int64_t x_batch, int
                                              void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps,
                                              int dtype, void* stream);
 
+TWINFLOW_API int twinflow_cuda_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                          int64_t weight_batch, const float* bias, int64_t bias_batch, void* out,
+                                          int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_residual_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                                   int64_t branch_batch, int64_t branch_row, const float* gate,
+                                                   int64_t gate_batch, const float* weight, int64_t weight_batch,
+                                                   const float* bias, int64_t bias_batch, void* x_out, void* h_out,
+                                                   int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
+                                                   void* stream);
+
+/* dim: at most 256. */
+TWINFLOW_API int twinflow_cuda_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part,
+                                            void* out, int64_t out_batch, int64_t out_row, int64_t out_part,
+                                            const float* q_weight, const float* k_weight, const float* cos,
+                                            const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch,
+                                            int64_t seq, int64_t heads, int64_t dim, int parts, float eps, int dtype,
+                                            void* stream);
+
+TWINFLOW_API int twinflow_cuda_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype,
+                                         void* stream);
+
+TWINFLOW_API int twinflow_cuda_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t,
+                                          int dtype, void* stream);
+
 TWINFLOW_API int twinflow_cuda_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch,
                                         int64_t channels, int64_t height, int64_t width, int dtype, void* stream);
+
+/* TWINFLOW_OK if the driver can run this library's kernels on the current device; otherwise why not:
+ * no device, a driver older than the library, a GPU the library has no code for. */
+TWINFLOW_API int twinflow_cuda_usable(void);
 
 /* Text for TWINFLOW_CUDA_ERROR + cudaError_t, and for every other status. */
 TWINFLOW_API const char* twinflow_cuda_error_message(int status);

@@ -29,6 +29,15 @@ static double factor(const float* x, int64_t dim, double eps) {
   return 1 / sqrt(sum / (double)dim + eps);
 }
 
+/* The mean of a row, and 1 / sqrt(variance + eps). */
+static double centre(const float* x, int64_t dim, double eps, double* scale) {
+  double sum = 0, squares = 0;
+  for (int64_t i = 0; i < dim; ++i) sum += x[i];
+  for (int64_t i = 0; i < dim; ++i) squares += (x[i] - sum / (double)dim) * (x[i] - sum / (double)dim);
+  *scale = 1 / sqrt(squares / (double)dim + eps);
+  return sum / (double)dim;
+}
+
 static void close_to(float got, double want) { EXPECT(fabs(got - want) <= 1e-5 * (1 + fabs(want))); }
 
 static void norms(int64_t batch, int64_t seq, int64_t dim) {
@@ -50,6 +59,21 @@ static void norms(int64_t batch, int64_t seq, int64_t dim) {
   for (int64_t r = 0; r < batch * seq; ++r)
     for (int64_t i = 0; i < dim; ++i)
       close_to(h[r * dim + i], x[r * row + i] * factor(x + r * row, dim, 1e-5) * pre[i]);
+  EXPECT(!twinflow_cpu_residual_layer_norm(x, seq * row, row, branch, seq * dim, dim, post, dim, pre, 0, NULL, 0, sum,
+                                           h, batch, seq, dim, 1e-3f, TWINFLOW_F32, 3));
+  for (int64_t r = 0; r < batch * seq; ++r) {
+    double scale, mean = centre(sum + r * dim, dim, 1e-3, &scale);
+    for (int64_t i = 0; i < dim; ++i) {
+      close_to(sum[r * dim + i], x[r * row + i] + branch[r * dim + i] * post[r / seq * dim + i]);
+      close_to(h[r * dim + i], (sum[r * dim + i] - mean) * scale * pre[i]);
+    }
+  }
+  EXPECT(!twinflow_cpu_layer_norm(x, seq * row, row, NULL, 0, post, dim, h, batch, seq, dim, 1e-3f, TWINFLOW_F32, 2));
+  for (int64_t r = 0; r < batch * seq; ++r) {
+    double scale, mean = centre(x + r * row, dim, 1e-3, &scale);
+    for (int64_t i = 0; i < dim; ++i)
+      close_to(h[r * dim + i], (x[r * row + i] - mean) * scale + post[r / seq * dim + i]);
+  }
   free(x), free(branch), free(post), free(pre), free(sum), free(h);
 }
 
@@ -62,6 +86,11 @@ static void pointwise(int64_t rows, int64_t hidden) {
       const double a = x[2 * r * hidden + i], b = x[(2 * r + 1) * hidden + i];
       close_to(out[r * hidden + i], a / (1 + exp(-a)) * b);
     }
+  EXPECT(!twinflow_cpu_gelu_tanh(x, out, rows, hidden, TWINFLOW_F32, 2));
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = x[i];
+    close_to(out[i], v / 2 * (1 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))));
+  }
   EXPECT(!twinflow_cpu_x0_project(x, x + n, out, n, 0.25f, TWINFLOW_F32, 2));
   for (int64_t i = 0; i < n; ++i) close_to(out[i], x[i] - 0.25 * x[n + i]);
   free(x), free(out);
@@ -69,10 +98,16 @@ static void pointwise(int64_t rows, int64_t hidden) {
 
 static void rotary(int64_t batch, int64_t seq, int64_t heads, int64_t dim) {
   const int64_t row = 3 * heads * dim, n = batch * seq * row;
-  float *qkv = numbers(n, 9), *before = malloc((size_t)n * sizeof *before), *w = numbers(dim, 10);
+  float *qkv = numbers(n, 9), *before = malloc((size_t)n * sizeof *before), *joint = numbers(n, 14);
+  float* w = numbers(dim, 10);
   float *cos = numbers(seq * dim / 2, 11), *sin = numbers(seq * dim / 2, 12);
   memcpy(before, qkv, (size_t)n * sizeof *qkv);
-  EXPECT(!twinflow_cpu_qk_norm_rope(qkv, w, w, cos, sin, batch, 1, seq, heads, dim, 1e-5f, TWINFLOW_F32, 2));
+  const int64_t part = heads * dim;
+  EXPECT(!twinflow_cpu_qk_norm_rope(qkv, seq * row, row, part, joint, seq * row, row, part, w, w, cos, sin, 0, dim / 2,
+                                    batch, seq, heads, dim, 3, 1e-5f, TWINFLOW_F32, 2));
+  EXPECT(!twinflow_cpu_qk_norm_rope(qkv, seq * row, row, part, qkv, seq * row, row, part, w, w, cos, sin, 0, dim / 2,
+                                    batch, seq, heads, dim, 2, 1e-5f, TWINFLOW_F32, 2));
+  EXPECT(!memcmp(joint, qkv, (size_t)n * sizeof *qkv));
   for (int64_t r = 0; r < batch * seq; ++r)
     for (int64_t h = 0; h < 3 * heads; ++h)
       for (int64_t i = 0; i < dim; i += 2) {
@@ -82,7 +117,7 @@ static void rotary(int64_t batch, int64_t seq, int64_t heads, int64_t dim) {
         close_to(new[0], h < 2 * heads ? re * c - im * s : old[i]);
         close_to(new[1], h < 2 * heads ? re * s + im * c : old[i + 1]);
       }
-  free(qkv), free(before), free(w), free(cos), free(sin);
+  free(qkv), free(before), free(joint), free(w), free(cos), free(sin);
 }
 
 static void pixels(int64_t height, int64_t width) {
@@ -115,7 +150,8 @@ static void errors(void) {
   EXPECT(twinflow_cpu_swiglu(v, NULL, 1, 2, TWINFLOW_F32, 1) == TWINFLOW_NULL_POINTER);
   EXPECT(twinflow_cpu_swiglu(v, v, 1, 0, TWINFLOW_F32, 1) == TWINFLOW_BAD_SHAPE);
   EXPECT(twinflow_cpu_swiglu(v, v, 1, 2, 7, 1) == TWINFLOW_BAD_DTYPE);
-  EXPECT(twinflow_cpu_qk_norm_rope(v, v, v, v, v, 3, 2, 1, 1, 2, 0, TWINFLOW_F32, 1) == TWINFLOW_BAD_SHAPE);
+  EXPECT(twinflow_cpu_qk_norm_rope(v, 0, 0, 1, v, 0, 0, 1, v, v, v, v, 0, 0, 1, 1, 1, 1, 2, 0, TWINFLOW_F32, 1) ==
+         TWINFLOW_BAD_SHAPE);
   EXPECT(twinflow_cpu_swiglu(NULL, NULL, 0, 2, TWINFLOW_F32, 1) == TWINFLOW_OK);
   EXPECT(strstr(twinflow_error_message(TWINFLOW_NULL_POINTER), "NULL") != NULL);
   EXPECT(strcmp(twinflow_error_message(-1), "unknown status") == 0);

@@ -1,5 +1,5 @@
-"""What the compilers say of the native code: the C interface is C99, no access leaves its arrays, and no
-GPU kernel spills registers."""
+"""What the compilers say of the native code: the C interface is C99, no access leaves its arrays, no GPU
+kernel spills registers, and a launch that cannot work is refused with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twinflow_rt import native
+from twinflow_rt import library
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
@@ -30,49 +30,90 @@ def test_c_interface_under_the_sanitizers(tmp_path):
     assert "C interface: ok" in out
 
 
+ARCHS = ("90", *(pytest.param(sm, marks=pytest.mark.full) for sm in ("80", "86", "89", "100", "120")))
+# stem -> kernels (instantiations), most registers of one: 128 lets 512 threads of a norm live on a multiprocessor
+KERNELS = {"norm": (32, 128), "rope": (4, 64), "mlp": (8, 40), "sample": (4, 32), "decode": (4, 40), "library": (1, 16)}
+
+
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("stem", ["norm", "decode"])
-def test_gpu_kernels_do_not_spill(stem, tmp_path):
+@pytest.mark.parametrize("sm", ARCHS)
+@pytest.mark.parametrize("stem", KERNELS)
+def test_gpu_kernels_live_in_registers(stem, sm, tmp_path):
     source, include = ROOT / "csrc" / "cuda" / f"{stem}.cu", ROOT / "csrc" / "include"
     report = run(
-        NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-I{include}", str(source), "-o",
-        str(tmp_path / "out.cubin"),
+        NVCC, "-std=c++17", "-O3", f"-arch=sm_{sm}", "-cubin", "-Xptxas", "-v", "-Xcompiler=-Wall,-Wextra,-Werror",
+        f"-I{include}", str(source), "-o", str(tmp_path / "out.cubin"),
     )  # fmt: skip
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    assert len(registers) == {"norm": 24, "decode": 4}[stem]  # one per instantiation
-    assert spills and max(spills) == 0 and max(registers) <= 128
+    local = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill|lmem)", report)]
+    count, most = KERNELS[stem]
+    assert len(registers) == count and local and max(local) == 0 and max(registers) <= most
 
 
-def cuda_kernels() -> native.CudaKernels:
-    if reason := native.unavailable_reason("cuda"):
+def test_every_gpu_source_is_built_and_checked():
+    stems = {p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    listed = re.search(r"set\(stems ([a-z ]+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert stems == set(KERNELS) == set(listed.group(1).split())
+
+
+def cuda_kernels() -> library.CudaKernels:
+    if reason := library.unavailable_reason("cuda"):
         if NVCC:
             pytest.fail(reason)  # the build finds the same nvcc
         pytest.skip(reason)
-    return native._load("cuda")
+    return library.load("cuda")
 
 
 def test_gpu_library_names_its_errors():
     kernels = cuda_kernels()
-    assert kernels.abi_version == native.ABI_VERSION
-    shape = (1, 1, 8, 1e-5)
+    assert kernels.abi_version == library.ABI_VERSION
+    shape, far = (1, 1, 8, 1e-5), 2**31
     with pytest.raises(RuntimeError, match="pointer is NULL"):
         kernels.rms_norm(0, 8, 8, 0, 0, 0, *shape, 0, 0)
     with pytest.raises(RuntimeError, match="none of twinflow_dtype"):
         kernels.rms_norm(16, 8, 8, 16, 0, 16, *shape, 5, 0)
-    with pytest.raises(RuntimeError, match="too wide"):
-        kernels.rms_norm(16, 8, 8, 16, 0, 16, 1, 1, 2**20, 1e-5, 0, 0)
+    for too_wide in (
+        lambda: kernels.rms_norm(16, 8, 8, 16, 0, 16, 1, 1, 2**20, 1e-5, 0, 0),
+        lambda: kernels.qk_norm_rope(16, 0, 0, 512, 16, 0, 0, 512, *[16] * 4, 0, 256, 1, 1, 1, 512, 2, 1e-5, 0, 0),
+    ):
+        with pytest.raises(RuntimeError, match="too wide"):
+            too_wide()
+    # more blocks than a grid has; nothing is launched, and no product overflows on the way to the answer
+    for out_of_range in (
+        lambda: kernels.rms_norm(16, 8, 8, 16, 0, 16, far, far, 8, 1e-5, 0, 0),
+        lambda: kernels.layer_norm(16, 8, 8, 16, 0, 0, 0, 16, 2, far // 2, 8, 1e-5, 1, 0),
+        lambda: kernels.qk_norm_rope(16, 0, 0, 8, 16, 0, 0, 8, *[16] * 4, 0, 4, far, 1, 1, 8, 2, 1e-5, 0, 0),
+        lambda: kernels.qk_norm_rope(16, 0, 0, 8, 16, 0, 0, 8, *[16] * 4, 0, 4, 1, 1, 1, 7, 2, 1e-5, 0, 0),
+        lambda: kernels.swiglu(16, 16, far, 8, 0, 0),
+        lambda: kernels.gelu_tanh(16, 16, 1, far, 0, 0),
+        lambda: kernels.x0_project(16, 16, 16, 2**43, 1.0, 1, 0),
+        lambda: kernels.to_uint8(16, (1, 1, 1, 1), 16, 2**20, 3, 2**16, 2**16, 0, 0),
+    ):
+        with pytest.raises(RuntimeError, match="out of range"):
+            out_of_range()
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"CUDA driver|CUDA-capable"):
             kernels.rms_norm(16, 8, 8, 16, 0, 16, *shape, 0, 0)
+        assert re.search("CUDA driver|CUDA-capable", kernels.problem())
+        assert library.unusable_reason() == "torch finds no CUDA device"
 
 
 def test_absent_gpu_library_is_a_reason(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / "absent.so")
-    native._load.cache_clear()
-    assert "TWINFLOW_CUDA=ON" in native.unavailable_reason("cuda")
-    (tmp_path / "absent.so").write_bytes(b"not a library")
-    native._load.cache_clear()
-    assert "do not load" in native.unavailable_reason("cuda")
-    native._load.cache_clear()
-    assert "not on mps" in native.unavailable_reason("mps")
+    monkeypatch.setattr(library, "CUDA_LIBRARY", tmp_path / "absent.so")
+    try:
+        library.load.cache_clear()
+        assert "TWINFLOW_CUDA=ON" in library.unavailable_reason("cuda")
+        (tmp_path / "absent.so").write_bytes(b"not a library")
+        library.load.cache_clear()
+        assert "do not load" in library.unavailable_reason("cuda")
+        assert "not on mps" in library.unavailable_reason("mps")
+    finally:
+        library.load.cache_clear()
+
+
+def test_a_driver_that_refuses_is_a_reason(monkeypatch):
+    """A driver older than the CUDA runtime inside the library, or a GPU it has no code for."""
+    cuda_kernels()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(library.CudaKernels, "problem", lambda self: "no kernel image is available")
+    assert library.unusable_reason() == "the driver refuses the GPU kernels: no kernel image is available"

@@ -1,137 +1,177 @@
-"""Native CPU kernels against float64 arithmetic: no further off than twice the eager reference."""
+"""The native kernels against float64 arithmetic: no further off than twice the eager reference.
+
+The same tests run on the CPU kernels, on the CUDA kernels in an emulator (tests/native/emulator: the
+CUDA sources compiled for the CPU) and, where there is one, on a GPU.
+"""
 
 from __future__ import annotations
+
+import mmap
 
 import pytest
 import torch
 
-from twinflow_rt import native, ops
+from twinflow_rt import library, native, ops
+from twinflow_rt.bench.op_cases import SIZES, Sizes, cases, exact_layer, exact_rms, exact_rope, judge
 from twinflow_rt.errors import DeviceError
-from twinflow_rt.ops.select import Target, select
+from twinflow_rt.ops.select import NATIVE, Target, select
 
 DTYPES = (torch.float32, torch.bfloat16)
-SHAPES = ((1, 1, 8), (2, 37, 199), (3, 5, 760), (1, 33, 1128), (2, 0, 16))
-
-
-@pytest.fixture(autouse=True)
-def built(nan_poison):
-    if reason := native.unavailable_reason():
-        pytest.fail(reason)  # `make test` builds it: absence is a defect, not a reason to skip
+ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
+EPS = 1e-5
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
-def judge(got, eager, exact):
-    """The error rule, over all elements; a floor of one rounding for results the reference has exact."""
-    assert got.dtype == eager.dtype and got.shape == exact.shape and not got.isnan().any()
-    if not exact.numel():
-        return
-    worst = lambda x: (x.double() - exact).abs().max().item()
-    floor = torch.finfo(got.dtype).eps * exact.abs().max().item()
-    assert worst(got) <= 2 * worst(eager) + floor / 2
-
-
-def weights(shape, per_sample, seed):
-    b, _, d = shape
-    return 1 + 0.3 * (draw(b, 1, d, seed=seed) if per_sample else draw(d, seed=seed))
-
-
-def exact_rms(x, w, eps):
-    x = x.double()
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w.double()
+def check(got, eager, *exact):
+    got = tuple(x.cpu() for x in got) if isinstance(got, tuple) else got.cpu()
+    problem = judge(got, eager, exact)
+    assert problem is None, problem
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_rms_norm(shape, dtype, per_sample):
-    x, w = draw(*shape, dtype=dtype), weights(shape, per_sample, 1)
-    judge(native.rms_norm(x, w, 1e-5), ops.rms_norm(x, w, 1e-5), exact_rms(x, w, 1e-5))
+@pytest.mark.parametrize("sizes", [SIZES["tiny"], ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize("op", NATIVE)
+def test_ops(at, op, sizes, dtype):
+    (case,) = (c for c in cases(sizes, dtype, "cpu", batch=2) if c.op == op)
+    got = getattr(native, op)(*at(case.inputs()))
+    check(got, getattr(ops.EAGER, op)(*case.inputs()), *case.exact(*case.inputs()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 5, 199), (3, 2, 760), (1, 2, 3840), (1, 1, 8192), (2, 0, 16)])
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_residual_norm(shape, dtype, per_sample):
+def test_norms(at, shape, dtype, per_sample):
     x, branch = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=5)
-    post, pre = weights(shape, per_sample, 1), weights(shape, per_sample, 2)
-    total = x.double() + exact_rms(branch, post, 1e-5)
-    got, eager = native.residual_norm(x, branch, post, pre, 1e-5), ops.residual_norm(x, branch, post, pre, 1e-5)
-    judge(got[0], eager[0], total)
-    judge(got[1], eager[1], exact_rms(eager[0], pre, 1e-5))
-    alone, nothing = native.residual_norm(x, branch, post, None, 1e-5)
-    assert nothing is None and torch.equal(alone, got[0])
+    wide = (shape[0], 1, shape[2]) if per_sample else (shape[2],)
+    w, bias = 1 + 0.3 * draw(*wide, seed=1), 0.3 * draw(*wide, seed=2)
+    if not x.numel():
+        assert native.rms_norm(*at((x, w, EPS))).shape == native.layer_norm(*at((x, w, EPS))).shape == shape
+        return
+    check(native.rms_norm(*at((x, w, EPS))), ops.rms_norm(x, w, EPS), exact_rms(x, w, EPS))
+    for scale, shift in ((w, bias), (None, bias), (None, None)):
+        got = native.layer_norm(*at((x, scale, EPS, shift)))
+        check(got, ops.layer_norm(x, scale, EPS, shift), exact_layer(x, scale, EPS, shift))
+    total, h = native.residual_norm(*at((x, branch, w, bias, EPS)))
+    check(total, ops.residual_norm(x, branch, w, None, EPS)[0], x.double() + exact_rms(branch, w, EPS))
+    check(h, ops.rms_norm(total.cpu(), bias, EPS), exact_rms(total.cpu(), bias, EPS))  # of the sum as stored
+    alone, nothing = native.residual_norm(*at((x, branch, w, None, EPS)))
+    assert nothing is None and torch.equal(alone, total)
+    for gate in (bias, None):
+        total, h = native.residual_layer_norm(*at((x, branch, gate, w, None, EPS)))
+        gated = branch.double() if gate is None else branch.double() * gate.double()
+        check(total, ops.residual_layer_norm(x, branch, gate, None, None, EPS)[0], x.double() + gated)
+        check(h, ops.layer_norm(total.cpu(), w, EPS), exact_layer(total.cpu(), w, EPS, None))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hidden", [1, 37, 341, 512])
-def test_swiglu(dtype, hidden):
-    x = 4 * draw(3, 7, 2 * hidden, dtype=dtype)
-    a, b = x.double().chunk(2, -1)
-    judge(native.swiglu(x), ops.swiglu(x), a * a.sigmoid() * b)
+@pytest.mark.parametrize("head_dim", [2, 6, 24, 64, 96, 128, 192, 256])
+def test_rope_head_dims(at, head_dim, dtype):
+    qkv, w = draw(1, 2, 3 * 2 * head_dim, dtype=dtype), 1 + 0.3 * draw(head_dim)
+    angle = 6 * draw(1, 2, head_dim // 2)
+    tables = (w, 2 * w, angle.cos(), angle.sin())
+    q, k, v = qkv.unflatten(-1, (3, 2, head_dim)).unbind(-3)
+    exact = [exact_rope(x, t, *tables[2:], EPS) for x, t in ((q, w), (k, 2 * w))]
+    got = native.qk_norm_rope(*at((qkv.clone(), *tables, 2, EPS)))
+    check(got, ops.qk_norm_rope(qkv, *tables, 2, EPS), *exact, v.double())
 
 
-def test_swiglu_at_the_ends_of_the_range():
-    x = torch.tensor([[-1e30, -200.0, -88.5, 88.5, 1e30, float("nan"), 1, 1, 1, 1, 1, 1]])
-    got = native.swiglu(x)
-    torch.testing.assert_close(got, ops.swiglu(x), equal_nan=True, atol=1e-30, rtol=1e-6)
+def test_rope_in_place_between_gaps(at):
+    """Strided tokens, angles per sample: q and k are rewritten, v and what lies between stays."""
+    for dtype, head_dim in ((torch.bfloat16, 16), (torch.float32, 6)):
+        buffer = torch.full((2, 9, 3 * 2 * head_dim + 8), torch.nan, dtype=dtype)
+        view = buffer[:, 1::2, 8:]
+        view.copy_(draw(2, 4, 3 * 2 * head_dim, dtype=dtype))
+        source, angle = view.clone(), 6 * draw(2, 4, head_dim // 2)
+        tables = (1 + draw(head_dim), 1 + draw(head_dim, seed=1), angle.cos(), angle.sin(), 2, EPS)
+        eager = ops.qk_norm_rope(source, *tables)
+        on_device = at(buffer)
+        native.qk_norm_rope(on_device[:, 1::2, 8:], *at(tables))
+        result = on_device.cpu()
+        for y, reference in zip(result[:, 1::2, 8:].unflatten(-1, (3, 2, -1)).unbind(-3), eager, strict=True):
+            torch.testing.assert_close(y, reference)
+        result[:, 1::2, 8:] = torch.nan
+        assert result.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [(1, 1, 1, 2), (2, 37, 3, 24), (3, 5, 2, 64), (1, 33, 4, 128), (2, 0, 2, 8)])
-@pytest.mark.parametrize("shared", [False, True])
-def test_qk_norm_rope(case, dtype, shared):
-    b, s, h, d = case
-    qkv, wq, wk = draw(b, s, 3 * h * d, dtype=dtype), 1 + 0.3 * draw(d), 1 + 0.3 * draw(d, seed=1)
-    angle = 6 * draw(1 if shared else b, s, d // 2)
-    cos, sin = angle.cos(), angle.sin()
-    eager = ops.qk_norm_rope(qkv.clone(), wq, wk, cos, sin, h, 1e-5)
-    values = qkv.double().unflatten(-1, (3, h, d)).unbind(-3)
-    got = native.qk_norm_rope(qkv.clone(), wq, wk, cos, sin, h, 1e-5)
-    for i, w in enumerate((wq, wk)):
-        x = torch.view_as_complex(exact_rms(values[i], w, 1e-5).unflatten(-1, (-1, 2)).contiguous())
-        turn = torch.complex(cos.double(), sin.double()).unsqueeze(-2)
-        judge(got[i], eager[i], torch.view_as_real(x * turn).flatten(-2))
-    assert torch.equal(got[2], eager[2])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 37, 19), (3, 1, 8, 64)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_to_uint8_is_exact(shape, dtype, layout):
-    image = (1.5 * draw(*shape, dtype=dtype)).contiguous(memory_format=layout)
-    assert torch.equal(native.to_uint8(image), ops.to_uint8(image))
-
-
-def test_strided_rows_and_slices():
-    wide, w = draw(4, 9, 64), 1 + draw(32)
-    for x in (wide[..., :32], wide[:, :5, 32:], wide.transpose(0, 1)[..., ::2]):
-        torch.testing.assert_close(native.rms_norm(x, w, 1e-5), ops.rms_norm(x, w, 1e-5))
-    x, branch, each = wide[:, 2:7, :32], wide[:, :5, 32:], 1 + draw(4, 1, 32)
-    got, eager = native.residual_norm(x, branch, each, w, 1e-5), ops.residual_norm(x, branch, each, w, 1e-5)
+def test_strided_rows_slices_and_any_rank(at):
+    wide, w = at(draw(4, 9, 64)), at(1 + draw(64))
+    views = wide[..., :32], wide[:, :5, 32:], wide[..., 5:38], wide.transpose(0, 1)[..., ::2], wide[0], wide[:, :, None]
+    for x in views:
+        weight = w[: x.shape[-1]]
+        torch.testing.assert_close(native.rms_norm(x, weight, EPS), ops.rms_norm(x, weight, EPS))
+        torch.testing.assert_close(native.layer_norm(x, None, EPS), ops.layer_norm(x, None, EPS))
+    x, branch, each = wide[:, 2:7, :32], wide[:, :5, 32:], at(1 + draw(4, 3, 1, 32)).unbind(1)
+    got, eager = native.residual_norm(x, branch, *each[:2], EPS), ops.residual_norm(x, branch, *each[:2], EPS)
+    torch.testing.assert_close(got, eager)
+    got, eager = (f.residual_layer_norm(x, branch, *each, EPS) for f in (native, ops))
     torch.testing.assert_close(got, eager)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 3, 37, 19), (3, 1, 8, 64), (2, 3, 16, 64)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_to_uint8_is_exact(at, shape, dtype, layout):
+    image = (1.5 * draw(*shape, dtype=dtype)).contiguous(memory_format=layout)
+    assert torch.equal(native.to_uint8(at(image)).cpu(), ops.to_uint8(image))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (37,), (2, 3, 5, 7), (0, 4)])
-def test_x0_project(dtype, shape):
+def test_x0_project(at, dtype, shape):
     x, v = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=3)
-    judge(native.x0_project(x, v, 0.7), ops.x0_project(x, v, 0.7), x.double() - 0.7 * v.double())
-    assert torch.equal(native.x0_project(x, v), ops.x0_project(x, v))
+    if x.numel():
+        check(native.x0_project(*at((x, v, 0.7))), ops.x0_project(x, v, 0.7), x.double() - 0.7 * v.double())
+    assert torch.equal(native.x0_project(*at((x, v))).cpu(), ops.x0_project(x, v))
+
+
+def test_activations_at_the_ends_of_the_range(at):
+    x = torch.tensor([[-1e30, -200.0, -88.5, 88.5, 1e30, float("nan"), 1, 1, 1, 1, 1, 1]])
+    torch.testing.assert_close(native.swiglu(at(x)).cpu(), ops.swiglu(x), equal_nan=True, atol=1e-30, rtol=1e-6)
+    x = torch.tensor([[-1e9, -200.0, -9.0, -1e-20, 0.0, 1e-20, 9.0, 1e9, float("nan")]])
+    # 1 + tanh cancels: the reference has 0 where the value is 1e-28
+    torch.testing.assert_close(native.gelu_tanh(at(x)).cpu(), ops.gelu_tanh(x), equal_nan=True, atol=1e-27, rtol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["cpu", "emulated"])
+def test_offsets_beyond_32_bits(place, request, monkeypatch):
+    """Two samples more than 2^31 elements apart, in memory that is reserved and hardly touched."""
+    if place == "emulated":
+        kernels = request.getfixturevalue("emulated")
+        monkeypatch.setattr(library, "load", lambda device: kernels)
+    batch, dim = 2**31 + 64, 64
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (batch + 2 * 3 * dim), flags=flags), dtype=torch.bfloat16)
+    x = memory.as_strided((2, 2, 3 * dim), (batch, 3 * dim, 1))
+    x.copy_(draw(2, 2, 3 * dim))
+    dense, w = x.contiguous(), 1 + draw(3 * dim)
+    angle = draw(1, 2, dim // 2)
+    torch.testing.assert_close(native.rms_norm(x, w, EPS), ops.rms_norm(dense, w, EPS))
+    torch.testing.assert_close(native.layer_norm(x, w, EPS), ops.layer_norm(dense, w, EPS))
+    for f in ("residual_norm", "residual_layer_norm"):
+        rest = (w, w, EPS) if f == "residual_norm" else (w, w, w, EPS)
+        torch.testing.assert_close(getattr(native, f)(x, x, *rest), getattr(ops, f)(dense, dense, *rest))
+    tables = (w[:dim], w[:dim], angle.cos(), angle.sin(), 1, EPS)
+    torch.testing.assert_close(native.qk_norm_rope(x, *tables), ops.qk_norm_rope(dense, *tables))
+    image = memory.as_strided((2, 3, 2, 8), (batch, 16, 8, 1))
+    assert torch.equal(native.to_uint8(image), ops.to_uint8(image.contiguous()))
 
 
 def test_wrong_arguments_are_refused_before_the_kernel():
     x, w = draw(2, 3, 8), 1 + draw(8)
     for call, error in [
-        (lambda: native.rms_norm(x, w[:7], 1e-5), ValueError),
-        (lambda: native.rms_norm(x, w.expand(3, 1, 8), 1e-5), ValueError),
-        (lambda: native.rms_norm(x, w.double(), 1e-5), TypeError),
-        (lambda: native.rms_norm(x.half(), w, 1e-5), TypeError),
-        (lambda: native.residual_norm(x, x[:1], w, w, 1e-5), ValueError),
+        (lambda: native.rms_norm(x, w[:7], EPS), ValueError),
+        (lambda: native.rms_norm(x, w.expand(3, 1, 8), EPS), ValueError),
+        (lambda: native.rms_norm(x, w.double(), EPS), TypeError),
+        (lambda: native.rms_norm(x.half(), w, EPS), TypeError),
+        (lambda: native.layer_norm(x, w, EPS, w[:7]), ValueError),
+        (lambda: native.residual_norm(x, x[:1], w, w, EPS), ValueError),
+        (lambda: native.residual_layer_norm(x, x.bfloat16(), w, w, w, EPS), ValueError),
         (lambda: native.swiglu(draw(2, 7)), ValueError),
-        (lambda: native.qk_norm_rope(x, w, w, x, x, 1, 1e-5), ValueError),
+        (lambda: native.qk_norm_rope(x, w, w, x, x, 1, EPS), ValueError),
+        (lambda: native.joint_qk_norm_rope((x, x[:1]), (w, w), (w, w), *[draw(2, 6, 8)] * 2, 1, EPS), ValueError),
         (lambda: native.x0_project(x, x.bfloat16()), ValueError),
     ]:
         with pytest.raises(error):
@@ -140,14 +180,20 @@ def test_wrong_arguments_are_refused_before_the_kernel():
 
 def test_ops_keep_torchs_rules():
     """Schemas, fakes and mutation as declared."""
-    o, w, angle = torch.ops.twinflow, 1 + draw(16), draw(1, 3, 4)
+    o, w, angle, x = torch.ops.twinflow, 1 + draw(16), draw(1, 3, 4), draw(2, 3, 16)
     check = lambda op, *args: torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
-    check(o.rms_norm.default, draw(2, 3, 16), w, 1e-5)
-    check(o.residual_norm.default, draw(2, 3, 16), draw(2, 3, 16, seed=1), w, w, 1e-5)
-    check(o.residual_norm.default, draw(2, 3, 16), draw(2, 3, 16, seed=1), w, None, 1e-5)
-    check(o.x0_project.default, draw(2, 3, 16), draw(2, 3, 16, seed=1), 0.5)
-    check(o.swiglu.default, draw(2, 3, 16))
-    check(o.qk_norm_rope_.default, draw(2, 3, 48), draw(8), draw(8), angle.cos(), angle.sin(), 2, 1e-5)
+    check(o.rms_norm.default, x, w, EPS)
+    check(o.layer_norm.default, x, w, EPS, None)
+    check(o.residual_norm.default, x, draw(2, 3, 16, seed=1), w, w, EPS)
+    check(o.residual_norm.default, x, draw(2, 3, 16, seed=1), w, None, EPS)
+    check(o.residual_layer_norm.default, x, draw(2, 3, 16, seed=1), w, None, w, EPS)
+    check(o.x0_project.default, x, draw(2, 3, 16, seed=1), 0.5)
+    check(o.swiglu.default, x)
+    check(o.gelu_tanh.default, x)
+    tables = (draw(8), draw(8, seed=1), angle.cos(), angle.sin())
+    check(o.qk_norm_rope_.default, draw(2, 3, 48), *tables, 2, EPS)
+    streams = [draw(2, 2, 48), draw(2, 1, 48)]
+    check(o.joint_qk_norm_rope.default, streams, [draw(8)] * 2, [draw(8, seed=1)] * 2, *tables[2:], 2, EPS)
     check(o.to_uint8.default, draw(1, 3, 4, 4))
 
 
@@ -156,25 +202,25 @@ def test_every_thread_count_gives_the_same_bits():
     results = []
     for n in (1, 2, 5):
         torch.set_num_threads(n)
-        results.append(native.rms_norm(x, w, 1e-5))
+        results.append((native.rms_norm(x, w, EPS), native.layer_norm(x, w, EPS)))
     torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
 
 
 def test_selection_states_its_refusals(monkeypatch):
     table, _ = select(Target("cpu", torch.float32))
-    assert table.rms_norm is native.rms_norm
+    assert all(getattr(table, op) is getattr(native, op) for op in NATIVE)
     for target, reason in [
         (Target("cpu", torch.float16), "not float16"),
-        (Target("cuda", torch.bfloat16), "not on cuda"),
         (Target("cpu", torch.float32, training=True), "no gradient"),
     ]:
         table, choices = select(target)
         choice = next(c for c in choices if c.op == "rms_norm")
         assert (choice.chosen, table.rms_norm) == ("eager", ops.rms_norm)
         assert reason in dict(choice.refused)["native"]
-    monkeypatch.setattr(native, "_load", lambda device: "the native extension is not built here (test)")
+    assert "head dims up to 256" in library.cuda_rope_refuses(Target("cuda", torch.float32, head_dim=320))
+    monkeypatch.setattr(library, "load", lambda device: "the native extension is not built here (test)")
     _, choices = select(Target("cpu", torch.float32))
     assert "not built" in str(choices)
     with pytest.raises(DeviceError, match="not built"):
-        native.rms_norm(draw(1, 1, 8), draw(8), 1e-5)
+        native.rms_norm(draw(1, 1, 8), draw(8), EPS)

@@ -11,7 +11,9 @@ import torch
 
 from twinflow_rt import ops
 from twinflow_rt.ops import backends, optional
-from twinflow_rt.ops.select import CUDA, EAGER_ONLY, IMPLEMENTATIONS, NATIVE, RAGGED, OpTable, Target, choose, rank, select
+from twinflow_rt.ops.select import (
+    EAGER_ONLY, IMPLEMENTATIONS, NATIVE, RAGGED, OpTable, Target, choose, rank, select,
+)  # fmt: skip
 
 OPS = tuple(f.name for f in fields(OpTable))
 H100 = Target("cuda", torch.bfloat16, arch=90, head_dim=128)
@@ -40,20 +42,21 @@ def test_rank_names_implementations_only(op):
 def test_rank():
     assert rank("rms_norm", Target("cpu", torch.float32)) == ("native",)
     assert rank("attention", Target("cpu", torch.float32)) == ()
-    assert all(rank(op, H100) == ("cuda", "triton") for op in CUDA)
+    assert all(rank(op, H100) == ("cuda", "triton") for op in NATIVE)
     assert all(("triton" in rank(op, H100)) != (op in EAGER_ONLY) for op in (*OPS, RAGGED))
     assert all(rank(op, Target("mps", torch.float32)) == () for op in OPS)
-    assert set(NATIVE) | set(CUDA) <= set(OPS)
+    assert set(NATIVE) <= set(OPS)
 
 
-@pytest.mark.parametrize(
-    "arch, first", [(80, "flash-attn-2"), (89, "flash-attn-2"), (90, "flash-attn-3"), (100, "flash-attn-4"), (120, "cudnn")]
-)
+FIRST = {80: "flash-attn-2", 89: "flash-attn-2", 90: "flash-attn-3", 100: "flash-attn-4", 120: "cudnn"}
+
+
+@pytest.mark.parametrize("arch, first", FIRST.items())
 def test_attention_order(arch, first):
     names = backends.order(arch)
     assert names[0] == first and {"cudnn", "torch-flash", "triton"} < set(names)
-    serving = [n for n in names if n != "triton" and backends.BACKENDS[n].archs[0] <= arch < backends.BACKENDS[n].archs[1]]
-    assert serving[0] == first  # no order is led by a backend that cannot run there
+    least, beyond = backends.BACKENDS[first].archs
+    assert least <= arch < beyond  # no order is led by a backend that cannot run there
 
 
 @pytest.mark.parametrize(

@@ -139,11 +139,11 @@ def _norms(s: Sizes, draw: _Draw, b: int) -> list[Case]:
     w, bias = (lambda seed=1: draw.weight(1, 1, s.width, seed=seed)), (lambda: draw.weight(1, 1, s.width, seed=3) - 1)
     x, branch = (lambda: draw(*shape)), (lambda: draw(*shape, seed=5))
 
-    def residual(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def residual(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float) -> tuple[Tensor, ...]:
         total = x.double() + exact_rms(branch, post, eps)
         return total, exact_rms(total.to(x.dtype), pre, eps)
 
-    def gated(x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def gated(x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
         total = x.double() + gate.double() * branch.double()
         return total, exact_layer(total.to(x.dtype), weight, eps, bias)
 
@@ -171,16 +171,17 @@ def _ropes(s: Sizes, draw: _Draw, b: int) -> list[Case]:
         return exact_rope(q, qw, cos, sin, eps), exact_rope(k, kw, cos, sin, eps), v.double()
 
     def joint(
-        qkv: Sequence[Tensor], qw: Sequence[Tensor], kw: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, eps: float
-    ) -> tuple[Tensor, ...]:
+        qkv: Sequence[Tensor], qw: Sequence[Tensor], kw: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int,
+        eps: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         lengths = [x.shape[1] for x in qkv]
         parts = zip(qkv, qw, kw, cos.split(lengths, 1), sin.split(lengths, 1), strict=True)
         return tuple(torch.cat(t, 1) for t in zip(*(single(*p, heads, eps) for p in parts), strict=True))
 
     streams = lambda: ((qkv(s.image), qkv(s.text, 7)), (w(1), w(2)), (w(3), w(4)), *angles(s.tokens), s.heads, EPS)
     return [
-        Case("qk_norm_rope", "qk_norm_rope", lambda: (qkv(s.tokens), w(1), w(2), *angles(s.tokens), s.heads, EPS), single,
-             4 * one + table, in_place=True),
+        Case("qk_norm_rope", "qk_norm_rope", lambda: (qkv(s.tokens), w(1), w(2), *angles(s.tokens), s.heads, EPS),
+             single, 4 * one + table, in_place=True),
         Case("joint_qk_norm_rope", "joint_qk_norm_rope", streams, joint, 6 * one + table),
     ]  # fmt: skip
 

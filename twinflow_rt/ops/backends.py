@@ -162,8 +162,9 @@ def shape_bucket(tokens: int, multiple: int = 32) -> int:
 
 
 def warm_up(
-    attention: Callable, shapes: Iterable[tuple[int, int, int, int, int]], dtype: torch.dtype, device: torch.device | str
-) -> int:
+    attention: Callable, shapes: Iterable[tuple[int, int, int, int, int]], dtype: torch.dtype,
+    device: torch.device | str,
+) -> int:  # fmt: skip
     """Runs `attention` once per distinct (batch, queries, keys, heads, head dim), so that what it plans or
     compiles per shape is ready; returns how many ran. Waits for none of them."""
     distinct = dict.fromkeys(shapes)

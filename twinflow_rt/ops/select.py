@@ -91,9 +91,11 @@ EAGER = OpTable(
 )
 
 
-# what csrc/ has for each device
-NATIVE = ("rms_norm", "residual_norm", "qk_norm_rope", "joint_qk_norm_rope", "swiglu", "x0_project", "to_uint8")
-CUDA = (*NATIVE, "layer_norm", "residual_layer_norm", "gelu_tanh")
+# what csrc/ has, for either device
+NATIVE = (
+    "rms_norm", "layer_norm", "residual_norm", "residual_layer_norm", "qk_norm_rope", "joint_qk_norm_rope", "swiglu",
+    "gelu_tanh", "x0_project", "to_uint8",
+)  # fmt: skip
 EAGER_ONLY = ("linear_attention",)
 
 
@@ -109,7 +111,7 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
         return ()
     if op == "attention":
         return backends.order(target.arch)
-    return ("cuda", "triton") if op in CUDA else ("triton",)
+    return ("cuda", "triton") if op in NATIVE else ("triton",)
 
 
 def triton_refuses(target: Target) -> str | None:
@@ -154,7 +156,6 @@ def _implementations(op: str) -> dict[str, Implementation]:
         found += [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()]
     if op in NATIVE:
         found.append(Implementation("native", _from("native", op), _library("refuses")))
-    if op in CUDA:
         refuses = _library("cuda_rope_refuses" if "rope" in op else "cuda_refuses")
         found.append(Implementation("cuda", _from("native", op), refuses))
     found.append(Implementation("eager", lambda: getattr(EAGER, op)))

@@ -1,0 +1,62 @@
+// What the CPU kernels share: storage types, exp, the choice by dtype. Everything here and in the headers
+// beside it lies in an unnamed namespace: kernels.cpp compiles them once per instruction set.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "twinflow_rt.h"
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float v) { return v; }
+inline float load(bf16 v) {
+  const uint32_t wide = static_cast<uint32_t>(v.bits) << 16;
+  float out;
+  std::memcpy(&out, &wide, sizeof out);
+  return out;
+}
+
+inline void store(float* p, float v) { *p = v; }
+inline void store(bf16* p, float v) {
+  uint32_t wide;
+  std::memcpy(&wide, &v, sizeof wide);
+  // to nearest even; a NaN must not round up into an infinity
+  const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+  p->bits = static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? (wide >> 16) | 0x40 : rounded);
+}
+
+// exp by 2^n * polynomial, relative error below 2e-7; branch-free, so that it vectorises. Infinite
+// from 88.4 on, NaN stays NaN.
+inline float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x;
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = std::fma(n, 2.12194440e-4f, std::fma(n, -0.693359375f, x));
+  float p = 1.3888889e-3f;
+  p = std::fma(p, r, 8.3333333e-3f);
+  p = std::fma(p, r, 4.1666667e-2f);
+  p = std::fma(p, r, 1.6666667e-1f);
+  p = std::fma(p, r, 0.5f);
+  p = std::fma(p, r, 1.0f);
+  p = std::fma(p, r, 1.0f);
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+constexpr int64_t TILE = 128;  // elements staged on the stack, so that each loop sees adjacent data
+
+template <class F>
+int typed(int dtype, F&& run) {
+  if (dtype == TWINFLOW_F32) return run(float{}), TWINFLOW_OK;
+  if (dtype == TWINFLOW_BF16) return run(bf16{}), TWINFLOW_OK;
+  return TWINFLOW_BAD_DTYPE;
+}
+
+}  // namespace

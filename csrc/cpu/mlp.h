@@ -1,0 +1,49 @@
+// Activations of the feed-forward blocks.
+#pragma once
+
+#include "common.h"
+
+namespace {
+
+template <class T>
+void swiglu(const T* x, T* out, int64_t rows, int64_t hidden, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T *a = x + 2 * r * hidden, *b = a + hidden;
+#pragma omp simd
+    for (int64_t i = 0; i < hidden; ++i) {
+      const float v = load(a[i]);
+      store(out + r * hidden + i, v / (1.0f + fast_exp(-v)) * load(b[i]));
+    }
+  }
+}
+
+template <class T>
+void gelu_tanh(const T* x, T* out, int64_t n, int threads) {
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n; ++i) {
+    // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), without cancellation
+    const float v = load(x[i]), twice = 1.59576912f * (v + 0.044715f * v * v * v);
+    store(out + i, v / (1.0f + fast_exp(-twice)));
+  }
+}
+
+int c_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads) {
+  if (rows < 0 || hidden < 1) return TWINFLOW_BAD_SHAPE;
+  if (rows && !(x && out)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    swiglu(static_cast<const T*>(x), static_cast<T*>(out), rows, hidden, threads);
+  });
+}
+
+int c_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype, int threads) {
+  if (rows < 0 || width < 1) return TWINFLOW_BAD_SHAPE;
+  if (rows && !(x && out)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    gelu_tanh(static_cast<const T*>(x), static_cast<T*>(out), rows * width, threads);
+  });
+}
+
+}  // namespace
