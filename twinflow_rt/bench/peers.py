@@ -10,6 +10,7 @@ A peer is a callable `call(output) -> images` for outputs "pil", "latent" and "p
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,14 +39,15 @@ class Unfolded:
     def __init__(self, network: nn.Module, forward: Callable[..., Tensor] | None = None) -> None:
         self.network, self.config, self.ops = network, network.config, network.ops
         self.encode_context, self.forward = network.encode_context, forward or network
+        self.by_prompt = "context" in inspect.signature(network.modulate).parameters  # SD3.5: also by its pooled form
         self.times: tuple[tuple[float, float], ...] = ()
 
-    def step_modulation(self, step: int) -> Any:
-        device = next(self.network.parameters()).device
-        t, tt = (torch.tensor([time], dtype=torch.float64, device=device) for time in self.times[step])
-        return self.network.modulate(t, tt)
+    def step_modulation(self, step: int) -> tuple[float, float]:
+        return self.times[step]
 
-    def __call__(self, latents: Tensor, modulation: Any, context: Any) -> Tensor:
+    def __call__(self, latents: Tensor, times: tuple[float, float], context: Any) -> Tensor:
+        t, tt = (torch.tensor([time], dtype=torch.float64, device=latents.device) for time in times)
+        modulation = self.network.modulate(t, tt, *([context] if self.by_prompt else []))
         return self.forward(latents, modulation, context)
 
 

@@ -8,9 +8,8 @@ checkpoint meets. `scale` narrows every network and `layers` shortens the deep o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,68 +23,21 @@ from ..models import FAMILIES, family_of
 from ..passes import random
 from ..passes.fuse import sources
 from ..passes.load import Layout
+from .blueprints import BLUEPRINTS, Blueprint
 
-NAMES = ("z-image", "qwen-image", "sd3.5-m", "sana")
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
-# one token a word, which is about what large vocabularies reach on English; words beyond these are
-# spelled in letters
+# one token a word, number, mark or line end, which is about what large vocabularies reach on English
+TOKENS = r"<\|[a-z_]+\|>|\w+|[^\w\s]|\n"
 WORDS = (
     "a", "an", "the", "of", "in", "on", "with", "and", "above", "below", "left", "right", "to", "red", "green",
     "blue", "yellow", "circle", "square", "triangle", "cross", "two", "three", "user", "assistant", "variation",
     "photograph", "lighthouse", "storm", "at", "dusk",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Part:
-    """A stage's network: config.json of its folder, and the module whose MODEL reads it."""
-
-    config: dict[str, Any]
-    module: str
-
-
-@dataclass(frozen=True)
-class Blueprint:
-    """A published model: class of its transformer, config.json of every part."""
-
-    transformer: dict[str, Any]
-    parts: dict[str, Part]
-
-
-def z_image(scale: float, layers: int | None) -> Blueprint:
-    """Z-Image 6.15B: 30 layers of 30 heads x 128, Qwen3-4B, Flux's 16-channel VAE."""
-    heads, width = _part(30, scale), _rounded(2560, scale, 64)
-    transformer = {
-        "_class_name": "ZImageTransformer2DModel", "dim": 128 * heads, "n_heads": heads, "n_kv_heads": heads,
-        "n_layers": _depth(30, layers), "n_refiner_layers": _depth(2, layers), "cap_feat_dim": width,
-        "in_channels": 16, "axes_dims": [32, 48, 48], "axes_lens": [1024, 512, 512],
-    }  # fmt: skip
-    text = {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": width, "head_dim": 128,
-        "intermediate_size": _rounded(9728, scale, 64), "num_hidden_layers": _depth(35, layers) + 1,
-        "num_attention_heads": 4 * _part(8, scale), "num_key_value_heads": _part(8, scale),
-        "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-    }  # fmt: skip
-    parts = {"text_encoder": Part(text, "qwen3"), "vae": Part(_flux_vae(scale), "autoencoder_kl")}
-    return Blueprint(transformer, parts)
-
-
-def _flux_vae(scale: float) -> dict[str, Any]:
-    channels = [_rounded(c, scale, 32) for c in (128, 256, 512, 512)]
-    return {
-        "_class_name": "AutoencoderKL", "block_out_channels": channels, "layers_per_block": 2,
-        "norm_num_groups": 32, "latent_channels": 16, "sample_size": 1024, "scaling_factor": 0.3611,
-        "shift_factor": 0.1159, "use_quant_conv": False, "use_post_quant_conv": False,
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    }  # fmt: skip
-
-
-BLUEPRINTS: dict[str, Callable[[float, int | None], Blueprint]] = {"z-image": z_image}
 
 
 def skeleton(
@@ -98,17 +50,14 @@ def skeleton(
     """
     blueprint = _blueprint(name, scale, layers)
     family = family_of(blueprint.transformer)
-    config = family.config.from_dict(blueprint.transformer)
     with torch.device("meta"):
-        network = family.network(config)
+        network = family.network(family.config.from_dict(blueprint.transformer))
     _write_part(folder / "transformer", blueprint.transformer, network, family.layout, dtype)
-    for part, declared in blueprint.parts.items():
-        model = import_module(f"twinflow_rt.models.{declared.module}").MODEL
-        config = model.config.from_dict(declared.config)
-        with torch.device("meta"):
-            network = model.network(config)
-        _write_part(folder / part, declared.config, network, model.layout(config), dtype)
-    _write_tokenizer(folder / "tokenizer")
+    for part, (config, module) in blueprint.parts.items():
+        network, layout = import_module(f"twinflow_rt.models.{module}").MODEL.declare(config)
+        _write_part(folder / part, config, network, layout, dtype)
+        if part.startswith("text_encoder"):
+            _write_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
     _write_json(folder / "model_index.json", {"_class_name": "random weights", "_name": name})
     return folder
 
@@ -122,26 +71,14 @@ def temporary(name: str, **options: Any) -> Iterator[Path]:
 
 
 def _blueprint(name: str, scale: float, layers: int | None) -> Blueprint:
-    if name not in NAMES:
-        raise ConfigError(f"no random weights for {name!r}; use one of {', '.join(NAMES)}")
+    if name not in BLUEPRINTS:
+        raise ConfigError(f"no random weights for {name!r}; use one of {', '.join(BLUEPRINTS)}")
     if not 0 < scale <= 1 or (layers is not None and layers < 1):
         raise ConfigError(f"scale must be in (0, 1] and layers at least 1; got {scale} and {layers}")
-    blueprint = BLUEPRINTS[name](scale, layers) if name in BLUEPRINTS else None
-    if blueprint is None or blueprint.transformer["_class_name"] not in FAMILIES:
-        raise ConfigError(f"this build cannot generate with {name}; it has {', '.join(BLUEPRINTS)}")
+    blueprint = BLUEPRINTS[name](scale, layers)
+    if blueprint.transformer["_class_name"] not in FAMILIES:
+        raise ConfigError(f"this build has no network of {name}; it has {', '.join(FAMILIES)}")
     return blueprint
-
-
-def _part(count: int, scale: float) -> int:
-    return max(1, round(count * scale))
-
-
-def _rounded(width: int, scale: float, multiple: int) -> int:
-    return max(1, round(width * scale / multiple)) * multiple
-
-
-def _depth(count: int, layers: int | None) -> int:
-    return min(count, layers or count)
 
 
 def _write_part(folder: Path, config: dict[str, Any], network: nn.Module, layout: Layout, dtype: str) -> None:
@@ -169,9 +106,9 @@ def _write_tokenizer(folder: Path) -> None:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
     letters = [chr(c) for c in range(33, 127)]
-    vocab = {token: i for i, token in enumerate(dict.fromkeys((*SPECIAL, "<|other|>", *letters, *WORDS)))}
+    vocab = {token: i for i, token in enumerate(dict.fromkeys((*SPECIAL, "<|other|>", "\n", *letters, *WORDS)))}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<|other|>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), behavior="removed")
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(TOKENS), behavior="removed", invert=True)
     core.add_special_tokens(list(SPECIAL))
     folder.mkdir(parents=True)
     core.save(str(folder / "tokenizer.json"))

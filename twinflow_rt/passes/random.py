@@ -64,9 +64,10 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: i
     block, size = _block(dtype, seed), math.prod(shape)
     start = zlib.crc32(name.encode()) % BLOCK
     values = block.roll(-start).repeat(-(-size // BLOCK))[:size].view(shape)
-    if "norm" in name and len(shape) == 1 and not name.endswith("bias"):
+    vector = size == (shape[0] if shape else 1)
+    if vector and "norm" in name and not name.endswith("bias"):
         return values.mul_(0.2).add_(1)
-    if len(shape) <= 1:
+    if vector:
         return values.mul_(0.1)
     return values if "embed_tokens" in name else values.mul_(math.prod(shape[1:]) ** -0.5)
 
