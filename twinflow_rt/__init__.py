@@ -18,6 +18,7 @@ _PUBLIC = {
     "load": "pipeline",
     "Pipeline": "pipeline",
     "Result": "pipeline",
+    "accelerate": "drop_in",
     "PromptEmbeds": "text",
     "SamplerConfig": "schedule",
     "PRESETS": "schedule",

@@ -10,14 +10,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..report import LoadReport, Meter
-from . import random
+from . import memory, random
 from .fuse import Fused, sources, stack
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -78,6 +78,15 @@ class Checkpoint:
             for name in names:
                 prefix = next((p for p in prefixes if name.startswith(p)), "")
                 self._where[name.removeprefix(prefix)] = (file, name)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Self:
+        """Tensors in memory, read like those of a folder; messages call them `name`. In the dtype and
+        on the device they have, `get` returns them as they are, not copies."""
+        self = cls.__new__(cls)
+        self.folder, self.config, self.meter = Path(name), dict(config), Meter()
+        self._files, self._where = {"": memory.TensorFile(tensors, DTYPES)}, {key: ("", key) for key in tensors}
+        return self
 
     def _listing(self) -> dict[str, list[str]]:
         """File -> the keys it provides."""

@@ -1,0 +1,158 @@
+"""A loaded diffusers pipeline, sped up in place.
+
+    handle = twinflow_rt.accelerate(pipe)       # ZImagePipeline, QwenImagePipeline, StableDiffusion3Pipeline, SanaPipeline
+    pipe("a red circle", num_inference_steps=8)
+    handle.restore()                            # or: with twinflow_rt.accelerate(pipe): ...
+
+The velocity network and the VAE's decoder are replaced by compiled ones, built from the weights the
+pipeline holds. Prompt encoding, scheduler, guidance, callbacks, tiling and slicing stay diffusers' own.
+
+Which function is computed. A diffusers pipeline gives its network one time t, TwinFlow's has two,
+(t, tt), and adds a second time embedder to the first with a weight that is zero at tt = t: in every
+family the plain network is TwinFlow's at (t, t), whatever the second embedder holds. So a pipeline is
+compiled for the (t, t) of its scheduler, and computes what it did before.
+
+diffusers drops the second embedder of a TwinFlow checkpoint on loading, with no more than a log line;
+what is left is the checkpoint's slow, many-step model. With `twinflow=folder` those tensors are read
+from there, and the step from t to t' is evaluated at (t, t'): the any-step rule, of which Euler's step
+is exactly the update, and at one step TwinFlow's one-step generation, (1, 0). (For Z-Image alone the
+second embedder vanishes at (1, 0) too, so there one step is the same with and without it.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from .compile import compile_network
+from .errors import CheckpointError, ConfigError
+from .models import FAMILIES, Family, family_of
+from .passes.load import Checkpoint, materialize, some
+from .plan import Plan
+from .stand_ins import CALLS, Compiled, CompiledDecoder
+
+
+def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None) -> Accelerated:
+    """Replaces `pipe.transformer` and `pipe.vae.decoder` by compiled ones; see the module's docstring.
+
+    pipe: a diffusers pipeline, loaded, on its device, in its dtype; both are kept. twinflow: the model
+    folder of the TwinFlow checkpoint the pipeline was loaded from, to evaluate (t, t'); False or None:
+    what the pipeline computes now. None refuses a pipeline that was loaded from a local folder with a
+    second embedder: say which of the two you want.
+
+    The first call with another set of times than the last folds its tables anew: another number of
+    steps, or, where the scheduler shifts times by image size (Qwen-Image), another size. On the CPU
+    weights are shared with the originals where no pass changes them; on a GPU the originals wait in
+    host memory. Raises ConfigError for a pipeline that cannot be compiled (unknown network, offloaded,
+    unmerged LoRA layers, accelerated already), CheckpointError for weights that do not fit.
+    """
+    original = getattr(pipe, "transformer", None)
+    if isinstance(original, Compiled):
+        raise ConfigError("this pipeline is accelerated already; restore() it first")
+    name = type(original).__name__
+    if name not in CALLS:
+        raise ConfigError(f"{type(pipe).__name__} has a {name} as its transformer; supported are {', '.join(FAMILIES)}")
+    for module in (original, pipe.vae):
+        _require_plain(module)
+    family = family_of({"_class_name": name})
+    second, decoder = _second(original, family, twinflow), _decoder(pipe.vae, family)
+    device, dtype, first_times = original.device, original.dtype, ((1.0, 0.0 if twinflow else 1.0),)
+    handle = Accelerated(pipe, original, pipe.vae.decoder)
+    try:
+        handle.park()
+        source = Checkpoint.of({**original.state_dict(), **second}, _config(original), f"{name}/weights")
+        with torch.no_grad():
+            program = compile_network(source, family, first_times, device=device, dtype=dtype, absorb=False)
+    except BaseException:
+        handle.restore()
+        raise
+    pipe.transformer = CALLS[name](pipe, original, program, bool(twinflow))
+    pipe.vae.decoder = decoder
+    return handle
+
+
+class Accelerated:
+    """A pipeline with compiled parts; as a context manager it restores the pipeline on leaving."""
+
+    def __init__(self, pipe: Any, transformer: nn.Module, decoder: nn.Module) -> None:
+        self.pipe = pipe
+        self._originals = transformer, decoder
+        self._device = next(transformer.parameters()).device
+
+    @property
+    def plan(self) -> Plan:
+        """What compiling the velocity network decided, for the times last used."""
+        if not isinstance(self.pipe.transformer, Compiled):
+            raise ConfigError("this pipeline has been restored and has no plan any more")
+        return self.pipe.transformer.program.plan
+
+    def park(self) -> None:
+        """Moves the originals out of the way of a GPU."""
+        if self._device.type != "cpu":
+            for module in self._originals:
+                module.to("cpu")
+
+    def restore(self) -> None:
+        """Puts the original network and decoder back, on the device they were on."""
+        self.pipe.transformer, self.pipe.vae.decoder = self._originals
+        for module in self._originals:
+            module.to(self._device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.restore()
+
+
+def _decoder(vae: Any, family: Family) -> CompiledDecoder:
+    model = family.vae.model
+    config = model.config.from_dict(_config(vae))
+    with torch.device("meta"):
+        network = model.network(config)
+    weights = model.read.of(vae.state_dict(), _config(vae), f"{type(vae).__name__}/weights")
+    materialize(network, weights, model.layout(config), vae.device, vae.dtype)
+    return CompiledDecoder(network.decoder.to(memory_format=torch.channels_last))
+
+
+def _config(module: Any) -> dict[str, Any]:
+    return {**module.config, "_class_name": type(module).__name__}
+
+
+def _require_plain(module: Any) -> None:
+    """Refuses a module whose weights are not simply there."""
+    names = list(module.state_dict())
+    if any("lora_" in name or ".base_layer." in name for name in names):
+        raise ConfigError("the pipeline has LoRA layers: fuse_lora() and unload_lora_weights() first, or unload them")
+    if hasattr(module, "_hf_hook") or any(p.is_meta for p in module.parameters()):
+        raise ConfigError(f"{type(module).__name__} is offloaded: accelerate the pipeline without offloading")
+
+
+def _second(original: Any, family: Family, twinflow: str | Path | Literal[False] | None) -> dict[str, Tensor]:
+    """The second time embedder: TwinFlow's, read from its folder, or zeros where it has no weight."""
+    with torch.device("meta"):
+        wanted = family.network(family.config.from_dict(_config(original))).state_dict()
+    names = [name for name in wanted if "embed" in name.split(".")[0] and name.split(".")[0].endswith("_2")]
+    if not names:
+        raise ConfigError(f"this {type(original).__name__} has another kind of second embedder and is not supported")
+    if twinflow:
+        checkpoint = Checkpoint(Path(twinflow) / "transformer")
+        if missing := set(names) - set(checkpoint.keys()):
+            raise CheckpointError(f"{checkpoint.folder} lacks {some(missing)}: no TwinFlow checkpoint")
+        held = original.state_dict()
+        for name in names:
+            first = name.replace("_2.", ".", 1)
+            if not torch.equal(checkpoint.get(first, dtype=original.dtype), held[first].cpu()):
+                raise CheckpointError(f"{checkpoint.folder} has another {first} than the pipeline: another model")
+        return {name: checkpoint.get(name) for name in names}
+    origin = Path(str(original.config.get("_name_or_path") or ""))
+    if twinflow is None and (origin / "config.json").is_file() and not set(names).isdisjoint(Checkpoint(origin)):
+        raise ConfigError(
+            f"this pipeline is what diffusers left of the TwinFlow checkpoint in {origin}: pass twinflow={str(origin.parent)!r} "
+            "to use it as TwinFlow, or twinflow=False for the many-step model that the pipeline is now"
+        )
+    return {name: torch.zeros(wanted[name].shape, dtype=original.dtype) for name in names}
