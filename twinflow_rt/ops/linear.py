@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,62 @@ def linear_quantized(
     """
     y = (x.float() @ weight.float().t()) * x_scales * weight_scales.float().t()
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+# -- on a CPU: weights are stored once in the form that the matrix product reads ---------------------------
+
+
+def pack(weight: Tensor) -> Tensor:
+    """`weight` [N, K], float32 or bfloat16, in the blocked layout that oneDNN's kernel for this CPU reads.
+
+    An opaque tensor of the same shape and size: `linear_packed` takes it, `.to_dense()` gives it back.
+    Without it every call reorders its weight (or, in MKL, a copy of it) anew, which is most of the time
+    at few rows.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x weight^T + bias with a weight from `pack`; x: [..., K] of its dtype. Returns [..., N]."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def linear_upcast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x weight^T + bias, multiplied in float32 whatever the storage, rounded once, to x's dtype.
+
+    For CPUs that store bfloat16 and emulate its products: converting a weight costs a pass over it,
+    emulating about a hundred times the product.
+    """
+    y = x.float() @ weight.float().t()
+    return (y if bias is None else y.add_(bias.float())).to(x.dtype)
+
+
+def int8_limit(capabilities: Mapping[str, bool]) -> float:
+    """Largest magnitude of int8 weights on a CPU of these `torch.cpu.get_capabilities()`.
+
+    127 where 8-bit products are summed in 32 bits (VNNI, AMX). Elsewhere pairs of products are summed
+    in 16 bits and saturate beyond: 2 * 255 * 63 < 2^15, so there weights use 7 of their 8 bits.
+    """
+    wide = ("avx512_vnni", "avx_vnni", "amx_int8")
+    return LIMITS[torch.int8] if any(capabilities.get(name, False) for name in wide) else 63.0
+
+
+def quantize_weight(weight: Tensor, limit: float = LIMITS[torch.int8]) -> tuple[Tensor, Tensor]:
+    """values = round(weight / scale) with scale = max |weight| of the row / limit, as `quantize_rows` does.
+
+    weight: [N, K]. Returns int8 [N, K] and float32 scales [N, 1].
+    """
+    w = weight.float()
+    scales = w.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / limit
+    return (w / scales).round_().to(torch.int8), scales
+
+
+def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x weight^T + bias with int8 `weight` [N, K] of `scales` [N, 1], rows of x quantized on the fly.
+
+    x: [..., K]; returns [..., N] in its dtype. What `linear_quantized(*quantize_rows(x, torch.int8),
+    weight, scales, ...)` says, with the products summed exactly, in int32. CPU only.
+    """
+    values, tops = quantize_rows(x.reshape(-1, x.shape[-1]), torch.int8)
+    y = (torch._int_mm(values, weight.t()) * tops).mul_(scales.view(1, -1))
+    return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)

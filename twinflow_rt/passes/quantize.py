@@ -1,0 +1,173 @@
+"""Pack and quantize: what each linear layer of a compiled network multiplies with.
+
+    plain     torch's own `F.linear`
+    packed    CPU: the weight in oneDNN's blocked layout, made once instead of in every call
+    upcast    CPU without bfloat16 instructions: bfloat16 weights multiplied in float32
+    int8      CPU: int8 weights with a scale per row, activations quantized per row as they come
+
+Modules are exchanged in place, so models know nothing of it. A packed or quantized layer is still an
+`nn.Linear` with a `weight` of its dtype, device and size; `state_dict` has it as it was loaded
+(packed) or in the form `expect_int8` makes room for (int8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import has_native
+from ..errors import CheckpointError, ConfigError
+from ..ops.linear import int8_limit, linear_int8, linear_packed, linear_upcast, pack, quantize_weight
+from ..report import release_free_memory
+
+SCALE = "weight_scale"  # beside an int8 weight in a saved program
+NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is in oneDNN's layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_packed(x, self.weight, self.bias)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight.detach().to_dense()
+
+
+class UpcastLinear(nn.Linear):
+    """A linear layer that stores bfloat16 and multiplies float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_upcast(x, self.weight, self.bias)
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer with an int8 weight [N, K] and its float32 scales [N, 1]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_int8(x, self.weight, self.weight_scale, self.bias)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Linear layers of one `kind`: how many, their parameters, and why that kind."""
+
+    kind: str
+    count: int
+    parameters: int
+    why: str
+
+
+def convert(
+    network: nn.Module, device: torch.device, dtype: torch.dtype, precision: str | None = None, exempt: Sequence[str] = ()
+) -> tuple[Layers, ...]:
+    """Exchanges the linear layers of a loaded `network` and says what each became.
+
+    precision: "int8" quantizes the layers of its repeated blocks, but for `exempt` (parts of names:
+    what measured sensitive) and what runs once per prompt. Other layers are packed where the CPU can.
+    One weight at a time exists twice. Raises ConfigError where the device has no int8 products.
+    """
+    if precision == "int8" and (reason := int8_refuses(device)):
+        raise ConfigError(f"precision int8: {reason}")
+    flags = torch.cpu.get_capabilities()
+    done: dict[tuple[str, str], list[int]] = {}
+    for name, layer in list(_linears(network)):
+        kind, why = _kind(network, name, layer, device, dtype, precision, exempt)
+        done.setdefault((kind, why), []).append(layer.weight.numel())
+        if kind != "plain":
+            _exchange(layer, kind, int8_limit(flags))
+    release_free_memory()
+    return tuple(Layers(kind, len(sizes), sum(sizes), why) for (kind, why), sizes in done.items())
+
+
+def int8_refuses(device: torch.device) -> str | None:
+    """Why linear layers cannot multiply int8 on `device`, or None."""
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device}; leave precision out there"
+    return None if torch.backends.mkldnn.is_available() else "needs a torch built with oneDNN"
+
+
+def packing_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why weights of `dtype` cannot be packed for `device`, or None."""
+    if device.type != "cpu":
+        return f"oneDNN's layout is the CPU's, not {device.type}'s"
+    if dtype not in PACKED_DTYPES:
+        return f"oneDNN packs float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
+
+
+def expect_int8(network: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Makes room, on the meta device, for the int8 layers of a saved program (`stored`: its names)."""
+    for name, layer in list(_linears(network)):
+        if f"{name}.{SCALE}" in stored:
+            scales = torch.empty(layer.out_features, 1, device="meta")
+            _become_int8(layer, torch.empty_like(layer.weight, dtype=torch.int8), scales)
+
+
+def check_int8(network: nn.Module) -> None:
+    """Refuses, with a CheckpointError, int8 weights made for a CPU that sums products in more bits."""
+    limit = int8_limit(torch.cpu.get_capabilities())
+    if limit < 127 and any(isinstance(m, Int8Linear) and m.weight.abs().max() > limit for m in network.modules()):
+        raise CheckpointError(
+            "this artifact's int8 weights need a CPU with VNNI, where products do not saturate; "
+            "compile from the model folder on this machine"
+        )
+
+
+def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    return ((name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear))
+
+
+def _kind(
+    network: nn.Module, name: str, layer: nn.Linear, device: torch.device, dtype: torch.dtype, precision: str | None,
+    exempt: Sequence[str],
+) -> tuple[str, str]:  # fmt: skip
+    """What becomes of one layer, and the reason."""
+    if isinstance(layer, (PackedLinear, UpcastLinear, Int8Linear)):
+        return "plain", "already converted"
+    if min(layer.weight.shape) < NARROWEST or "norm" in name:  # narrow, or a modulation's: one row per prompt
+        return "plain", "narrow, or a modulation of one row"
+    if precision == "int8":
+        if any(part in name for part in exempt):
+            why = "sensitive: kept out of int8"
+        elif not _in_blocks(network, name):
+            why = "embedder, projection or once per prompt: kept out of int8"
+        else:
+            limit = int8_limit(torch.cpu.get_capabilities())
+            return "int8", "rows of activations and weights scaled" if limit == 127 else "7-bit weights: no VNNI"
+    else:
+        why = "laid out once, not per call"
+    stored = layer.weight.dtype
+    if reason := packing_refuses(device, stored):
+        return "plain", reason
+    if stored == torch.bfloat16 and not has_native(stored, device):
+        return "upcast", "this CPU has no bfloat16 instructions (AVX512-BF16, AMX)"
+    return "packed", why
+
+
+def _in_blocks(network: nn.Module, name: str) -> bool:
+    """Whether a layer belongs to a repeated block that runs per evaluation."""
+    head = name.split(".")[0]
+    return head not in getattr(network, "prompt_modules", ()) and isinstance(getattr(network, head), nn.ModuleList)
+
+
+def _exchange(layer: nn.Linear, kind: str, limit: float) -> None:
+    if kind == "packed":
+        layer.__class__, weight = PackedLinear, pack(layer.weight.detach())
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    elif kind == "upcast":
+        layer.__class__ = UpcastLinear
+    else:
+        _become_int8(layer, *quantize_weight(layer.weight.detach(), limit))
+
+
+def _become_int8(layer: nn.Linear, weight: Tensor, scales: Tensor) -> None:
+    layer.__class__ = Int8Linear
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.register_parameter(SCALE, nn.Parameter(scales, requires_grad=False))
