@@ -35,7 +35,8 @@ class DCConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> DCConfig:
-        """Builds from config.json's content, which must be complete; other kinds of blocks are refused."""
+        """Builds from config.json's content, with diffusers' defaults for what SANA's older files lack; other
+        kinds of blocks are refused."""
         name = raw.get("_class_name")
         if name != "AutoencoderDC":
             raise ConfigError(f"vae/config.json says _class_name {name!r}; SANA's VAE is an AutoencoderDC")
@@ -48,7 +49,7 @@ class DCConfig:
             kinds = each("decoder_block_types")
             unknown = (
                 {*kinds} - {"ResBlock", "EfficientViTBlock"} | {*each("decoder_norm_types")} - {"rms_norm"}
-                | {*each("decoder_act_fns")} - {"silu"} | {raw["decoder_conv_act_fn"]} - {"relu"}
+                | {*each("decoder_act_fns")} - {"silu"} | {raw.get("decoder_conv_act_fn", "relu")} - {"relu"}
             )  # fmt: skip
             config = cls(
                 raw["latent_channels"], raw["in_channels"], raw["attention_head_dim"], channels,
@@ -56,7 +57,7 @@ class DCConfig:
                 tuple(map(tuple, raw["decoder_qkv_multiscales"])), raw["upsample_block_type"] == "interpolate",
                 raw["scaling_factor"],
             )  # fmt: skip
-            shortcut = raw["decoder_in_shortcut"]
+            shortcut = raw.get("decoder_in_shortcut", True)
         except KeyError as error:
             raise ConfigError(f"vae/config.json lacks {error}; download it again") from None
         if unknown or not shortcut or min(config.depths) < 1:
