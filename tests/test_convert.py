@@ -60,9 +60,10 @@ def ldm_vae(tensors, levels=3):
         name = re.sub(r"up_blocks\.(\d)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
         name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}.", name)
         for new, old in (("down_blocks.", "down."), (".resnets.", ".block."), (".downsamplers.0.", ".downsample."),
-                         (".upsamplers.0.", ".upsample."), ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"),
-                         ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"), ("mid_block.attentions.0.to_out.0",
-                         "mid.attn_1.proj_out"), ("mid_block.attentions.0.to_", "mid.attn_1.")):  # fmt: skip
+                         (".upsamplers.0.", ".upsample."), ("conv_shortcut", "nin_shortcut"),
+                         ("conv_norm_out", "norm_out"), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+                         ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+                         ("mid_block.attentions.0.to_", "mid.attn_1.")):  # fmt: skip
             name = name.replace(new, old)
         out[name] = tensor.contiguous()
     return out
@@ -82,7 +83,8 @@ def wan_vae(tensors, per_level=3):
         name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"middle.{2 * int(m[1])}.", name)
         for new, old in (("mid_block.attentions.0.", "middle.1."), ("encoder.down_blocks.", "encoder.downsamples."),
                          ("coder.conv_in.", "coder.conv1."), ("coder.conv_out.", "coder.head.2."),
-                         ("coder.norm_out.", "coder.head.0."), ("post_quant_conv.", "conv2."), ("quant_conv.", "conv1.")):  # fmt: skip
+                         ("coder.norm_out.", "coder.head.0."), ("post_quant_conv.", "conv2."),
+                         ("quant_conv.", "conv1.")):  # fmt: skip
             name = name.replace(new, old)
         parts = name.split(".")
         inside = "middle" in parts or "upsamples" in parts or "downsamples" in parts
@@ -105,7 +107,10 @@ def to_file(path, tensors):
 def test_z_image_from_comfyui_files(z_image, tmp_path):
     """Network and VAE from single files give the model they came from, image for image."""
     network, vae = written(z_image, "transformer"), written(z_image, "vae")
-    files = [to_file(tmp_path / "net.safetensors", comfy_z_image(network)), to_file(tmp_path / "ae.safetensors", ldm_vae(vae))]
+    files = [
+        to_file(tmp_path / "net.safetensors", comfy_z_image(network)),
+        to_file(tmp_path / "ae.safetensors", ldm_vae(vae)),
+    ]
     done = convert.convert(files, z_image, tmp_path / "out")
     for part, tensors in (("transformer", network), ("vae", vae)):
         back = written(tmp_path / "out", part)
@@ -329,7 +334,9 @@ def same(a, b):
     assert all(torch.equal(a[k], v) for k, v in b.items())
 
 
-@pytest.mark.parametrize("rules", [names.z_image({}), names.ldm_autoencoder(factory.VAE), names.wan_autoencoder(qwen_image_factory.VAE)])
+@pytest.mark.parametrize(
+    "rules", [names.z_image({}), names.ldm_autoencoder(factory.VAE), names.wan_autoencoder(qwen_image_factory.VAE)]
+)
 def test_names_that_are_diffusers_already_stay(rules, z_image, qwen):
     part, folder = ("transformer", z_image) if rules.splits else ("vae", z_image if rules.matrices else qwen)
     assert all(rules.targets(k) == (k,) for k in written(folder, part))
@@ -342,7 +349,11 @@ def drop(*ends):
     return lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(ends)}
 
 
-def only_second(tensors):
+def shorten(end):
+    return lambda tensors: {k: v[:-1] if k.endswith(end) else v for k, v in tensors.items()}
+
+
+def without_second(tensors):
     return {k: v for k, v in tensors.items() if "t_embedder_2" not in k}
 
 
@@ -350,10 +361,10 @@ def only_second(tensors):
     ("change", "message"),
     [
         (drop("layers.1.feed_forward.w2.weight"), r"transformer lacks layers\.1\.feed_forward\.w2\.weight"),
-        (only_second, "t_embedder_2 is missing: this is a plain Z-Image"),
+        (without_second, "t_embedder_2 is missing: this is a plain Z-Image"),
         (lambda t: {**t, "model.diffusion_model.control.weight": torch.ones(2)}, r"unknown control\.weight"),
-        (lambda t: {k: v[:-1] if k.endswith("cap_embedder.1.bias") else v for k, v in t.items()}, "has shape"),
-        (lambda t: {k: v[:-1] if k.endswith("layers.0.attention.qkv.weight") else v for k, v in t.items()}, "do not split in 3"),
+        (shorten("cap_embedder.1.bias"), "has shape"),
+        (shorten("layers.0.attention.qkv.weight"), "do not split in 3"),
         (lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}, "stored as F8_E4M3; take the file in one of"),
         (lambda t: {"something.else": torch.ones(2)}, "belong to none of the base's networks"),
     ],
@@ -404,7 +415,7 @@ def test_command_line(z_image, tmp_path, capsys):
 
 
 def test_dry_run_reports_before_it_refuses(z_image, tmp_path, capsys):
-    file = to_file(tmp_path / "net.safetensors", only_second(comfy_z_image(written(z_image, "transformer"))))
+    file = to_file(tmp_path / "net.safetensors", without_second(comfy_z_image(written(z_image, "transformer"))))
     assert cli.main(["convert", str(file), str(tmp_path / "out"), "--base", str(z_image), "--dry-run"]) == 2
     out = capsys.readouterr()
     assert "missing       4" in out.out and "t_embedder_2.mlp.0.weight" in out.out

@@ -29,9 +29,10 @@ def predict_stages(text: Any, network: Any, vae: Any, height: int, width: int) -
         context = encode()
     prompt_bytes = sum(parameter_bytes(network.get_submodule(name)) for name in network.prompt_modules)
     text_bytes, vae_bytes = (sum(parameter_bytes(p.network) for p in stage.parts) for stage in (text, vae))
+    velocity_bytes = parameter_bytes(network) - prompt_bytes
     return (
         Stage("text", count_flops(lambda: text.probe(PROMPT_TOKENS)), text_bytes),
         Stage("context", count_flops(encode), prompt_bytes),
-        Stage("velocity", count_flops(lambda: velocity(latents, velocity.step_modulation(0), context)), parameter_bytes(network) - prompt_bytes),
+        Stage("velocity", count_flops(lambda: velocity(latents, velocity.step_modulation(0), context)), velocity_bytes),
         Stage("decode", count_flops(lambda: vae.probe(height, width)), vae_bytes),
     )

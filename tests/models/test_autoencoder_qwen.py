@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 
-from tests.qwen_image_factory import VAE, autoencoder, relative
+from tests.qwen_image_factory import VAE, autoencoder
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.autoencoder_qwen import MODEL, QwenAutoencoderConfig
 from twinflow_rt.plan import count_flops
@@ -23,8 +23,10 @@ VARIANTS = [
     {"dim_mult": [1, 2], "temperal_downsample": [True], "base_dim": 12, "z_dim": 3, "latents_mean": [0.1, 0.2, 0.3],
      "latents_std": [1.1, 0.9, 0.7]},
 ]  # fmt: skip
-RELEASED = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-            "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}  # fmt: skip
+RELEASED = {
+    "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
+}  # fmt: skip
 
 
 def saved(tmp_path, **changes):

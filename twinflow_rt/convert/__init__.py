@@ -69,7 +69,7 @@ class Slot:
             network, self.layout = MODELS[kind].declare(config)
             self.strip = MODELS[kind].strip
         else:
-            raise CheckpointError(f"{folder / 'config.json'} is of kind {kind!r}, which is none of the supported networks")
+            raise CheckpointError(f"{folder / 'config.json'} is of kind {kind!r}, none of the supported networks")
         self.expected = network.state_dict()
         self.wanted = {name for merged in self.expected for name in sources(merged, self.layout.fused)}
         video = kind == "AutoencoderKLQwenImage"
@@ -168,7 +168,7 @@ def _recognise(file: Path, slots: Sequence[Slot]) -> Iterator[tuple[Converted, P
     the network that knows most of them."""
     handle = open_tensors(file)
     groups: dict[str, dict[str, str]] = {}  # network or "" -> key in the file -> key without the container
-    for stored in handle.keys():
+    for stored in handle.keys():  # noqa: SIM118 (not a dict)
         part, prefix = _container(stored)
         groups.setdefault(part, {})[stored] = stored[len(prefix) :]
     for part, group in groups.items():
@@ -181,7 +181,8 @@ def _recognise(file: Path, slots: Sequence[Slot]) -> Iterator[tuple[Converted, P
                 f"{file}: {some(group.values())} belong to none of the base's networks "
                 f"({', '.join(s.name for s in slots)}); is the base the same model?"
             )
-        keys = {stored: Key(stored, slot.rules.targets(bare), slot.rules.swapped(bare)) for stored, bare in group.items()}
+        rules = slot.rules
+        keys = {stored: Key(stored, rules.targets(bare), rules.swapped(bare)) for stored, bare in group.items()}
         network = Converted(file, handle, slot, keys)
         yield network, _account(network, tuple(keys.values()))
 

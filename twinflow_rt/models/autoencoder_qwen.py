@@ -40,7 +40,7 @@ class QwenAutoencoderConfig:
         """Builds from config.json's content, which must be complete: diffusers writes every field."""
         name = raw.get("_class_name")
         if name != "AutoencoderKLQwenImage":
-            raise ConfigError(f"vae/config.json says _class_name {name!r}; Qwen-Image's VAE is an AutoencoderKLQwenImage")
+            raise ConfigError(f"vae/config.json says _class_name {name!r}; Qwen-Image has an AutoencoderKLQwenImage")
         if raw.get("input_channels", 3) != 3:
             raise ConfigError(f"vae/config.json: {raw['input_channels']} image channels; only RGB is supported")
         try:

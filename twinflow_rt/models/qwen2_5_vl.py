@@ -27,7 +27,7 @@ class Qwen25VLConfig(LanguageConfig):
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if (kind := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "mrope"):
             raise ConfigError(
-                f"text_encoder/config.json asks for rope of type {kind!r}; released Qwen2.5-VL encoders have none scaled"
+                f"text_encoder/config.json asks for rope of type {kind!r}; Qwen2.5-VL encoders have none scaled"
             )
         return cls.read(raw, "Qwen2.5-VL", rope, qkv_bias=True, qk_norm=False, state=-1)
 

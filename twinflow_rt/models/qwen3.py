@@ -18,7 +18,7 @@ class Qwen3Config(LanguageConfig):
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("attention_bias"):
             raise ConfigError(
-                "text_encoder/config.json asks for scaled rope or attention biases; released Qwen3 encoders have neither"
+                "text_encoder/config.json asks for scaled rope or attention biases; Qwen3 encoders have neither"
             )
         return cls.read(raw, "Qwen3", rope)
 

@@ -369,7 +369,7 @@ class ZImageTransformer(nn.Module):
         lengths = None if min(context.lengths) == longest else offsets + x.shape[1]
         text_rope = self._context_rope(longest, device)
         rope = tuple(
-            torch.cat((image, text.expand(image.shape[0], -1, -1)), 1) for image, text in zip(rope, text_rope, strict=True)
+            torch.cat((image, text.expand(len(image), -1, -1)), 1) for image, text in zip(rope, text_rope, strict=True)
         )
         x = torch.cat((x, context.tokens.to(x.dtype)), 1)
         x = self._run(self.layers, modulation.blocks[refiners:], x, rope, lengths, rows=n)
