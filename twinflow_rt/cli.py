@@ -261,6 +261,18 @@ def run_convert(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_kernels(parser: Parser) -> None:
+    from . import inventory
+
+    inventory.add_arguments(parser)
+
+
+def run_kernels(args: argparse.Namespace) -> int:
+    from . import inventory
+
+    return inventory.run(args)
+
+
 def add_train(parser: Parser) -> None:
     from .training import demo
 
@@ -324,6 +336,7 @@ COMMANDS = {
     "generate": Command("Generate images from prompts.", add_generate, run_generate),
     "convert": Command("Write a model folder from weight files under other names.", add_convert, run_convert),
     "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
+    "kernels": Command("List every op's implementations and what speaks against each here.", add_kernels, run_kernels),
     "bench": Command("Measure a model; compare two measurements.", add_bench, run_bench),
     "eval": Command("Score a model of coloured shapes with a program.", add_eval, run_eval),
     "serve": Command("Serve a model over HTTP (OpenAI's images API).", add_serve, run_serve),

@@ -150,7 +150,7 @@ def _library(function: str) -> Callable[[Target], str | None]:
 
 
 def _implementations(op: str) -> dict[str, Implementation]:
-    found = [Implementation("triton", _from("triton_ops", op), triton_refuses)]
+    found = [] if op in EAGER_ONLY else [Implementation("triton", _from("triton_ops", op), triton_refuses)]
     if op == "attention":
         found = [Implementation("triton", _from("triton_ops", op), _triton_attention_refuses)]
         found += [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()]
