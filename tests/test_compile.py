@@ -213,10 +213,9 @@ def test_what_is_folded_is_gone(checkpoint):
     program = compiled(checkpoint, ONE)
     names = [n for n, _ in program.network.named_parameters()]
     assert not any("t_embedder" in n or "adaLN" in n or "attention_norm" in n for n in names)
-    after = sum(p.numel() for p in program.network.parameters())
-    assert (program.plan.parameters_after, program.plan.parameters_before) == (
-        after, sum(after * 0 + n for n in program.plan.folded.values()) + after,
-    )  # fmt: skip
+    plan, after = program.plan, sum(p.numel() for p in program.network.parameters())
+    assert plan.parameters_after == after == plan.parameters_before - sum(plan.folded.values())
+    assert plan.pruned == {}  # every parameter of Z-Image is read by something
     assert "op           attention" in str(program.plan)
 
 

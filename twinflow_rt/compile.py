@@ -4,6 +4,7 @@
     fold    evaluate all time embeddings and modulations of the schedule into tables (float32)
     absorb  at one evaluation, where the family can: move the tables into the weights beside them
     fuse    stream the remaining tensors to the device, merged where they share an input
+    pack    lay out linear layers for the CPU, quantize them where asked to (`passes.quantize`)
     select  one implementation per op, refusals stated
     plan    say what was done
 
@@ -14,7 +15,7 @@ merged into the checkpoint's tensors as these passes read them (`passes.lora`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,31 +27,44 @@ from .errors import ConfigError
 from .models import Family
 from .ops.select import Choice, Target, select
 from .passes import fold as folding
+from .passes import quantize
 from .passes.fold import Schedule, fold, folded_away
 from .passes.load import Checkpoint, Layout, Progress, assign, check, fetch, materialize
 from .passes.lora import Merged
-from .plan import Plan, group_folded, parameter_bytes
+from .plan import Plan, group_parameters, parameter_bytes
 
 MAX_EVALUATIONS = 100
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a program was compiled from; `absorb`: whether its constants may go into the weights."""
+    """What a program was compiled from; `absorb`: whether its constants may go into the weights.
+    precision, exempt: of the linear layers, see `passes.quantize.convert`."""
 
     source: Checkpoint
     family: Family
     device: torch.device
     dtype: torch.dtype
     absorb: bool = True
+    precision: str | None = None
+    exempt: tuple[str, ...] = ()
 
     def unfolded(self) -> nn.Module:
         """The network as the checkpoint has it, on the meta device."""
         with torch.device("meta"):
             return self.family.network(self.family.config.from_dict(self.source.config))
 
-    def tables(self, unfolded: nn.Module, schedule: Schedule) -> dict[str, Tensor]:
-        return fold(unfolded, lambda name: self.source.get(name, dtype=torch.float32), schedule)
+    def tables(
+        self, unfolded: nn.Module, schedule: Schedule, seen: Callable[[str], None] | None = None
+    ) -> dict[str, Tensor]:
+        """The folded constants of `schedule`; `seen` is told each parameter that goes into them."""
+
+        def read(name: str) -> Tensor:
+            if seen is not None:
+                seen(name)
+            return self.source.get(name, dtype=torch.float32)
+
+        return fold(unfolded, read, schedule)
 
 
 @dataclass
@@ -104,41 +118,48 @@ class Program:
         compiling fail, the program is left without a schedule and the next `refold` compiles it."""
         self.network, self.schedule, self.recipe = None, (), recipe
         fresh = compile_network(
-            recipe.source, recipe.family, schedule, device=recipe.device, dtype=recipe.dtype, absorb=recipe.absorb
-        )
+            recipe.source, recipe.family, schedule, device=recipe.device, dtype=recipe.dtype, absorb=recipe.absorb,
+            precision=recipe.precision, exempt=recipe.exempt,
+        )  # fmt: skip
         self.network, self.schedule, self.plan = fresh.network, fresh.schedule, fresh.plan
 
 
 def compile_network(
     source: Checkpoint, family: Family, schedule: Schedule, *, device: torch.device, dtype: torch.dtype,
-    progress: Progress | None = None, absorb: bool = True,
+    progress: Progress | None = None, absorb: bool = True, precision: str | None = None, exempt: Sequence[str] = (),
 ) -> Program:  # fmt: skip
     """Compiles a network for the (t, tt) pairs of `schedule` (1 to 100 of them).
 
     source: an open checkpoint, or one with adapters merged in (`passes.lora.Merged`). absorb: whether
     the constants of a single evaluation go into the weights, where the family declares that they can
     (`absorptions`): exact in float32, and in bfloat16 within 1.1x of the unfolded network's error.
-    Raises CheckpointError for anything about the files, ConfigError for the schedule.
+    precision, exempt: of the linear layers, see `passes.quantize.convert`.
+    Raises CheckpointError for anything about the files, ConfigError for the schedule or the precision.
     """
-    schedule, recipe = _checked(schedule), Recipe(source, family, device, dtype, absorb)
+    schedule = _checked(schedule)
+    recipe = Recipe(source, family, device, dtype, absorb, precision, tuple(exempt))
     source.meter.start()
     unfolded = recipe.unfolded()
     check(unfolded.state_dict(), source, family.layout)
     network = _folded(family, unfolded.config, len(schedule), absorb)
     expected = network.state_dict()
-    for name, tensor in _tensors(recipe, network, recipe.tables(unfolded, schedule)):
+    into: set[str] = set()
+    for name, tensor in _tensors(recipe, network, recipe.tables(unfolded, schedule, into.add)):
         assign(network, name, tensor)
         if progress is not None:
             progress(tensor.nbytes)
     network.eval().ops, choices = _select(network, device, dtype)
+    layers = quantize.convert(network, device, precision, exempt)
     report = source.meter.report(len(expected), source.total_bytes())
     away = folded_away(unfolded, network)
+    folded, pruned = (group_parameters({k: n for k, n in away.items() if (k in into) is yes}) for yes in (True, False))
     before = sum(p.numel() for p in unfolded.parameters())
     plan = Plan(
         family=family.name, source=Path(source.folder).parent.name, device=str(device), dtype=_short(dtype),
         schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
-        bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=group_folded(away),
-        absorbed=_is_absorbed(network), loras=source.loras, notes=(f"transformer {report}",),
+        bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
+        absorbed=_is_absorbed(network), loras=source.loras, precision=precision, exempt=recipe.exempt, layers=layers,
+        notes=(f"transformer {report}", *quantize.converted(source.main_dtype(), dtype, device)),
     )  # fmt: skip
     return Program(network, schedule, plan, recipe)
 
@@ -148,15 +169,24 @@ def load_program(
     progress: Progress | None = None,
 ) -> Program:  # fmt: skip
     """The program of a saved artifact: no pass runs again, ops are selected for this machine."""
-    network = _folded(family, family.config.from_dict(saved.config), len(plan.schedule), plan.absorbed)
+    config = family.config.from_dict(saved.config)
+    network = _folded(family, config, len(plan.schedule), plan.absorbed)
+    with torch.device("meta"):
+        original = family.network(config).state_dict()
+    tables = {name for name, _ in network.named_buffers() if name not in original}
 
-    def dtype_of(name: str, kind: torch.dtype) -> torch.dtype:
-        return torch.float32 if saved.dtype(name) == torch.float32 else kind
+    def dtype_of(name: str, kind: torch.dtype) -> torch.dtype | None:
+        if name in as_saved:
+            return None
+        return torch.float32 if name in tables else family.layout.dtype_of(name, kind)
 
+    as_saved = quantize.expect_int8(network, saved)
     report = materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
+    quantize.check_int8(network, device)
+    layers = quantize.convert(network, device)
     network.ops, choices = _select(network, device, dtype)
     notes = (f"compiled for {plan.dtype} on {plan.device} and saved", f"transformer {report}")
-    plan = replace(plan, device=str(device), dtype=_short(dtype), choices=choices, notes=notes)
+    plan = replace(plan, device=str(device), dtype=_short(dtype), choices=choices, layers=layers, notes=notes)
     return Program(network, plan.schedule, plan)
 
 

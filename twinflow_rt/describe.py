@@ -13,7 +13,7 @@ from . import stage
 from .models import family_of
 from .passes.fold import folded_away
 from .passes.load import Checkpoint, check, model_folder
-from .plan import group_folded
+from .plan import group_parameters
 
 PRECISIONS = {"float32": 4, "bfloat16": 2}  # float16 as bfloat16
 
@@ -84,7 +84,7 @@ def describe(path: Path) -> Description:
     stored = network.state_dict()
     tables = sum(b.numel() for name, b in folded.named_buffers() if name not in stored) * 4
     memory = {name: sum(p.needed for p in parts) * size + tables for name, size in PRECISIONS.items()}
-    away = group_folded(folded_away(network, folded))
+    away = group_parameters(folded_away(network, folded))
     return Description(family.name, str(path), parts, away, memory)
 
 

@@ -19,10 +19,11 @@ from .config import (
     check_count,
     resolve_device,
     resolve_dtype,
+    resolve_precision,
     resolve_prompts,
     resolve_sampler,
 )
-from .errors import DeviceError
+from .errors import ConfigError, DeviceError
 from .models import family_of
 from .models.context import Context
 from .noise import initial_noise, resolve_seeds, step_noise
@@ -68,7 +69,12 @@ class Pipeline:
         if self._stages is None:
             size = self.sizes.resolve(None, None)
             self._stages = predict_stages(self.text, self.program.network, self.vae, *size)
-        return replace(self.program.plan, stages=self._stages)
+        loads = tuple(
+            f"{part.name} {report}"
+            for stage in (self.text, self.vae)
+            for part, report in zip(stage.parts, stage.reports, strict=True)
+        )
+        return replace(self.program.plan, stages=self._stages, notes=self.program.plan.notes + loads)
 
     def __call__(
         self, prompt: str | Sequence[str] | PromptEmbeds, *, height: int | None = None, width: int | None = None,
@@ -180,7 +186,7 @@ def _deliver(images: Tensor, output: str) -> Any:
 def load(
     path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
     nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
-    progress: Callable[[str, int], None] | None = None,
+    progress: Callable[[str, int], None] | None = None, precision: str | None = None, exempt: Sequence[str] = (),
 ) -> Pipeline:  # fmt: skip
     """Loads and compiles a model folder in diffusers' layout, or "demo", the miniature that ships along.
 
@@ -188,9 +194,13 @@ def load(
     device cannot compute in that at full rate. nfe: evaluations per image the network is folded for
     (default 1). loras: adapters to merge, {path: weight} or [path or (path, weight), ...]; an artifact
     takes those it was saved with, or None. progress(part, bytes) is called as tensors arrive.
+    precision: "fp32", "fp16" or "bf16", the dtypes; "int8", CPU only: linear layers of the transformer's
+    blocks with 8-bit weights and activations; "auto" or None, what suits checkpoint and device. exempt:
+    parts of layer names kept out of int8, because they measured sensitive (`twinflow-rt sensitivity`).
     Raises CheckpointError, ConfigError, DeviceError.
     """
     asked, target = resolve_sampler(nfe, sampler), resolve_device(device)
+    quantized, dtype = resolve_precision(precision, dtype)
     folder = model_folder(DEMO if str(path) == "demo" else Path(path))
     saved = artifact.read(folder) if artifact.is_artifact(folder) else None
     config = asked or (SamplerConfig(**saved["sampler"]) if saved else preset(1))
@@ -202,19 +212,29 @@ def load(
     plan = Plan.from_dict(saved["plan"]) if saved else None
     if plan is not None:
         require_same(plan.loras, pairs)
-    checkpoint = Merged(folder / "transformer", pairs) if pairs and plan is None else Checkpoint(folder / "transformer")
+        if precision is not None and quantized != plan.precision or exempt and tuple(exempt) != plan.exempt:
+            raise ConfigError(
+                f"{folder} was saved with linear layers in {plan.precision or 'its dtype'}, for good; "
+                "load the model folder for another precision"
+            )
+    checkpoint = Merged(folder / "transformer", pairs) if pairs and plan is None else _transformer(folder, plan)
     family = family_of(checkpoint.config)
-    kind = resolve_dtype(dtype, target, checkpoint.main_dtype())
+    kind = resolve_dtype(dtype, target, getattr(torch, plan.dtype) if plan else checkpoint.main_dtype())
     text, vae = family.text(folder), family.vae(folder)
     sizes = family.fit(family.config.from_dict(checkpoint.config), text, vae)
     with torch.no_grad():
         text.materialize(target, kind, part("text encoder"))
         times = schedule(config, kind)
         to = {"device": target, "dtype": kind, "progress": part("transformer")}
+        how = {"precision": quantized, "exempt": exempt}
         if plan is not None:
             program = load_program(checkpoint, family, plan, **to)
             program.refold(times)  # refuses another schedule than the saved one
         else:
-            program = compile_network(checkpoint, family, times, **to)
+            program = compile_network(checkpoint, family, times, **to, **how)
         vae.materialize(target, kind, part("vae"))
     return Pipeline(text, program, vae, sizes, config, target, kind, folder)
+
+
+def _transformer(folder: Path, plan: Plan | None) -> Checkpoint:
+    return Checkpoint(folder / "transformer", quantized=plan is not None and plan.precision == "int8")

@@ -18,7 +18,7 @@ from torch import nn
 from .errors import CheckpointError
 from .ops.select import Choice
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,25 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class Layers:
+    """Linear layers of one `kind` (see `passes.quantize`): how many, their parameters, and why that kind."""
+
+    kind: str
+    count: int
+    parameters: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.kind:<20} {self.count} layers, {_count(self.parameters)} ({self.why})"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a compiled program can tell about itself; `str(plan)` prints it.
 
+    folded, pruned: parameters that became constants, and those whose output nothing reads, by kind.
     absorbed: the constants of the one evaluation are inside the weights; else they are tables.
+    precision, exempt: "int8" or None, and names kept out of it. layers: what linear layers became.
     """
 
     family: str
@@ -82,8 +97,12 @@ class Plan:
     bytes_before: int
     bytes_after: int
     folded: dict[str, int] = field(default_factory=dict)
+    pruned: dict[str, int] = field(default_factory=dict)
     absorbed: bool = False
     loras: tuple[Lora, ...] = ()
+    precision: str | None = None
+    exempt: tuple[str, ...] = ()
+    layers: tuple[Layers, ...] = ()
     stages: tuple[Stage, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -101,6 +120,8 @@ class Plan:
             "schedule": tuple((float(t), float(tt)) for t, tt in raw["schedule"]),
             "choices": tuple(Choice(c["op"], c["chosen"], tuple(map(tuple, c["refused"]))) for c in raw["choices"]),
             "loras": tuple(Lora(**lora) for lora in raw["loras"]),
+            "exempt": tuple(raw["exempt"]),
+            "layers": tuple(Layers(**group) for group in raw["layers"]),
             "stages": tuple(Stage(**s) for s in raw["stages"]),
             "notes": tuple(raw["notes"]),
         })  # fmt: skip
@@ -114,14 +135,16 @@ class Plan:
             f"bytes        {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}",
         ]
         lines += [f"folded       {_count(n):>8}  {name}" for name, n in self.folded.items()]
+        lines += [f"pruned       {_count(n):>8}  {name}" for name, n in self.pruned.items()]
         lines += [f"lora         {lora}" for lora in self.loras]
         for choice in self.choices:
             refusals = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused)
-            lines.append(f"op           {choice.op:<14} {choice.chosen}" + (f"  ({refusals})" if refusals else ""))
+            lines.append(f"op           {choice.op:<20} {choice.chosen}" + (f"  ({refusals})" if refusals else ""))
+        lines += [f"linear       {group}" for group in self.layers]
         for stage in self.stages:
             floors = ", ".join(f"{name} {stage.seconds(c) * 1e3:.3g} ms" for name, c in CEILINGS.items())
-            work = f"{stage.flops / 1e9:,.2f} GFLOP  {_bytes(stage.weight_bytes)}"
-            lines.append(f"stage        {stage.name:<14} {work}  floor: {floors}")
+            work = f"{stage.flops / 1e9:,.2f} GFLOP  {_bytes(stage.weight_bytes)} of weights"
+            lines.append(f"stage        {stage.name:<20} {work}  floor: {floors}")
         return "\n".join(lines + [f"note         {note}" for note in self.notes])
 
 
@@ -141,18 +164,20 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def group_folded(sizes: dict[str, int]) -> dict[str, int]:
-    """Sums folded parameters by what they were: layer numbers dropped from their names, norms together."""
+def group_parameters(sizes: dict[str, int]) -> dict[str, int]:
+    """Sums parameters by what they were: layer numbers dropped from their names, norm weights together."""
     groups: dict[str, int] = {}
     for name, n in sizes.items():
         key = ".".join(part for part in name.split(".") if not part.isdigit() and part not in ("weight", "bias"))
-        key = "norm weights" if "norm" in key else key
+        key = "norm weights" if "norm" in key.rpartition(".")[2] else key
         groups[key] = groups.get(key, 0) + n
     return groups
 
 
 def _count(n: int) -> str:
-    return f"{n / 1e9:.3f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
+    if n >= 1e9:
+        return f"{n / 1e9:.3f}B"
+    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.2f}K"
 
 
 def _bytes(n: int) -> str:

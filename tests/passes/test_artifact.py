@@ -184,6 +184,13 @@ def test_precision_and_source_are_recorded(model, tmp_path):
     assert {m["source"] for m in manifests} == {artifact.source_hash(model / "transformer")}
 
 
+def test_another_precision_is_as_if_compiled_for_it(model, tmp_path):
+    saved = load(model, device="cpu", dtype="float32").save(tmp_path / "artifact")
+    for dtype in ("bfloat16", "float32"):
+        again, fresh = (load(m, device="cpu", dtype=dtype).program.network.state_dict() for m in (saved, model))
+        assert all(v.dtype == fresh[k].dtype and torch.equal(v, fresh[k]) for k, v in again.items())
+
+
 def test_absorbed_networks_save_and_load(tmp_path):
     """Qwen-Image at one evaluation: its constants are inside the weights, and the artifact says so."""
     pipe = load(qwen_image_factory.make_model(tmp_path / "m"), device="cpu")

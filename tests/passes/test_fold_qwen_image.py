@@ -250,6 +250,16 @@ def test_one_evaluation_is_absorbed_and_others_refold(reference, source):
     assert "constants    inside the weights" in str(compiled(source, ONE).plan)
 
 
+def test_the_plan_tells_folded_from_pruned(source):
+    plan, dim = compiled(source, ONE).plan, SMALL.dim
+    gone = plan.parameters_before - plan.parameters_after
+    assert gone == sum(plan.folded.values()) + sum(plan.pruned.values())
+    assert plan.folded["transformer_blocks.txt_mod"] == SMALL.num_layers * 6 * (dim + 1) * dim
+    # of the last block's prompt stream only keys and values are read
+    assert set(plan.pruned) == {f"transformer_blocks.{n}" for n in ("attn.to_add_out", "txt_mlp.net.proj", "txt_mlp.net")}
+    assert plan.pruned["transformer_blocks.attn.to_add_out"] == (dim + 1) * dim
+
+
 def test_absorbing_can_be_declined(source):
     program = compiled(source, ONE, absorb=False)
     assert not program.plan.absorbed and not program.network.absorbed
