@@ -45,7 +45,7 @@ class Recipe:
     flow_shift_from: int = 1_200
     flow_lr: float = 1.5e-3
     drop_prompt: float = 0.1
-    distill_steps: int = 1_800
+    distill_steps: int = 1_500
     distill_lr: float = 5e-4
     distill_batch: int = 64
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -55,7 +55,7 @@ RECIPES = {
     "twinflow": Recipe("twinflow"),
     "rcgm": Recipe("rcgm", objective=ObjectiveConfig(parts=(1, 1, 1, 0), rectify=0.0)),
     # the same wall time spent on flow matching alone: one distillation step costs about two of these
-    "flow": Recipe("flow", flow_steps=6_600, distill_steps=0),
+    "flow": Recipe("flow", flow_steps=6_000, distill_steps=0),
 }
 
 
