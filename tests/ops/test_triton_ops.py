@@ -1,0 +1,72 @@
+"""The Triton launchers as torch ops: the table's signatures, declared shapes and mutations, torch.compile.
+
+Runs in Triton's interpreter; what the kernels compute is the matter of tests/kernels.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
+from twinflow_rt import ops
+from twinflow_rt.bench.op_cases import SIZES, cases, judge
+from twinflow_rt.ops.select import IMPLEMENTATIONS
+
+CASES = [c for c in cases(SIZES["tiny"], torch.float16, "cpu") if "triton" in IMPLEMENTATIONS[c.op]]
+EPS = 1e-5
+
+
+@pytest.fixture(scope="module")
+def table():
+    """op -> what a GPU program would call"""
+    return {op: some["triton"].load() for op, some in IMPLEMENTATIONS.items() if "triton" in some}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_through_the_op_table(table, case):
+    got = table[case.op](*case.inputs())
+    problem = judge(got, getattr(ops.EAGER, case.op)(*case.inputs()), case.exact(*case.inputs()))
+    assert problem is None, problem
+
+
+def test_the_last_sandwich_norm_has_no_successor(table):
+    x, w = torch.randn(2, 3, 16), torch.rand(16)
+    total, h = table["residual_norm"](x, x, w, None, EPS)
+    assert h is None
+    torch.testing.assert_close(total, ops.residual_norm(x, x, w, None, EPS)[0])
+
+
+def test_ops_keep_torchs_rules(table):
+    o, x, w = torch.ops.twinflow, torch.randn(2, 3, 16), torch.rand(16)
+    q, k, v = torch.randn(1, 5, 3, 2, 16).half().unbind(2)
+    tables = (torch.rand(8), torch.rand(8), torch.rand(1, 3, 4), torch.rand(1, 3, 4))
+    check = lambda op, *args: torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    check(o.triton_rms_norm.default, x, w, EPS)
+    check(o.triton_layer_norm.default, x, None, EPS, w)
+    check(o.triton_residual_norm.default, x, x.clone(), w, w, EPS)
+    check(o.triton_residual_norm_alone.default, x, x.clone(), w, EPS)
+    check(o.triton_residual_layer_norm.default, x, x.clone(), None, w, None, EPS)
+    check(o.triton_qk_norm_rope_.default, torch.randn(2, 3, 48), *tables, 2, EPS)
+    streams, weights = [torch.randn(1, 1, 48), torch.randn(1, 2, 48)], [torch.rand(8), torch.rand(8)]
+    check(o.triton_joint_qk_norm_rope.default, streams, weights, weights, *tables[2:], 2, EPS)
+    check(o.triton_attention.default, q, k, v, torch.tensor([3]))
+    check(o.triton_swiglu.default, x)
+    check(o.triton_gelu_tanh.default, x)
+    check(o.triton_x0_project.default, torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0.5)
+    check(o.triton_to_uint8.default, torch.randn(1, 3, 4, 4))
+
+
+def test_one_graph_under_torch_compile(table):
+    """No graph break, and the in-place op's effect survives functionalization."""
+    x, w = torch.randn(2, 3, 48), torch.rand(48)
+    tables = (torch.rand(8), torch.rand(8), torch.rand(1, 3, 4), torch.rand(1, 3, 4), 2, EPS)
+
+    def block(ops, x):
+        total, h = ops["residual_norm"](ops["rms_norm"](x, w, EPS), x, w, w, EPS)
+        q, k, v = ops["qk_norm_rope"](h.clone(), *tables)
+        return total, q + k, v * 2
+
+    expected = block({name: getattr(ops, name) for name in ("rms_norm", "residual_norm", "qk_norm_rope")}, x)
+    compiled = torch.compile(lambda x: block(table, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
