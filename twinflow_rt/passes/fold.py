@@ -2,11 +2,20 @@
 
 For a schedule of N pairs (t, tt) a family's `fold` method yields tables of N rows. The network that
 makes them exists on the meta device; `fold` lends it the parameters of one block at a time, in
-float32 on the CPU, so what is folded away is read once and never resident together. At N = 1 the
-single row is the norm weight of a plain pre-norm transformer.
+float32 on the CPU, so what is folded away is read once and never resident together.
 
-Where norms have no weights of their own, N = 1 can go further: `absorb` moves the row into the
-linear layers beside it.
+At N = 1 what is left depends on where a family's constants act.
+
+    On norms with weights of their own (Z-Image): scale and gate multiply the weights of the norms
+    before and after a branch, and a table row *is* that product. Nothing else remains: the block is
+    a plain transformer block whose norm weights are that row.
+
+    Beside linear layers (Qwen-Image, whose norms have no weights): `absorb` moves the row into the
+    layers, scale into columns, shift into the bias, gate into rows.
+
+A gate before a norm cannot move into the layer ahead of it (the norm would divide it out again), so
+a sandwich-norm family declares no absorption. Nor would moving its first norm's weights into the next
+layer's columns gain anything: the norm multiplies anyway, and the weights would be rounded once more.
 """
 
 from __future__ import annotations
