@@ -5,46 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import wait
-from types import SimpleNamespace
 
 import pytest
 
-from twinflow_rt.config import SizeRule
+from tests.serve.fake import FakePipe
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
 from twinflow_rt.sample import preset
 from twinflow_rt.serve.engine import DrainingError, Engine, Limits, QueueFullError
 
 PATIENCE = 20
-
-
-class FakePipe:
-    """Images are (prompt, seed); `gate` closed holds a run back; prompts name what should go wrong."""
-
-    def __init__(self) -> None:
-        self.sizes, self.sampler = SizeRule(16, 64, 64, default=32), preset(1)
-        self.calls: list[dict] = []
-        self.gate, self.entered = threading.Event(), threading.Event()
-        self.gate.set()
-
-    def __call__(self, prompts, *, seed, cancel, **options):
-        self.calls.append({"prompts": prompts, "seeds": seed, **options})
-        self.entered.set()
-        while not self.gate.wait(0.01):
-            if cancel():
-                raise CancelledError("stopped")
-        for prompt in prompts:
-            if prompt == "bad":
-                raise ConfigError("a bad prompt")
-            if prompt == "crash":
-                raise ZeroDivisionError
-            if prompt == "big" or (prompt == "wide" and len(prompts) > 1):
-                raise DeviceError("out of memory")
-        images = list(zip(prompts, seed, strict=True))
-        return SimpleNamespace(images=images[1:] if "lose" in prompts else images, timings={"total": 0.5})
-
-    @property
-    def batches(self) -> list[int]:
-        return [len(call["prompts"]) for call in self.calls]
 
 
 @pytest.fixture
@@ -76,7 +45,8 @@ def hold(pipe: FakePipe, engine: Engine):
 
 
 def results(jobs):
-    return [job.future.result(PATIENCE) for job in jobs]
+    """(prompt, seed) of each job's image."""
+    return [job.future.result(PATIENCE).info["made"] for job in jobs]
 
 
 def test_images_have_their_own_prompt_and_seed(pipe, start):
@@ -84,7 +54,7 @@ def test_images_have_their_own_prompt_and_seed(pipe, start):
     assert results(engine.submit("a", seed=7, num_images=3)) == [("a", 7), ("a", 8), ("a", 9)]
     one, other = results([*engine.submit("b"), *engine.submit("b")])
     assert one != other  # drawn
-    assert pipe.calls[0]["height"] == pipe.calls[0]["width"] == 32
+    assert pipe.calls[0]["size"] == (32, 32)
 
 
 def test_requests_alike_share_a_batch(pipe, start):
@@ -99,7 +69,7 @@ def test_requests_alike_share_a_batch(pipe, start):
         ("a", 1), ("b", 5), ("b", 6), ("small", 0), ("two", 0), ("c", 9), ("d", 9),
     ]  # fmt: skip
     assert [call["prompts"] for call in pipe.calls[1:]] == [["a", "b", "b", "c"], ["small"], ["two"], ["d"]]
-    assert (pipe.calls[2]["height"], pipe.calls[2]["width"]) == (32, 16)
+    assert pipe.calls[2]["size"] == (16, 32)
     assert pipe.calls[3]["sampler"] == preset(2)
 
 
@@ -132,9 +102,9 @@ def test_full_queue_refuses_whole_requests(pipe, start):
     with pytest.raises(QueueFullError, match="3 images are waiting, 2 more") as caught:
         engine.submit("b", num_images=2)
     assert caught.value.retry_after >= 1 and engine.waiting == 3
-    (job,) = engine.submit("c")
+    (job,) = engine.submit("c", seed=1)
     pipe.gate.set()
-    assert job.future.result(PATIENCE)[0] == "c"
+    assert results([job]) == [("c", 1)]
 
 
 @pytest.mark.parametrize(
@@ -179,9 +149,9 @@ def test_cancelled_jobs_leave_the_queue(pipe, start):
     jobs = engine.submit("a", num_images=2)
     engine.cancel(jobs)
     assert engine.waiting == 0 and all(job.future.cancelled() for job in jobs)
-    (kept,) = engine.submit("b")
+    kept = engine.submit("b", seed=1)
     pipe.gate.set()
-    assert kept.future.result(PATIENCE)[0] == "b"
+    assert results(kept) == [("b", 1)]
     assert [call["prompts"] for call in pipe.calls] == [["first"], ["b"]]
 
 
@@ -196,7 +166,7 @@ def test_a_run_stops_only_when_nobody_waits_for_it(pipe, start):
     pair = [*engine.submit("a", seed=1), *engine.submit("b", seed=2)]
     engine.cancel(pair[:1])  # still queued: leaves
     pipe.gate.set()
-    assert pair[1].future.result(PATIENCE) == ("b", 2)
+    assert results(pair[1:]) == [("b", 2)]
 
     alone = hold(pipe, engine)
     engine.cancel([alone])  # running: the pipeline is told
@@ -214,7 +184,7 @@ def test_one_of_two_callers_leaves_a_running_batch(pipe, start):
     assert pipe.entered.wait(PATIENCE)
     engine.cancel([gone])
     pipe.gate.set()
-    assert stays.future.result(PATIENCE) == ("b", 2)
+    assert results([stays]) == [("b", 2)]
 
 
 @pytest.mark.parametrize(
@@ -291,5 +261,5 @@ def test_many_callers_get_their_own_images(pipe, start):
         thread.join(PATIENCE)
     wait([job.future for job in jobs.values()], PATIENCE)
     assert len(jobs) == 160
-    assert all(job.future.result(0) == (str(seed // 1000), seed) for seed, job in jobs.items())
+    assert all(results([job]) == [(str(seed // 1000), seed)] for seed, job in jobs.items())
     assert max(pipe.batches) <= 7

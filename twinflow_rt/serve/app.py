@@ -40,6 +40,10 @@ ENCODING = {"png": {"compress_level": 1}, "jpeg": {"quality": 95}, "webp": {"qua
 CLIENT_LEFT = 499  # nobody reads this answer; the number is for the metrics
 
 
+class NoSuchModel(Exception):
+    """A request names another model than the one served."""
+
+
 class ImageRequest(BaseModel):
     """Body of /v1/images/generations. Beyond OpenAI's fields: `seed` (image k gets seed + k) and `nfe`
     (network evaluations per image; default: what the server was started with)."""
@@ -66,17 +70,22 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
     app = FastAPI(title="twinflow_rt", version=__version__, docs_url=None, redoc_url=None)
     metrics, created = Metrics(engine), int(time.time())
     app.add_middleware(Gate, token=token, count=metrics.requests, seconds=metrics.seconds)
-    _add_errors(app)
+    _add_errors(app, name)
 
     @app.post("/v1/images/generations")
     async def generate(request: Request, body: ImageRequest) -> Response:
         if body.model not in (None, name):
-            raise HTTPException(404, f"model {body.model!r} does not exist; this server has {name!r}")
+            raise NoSuchModel(body.model)
         width, height = map(int, body.size.split("x")) if body.size not in (None, "auto") else (None, None)
         jobs = engine.submit(
             body.prompt, width=width, height=height, seed=body.seed, num_images=1 if body.n is None else body.n, nfe=body.nfe
         )
-        images = await _finished(engine, jobs, request, timeout)
+        try:
+            images = await _finished(engine, jobs, request, timeout)
+        except (TwinFlowError, TimeoutError):
+            raise
+        except Exception:  # a bug somewhere below, which the engine has logged
+            return failure(500, "generation failed", "server_error")
         if images is None:
             return Response(status_code=CLIENT_LEFT)
         kind = body.output_format or "png"
@@ -94,7 +103,7 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
     @app.get("/v1/models/{wanted:path}")
     async def one_model(wanted: str) -> dict[str, Any]:
         if wanted != name:
-            raise HTTPException(404, f"model {wanted!r} does not exist; this server has {name!r}")
+            raise NoSuchModel(wanted)
         return model
 
     @app.get("/health/live")
@@ -153,18 +162,24 @@ async def _disconnected(request: Request) -> None:
 # -- errors ---------------------------------------------------------------------------------------
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_errors(app: FastAPI, name: str) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"] if part != "body") or None
-        message = f"{param or 'body'}: {first['msg']}"
-        return failure(400, message, param=None if first["type"] == "json_invalid" else param)
+        if first["type"] == "json_invalid":
+            return failure(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+        if len(first["loc"]) < 2:
+            return failure(400, "the body must be a JSON object, sent as application/json")
+        param = str(first["loc"][1])
+        return failure(400, f"{param}: {first['msg']}", param=param)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        code = "model_not_found" if error.status_code == 404 and request.url.path.startswith("/v1/") else None
-        return failure(error.status_code, str(error.detail), code=code, headers=dict(error.headers or {}))
+        return failure(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+    @app.exception_handler(NoSuchModel)
+    async def unknown(request: Request, error: NoSuchModel) -> JSONResponse:
+        return failure(404, f"model {str(error)!r} does not exist; this server has {name!r}", code="model_not_found")
 
     @app.exception_handler(TimeoutError)
     async def late(request: Request, error: TimeoutError) -> JSONResponse:
@@ -181,7 +196,3 @@ def _add_errors(app: FastAPI) -> None:
             headers = {"Retry-After": "1", **CLOSE}
             return failure(503, str(error), "server_error", code="unavailable", headers=headers)
         return failure(500, str(error) if isinstance(error, DeviceError) else "generation failed", "server_error")
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> JSONResponse:
-        return failure(500, "internal error", "server_error")

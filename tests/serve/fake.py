@@ -1,0 +1,49 @@
+"""A pipeline that only counts, for testing what stands around one."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+from PIL import Image
+
+from twinflow_rt.config import SizeRule
+from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
+from twinflow_rt.sample import preset
+
+
+class FakePipe:
+    """Images hold prompt and seed in `info`; `gate` closed holds a run back; prompts name what should go wrong."""
+
+    def __init__(self) -> None:
+        self.sizes, self.sampler = SizeRule(16, 64, 64, default=32), preset(1)
+        self.calls: list[dict] = []
+        self.gate, self.entered, self.cancelled = threading.Event(), threading.Event(), threading.Event()
+        self.gate.set()
+
+    def __call__(self, prompts, *, seed, cancel, height, width, sampler):
+        self.calls.append({"prompts": prompts, "size": (width, height), "sampler": sampler})
+        self.entered.set()
+        while not self.gate.wait(0.01):
+            if cancel():
+                self.cancelled.set()
+                raise CancelledError("stopped")
+        for prompt in prompts:
+            if prompt == "bad":
+                raise ConfigError("a bad prompt")
+            if prompt == "crash":
+                raise ZeroDivisionError("a secret")
+            if prompt == "big" or (prompt == "wide" and len(prompts) > 1):
+                raise DeviceError("out of memory")
+        images = [self.image(*made, width, height) for made in zip(prompts, seed, strict=True)]
+        return SimpleNamespace(images=images[1:] if "lose" in prompts else images, timings={"total": 0.5})
+
+    @staticmethod
+    def image(prompt: str, seed: int, width: int, height: int) -> Image.Image:
+        image = Image.new("RGB", (width, height), (seed % 256, seed // 256 % 256, len(prompt)))
+        image.info = {"made": (prompt, seed)}
+        return image
+
+    @property
+    def batches(self) -> list[int]:
+        return [len(call["prompts"]) for call in self.calls]
