@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from .errors import ConfigError, DeviceError
 from .schedule import PRESETS, SamplerConfig, preset
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": None}
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 OUTPUTS = ("pil", "np", "pt", "latent")
 
@@ -55,6 +57,22 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     if name not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) -> tuple[str | None, Any]:
+    """What linear layers are quantized to ("int8" or None), and the dtype asked for, from the two arguments.
+
+    "fp32", "fp16" and "bf16" are dtypes, "auto" is what None is: the dtype that suits checkpoint and
+    device. Beside "int8", dtype is that of activations and of the layers kept out of int8.
+    """
+    if precision is None:
+        return None, dtype
+    check_choice("precision", precision, tuple(PRECISIONS))
+    implied = PRECISIONS[precision]
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if implied and name and ALIASES.get(name, name) != implied:
+        raise ConfigError(f"precision {precision} is dtype {implied}, not {name}; give one of the two")
+    return ("int8" if precision == "int8" else None), implied or dtype
 
 
 def resolve_sampler(nfe: int | None, sampler: SamplerConfig | str | None) -> SamplerConfig | None:

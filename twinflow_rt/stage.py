@@ -10,8 +10,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .ops import EAGER
+from .ops.select import OpTable, Target, select
 from .passes.fuse import sources
 from .passes.load import Checkpoint, Layout, LoadReport, Progress, materialize
+from .passes.quantize import convert
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Part:
     layout: Layout
 
     def load(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> LoadReport:
-        return materialize(self.network, self.checkpoint, self.layout, device, dtype, progress)
+        report = materialize(self.network, self.checkpoint, self.layout, device, dtype, progress)
+        convert(self.network, device)
+        return report
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors in use under the checkpoint's names, merged ones cut as the files have them."""
@@ -73,6 +78,7 @@ class Stage:
 
     parts: tuple[Part, ...]
     reports: tuple[LoadReport, ...] = ()
+    ops: OpTable = EAGER
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> Self:
@@ -82,5 +88,8 @@ class Stage:
         return stage
 
     def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
-        """Reads all parts; `reports` tells what that took, part by part."""
+        """Reads all parts and gives them the ops of `device`; `reports` tells what reading took, part by part."""
         self.reports = tuple(part.load(device, dtype, progress) for part in self.parts)
+        self.ops, _ = select(Target.of(device, dtype))
+        for part in self.parts:
+            part.network.ops = self.ops

@@ -58,15 +58,19 @@ class Checkpoint:
     """One network's folder (config.json and safetensors, whole or sharded), tensors read on demand.
 
     `strip`: a key prefix to drop where present (Qwen3ForCausalLM stores Qwen3Model under `model.`), or
-    several, of which a key loses the first that it has.
+    several, of which a key loses the first that it has. quantized: int8 tensors are expected too (a saved
+    program's).
     Opening reads headers only. Raises CheckpointError for a missing or truncated file, a pickle, an
     index that names a shard outside the folder, or a key that its shard lacks.
     """
 
     loras: tuple[Any, ...] = ()  # adapters merged in: none (see `passes.lora.Merged`)
+    _dtypes: Mapping[str, torch.dtype] = DTYPES
 
-    def __init__(self, folder: str | Path, *, strip: str | tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: str | Path, *, strip: str | tuple[str, ...] = (), quantized: bool = False) -> None:
         self.folder = Path(folder)
+        if quantized:
+            self._dtypes = DTYPES | {"I8": torch.int8}
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is missing; the model folder is incomplete")
         self.config = read_json(self.folder / "config.json")
@@ -157,12 +161,12 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype: float32, float16 or bfloat16; anything else is refused."""
         stored = self._slice(name).get_dtype()
-        if stored not in DTYPES:
+        if stored not in self._dtypes:
             raise CheckpointError(
-                f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(DTYPES)}: "
+                f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(self._dtypes)}: "
                 "quantize after loading, not before"
             )
-        return DTYPES[stored]
+        return self._dtypes[stored]
 
     def main_dtype(self) -> torch.dtype:
         """The dtype that most of the bytes are stored in."""

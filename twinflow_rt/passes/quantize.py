@@ -12,8 +12,7 @@ Modules are exchanged in place, so models know nothing of it. A packed or quanti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from ..config import has_native
 from ..errors import CheckpointError, ConfigError
 from ..ops.linear import int8_limit, linear_int8, linear_packed, linear_upcast, pack, quantize_weight
-from ..report import release_free_memory
+from ..plan import Layers
+from ..report import TRIM_EVERY, release_free_memory
 
 SCALE = "weight_scale"  # beside an int8 weight in a saved program
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
@@ -54,18 +54,8 @@ class Int8Linear(nn.Linear):
         return linear_int8(x, self.weight, self.weight_scale, self.bias)
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Linear layers of one `kind`: how many, their parameters, and why that kind."""
-
-    kind: str
-    count: int
-    parameters: int
-    why: str
-
-
 def convert(
-    network: nn.Module, device: torch.device, dtype: torch.dtype, precision: str | None = None, exempt: Sequence[str] = ()
+    network: nn.Module, device: torch.device, precision: str | None = None, exempt: Sequence[str] = ()
 ) -> tuple[Layers, ...]:
     """Exchanges the linear layers of a loaded `network` and says what each became.
 
@@ -75,14 +65,17 @@ def convert(
     """
     if precision == "int8" and (reason := int8_refuses(device)):
         raise ConfigError(f"precision int8: {reason}")
-    flags = torch.cpu.get_capabilities()
+    limit = int8_limit(torch.cpu.get_capabilities())
     done: dict[tuple[str, str], list[int]] = {}
+    freed = 0
     for name, layer in list(_linears(network)):
-        kind, why = _kind(network, name, layer, device, dtype, precision, exempt)
+        kind, why = _kind(network, name, layer, device, precision, exempt)
         done.setdefault((kind, why), []).append(layer.weight.numel())
-        if kind != "plain":
-            _exchange(layer, kind, int8_limit(flags))
-    release_free_memory()
+        freed += layer.weight.nbytes if kind in ("packed", "int8") else 0
+        _exchange(layer, kind, limit)
+        if freed > TRIM_EVERY:  # or the C library keeps the place of every old weight
+            freed = 0
+            release_free_memory()
     return tuple(Layers(kind, len(sizes), sum(sizes), why) for (kind, why), sizes in done.items())
 
 
@@ -102,22 +95,37 @@ def packing_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
 
 
-def expect_int8(network: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Makes room, on the meta device, for the int8 layers of a saved program (`stored`: its names)."""
+def expect_int8(network: nn.Module, stored: Container[str]) -> set[str]:
+    """Makes room, on the meta device, for the int8 layers of a saved program that has the tensors `stored`.
+    Returns the names of their tensors, which are read in the dtype they are stored in."""
+    as_saved = set()
     for name, layer in list(_linears(network)):
         if f"{name}.{SCALE}" in stored:
             scales = torch.empty(layer.out_features, 1, device="meta")
             _become_int8(layer, torch.empty_like(layer.weight, dtype=torch.int8), scales)
+            as_saved |= {f"{name}.weight", f"{name}.{SCALE}"}
+    return as_saved
 
 
-def check_int8(network: nn.Module) -> None:
-    """Refuses, with a CheckpointError, int8 weights made for a CPU that sums products in more bits."""
+def check_int8(network: nn.Module, device: torch.device) -> None:
+    """Refuses, with a CheckpointError, int8 weights of a loaded program that `device` cannot multiply."""
+    quantized = [m for m in network.modules() if isinstance(m, Int8Linear)]
+    if quantized and (reason := int8_refuses(device)):
+        raise CheckpointError(f"this artifact holds int8 weights: {reason}")
     limit = int8_limit(torch.cpu.get_capabilities())
-    if limit < 127 and any(isinstance(m, Int8Linear) and m.weight.abs().max() > limit for m in network.modules()):
+    if limit < 127 and any(m.weight.abs().max() > limit for m in quantized):
         raise CheckpointError(
             "this artifact's int8 weights need a CPU with VNNI, where products do not saturate; "
             "compile from the model folder on this machine"
         )
+
+
+def converted(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """A sentence for the plan where weights are held in another dtype than the checkpoint's because of `device`."""
+    if stored == dtype or has_native(stored, device):
+        return ()
+    kept, held = (str(d).removeprefix("torch.") for d in (stored, dtype))
+    return (f"stored in {kept}, which this {device.type} only emulates: weights converted to {held} at load",)
 
 
 def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -125,12 +133,11 @@ def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def _kind(
-    network: nn.Module, name: str, layer: nn.Linear, device: torch.device, dtype: torch.dtype, precision: str | None,
-    exempt: Sequence[str],
-) -> tuple[str, str]:  # fmt: skip
+    network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None, exempt: Sequence[str]
+) -> tuple[str, str]:
     """What becomes of one layer, and the reason."""
-    if isinstance(layer, (PackedLinear, UpcastLinear, Int8Linear)):
-        return "plain", "already converted"
+    if isinstance(layer, Int8Linear):
+        return "int8", "as saved"
     if min(layer.weight.shape) < NARROWEST or "norm" in name:  # narrow, or a modulation's: one row per prompt
         return "plain", "narrow, or a modulation of one row"
     if precision == "int8":
@@ -163,7 +170,7 @@ def _exchange(layer: nn.Linear, kind: str, limit: float) -> None:
         layer.weight = nn.Parameter(weight, requires_grad=False)
     elif kind == "upcast":
         layer.__class__ = UpcastLinear
-    else:
+    elif kind == "int8" and not isinstance(layer, Int8Linear):
         _become_int8(layer, *quantize_weight(layer.weight.detach(), limit))
 
 
