@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .models import autoencoder_dc, autoencoder_kl, autoencoder_qwen
-from .ops import EAGER
 from .passes.load import Progress
 from .stage import Model, Stage
 
@@ -23,7 +22,7 @@ class VaeDecoder(Stage):
     model: Model
 
     def __init__(self, folder: Path) -> None:
-        self.parts, self.ops = (self.model.open(folder / "vae"),), EAGER
+        self.parts = (self.model.open(folder / "vae"),)
         self.network = self.parts[0].network
         self.config = self.network.config
 

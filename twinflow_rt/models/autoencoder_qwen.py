@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..ops import EAGER, OpTable
 from ..passes.load import Checkpoint, Layout
 from ..stage import Model
 
@@ -77,15 +78,15 @@ class QwenAutoencoderConfig:
 
 
 class Norm(nn.Module):
-    """x / |x| * sqrt(C) * gamma over the channels: an RMS norm."""
+    """x / max(|x|, 1e-12) * sqrt(C) * gamma over the channels: an RMS norm, all but without epsilon."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.empty(channels, 1, 1))
+        self.gamma, self.eps = nn.Parameter(torch.empty(channels, 1, 1)), 1e-24 / channels
 
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.normalize(wide, dim=1).to(x.dtype) * len(self.gamma) ** 0.5 * self.gamma
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        rows = x.permute(0, 2, 3, 1).contiguous()  # already so where memory is channels-last
+        return ops.rms_norm(rows, self.gamma.flatten(), self.eps).permute(0, 3, 1, 2)
 
 
 class Resnet(nn.Module):
@@ -96,9 +97,9 @@ class Resnet(nn.Module):
         self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x, ops), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h, ops), inplace=True))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -111,8 +112,8 @@ class SpatialAttention(nn.Module):
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].contiguous().chunk(3, -1)
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        q, k, v = self.to_qkv(self.norm(x, ops)).flatten(2).transpose(1, 2)[:, None].contiguous().chunk(3, -1)
         out = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
         return self.proj(out).add_(x)
 
@@ -123,8 +124,8 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(Resnet(channels, channels) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialAttention(channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, ops), ops), ops)
 
 
 class Upsample(nn.Module):
@@ -144,9 +145,11 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(Resnet(inner if i == 0 else outer, outer) for i in range(depth))
         self.upsamplers = nn.ModuleList([Upsample(outer)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x, ops)
+        for upsampler in self.upsamplers:
+            x = upsampler(x)
         return x
 
 
@@ -164,11 +167,11 @@ class Decoder(nn.Module):
         self.norm_out = Norm(outer[-1])
         self.conv_out = nn.Conv2d(outer[-1], 3, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        x = self.mid_block(self.conv_in(x), ops)
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
+            x = block(x, ops)
+        return self.conv_out(F.silu(self.norm_out(x, ops), inplace=True))
 
 
 class QwenAutoencoderDecoder(nn.Module):
@@ -176,12 +179,12 @@ class QwenAutoencoderDecoder(nn.Module):
 
     def __init__(self, config: QwenAutoencoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, EAGER
         self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(self.post_quant_conv(latents), self.ops)
 
 
 class OneFrame(Checkpoint):
@@ -213,7 +216,11 @@ def _in_time(name: str, ndim: int) -> bool:
 
 def _layout(config: QwenAutoencoderConfig) -> Layout:
     time = (f"decoder.up_blocks.{i}.upsamplers.0.time_conv." for i, up in enumerate(config.temporal_upsample) if up)
-    return Layout(unused=("encoder.", "quant_conv.", *time))
+    return Layout(unused=("encoder.", "quant_conv.", *time), dtype_of=_dtype_of)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.endswith(".gamma") else dtype
 
 
 MODEL = Model(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame)
