@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.factory import WEIGHTS, randomize
 from twinflow_rt.models.sana import FUSED, GUIDANCE, SanaConfig, SanaTransformer
 from twinflow_rt.passes.fuse import merge
+from twinflow_rt.text_sana import INSTRUCTION
 
 SMALL = SanaConfig(
     in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=4, num_layers=3,
@@ -20,6 +21,7 @@ SMALL = SanaConfig(
     sample_size=2,
 )  # fmt: skip
 SPRINT = replace(SMALL, guidance_embeds=True, qk_norm="rms_norm_across_heads")
+VOCABULARY = 600
 # (latent height, width, prompt lengths of the batch)
 SHAPES = ((4, 4, (7,)), (1, 5, (1,)), (3, 2, (9, 9)), (5, 3, (3, 11, 5)))
 
@@ -104,15 +106,19 @@ def run_step(network: SanaTransformer, args, step: int) -> Tensor:
 
 
 def tokenizer():
-    """Byte-level BPE without merges, a start token in front: Gemma's habits."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    """Byte-level BPE with a start token in front, which knows the words of SANA's instruction."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = ("<pad>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
-    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<pad>", "<bos>"])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, min_frequency=1, special_tokens=["<pad>", "<bos>"], initial_alphabet=alphabet,
+        show_progress=False,
+    )  # fmt: skip
+    core.train_from_iterator([INSTRUCTION], trainer)
     core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", padding_side="right")
 
@@ -122,7 +128,7 @@ def text_encoder(head: bool = False, **changes):
     from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 
     config = Gemma2Config(
-        vocab_size=258, hidden_size=SMALL.caption_channels, intermediate_size=16, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=SMALL.caption_channels, intermediate_size=16, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=7, attn_logit_softcapping=1.5,
         pad_token_id=0, bos_token_id=1, eos_token_id=None, **changes,
     )  # fmt: skip
