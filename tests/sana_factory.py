@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.factory import WEIGHTS, randomize
+from tests.factory import tokenizer as qwen_tokenizer
+from twinflow_rt.models.openuni import ConnectorConfig
 from twinflow_rt.models.sana import FUSED, GUIDANCE, SanaConfig, SanaTransformer
 from twinflow_rt.passes.fuse import merge
 from twinflow_rt.text_sana import INSTRUCTION
@@ -164,3 +168,50 @@ def make_model(folder: Path, config: SanaConfig = SMALL) -> Path:
     file = folder / "transformer" / WEIGHTS
     save_file({**load_file(file), **reference.tensors()}, file, metadata={"format": "pt"})
     return folder
+
+
+CONNECTOR = ConnectorConfig(
+    hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=3, num_queries=5,
+    caption_channels=SMALL.caption_channels,
+)  # fmt: skip
+
+
+def language_model():
+    """The Qwen2 of an InternVL, with a head."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=300, hidden_size=CONNECTOR.hidden_size, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=3, num_key_value_heads=1, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return randomize(Qwen2ForCausalLM(config), 5)
+
+
+def siglip_encoder():
+    """transformers' encoder of the connector's shape; OpenUni's has the same names and arithmetic."""
+    from transformers import SiglipTextConfig
+    from transformers.models.siglip.modeling_siglip import SiglipEncoder
+
+    shape = {name: value for name, value in asdict(CONNECTOR).items() if name not in ("num_queries", "caption_channels")}
+    return randomize(SiglipEncoder(SiglipTextConfig(**shape, attn_implementation="eager")), 6)
+
+
+def make_openuni(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """`make_model` with OpenUni's text stage in place of SANA's; also the connector's tensors."""
+    make_model(folder)
+    for part in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+    language_model().save_pretrained(folder / "text_encoder")
+    qwen_tokenizer().save_pretrained(folder / "tokenizer")
+    generator = torch.Generator().manual_seed(7)
+    width, captions = CONNECTOR.hidden_size, CONNECTOR.caption_channels
+    tensors = {
+        "meta_queries": torch.randn(CONNECTOR.num_queries, width, generator=generator),
+        "projector.weight": torch.randn(captions, width, generator=generator),
+        "projector.bias": torch.randn(captions, generator=generator),
+        **{f"connector.{k}": v for k, v in siglip_encoder().state_dict().items()},
+    }
+    (folder / "connector").mkdir()
+    save_file(tensors, folder / "connector" / "model.safetensors")
+    (folder / "connector" / "config.json").write_text(json.dumps(asdict(CONNECTOR)))
+    return folder, tensors

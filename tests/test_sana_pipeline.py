@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS
 from tests.qwen_image_factory import relative
-from tests.sana_factory import SMALL, SPRINT, add_second, make_model
+from tests.sana_factory import (
+    CONNECTOR,
+    SMALL,
+    SPRINT,
+    add_second,
+    language_model,
+    make_model,
+    make_openuni,
+    siglip_encoder,
+)
 from twinflow_rt import cli
 from twinflow_rt.describe import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
@@ -192,7 +201,7 @@ def test_a_checkpoint_without_the_second_embedder_is_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("part", "changes", "match"),
     [
-        ("text_encoder", {"hidden_size": 16}, "text_encoder hidden_size 16 does not fit"),
+        ("text_encoder", {"hidden_size": 16}, "width of prompt embeddings 16 does not fit"),
         ("vae", {"latent_channels": 8}, "vae latent_channels 8 does not fit"),
         ("text_encoder", {"vocab_size": 100}, "tokenizer knows 600 tokens, .* embeds 100"),
     ],
@@ -202,4 +211,73 @@ def test_parts_of_other_models_are_refused(models, tmp_path, part, changes, matc
     path = folder / part / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError, match=match):
+        load(folder, device="cpu")
+
+
+# -- OpenUni: SANA behind a language model with learned queries -------------------------------------
+
+
+@pytest.fixture(scope="module")
+def openuni(tmp_path_factory):
+    return make_openuni(tmp_path_factory.mktemp("openuni") / "m")
+
+
+@torch.no_grad()
+def test_openuni_embeddings_equal_its_parts_in_transformers(openuni):
+    """As upstream runs it: prompts padded, masked, positions counted over what is not padding, queries last."""
+    folder, tensors = openuni
+    language, connector = language_model().model, siglip_encoder()
+    text = load(folder, device="cpu").text
+    rendered = text.tokenizer.render("a cat")
+    assert rendered == "<|im_start|>user\nGenerate an image: a cat<|im_end|>\n<|im_start|>assistant\n<img>"
+    ids = text.tokenizer(PROMPTS, 2048)
+    longest, count = max(map(len, ids)), CONNECTOR.num_queries
+    mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) + [1] * count for i in ids])
+    padded = torch.tensor([i + [0] * (longest - len(i)) for i in ids])
+    queries = tensors["meta_queries"].expand(len(ids), -1, -1)
+    embeds = torch.cat((language.embed_tokens(padded), queries), 1)
+    states = language(inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    states = connector(inputs_embeds=states.last_hidden_state[:, -count:]).last_hidden_state
+    expected = states @ tensors["projector.weight"].T + tensors["projector.bias"]
+    ours = text(PROMPTS)
+    assert ours.lengths == (count,) * 3 and relative(ours.embeds, expected) < 1e-5
+
+
+def test_openuni_from_folder_to_pixels(openuni, tmp_path):
+    """The network and decoder are SANA's, so only the prompt's way to them differs."""
+    pipe, args = load(openuni[0], device="cpu"), {"height": 16, "width": 24, "seed": 1, "output": "np"}
+    images = pipe(PROMPTS, **args).images
+    assert images.std() > 5 and not np.array_equal(images[0], images[1])
+    assert np.array_equal(pipe(pipe.text(PROMPTS), **args).images, images)
+    assert np.array_equal(load(pipe.save(tmp_path / "artifact"), device="cpu")(PROMPTS, **args).images, images)
+    assert [part.name for part in describe(openuni[0]).parts] == ["text_encoder", "connector", "transformer", "vae"]
+    assert all(stage.flops > 0 for stage in pipe.plan.stages)
+
+
+def test_openuni_takes_internvl_as_it_is(openuni, tmp_path):
+    """Config and names of a whole InternVLChatModel: its vision tower is not read."""
+    folder = shutil.copytree(openuni[0], tmp_path / "m")
+    file, path = folder / "text_encoder" / "model.safetensors", folder / "text_encoder" / "config.json"
+    tensors = {f"language_model.{k}": v for k, v in load_file(file).items()}
+    save_file({**tensors, "vision_model.x": torch.zeros(2), "mlp1.0.weight": torch.zeros(2)}, file)
+    path.write_text(json.dumps({"model_type": "internvl_chat", "llm_config": json.loads(path.read_text())}))
+    ours, expected = (load(f, device="cpu").text(PROMPTS).embeds for f in (folder, openuni[0]))
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "error", "match"),
+    [
+        ("connector", {"hidden_size": 24}, CheckpointError, "hidden_size 12 does not fit the connector's hidden_size 24"),
+        ("connector", {"caption_channels": 8}, CheckpointError, "width of prompt embeddings 8 does not fit"),
+        ("connector", {"hidden_act": "relu"}, ConfigError, "activation 'relu'"),
+        ("connector", {"num_queries": 9}, CheckpointError, "meta_queries"),
+        ("text_encoder", {"model_type": "llama"}, ConfigError, "model_type 'llama'"),
+    ],
+)
+def test_other_openuni_parts_are_refused(openuni, tmp_path, part, changes, error, match):
+    folder = shutil.copytree(openuni[0], tmp_path / "m")
+    path = folder / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(error, match=match):
         load(folder, device="cpu")

@@ -24,7 +24,11 @@ FUSED = {
     f"self_attn.qkv_proj.{leaf}": tuple(f"self_attn.{part}_proj.{leaf}" for part in "qkv")
     for leaf in ("weight", "bias")
 }
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 LEGACY_END = 2  # an end token number that old files have wrongly: there it is the highest id of a prompt
 
 
@@ -67,23 +71,25 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: Any, causal: bool) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.heads, self.causal = config.num_attention_heads, causal
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ClipConfig) -> None:
+    """A pre-norm layer; config has the fields of `ClipConfig` that it needs."""
+
+    def __init__(self, config: Any, causal: bool = True) -> None:
         super().__init__()
         width = config.hidden_size
         self.eps, self.act = config.layer_norm_eps, ACTIVATIONS[config.hidden_act]
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, causal)
         self.layer_norm1, self.layer_norm2 = Norm(width), Norm(width)
         self.mlp = nn.ModuleDict(
             {"fc1": nn.Linear(width, config.intermediate_size), "fc2": nn.Linear(config.intermediate_size, width)}

@@ -139,9 +139,12 @@ class LanguageModel(nn.Module):
         self.norm = Weight(config.hidden_size) if config.state == -1 else None
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.embed_tokens.weight)
-        exponents = torch.arange(0, self.config.head_dim, 2, device=ids.device).float() / self.config.head_dim
-        angles = torch.arange(ids.shape[1], device=ids.device).float()[:, None] / self.config.rope_theta**exponents
+        return self.encode(F.embedding(ids, self.embed_tokens.weight))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The same from embeddings [B, L, hidden_size]: of tokens, or of anything that stands for them."""
+        exponents = torch.arange(0, self.config.head_dim, 2, device=x.device).float() / self.config.head_dim
+        angles = torch.arange(x.shape[1], device=x.device).float()[:, None] / self.config.rope_theta**exponents
         rope = angles.cos()[:, None], angles.sin()[:, None]
         for layer in self.layers:
             x = layer(x, rope, self.ops)

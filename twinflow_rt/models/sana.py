@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,7 @@ from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.fold import Absorption
 from ..passes.load import Layout
+from ..text_openuni import OpenUniText
 from ..text_sana import SanaText
 from ..vae import DeepDecoder
 from . import Family, must_equal
@@ -289,15 +291,20 @@ def _absent(missing: set[str]) -> str | None:
     return None
 
 
-def fit(config: SanaConfig, text: SanaText, vae: DeepDecoder) -> SizeRule:
+def open_text(folder: Path) -> SanaText | OpenUniText:
+    """SANA reads prompts with Gemma 2; OpenUni, whose folder has a connector, with InternVL3."""
+    return OpenUniText(folder) if (folder / "connector").is_dir() else SanaText(folder)
+
+
+def fit(config: SanaConfig, text: SanaText | OpenUniText, vae: DeepDecoder) -> SizeRule:
     """A latent is a token; its position is nowhere but in its neighbours, so nothing bounds a size."""
     must_equal(
-        ("text_encoder hidden_size", text.width, "caption_channels", config.caption_channels),
+        ("width of prompt embeddings", text.width, "caption_channels", config.caption_channels),
         ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
     )
     return SizeRule(vae.scale, MAX_PIXELS, MAX_PIXELS, default=config.sample_size * vae.scale)
 
 
 FAMILY = Family(
-    "sana", SanaConfig, SanaTransformer, Layout(FUSED, (), _dtype_of, _absent), text=SanaText, vae=DeepDecoder, fit=fit
+    "sana", SanaConfig, SanaTransformer, Layout(FUSED, (), _dtype_of, _absent), text=open_text, vae=DeepDecoder, fit=fit
 )

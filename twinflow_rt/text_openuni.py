@@ -1,0 +1,72 @@
+"""OpenUni's text stage: a language model reads the prompt, learned queries behind it take SANA's place for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+from .models import openuni
+from .text import PromptEmbeds, TextEncoder
+from .tokenizer import Tokenizer
+
+
+class OpenUniTokenizer(Tokenizer):
+    """One user turn that asks for an image, and the token that begins one."""
+
+    def render(self, prompt: str) -> str:
+        turn = f"<|im_start|>user\nGenerate an image: {prompt}<|im_end|>\n<|im_start|>assistant\n"
+        return turn + "<img>"
+
+
+class OpenUniText(TextEncoder):
+    """prompts -> embeddings [B, Q, width], Q learned queries, as TwinFlow's OpenUni has them.
+
+    There prompts of a batch are padded, masked and renumbered before the queries; here the queries
+    follow each prompt's own last token, which is the same.
+    """
+
+    model = openuni.LANGUAGE
+    tokenizer_class = OpenUniTokenizer
+    max_tokens = 2048
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        connector = openuni.CONNECTOR.open(folder / "connector")
+        self.parts += (connector,)
+        self.connector = connector.network
+        inner, outer = self.network.config.hidden_size, self.connector.config.hidden_size
+        if inner != outer:
+            raise CheckpointError(
+                f"text_encoder hidden_size {inner} does not fit the connector's hidden_size {outer}: parts of two models"
+            )
+
+    @property
+    def width(self) -> int:
+        """Features of an embedding."""
+        return self.connector.config.caption_channels
+
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        ids, device = self.tokenizer(prompts, self.max_tokens), self.network.embed_tokens.weight.device
+        longest = max(len(i) for i in ids)
+        padded = torch.tensor([i + [0] * (longest - len(i)) for i in ids], device=device)
+        return self._embed(self.network, self.connector, padded, torch.tensor([len(i) for i in ids], device=device))
+
+    def probe(self, tokens: int) -> PromptEmbeds:
+        """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""
+        ids, lengths = (torch.zeros(*shape, dtype=torch.int64, device="meta") for shape in ((1, tokens), (1,)))
+        return self._embed(*(part.shadow() for part in self.parts), ids, lengths)
+
+    def _embed(self, language: nn.Module, connector: nn.Module, ids: Tensor, lengths: Tensor) -> PromptEmbeds:
+        """ids: [B, L], prompt b's first lengths[b] count."""
+        queries, count = connector.meta_queries, connector.config.num_queries
+        x = F.pad(F.embedding(ids, language.embed_tokens.weight), (0, 0, 0, count))
+        rows = torch.arange(len(ids), device=ids.device)[:, None]
+        at = lengths[:, None] + torch.arange(count, device=ids.device)
+        x = x.index_put((rows, at), queries.to(x.dtype))
+        states = language.encode(x)[rows, at]
+        return PromptEmbeds(connector(states), (count,) * len(ids))
