@@ -71,9 +71,9 @@ def convert(
     for name, layer in list(_linears(network)):
         kind, why = _kind(network, name, layer, device, precision, exempt)
         done.setdefault((kind, why), []).append(layer.weight.numel())
-        freed += layer.weight.nbytes if kind in ("packed", "int8") else 0
+        freed += layer.weight.nbytes
         _exchange(layer, kind, limit)
-        if freed > TRIM_EVERY:  # or the C library keeps the place of every old weight
+        if freed > TRIM_EVERY // 4:  # or the C library keeps the place of every old weight
             freed = 0
             release_free_memory()
     return tuple(Layers(kind, len(sizes), sum(sizes), why) for (kind, why), sizes in done.items())
