@@ -155,6 +155,22 @@ def test_one_file_with_everything(z_image, tmp_path):
     assert np.array_equal(*images)
 
 
+def test_several_text_encoders_are_told_apart(tmp_path):
+    """Two CLIP towers of different depth in ComfyUI's containers, and their temperatures."""
+    from tests.sd3_factory import make_model
+
+    base = make_model(tmp_path / "m")
+    whole = {}
+    for part, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl")):
+        tensors = load_file(base / part / "model.safetensors")
+        whole |= {f"text_encoders.{name}.transformer.{k}": v for k, v in tensors.items()}
+        whole |= {f"text_encoders.{name}.logit_scale": torch.ones(1)} if "clip" in name else {}
+    done = convert.convert([to_file(tmp_path / "all.safetensors", whole)], base, tmp_path / "out")
+    assert sorted(p.part for p in done.parts) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        same(*(load_file(f / part / "model.safetensors") for f in (tmp_path / "out", base)))
+
+
 def test_large_networks_are_written_in_shards(z_image, tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "SHARD_BYTES", 60_000)
     network = written(z_image, "transformer")

@@ -18,6 +18,7 @@ from twinflow_rt.describe import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models import FAMILIES, family_of
 from twinflow_rt.noise import initial_noise
+from twinflow_rt.passes.fuse import sources
 from twinflow_rt.pipeline import load
 from twinflow_rt.predict import PROMPT_TOKENS
 
@@ -187,6 +188,8 @@ def test_full_size_against_published_counts():
     count = {name: sum(p.numel() for p in n.parameters()) for name, n in (("whole", whole), ("inside", inside))}
     second = sum(p.numel() for p in whole.time_text_embed_2.parameters())
     assert round((count["whole"] - second) / 1e9, 2) == 20.43
+    names = {part for name in whole.state_dict() for part in sources(name, family.layout.fused)}
+    assert len(names) == 1933 + 4  # of the released index, and the second embedder
     modulation = sum(p.numel() for n, p in whole.named_parameters() if "_mod." in n)
     assert round(modulation / 1e9, 2) == 6.80
     assert round(count["inside"] / 1e9, 2) == 13.52

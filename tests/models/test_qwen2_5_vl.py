@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.qwen_image_factory import make_model, relative
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.models.language_model import FUSED
 from twinflow_rt.models.qwen2_5_vl import MODEL, Qwen25VLConfig
+from twinflow_rt.passes.fuse import merge, sources
 from twinflow_rt.text import QwenImageText
 from twinflow_rt.tokenizer import ChatTokenizer, Tokenizer
 
@@ -70,9 +72,6 @@ def test_rope_on_three_axes_is_plain_rope_for_text(reference):
     network = MODEL.network(Qwen25VLConfig.from_dict(reference.text_encoder.config.to_dict()))
     inner = reference.text_encoder.model.language_model
     state = inner.state_dict()
-    from twinflow_rt.models.language_model import FUSED
-    from twinflow_rt.passes.fuse import merge
-
     network.load_state_dict(merge(state, FUSED))
     with torch.inference_mode():
         out = inner(input_ids=ids, position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1), output_hidden_states=True)
@@ -127,6 +126,8 @@ def test_released_size():
     count = sum(p.numel() for p in network.parameters())
     assert count == 7_070_619_136
     assert count + 152064 * 3584 == 7_615_616_512
+    names = {part for name in network.state_dict() for part in sources(name, MODEL.layout(network.config).fused)}
+    assert len(names) == 338  # of the 729 in the released index, the others being vision and head
 
 
 @pytest.mark.parametrize(

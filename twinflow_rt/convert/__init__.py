@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,18 @@ class Slot:
         """A name as the network has it, without the prefix some files give a language model's."""
         prefix = next((p for p in self.strip if name.startswith(p)), "")
         return name.removeprefix(prefix)
+
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """What the network has of these keys, under its own names."""
+        return {self.bare(t) for key in keys for t in self.rules.targets(key)} & self.wanted
+
+    def likeness(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How well keys of these shapes fit: names known less names missing, and shapes that agree (of
+        tensors that the network does not merge)."""
+        known = self.known(shapes)
+        own = ((self.bare(t), shape) for key, shape in shapes.items() for t in self.rules.targets(key)[:1])
+        agree = sum(name in known & self.expected.keys() and self.expected[name].shape == shape for name, shape in own)
+        return len(known) - (len(self.wanted) - len(known)) + agree
 
 
 class Converted:
@@ -164,21 +176,22 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
 
 
 def _recognise(file: Path, slots: Sequence[Slot]) -> Iterator[tuple[Converted, PartReport]]:
-    """The networks in a file. Keys in a container (`CONTAINERS`) are its network's, the others belong to
-    the network that knows most of them."""
+    """The networks in a file. Keys in a container (`CONTAINERS`) belong to a network of that sort, the
+    others to any; which one, the names decide."""
     handle = open_tensors(file)
-    groups: dict[str, dict[str, str]] = {}  # network or "" -> key in the file -> key without the container
+    groups: dict[tuple[str, str], dict[str, str]] = {}  # container -> key in the file -> key without it
     for stored in handle.keys():  # noqa: SIM118 (not a dict)
-        part, prefix = _container(stored)
-        groups.setdefault(part, {})[stored] = stored[len(prefix) :]
-    for part, group in groups.items():
-        candidates = [s for s in slots if part in ("", s.name)]
+        container, bare = _container(stored)
+        groups.setdefault(container, {})[stored] = bare
+    for (sort, _), group in groups.items():
+        candidates = [s for s in slots if s.name.startswith(sort)]
         if not candidates:
-            raise CheckpointError(f"{file}: holds a {part}, which the base has not")
-        slot = max(candidates, key=lambda s: _known(s, group.values()))
-        if not _known(slot, group.values()):
+            raise CheckpointError(f"{file}: holds a {sort}, which the base has not")
+        shapes = {bare: tuple(handle.get_slice(stored).get_shape()) for stored, bare in group.items()}
+        slot = max(candidates, key=lambda s: s.likeness(shapes))
+        if not slot.known(shapes):
             raise CheckpointError(
-                f"{file}: {some(group.values())} belong to none of the base's networks "
+                f"{file}: {some(shapes)} belong to none of the base's networks "
                 f"({', '.join(s.name for s in slots)}); is the base the same model?"
             )
         rules = slot.rules
@@ -187,17 +200,12 @@ def _recognise(file: Path, slots: Sequence[Slot]) -> Iterator[tuple[Converted, P
         yield network, _account(network, tuple(keys.values()))
 
 
-def _container(key: str) -> tuple[str, str]:
-    """The network that a key's container belongs to, and the container; both empty if there is none."""
-    for part, patterns in CONTAINERS.items():
-        for pattern in patterns:
-            if match := re.match(pattern, key):
-                return part, match[0]
-    return "", ""
-
-
-def _known(slot: Slot, keys: Any) -> int:
-    return sum(slot.bare(t) in slot.wanted for key in keys for t in slot.rules.targets(key))
+def _container(key: str) -> tuple[tuple[str, str], str]:
+    """((sort of network, its name among those), the key without its container); ("", "") if it has none."""
+    for sort, pattern in CONTAINERS.items():
+        if match := re.match(pattern, key):
+            return (sort, match.groupdict().get("name", "")), key[match.end() :]
+    return ("", ""), key
 
 
 def _account(network: Converted, keys: tuple[Key, ...]) -> PartReport:

@@ -165,6 +165,11 @@ def wan_autoencoder(config: dict[str, Any]) -> Names:
     ))  # fmt: skip
 
 
+def clip(config: dict[str, Any]) -> Names:
+    """CLIP's text tower, with the temperature of its training."""
+    return Names(drops=(r"^logit_scale$",))
+
+
 def unchanged(config: dict[str, Any]) -> Names:
     """Files whose names are diffusers' or transformers' own."""
     return Names()
@@ -177,11 +182,12 @@ RULES: dict[str, Callable[[dict[str, Any]], Names]] = {
     "SanaTransformer2DModel": sana,
     "AutoencoderKL": ldm_autoencoder,
     "AutoencoderKLQwenImage": wan_autoencoder,
+    "clip_text_model": clip,
 }
 
-# what single files with several networks put before the names of each
+# what single files put before the names of each of their networks; several text encoders by their names
 CONTAINERS = {
-    "transformer": (r"model\.diffusion_model\.", r"diffusion_model\."),
-    "vae": (r"first_stage_model\.", r"vae\."),
-    "text_encoder": (r"text_encoders\.[^.]+\.transformer\.", r"text_encoders\.[^.]+\.", r"cond_stage_model\."),
+    "transformer": r"(?:model\.)?diffusion_model\.",
+    "vae": r"(?:first_stage_model|vae)\.",
+    "text_encoder": r"text_encoders\.(?P<name>[^.]+)\.(?:transformer\.)?",
 }
