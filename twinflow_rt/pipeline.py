@@ -28,10 +28,12 @@ from .models import family_of
 from .models.context import Context
 from .noise import initial_noise, resolve_seeds, step_noise
 from .passes import artifact
+from .passes.fold import Schedule
 from .passes.load import Checkpoint, model_folder
 from .passes.lora import Loras, Merged, require_same, resolve_loras
 from .plan import Plan, Stage
 from .predict import predict_stages
+from .prompt_cache import PromptCache
 from .report import Stages
 from .sample import SamplerConfig, preset, sample, schedule
 from .text import PromptEmbeds
@@ -55,9 +57,9 @@ class Pipeline:
 
     def __init__(
         self, text: Any, program: Program, vae: Any, sizes: SizeRule, sampler: SamplerConfig,
-        device: torch.device, dtype: torch.dtype, folder: Path,
+        device: torch.device, dtype: torch.dtype, folder: Path, prompt_cache: int = 0,
     ) -> None:  # fmt: skip
-        self.folder = folder
+        self.folder, self.prompts = folder, PromptCache(prompt_cache)
         self.text, self.program, self.vae, self.sizes = text, program, vae, sizes
         self.sampler, self.device, self.dtype = sampler, device, dtype
         self._lock = threading.Lock()
@@ -140,10 +142,11 @@ class Pipeline:
         self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, size: tuple[int, int], seeds: list[int],
         config: SamplerConfig, output: str, callback: Callable | None, stages: Stages,
     ) -> Any:  # fmt: skip
-        self.program.refold(schedule(config, self.dtype))
+        times = schedule(config, self.dtype)
+        self.program.refold(times)
         network = self.program.network
         with stages("text"):
-            context = self._context(prompts, repeats)
+            context = self._context(prompts, repeats, times)
         with stages("noise"):
             shape = (self.vae.channels, size[0] // self.vae.scale, size[1] // self.vae.scale)
             noise = initial_noise(seeds, shape, self.dtype, self.device)
@@ -160,16 +163,21 @@ class Pipeline:
         with stages("output"):
             return _deliver(images, output)
 
-    def _context(self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int) -> Context:
-        """The prompts' side of the network: each distinct prompt computed once, then repeated per image."""
+    def _context(self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, times: Schedule | None = None) -> Context:
+        """The prompts' side of the network: each distinct prompt computed once, then repeated per image.
+        times: the schedule it is for (SD3.5 has it in the context); None: as it is now, not kept."""
         if isinstance(prompts, PromptEmbeds):
-            distinct, rows = prompts, list(range(len(prompts)))
+            rows, context = list(range(len(prompts))), self._encode(prompts)
         else:
-            order = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
-            distinct, rows = self.text(list(order)), [order[p] for p in prompts]
-        given = distinct.to(self.device, self.dtype)
-        context = self.program.network.encode_context(given.embeds, given.lengths, **given.extras)
+            distinct = tuple(dict.fromkeys(prompts))
+            rows = [distinct.index(p) for p in prompts]
+            make = lambda: self._encode(self.text(list(distinct)))
+            context = make() if times is None else self.prompts.get((distinct, times), self.program.network, make)
         return context.select([r for r in rows for _ in range(repeats)])
+
+    def _encode(self, embeds: PromptEmbeds) -> Context:
+        given = embeds.to(self.device, self.dtype)
+        return self.program.network.encode_context(given.embeds, given.lengths, **given.extras)
 
 
 def _deliver(images: Tensor, output: str) -> Any:
@@ -187,6 +195,7 @@ def load(
     path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
     nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
     progress: Callable[[str, int], None] | None = None, precision: str | None = None, exempt: Sequence[str] = (),
+    prompt_cache: int = 0,
 ) -> Pipeline:  # fmt: skip
     """Loads and compiles a model folder in diffusers' layout, or "demo", the miniature that ships along.
 
@@ -197,6 +206,8 @@ def load(
     precision: "fp32", "fp16" or "bf16", the dtypes; "int8", CPU only: linear layers of the transformer's
     blocks with 8-bit weights and activations; "auto" or None, what suits checkpoint and device. exempt:
     parts of layer names kept out of int8, because they measured sensitive (`twinflow-rt sensitivity`).
+    prompt_cache: bytes of device memory to keep prompts in that were seen before, as the network reads them
+    (`Pipeline.prompts` counts hits); 0: none.
     Raises CheckpointError, ConfigError, DeviceError.
     """
     asked, target = resolve_sampler(nfe, sampler), resolve_device(device)
@@ -233,7 +244,7 @@ def load(
         else:
             program = compile_network(checkpoint, family, times, **to, **how)
         vae.materialize(target, kind, part("vae"))
-    return Pipeline(text, program, vae, sizes, config, target, kind, folder)
+    return Pipeline(text, program, vae, sizes, config, target, kind, folder, prompt_cache)
 
 
 def _transformer(folder: Path, plan: Plan | None) -> Checkpoint:
