@@ -148,7 +148,8 @@ def autoencoder(**changes):
         in_channels=3, latent_channels=SMALL.in_channels, attention_head_dim=4, encoder_block_types=blocks,
         decoder_block_types=blocks, encoder_block_out_channels=(8, 8, 16), decoder_block_out_channels=(8, 8, 16),
         encoder_layers_per_block=(1, 1, 1), decoder_layers_per_block=(1, 2, 1),
-        encoder_qkv_multiscales=((), (5,), (5,)), decoder_qkv_multiscales=((), (5,), (3, 5)), upsample_block_type="interpolate", scaling_factor=0.41,
+        encoder_qkv_multiscales=((), (5,), (5,)), decoder_qkv_multiscales=((), (5,), (3, 5)),
+        upsample_block_type="interpolate", scaling_factor=0.41,
     )  # fmt: skip
     return randomize(AutoencoderDC(**{**config, **changes}), 3)
 
@@ -192,7 +193,8 @@ def siglip_encoder():
     from transformers import SiglipTextConfig
     from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
-    shape = {name: value for name, value in asdict(CONNECTOR).items() if name not in ("num_queries", "caption_channels")}
+    ours = ("num_queries", "caption_channels")
+    shape = {name: value for name, value in asdict(CONNECTOR).items() if name not in ours}
     return randomize(SiglipEncoder(SiglipTextConfig(**shape, attn_implementation="eager")), 6)
 
 

@@ -58,9 +58,11 @@ def references(models):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sana, sprint = SanaPipeline.from_pretrained(models["sana"]), SanaSprintPipeline.from_pretrained(models["sprint"])
+        sana = SanaPipeline.from_pretrained(models["sana"])
+        sprint = SanaSprintPipeline.from_pretrained(models["sprint"])
     sana.scheduler = FlowMatchEulerDiscreteScheduler()  # its first step from t = 1 to 0 is TwinFlow's one evaluation
-    stored, second, prefix = load_file(models["sana"] / "transformer" / WEIGHTS), AdaLayerNormSingle(12), "time_embed_2."
+    stored, prefix = load_file(models["sana"] / "transformer" / WEIGHTS), "time_embed_2."
+    second = AdaLayerNormSingle(sana.transformer.proj_out.in_features)
     second.load_state_dict({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
     sana.transformer.time_embed.register_forward_hook(add_second(second, 0.0), with_kwargs=True)
     for pipe in (sana, sprint):
@@ -268,7 +270,7 @@ def test_openuni_takes_internvl_as_it_is(openuni, tmp_path):
 @pytest.mark.parametrize(
     ("part", "changes", "error", "match"),
     [
-        ("connector", {"hidden_size": 24}, CheckpointError, "hidden_size 12 does not fit the connector's hidden_size 24"),
+        ("connector", {"hidden_size": 24}, CheckpointError, "does not fit the connector's hidden_size 24"),
         ("connector", {"caption_channels": 8}, CheckpointError, "width of prompt embeddings 8 does not fit"),
         ("connector", {"hidden_act": "relu"}, ConfigError, "activation 'relu'"),
         ("connector", {"num_queries": 9}, CheckpointError, "meta_queries"),

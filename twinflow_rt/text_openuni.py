@@ -42,7 +42,8 @@ class OpenUniText(TextEncoder):
         inner, outer = self.network.config.hidden_size, self.connector.config.hidden_size
         if inner != outer:
             raise CheckpointError(
-                f"text_encoder hidden_size {inner} does not fit the connector's hidden_size {outer}: parts of two models"
+                f"text_encoder hidden_size {inner} does not fit the connector's hidden_size {outer}: parts of "
+                "two models"
             )
 
     @property
