@@ -1,4 +1,8 @@
-"""Forward attention with an online softmax: no score matrix, no mask in memory (arXiv 2205.14135)."""
+"""Forward attention with an online softmax: no score matrix, no mask in memory (arXiv 2205.14135).
+
+Two kernels: `_attention` for every chip, and `_specialized` for 9.0, where one warp group feeds key
+and value tiles through the tensor memory accelerator to two others that compute (arXiv 2407.08608).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..errors import ConfigError
 from . import launch
@@ -19,13 +24,14 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Config:
-    """Queries and keys per tile, padded head dim, warps, and depth of the load pipeline."""
+    """Queries and keys per tile, padded head dim, warps, depth of the load pipeline, and which kernel."""
 
     queries: int
     keys: int
     dim: int
     warps: int
     stages: int
+    specialized: bool = False
 
 
 # padded head dim -> queries, keys, warps, stages: the largest tiles that spill no register (tests/offline)
@@ -35,12 +41,15 @@ _TILES = {
     90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (64, 64, 8, 2)},  # 227 KiB
     100: {64: (128, 128, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
 }
+# of `_specialized`; the compiler divides the work among warp groups at 4 warps only, and adds 8 of its own
+_SPECIALIZED = {64: (128, 128, 4, 3), 128: (128, 128, 4, 2)}
 
 
-def config(queries: int, head_dim: int, dtype: torch.dtype, arch: int) -> Config:
+def config(queries: int, head_dim: int, dtype: torch.dtype, arch: int, aligned: bool = True) -> Config:
     """Tile for `queries` rows of `head_dim` on compute capability `arch` (90 for 9.0).
 
-    Head dims are padded to 64, 128 or 256; few queries take tiles of 64.
+    Head dims are padded to 64, 128 or 256; few queries take tiles of 64. aligned: whether the tensor
+    memory accelerator can address q, k and v (base and strides are multiples of 16 bytes, and keys exist).
     """
     if not 0 < head_dim <= MAX_HEAD_DIM:
         raise ConfigError(f"attention: head dims up to {MAX_HEAD_DIM}, got {head_dim}")
@@ -48,6 +57,9 @@ def config(queries: int, head_dim: int, dtype: torch.dtype, arch: int) -> Config
         raise ConfigError(f"attention: needs bfloat16 or float16, got {dtype}")
     dim = max(launch.power_of_two(head_dim), 64)
     chip = 80 if arch < 86 else 90 if arch == 90 else 100 if 100 <= arch < 120 else 86
+    if chip == 90 and dim in _SPECIALIZED and queries > 64 and aligned:
+        m, n, warps, stages = _SPECIALIZED[dim]
+        return Config(m, n, dim, warps, stages, specialized=True)
     m, n, warps, stages = _TILES[chip][dim]
     if queries <= 64:
         m, n, warps = 64, min(n, 64), 8 if dim == 256 else 4
@@ -121,6 +133,41 @@ def _attention(
     tl.store(out + at, y.to(out.dtype.element_ty), live)
 
 
+@triton.jit
+def _specialized(
+    q, k, v, lengths, out, queries, keys, heads, head_dim, scale, q_batch, q_row, q_head,
+    MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    # k and v are descriptors of [B, H, S, head_dim]; what they load beyond a bound is zero. The loop body is
+    # written out and ends the kernel's matrix products: otherwise the compiler does not specialise it
+    first, head, batch = tl.program_id(0) * M, tl.program_id(1), tl.program_id(2)
+    start = q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
+    q_tile = tl.make_tensor_descriptor(start, [queries, head_dim], [q_row, 1], [M, D]).load([first, 0])
+    count = keys
+    if lengths is not None:
+        count = tl.minimum(tl.load(lengths + batch), keys).to(tl.int32)
+    acc = tl.full([M, D], 0.0, tl.float32)
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.full([M], 0.0, tl.float32)
+    for at in tl.range(0, count, N, warp_specialize=True):
+        k_block = k.load([batch, head, at, 0]).reshape(N, D)
+        v_block = v.load([batch, head, at, 0]).reshape(N, D)
+        scores = tl.dot(q_tile, tl.trans(k_block))
+        if MASKED:
+            scores = tl.where(at + tl.arange(0, N)[None, :] < count, scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores * scale - (higher * scale)[:, None])
+        decay = tl.exp2((top - higher) * scale)
+        total = total * decay + tl.sum(p, 1)
+        acc = tl.dot(p.to(v_block.dtype), v_block, acc * decay[:, None])
+        top = higher
+    y = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # no key at all: zeros
+    row = first + tl.arange(0, M)[:, None]
+    col = tl.arange(0, D)[None, :]
+    at = ((batch.to(tl.int64) * queries + row) * heads + head) * head_dim + col
+    tl.store(out + at, y.to(out.dtype.element_ty), (row < queries) & (col < head_dim))
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
     b, _, h, d = q.shape
     if not q.dtype == k.dtype == v.dtype:
@@ -136,23 +183,46 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         raise ConfigError(f"attention: lengths are int64 [{b}], got {lengths.dtype} {tuple(lengths.shape)}")
 
 
+def _aligned(*tensors: Tensor) -> bool:
+    return all(
+        x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
+        for x in tensors
+    )
+
+
+def _tiles(x: Tensor, c: Config) -> TensorDescriptor:
+    """Tiles of c.keys rows of one head of x [B, S, H, D]."""
+    x = x.transpose(1, 2)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, c.keys, c.dim])
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """`ops.attention` on the GPU: q [B, Sq, H, D], k, v [B, S, H, D] in any batch, row and head strides.
 
     bfloat16 or float16, D <= 256. Returns [B, Sq, H*D], contiguous. Scores and softmax are float32;
     the probabilities are rounded to the storage dtype before they meet v. A sample without keys
-    gives zeros.
+    gives zeros. Values beyond `lengths` have weight 0, so they must be finite.
+    Operands off 16-byte boundaries (no network's) are served by slower loads.
     """
     _check(q, k, v, lengths)
     b, queries, h, d = q.shape
-    c = config(queries, d, q.dtype, launch.arch(q))
+    keys, scale = k.shape[1], math.log2(math.e) / math.sqrt(d)
     out = torch.empty(b, queries, h * d, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
+    c = config(queries, d, q.dtype, launch.arch(q), aligned=keys > 0 and _aligned(q, k, v))
+    grid = (launch.ceil_div(queries, c.queries), h, b)
+    options = dict(num_warps=c.warps, num_stages=c.stages)
     with torch.cuda.device_of(q):
-        _attention[(launch.ceil_div(queries, c.queries), h, b)](
-            q, k, v, lengths, out, queries, k.shape[1], h, d, math.log2(math.e) / math.sqrt(d),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], d != c.dim, c.queries, c.keys, c.dim,
-            num_warps=c.warps, num_stages=c.stages,
-        )  # fmt: skip
+        if c.specialized:
+            masked = lengths is not None or keys % c.keys > 0
+            launch.with_scratch(
+                q.device, _specialized[grid], q, _tiles(k, c), _tiles(v, c), lengths, out, queries, keys, h, d,
+                scale, *q.stride()[:3], masked, c.queries, c.keys, c.dim, **options,
+            )  # fmt: skip
+        else:
+            _attention[grid](
+                q, k, v, lengths, out, queries, keys, h, d, scale, *q.stride()[:3], *k.stride()[:3],
+                *v.stride()[:3], d != c.dim, c.queries, c.keys, c.dim, **options,
+            )  # fmt: skip
     return out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import triton
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -79,3 +82,16 @@ def rows(x: Tensor) -> Tensor:
     """x as [B, S, D] with a contiguous last dimension: a view wherever one exists."""
     x = x if x.dim() == 3 else x.reshape(x.shape[0] if x.dim() > 3 else 1, -1, x.shape[-1])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def with_scratch(device: torch.device, kernel: Callable, *args, **options) -> None:
+    """Launches a kernel that makes tensor descriptors, for which Triton needs memory on `device`.
+
+    Triton's allocator is a context variable: it is set in a copy of the context, and nowhere else.
+    """
+
+    def run() -> None:
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        kernel(*args, **options)
+
+    copy_context().run(run)

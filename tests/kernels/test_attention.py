@@ -42,6 +42,30 @@ def test_attention(shape, dtype):
     judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [None, (37, 199), (0, 128)])
+@pytest.mark.parametrize("shape", [(2, 130, 199, 2, 64), (2, 65, 256, 1, 96), (2, 70, 130, 1, 128), (2, 66, 3, 1, 40)])
+def test_specialized(monkeypatch, shape, lengths, dtype):
+    monkeypatch.setattr(module.launch, "arch", lambda x: 90)
+    monkeypatch.setattr(module, "_attention", None)
+    b, queries, keys, h, d = shape
+    q, _, _ = operands(b, queries, queries, h, d, dtype)
+    _, k, v = operands(b, keys, keys, h, d, dtype)
+    count = None if lengths is None else torch.tensor(lengths)
+    judge(attention(q, k, v, count), ops.attention(q, k, v, count).nan_to_num(0.0), exact(q, k, v, count))
+
+
+@pytest.mark.parametrize("what", ["base", "stride", "head dim"])
+def test_what_the_memory_accelerator_cannot_address_goes_to_the_plain_kernel(monkeypatch, what):
+    monkeypatch.setattr(module.launch, "arch", lambda x: 90)
+    monkeypatch.setattr(module, "_specialized", None)
+    d = 36 if what == "head dim" else 64
+    buffer = draw(1, 70, 3 * 2 * d + (3 if what == "stride" else 8), dtype=torch.float16)
+    qkv = buffer[..., 1 if what == "base" else 0 :][..., : 3 * 2 * d]
+    q, k, v = qkv.unflatten(-1, (3, 2, d)).unbind(2)
+    judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 760, 1128, 2, 128), (1, 1128, 1128, 1, 96), (2, 512, 760, 3, 64)])

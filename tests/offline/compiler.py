@@ -32,8 +32,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Built:
-    """Resources of a compiled kernel: registers a thread, bytes of stack and local memory a thread, shared a block."""
+    """Resources of a compiled kernel: threads a block, registers and bytes of stack and local memory a thread,
+    bytes of shared memory a block."""
 
+    threads: int
     registers: int
     stack: int
     local: int
@@ -75,5 +77,7 @@ def build(one: Launch, arch: int, folder: Path) -> Built:
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     dump = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True)
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump.stdout))
-    return Built(int(usage["REG"]), int(usage["STACK"]), int(usage["LOCAL"]), compiled.metadata.shared, compiled.asm["ptx"])
+    usage = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump.stdout)}
+    ptx = compiled.asm["ptx"]
+    threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])  # with the warps that specialisation adds
+    return Built(threads, usage["REG"], usage["STACK"], usage["LOCAL"], compiled.metadata.shared, ptx)

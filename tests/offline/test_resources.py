@@ -16,6 +16,7 @@ from twinflow_rt.kernels import attention, decode, launch, linear, mlp, norm, ro
 
 ARCHS = tuple(SHARED_LIMIT)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MATRIX_UNIT = dict.fromkeys(ARCHS, "mma.sync") | {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 EPS = 1e-5
 # image tokens + prompt tokens, width, heads: the demo, Z-Image at 1024^2, Qwen-Image at 1328^2
 NETWORKS = {"demo": (272, 144, 3), "z_image": (4224, 3840, 30), "qwen_image": (7144, 3072, 24)}
@@ -32,7 +33,7 @@ def check(monkeypatch, tmp_path, module, arch, call):
         built = build(one, arch, tmp_path)
         assert built.stack == 0 and built.local == 0, f"spills: {built.stack} B stack, {built.local} B local"
         assert built.shared <= SHARED_LIMIT[arch]
-        assert built.registers * 32 * one.options["num_warps"] <= 65536
+        assert built.registers * built.threads <= 65536
         yield built
 
 
@@ -134,5 +135,6 @@ def test_attention(monkeypatch, tmp_path, arch, d, queries, lengths):
     count = meta(2, dtype=torch.int64) if lengths else None
     call = lambda: attention.attention(q[:, :queries], k, v, count)
     (built,) = check(monkeypatch, tmp_path, attention, arch, call)
-    unit = "wgmma.mma_async" if arch == 90 else "tcgen05.mma" if arch == 100 else "mma.sync"
-    assert unit in built.ptx
+    assert MATRIX_UNIT[arch] in built.ptx
+    if arch == 90 and queries > 64 and d <= 128:  # loads by the accelerator, registers moved between warp groups
+        assert "cp.async.bulk.tensor" in built.ptx and "setmaxnreg" in built.ptx
