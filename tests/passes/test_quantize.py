@@ -1,0 +1,159 @@
+"""Packed and int8 linear layers in whole networks: exactness, the plan, artifacts, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.factory import make_model
+from twinflow_rt import load
+from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.ops import linear
+from twinflow_rt.passes import quantize
+from twinflow_rt.passes.load import Checkpoint
+from twinflow_rt.plan import Plan
+
+CPU = torch.device("cpu")
+ARGUMENTS = {"height": 16, "width": 24, "seed": 3, "output": "latent"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("quantize") / "model")
+
+
+@pytest.fixture(scope="module")
+def exact(folder):
+    """x0 of a program whose linear layers are torch's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "packing_refuses", lambda *a: "not in this test")
+        pipe = load(folder, device="cpu", dtype="float32")
+    assert {group.kind for group in pipe.plan.layers} == {"plain"}
+    return pipe("a red square", **ARGUMENTS).images
+
+
+def distance(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def kinds(plan: Plan) -> dict[str, int]:
+    return {kind: sum(g.count for g in plan.layers if g.kind == kind) for kind in {g.kind for g in plan.layers}}
+
+
+def test_packed_is_as_exact_and_states_itself(folder, exact):
+    pipe = load(folder, device="cpu", dtype="float32")
+    assert kinds(pipe.plan)["packed"] > 0 and "linear       packed" in str(pipe.plan)
+    assert any(isinstance(m, quantize.PackedLinear) for m in pipe.text.network.modules())
+    assert distance(pipe("a red square", **ARGUMENTS).images, exact) < 1e-5
+
+
+def test_packed_layers_keep_names_sizes_and_weights():
+    plain = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 33, bias=False), nn.Linear(33, 8))
+    packed = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 33, bias=False), nn.Linear(33, 8))
+    packed.load_state_dict(plain.state_dict())
+    layers = quantize.convert(packed, CPU)
+    assert [(g.kind, g.count, g.parameters) for g in layers] == [("packed", 2, 48 * 64 + 64 * 33), ("plain", 1, 33 * 8)]
+    assert sum(p.nbytes for p in packed.parameters()) == sum(p.nbytes for p in plain.parameters())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(packed.state_dict()[name], tensor)
+    x = torch.randn(2, 5, 48)
+    assert torch.allclose(packed(x), plain(x), atol=1e-6)
+
+
+def test_int8_quantizes_blocks_only(folder, exact):
+    pipe = load(folder, device="cpu", dtype="float32", precision="int8")
+    blocks = [n for n, m in pipe.program.network.named_modules() if isinstance(m, quantize.Int8Linear)]
+    assert blocks and all(n.startswith(("layers.", "noise_refiner.")) for n in blocks)
+    assert kinds(pipe.plan)["int8"] == len(blocks) and pipe.plan.precision == "int8"
+    assert pipe.plan.bytes_after < load(folder, device="cpu", dtype="float32").plan.bytes_after
+    error = distance(pipe("a red square", **ARGUMENTS).images, exact)
+    assert 1e-5 < error < 0.03, error
+
+
+def test_int8_error_is_that_of_its_reference(folder, exact, monkeypatch):
+    """The error rule: not above twice that of the specification, which dequantizes and multiplies in float32."""
+    native = distance(load(folder, device="cpu", dtype="float32", precision="int8")("a red square", **ARGUMENTS).images, exact)
+
+    def reference(x, weight, scales, bias):
+        return linear.linear_quantized(*linear.quantize_rows(x, torch.int8), weight, scales, bias, x.dtype)
+
+    monkeypatch.setattr(quantize, "linear_int8", reference)
+    bar = distance(load(folder, device="cpu", dtype="float32", precision="int8")("a red square", **ARGUMENTS).images, exact)
+    assert native <= 2 * bar
+
+
+def test_sensitive_layers_stay_out(folder, exact):
+    exempt = ("feed_forward.w2", "to_out")
+    pipe = load(folder, device="cpu", dtype="float32", precision="int8", exempt=exempt)
+    modules = dict(pipe.program.network.named_modules())
+    assert isinstance(modules["layers.0.attention.to_qkv"], quantize.Int8Linear)
+    assert isinstance(modules["layers.0.feed_forward.w2"], quantize.PackedLinear)
+    assert pipe.plan.exempt == exempt and "sensitive" in str(pipe.plan)
+    assert distance(pipe("a red square", **ARGUMENTS).images, exact) > 0
+
+
+def test_int8_survives_another_schedule(folder):
+    pipe = load(folder, device="cpu", dtype="float32", precision="int8")
+    first = pipe("a red square", **ARGUMENTS).images
+    pipe("a red square", nfe=2, **ARGUMENTS)
+    assert pipe.program.plan.precision == "int8"
+    assert torch.equal(pipe("a red square", nfe=1, **ARGUMENTS).images, first)
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_artifacts_hold_what_was_computed_with(folder, tmp_path, precision):
+    pipe = load(folder, device="cpu", dtype="float32", precision=precision)
+    first, saved = pipe("a red square", **ARGUMENTS).images, pipe.save(tmp_path / "saved")
+    stored = Checkpoint(saved / "transformer", quantized=True)
+    assert (torch.int8 in {stored.dtype(n) for n in stored}) == (precision == "int8")
+    again = load(saved, device="cpu")
+    assert kinds(again.plan) == kinds(pipe.plan) and again.plan.precision == precision
+    assert torch.equal(again("a red square", **ARGUMENTS).images, first)
+    with pytest.raises(ConfigError, match="load the model folder"):
+        load(saved, device="cpu", precision="fp32" if precision else "int8")
+
+
+def test_saturating_cpus_refuse_weights_of_8_bits(folder, tmp_path, monkeypatch):
+    pipe = load(folder, device="cpu", dtype="float32", precision="int8")
+    if not any(int(m.weight.abs().max()) == 127 for m in pipe.program.network.modules() if isinstance(m, quantize.Int8Linear)):
+        pytest.skip("this CPU has no VNNI")
+    saved = pipe.save(tmp_path / "saved")
+    monkeypatch.setattr(quantize, "int8_limit", lambda capabilities: 63.0)
+    with pytest.raises(CheckpointError, match="VNNI"):
+        load(saved, device="cpu")
+    plan = load(folder, device="cpu", dtype="float32", precision="int8").plan
+    assert any("no VNNI" in group.why for group in plan.layers)
+
+
+def test_emulated_bfloat16_is_never_multiplied(folder, monkeypatch):
+    """A CPU without bfloat16 instructions: asked for nothing, weights become float32 and the plan says
+    so; asked for bfloat16, it is stored so and multiplied in float32."""
+    monkeypatch.setattr("twinflow_rt.config.has_native", lambda dtype, device: dtype == torch.float32)
+    monkeypatch.setattr(quantize, "has_native", lambda dtype, device: dtype == torch.float32)
+    pipe = load(folder, device="cpu", dtype="bfloat16")
+    assert "upcast" in kinds(pipe.plan)
+    layer = pipe.program.network.layers[0].attention.to_qkv
+    x = torch.randn(1, 7, layer.in_features).bfloat16()
+    expected = (x.double() @ layer.weight.double().t()).bfloat16()
+    assert torch.equal(layer(x), expected) or distance(layer(x), expected) < 2**-9
+    assert quantize.converted(torch.bfloat16, torch.float32, CPU)[0].startswith("stored in bfloat16")
+    assert quantize.converted(torch.float32, torch.float32, CPU) == ()
+
+
+def test_precision_is_checked(folder):
+    with pytest.raises(ConfigError, match="one of auto, fp32, fp16, bf16, int8"):
+        load(folder, precision="int4")
+    with pytest.raises(ConfigError, match="give one of the two"):
+        load(folder, precision="bf16", dtype="float32")
+    with pytest.raises(ConfigError, match="runs on the CPU"):
+        quantize.convert(nn.Linear(64, 64), torch.device("cuda"), "int8")
+    assert load(folder, device="cpu", precision="fp32").dtype == torch.float32
+    assert load(folder, device="cpu", precision="auto").plan.precision is None
+
+
+def test_int8_tensors_are_refused_in_a_model_folder(folder, tmp_path):
+    saved = load(folder, device="cpu", dtype="float32", precision="int8").save(tmp_path / "saved")
+    checkpoint = Checkpoint(saved / "transformer")
+    with pytest.raises(CheckpointError, match="quantize after loading"):
+        checkpoint.main_dtype()
