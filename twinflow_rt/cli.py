@@ -103,6 +103,9 @@ def add_model(parser: Parser) -> None:
     parser.add_argument("--model", default="demo", help="model folder (diffusers layout), or 'demo' (default)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
+    parser.add_argument(
+        "--precision", help="fp32, fp16 or bf16, as --dtype; int8: 8-bit linear layers (CPU); auto (default): as --dtype"
+    )
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -129,7 +132,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     with loading(args.model) as progress:
-        options = {"sampler": chosen_sampler(args), "loras": args.lora, "progress": progress}
+        options = {"precision": args.precision, "sampler": chosen_sampler(args), "loras": args.lora, "progress": progress}
         pipe = load(args.model, device=args.device, dtype=args.dtype, **options)
     load_seconds = time.perf_counter() - start
     width, height = args.size or (None, None)
@@ -242,7 +245,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def add_convert(parser: Parser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors files to convert")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors files, or folders of them")
     parser.add_argument("target", type=Path, metavar="TARGET", help="the model folder to write")
     parser.add_argument(
         "--base", type=Path, required=True, metavar="FOLDER",
@@ -298,7 +301,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from .pipeline import load
 
     with loading(args.model) as progress:
-        pipe = load(args.model, device=args.device, dtype=args.dtype, progress=progress)
+        pipe = load(args.model, device=args.device, dtype=args.dtype, precision=args.precision, progress=progress)
     return command.run(args, pipe)
 
 
@@ -315,7 +318,8 @@ def run_serve(args: argparse.Namespace) -> int:
         from .pipeline import load
 
         with loading(args.model) as progress:
-            return load(args.model, device=args.device, dtype=args.dtype, nfe=args.nfe, progress=progress)
+            options = {"precision": args.precision, "nfe": args.nfe, "progress": progress}
+            return load(args.model, device=args.device, dtype=args.dtype, **options)
 
     return command.run(args, load_model)
 
