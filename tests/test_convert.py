@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import factory, qwen_image_factory
 from twinflow_rt import cli, convert
-from twinflow_rt.convert import names
+from twinflow_rt.convert import files, names
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.passes.load import Checkpoint
 from twinflow_rt.pipeline import load
@@ -107,11 +107,11 @@ def to_file(path, tensors):
 def test_z_image_from_comfyui_files(z_image, tmp_path):
     """Network and VAE from single files give the model they came from, image for image."""
     network, vae = written(z_image, "transformer"), written(z_image, "vae")
-    files = [
+    sources = [
         to_file(tmp_path / "net.safetensors", comfy_z_image(network)),
         to_file(tmp_path / "ae.safetensors", ldm_vae(vae)),
     ]
-    done = convert.convert(files, z_image, tmp_path / "out")
+    done = convert.convert(sources, z_image, tmp_path / "out")
     for part, tensors in (("transformer", network), ("vae", vae)):
         back = written(tmp_path / "out", part)
         assert back.keys() == tensors.keys()
@@ -128,13 +128,13 @@ def test_z_image_from_comfyui_files(z_image, tmp_path):
 def test_qwen_image_from_comfyui_files(qwen, tmp_path):
     network, vae = written(qwen, "transformer"), written(qwen, "vae")
     text = load_file(qwen / "text_encoder" / "model.safetensors")
-    files = [
+    sources = [
         to_file(tmp_path / "net.safetensors", {"model.diffusion_model." + k: v for k, v in network.items()}),
         to_file(tmp_path / "vae.safetensors", wan_vae(vae)),
         to_file(tmp_path / "text.safetensors", text),
     ]
     assert "decoder.upsamples.2.resample.1.weight" in wan_vae(vae)
-    done = convert.convert(files, qwen, tmp_path / "out")
+    done = convert.convert(sources, qwen, tmp_path / "out")
     assert [p.part for p in done.parts] == ["transformer", "vae", "text_encoder"]
     back = written(tmp_path / "out", "vae")
     assert back.keys() == vae.keys() and all(torch.equal(back[k], v) for k, v in vae.items())
@@ -172,7 +172,7 @@ def test_several_text_encoders_are_told_apart(tmp_path):
 
 
 def test_large_networks_are_written_in_shards(z_image, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 60_000)
     network = written(z_image, "transformer")
     file = to_file(tmp_path / "net.safetensors", comfy_z_image(network))
     convert.convert([file], z_image, tmp_path / "out")
@@ -180,6 +180,10 @@ def test_large_networks_are_written_in_shards(z_image, tmp_path, monkeypatch):
     assert len(list(folder.glob("*.safetensors"))) > 2
     checkpoint = Checkpoint(folder)
     assert all(torch.equal(checkpoint.get(k), v) for k, v in network.items())
+    # and shards are read as one network, below a folder
+    again = convert.convert([tmp_path / "out" / "transformer"], z_image, tmp_path / "again")
+    assert [p.part for p in again.parts] == ["transformer"]
+    assert {k.action for k in again.parts[0].keys} == {"kept"}
 
 
 # -- names, against diffusers' converters --------------------------------------------------------------
@@ -333,13 +337,11 @@ def test_sana_names_equal_diffusers():
 
 def test_halves_are_swapped_in_the_file_written(tmp_path):
     """Stable Diffusion 3's closing norm: shift | scale becomes scale | shift."""
-    from twinflow_rt.passes.load import open_tensors
-
     file = to_file(tmp_path / "f.safetensors", shapes(SD3))
     slot = SimpleNamespace(rules=names.sd3({"num_layers": 2}), bare=lambda name: name)
     stored = "final_layer.adaLN_modulation.1.weight"
     key = convert.Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
-    network = convert.Converted(file, open_tensors(file), slot, {stored: key})
+    network = convert.Converted(files.Source(file, [file]), slot, [key])
     shift, scale = shapes(SD3)[stored].chunk(2)
     assert key.action == "swapped"
     assert torch.equal(network.get("norm_out.linear.weight"), torch.cat((scale, shift)))
@@ -382,6 +384,7 @@ def without_second(tensors):
         (shorten("cap_embedder.1.bias"), "has shape"),
         (shorten("layers.0.attention.qkv.weight"), "do not split in 3"),
         (lambda t: {k: v.to(torch.float8_e4m3fn) for k, v in t.items()}, "stored as F8_E4M3; take the file in one of"),
+        (lambda t: {**t, "model.diffusion_model.all_x_embedder.2-1.bias": torch.ones(48)}, "are both all_x_embedder"),
         (lambda t: {"something.else": torch.ones(2)}, "belong to none of the base's networks"),
     ],
 )
@@ -400,6 +403,12 @@ def test_impossible_arguments(z_image, tmp_path):
         convert.convert([file], z_image, tmp_path)
     with pytest.raises(CheckpointError, match="needs model_index"):
         convert.convert([file], tmp_path, tmp_path / "out")
+    (tmp_path / "net.ckpt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a pickle"):
+        convert.convert([tmp_path / "net.ckpt"], z_image, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors"):
+        convert.convert([tmp_path / "empty"], z_image, tmp_path / "out")
     with pytest.raises(CheckpointError, match="is missing"):
         convert.convert([tmp_path / "absent.safetensors"], z_image, tmp_path / "out")
 
@@ -410,7 +419,7 @@ def test_a_failure_leaves_nothing(z_image, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "_write_shards", full)
+    monkeypatch.setattr(files, "write_shards", full)
     with pytest.raises(OSError, match="No space"):
         convert.convert([file], z_image, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.safetensors"]

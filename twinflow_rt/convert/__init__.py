@@ -8,13 +8,9 @@ appears under its name only when complete and checked by what reads it later.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +29,11 @@ from ..models import (
     t5,
 )
 from ..passes.fuse import sources
-from ..passes.load import DTYPES, Layout, check, open_tensors, read_json, some
+from ..passes.load import DTYPES, Layout, check, read_json, some
 from ..stage import Model
+from .files import Source, open_sources, write_folder
 from .names import CONTAINERS, RULES, Names, unchanged
 from .report import Conversion, Key, PartReport
-
-SHARD_BYTES = 5_000_000_000  # a shard is held in memory while it is written
 
 # by _class_name or model_type of config.json
 MODELS: dict[str, Model] = {
@@ -94,12 +89,17 @@ class Slot:
 
 
 class Converted:
-    """Tensors of an open file under their new names, for `passes.load.check` and for writing."""
+    """Tensors of a source under their new names, for `passes.load.check` and for writing."""
 
-    def __init__(self, file: Path, handle: Any, slot: Slot, keys: dict[str, Key]) -> None:
-        self.folder, self.handle, self.slot = file, handle, slot
-        self.where = {t: (stored, i, len(k.targets)) for stored, k in keys.items() for i, t in enumerate(k.targets)}
-        self.swapped = {t for k in keys.values() if k.swapped for t in k.targets}
+    def __init__(self, source: Source, slot: Slot, keys: Sequence[Key]) -> None:
+        self.folder, self.source, self.slot = source.path, source, slot
+        self.where: dict[str, tuple[str, int, int]] = {}
+        for key in keys:
+            for i, name in enumerate(key.targets):
+                if name in self.where:
+                    raise CheckpointError(f"{source.path}: {key.source} and {self.where[name][0]} are both {name}")
+                self.where[name] = (key.source, i, len(key.targets))
+        self.swapped = {t for k in keys if k.swapped for t in k.targets}
         self.names = {slot.bare(target): target for target in self.where}
 
     def keys(self):
@@ -111,7 +111,7 @@ class Converted:
     def stored_shape(self, target: str) -> tuple[int, ...]:
         """The tensor's shape in the new file."""
         stored, _, parts = self.where[target]
-        shape = tuple(self.handle.get_slice(stored).get_shape())
+        shape = self.source.shape(stored)
         if parts > 1:
             if shape[0] % parts:
                 raise CheckpointError(f"{self.folder}: {stored} has {shape[0]} rows, which do not split in {parts}")
@@ -124,7 +124,7 @@ class Converted:
 
     def dtype(self, target: str) -> torch.dtype:
         stored = self.where[target][0]
-        dtype = self.handle.get_slice(stored).get_dtype()
+        dtype = self.source.dtype(stored)
         if dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.folder}: {stored} is stored as {dtype}; take the file in one of {', '.join(DTYPES)}: "
@@ -135,7 +135,7 @@ class Converted:
     def get(self, target: str) -> Tensor:
         """The tensor to write; rows are copied out of what is split."""
         stored, index, parts = self.where[target]
-        tensor = self.handle.get_tensor(stored)
+        tensor = self.source.get(stored)
         rows = tensor.chunk(parts)[index].clone() if parts > 1 else tensor
         if target in self.swapped:
             rows = torch.cat(rows.chunk(2)[::-1])
@@ -149,8 +149,9 @@ class Converted:
 def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = False) -> Conversion:
     """Writes `target`, the model of `base` with the networks found in `files` in place of its own.
 
-    dry_run: only say what would be written, keys unknown or missing included. Raises CheckpointError
-    for files that are not this model's, ConfigError if `target` exists.
+    files: safetensors files, or folders of them. dry_run: only say what would be written, keys unknown or
+    missing included. Raises CheckpointError for files that are not this model's, ConfigError if `target`
+    exists.
     """
     if not base.is_dir() or not (base / "model_index.json").is_file():
         raise CheckpointError(f"{base} is no model folder in diffusers' layout (it needs model_index.json)")
@@ -159,10 +160,10 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
     slots = [Slot(p.parent) for p in sorted(base.glob("*/config.json"))]
     networks: dict[str, Converted] = {}
     reports: list[PartReport] = []
-    for file in files:
-        for network, report in _recognise(file, slots):
+    for source in open_sources(files):
+        for network, report in _recognise(source, slots):
             if network.slot.name in networks:
-                raise ConfigError(f"{file}: a second {network.slot.name}; give each network once")
+                raise ConfigError(f"{source.path}: a second {network.slot.name}; give each network once")
             networks[network.slot.name] = network
             reports.append(report)
     copied = sorted(p for p in _base_files(base, set(networks)))
@@ -171,33 +172,33 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
     if dry_run:
         return result
     result.require_complete()
-    _write(target, base, copied, networks)
+    # describe makes all the checks that loading makes, but for reading the weights
+    write_folder(target, base, copied, networks, describe)
     return result
 
 
-def _recognise(file: Path, slots: Sequence[Slot]) -> Iterator[tuple[Converted, PartReport]]:
-    """The networks in a file. Keys in a container (`CONTAINERS`) belong to a network of that sort, the
+def _recognise(source: Source, slots: Sequence[Slot]) -> Iterator[tuple[Converted, PartReport]]:
+    """The networks in a source. Keys in a container (`CONTAINERS`) belong to a network of that sort, the
     others to any; which one, the names decide."""
-    handle = open_tensors(file)
     groups: dict[tuple[str, str], dict[str, str]] = {}  # container -> key in the file -> key without it
-    for stored in handle.keys():  # noqa: SIM118 (not a dict)
+    for stored in source:
         container, bare = _container(stored)
         groups.setdefault(container, {})[stored] = bare
     for (sort, _), group in groups.items():
         candidates = [s for s in slots if s.name.startswith(sort)]
         if not candidates:
-            raise CheckpointError(f"{file}: holds a {sort}, which the base has not")
-        shapes = {bare: tuple(handle.get_slice(stored).get_shape()) for stored, bare in group.items()}
+            raise CheckpointError(f"{source.path}: holds a {sort}, which the base has not")
+        shapes = {bare: source.shape(stored) for stored, bare in group.items()}
         slot = max(candidates, key=lambda s: s.likeness(shapes))
         if not slot.known(shapes):
             raise CheckpointError(
-                f"{file}: {some(shapes)} belong to none of the base's networks "
+                f"{source.path}: {some(shapes)} belong to none of the base's networks "
                 f"({', '.join(s.name for s in slots)}); is the base the same model?"
             )
         rules = slot.rules
-        keys = {stored: Key(stored, rules.targets(bare), rules.swapped(bare)) for stored, bare in group.items()}
-        network = Converted(file, handle, slot, keys)
-        yield network, _account(network, tuple(keys.values()))
+        keys = tuple(Key(stored, rules.targets(bare), rules.swapped(bare)) for stored, bare in group.items())
+        network = Converted(source, slot, keys)
+        yield network, _account(network, keys)
 
 
 def _container(key: str) -> tuple[tuple[str, str], str]:
@@ -230,53 +231,3 @@ def _base_files(base: Path, replaced: set[str]) -> Iterator[Path]:
             continue
         if part not in replaced or path.name == "config.json":
             yield path
-
-
-def _write(target: Path, base: Path, copied: Sequence[Path], networks: dict[str, Converted]) -> None:
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for path in copied:
-            place = partial / path.relative_to(base)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            _link(path.resolve(), place)
-        for name, network in networks.items():
-            stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-            _write_shards(partial / name, stem, network)
-        describe(partial)  # all the checks that loading makes, but for reading the weights
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _link(source: Path, place: Path) -> None:
-    """Weights are never changed in place, so they may share the base's bytes where the disk allows."""
-    if source.suffix == ".safetensors":
-        try:
-            return os.link(source, place)
-        except OSError:  # another disk, or one without hard links
-            pass
-    shutil.copy2(source, place)
-
-
-def _write_shards(folder: Path, stem: str, network: Converted) -> None:
-    """One file, or shards of at most SHARD_BYTES and their index."""
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = [[]]
-    total = size = 0
-    for target in network.where:
-        count = torch.Size(network.stored_shape(target)).numel() * network.dtype(target).itemsize
-        if shards[-1] and size + count > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(target)
-        size, total = size + count, total + count
-    weight_map = {}
-    for i, targets in enumerate(shards):
-        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file({t: network.get(t).contiguous() for t in targets}, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(targets, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
