@@ -1,6 +1,6 @@
 """Published configurations of the models that the bench can make without their files.
 
-Each function takes `scale`, a factor on all widths, and `layers`, the most per deep stack (None: all),
+Each function takes `scale`, a factor on all widths (and on vocabularies), and `layers`, the most per deep stack (None: all),
 and gives config.json's content of every part.
 """
 
@@ -30,7 +30,7 @@ def z_image(scale: float, layers: int | None) -> Blueprint:
         "in_channels": 16, "axes_dims": [32, 48, 48], "axes_lens": [1024, 512, 512],
     }  # fmt: skip
     text = {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": width, "head_dim": 128,
+        "model_type": "qwen3", "vocab_size": _rounded(151936, scale, 256), "hidden_size": width, "head_dim": 128,
         "intermediate_size": _rounded(9728, scale, 64), "num_hidden_layers": _depth(35, layers) + 1,
         "num_attention_heads": 4 * groups, "num_key_value_heads": groups, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     }  # fmt: skip
@@ -47,7 +47,7 @@ def qwen_image(scale: float, layers: int | None) -> Blueprint:
         "joint_attention_dim": width, "axes_dims_rope": [16, 56, 56],
     }  # fmt: skip
     text = {
-        "model_type": "qwen2_5_vl", "vocab_size": 152064, "hidden_size": width, "head_dim": 128,
+        "model_type": "qwen2_5_vl", "vocab_size": _rounded(152064, scale, 256), "hidden_size": width, "head_dim": 128,
         "intermediate_size": _rounded(18944, scale, 64), "num_hidden_layers": _depth(28, layers),
         "num_attention_heads": 7 * groups, "num_key_value_heads": groups, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     }  # fmt: skip
@@ -61,8 +61,8 @@ def qwen_image(scale: float, layers: int | None) -> Blueprint:
 
 def sd35_medium(scale: float, layers: int | None) -> Blueprint:
     """Stable Diffusion 3.5 Medium: 24 layers of 24 heads x 64, two CLIP towers, T5-XXL."""
-    heads, first, second, far = _part(24, scale), _part(12, scale), _part(20, scale), _part(64, scale)
-    depth = _depth(24, layers)
+    heads, first, second, depth = _part(24, scale), _part(12, scale), _part(20, scale), _depth(24, layers)
+    far = max(_part(64, scale), first + second)  # CLIP's features stand in T5's
     transformer = {
         "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16,
         "out_channels": 16, "num_layers": depth, "attention_head_dim": 64, "num_attention_heads": heads,
@@ -71,12 +71,12 @@ def sd35_medium(scale: float, layers: int | None) -> Blueprint:
         "dual_attention_layers": list(range(min(13, depth))),
     }  # fmt: skip
     far_text = {
-        "model_type": "t5", "feed_forward_proj": "gated-gelu", "vocab_size": 32128, "d_model": 64 * far, "d_kv": 64,
+        "model_type": "t5", "feed_forward_proj": "gated-gelu", "vocab_size": _rounded(32128, scale, 256), "d_model": 64 * far, "d_kv": 64,
         "d_ff": _rounded(10240, scale, 64), "num_layers": _depth(24, layers), "num_heads": far,
     }  # fmt: skip
     return Blueprint(transformer, {
-        "text_encoder": (_clip(first, _depth(12, layers), "quick_gelu"), "clip_text"),
-        "text_encoder_2": (_clip(second, _depth(32, layers), "gelu"), "clip_text"),
+        "text_encoder": (_clip(first, _depth(12, layers), scale, "quick_gelu"), "clip_text"),
+        "text_encoder_2": (_clip(second, _depth(32, layers), scale, "gelu"), "clip_text"),
         "text_encoder_3": (far_text, "t5"),
         "vae": (_kl_vae(scale, scaling_factor=1.5305, shift_factor=0.0609), "autoencoder_kl"),
     })  # fmt: skip
@@ -93,7 +93,7 @@ def sana(scale: float, layers: int | None) -> Blueprint:
         "mlp_ratio": 2.5, "sample_size": 32, "patch_size": 1,
     }  # fmt: skip
     text = {
-        "model_type": "gemma2", "vocab_size": 256000, "hidden_size": width, "head_dim": 256,
+        "model_type": "gemma2", "vocab_size": _rounded(256000, scale, 256), "hidden_size": width, "head_dim": 256,
         "intermediate_size": _rounded(9216, scale, 64), "num_hidden_layers": _depth(26, layers),
         "num_attention_heads": 2 * groups, "num_key_value_heads": groups, "query_pre_attn_scalar": 256,
         "attn_logit_softcapping": 50.0, "sliding_window": 4096, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
@@ -114,9 +114,9 @@ BLUEPRINTS: dict[str, Callable[[float, int | None], Blueprint]] = {
 }  # fmt: skip
 
 
-def _clip(heads: int, depth: int, activation: str) -> Config:
+def _clip(heads: int, depth: int, scale: float, activation: str) -> Config:
     return {
-        "model_type": "clip_text_model", "vocab_size": 49408, "hidden_size": 64 * heads, "projection_dim": 64 * heads,
+        "model_type": "clip_text_model", "vocab_size": _rounded(49408, scale, 256), "hidden_size": 64 * heads, "projection_dim": 64 * heads,
         "intermediate_size": 256 * heads, "num_hidden_layers": depth, "num_attention_heads": heads,
         "max_position_embeddings": 77, "hidden_act": activation, "eos_token_id": 2,
     }  # fmt: skip
@@ -137,7 +137,7 @@ def _part(count: int, scale: float) -> int:
 
 
 def _rounded(width: int, scale: float, multiple: int) -> int:
-    return max(1, round(width * scale / multiple)) * multiple
+    return width if scale == 1 else max(1, round(width * scale / multiple)) * multiple
 
 
 def _depth(count: int, layers: int | None) -> int:

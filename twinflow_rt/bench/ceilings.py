@@ -18,6 +18,7 @@ from ..config import has_native
 from ..errors import ConfigError
 from .timing import measure as take
 
+COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}  # beyond every cache
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e4m3fn,
 }  # fmt: skip
@@ -66,7 +67,7 @@ def measure(device: torch.device | str, dtypes: Iterable[str], *, repeats: int =
         call = _float8_gemm(n, device) if name == "float8" else _gemm(n, DTYPES[name], device)
         gemm[name] = 2 * n**3 / min(take(call, device=device, repeats=repeats, warmup=2, clock="device").seconds)
         sizes[name] = n
-    size = (2 << 30) if device.type == "cuda" else (256 << 20)
+    size = COPY_BYTES[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copies = take(lambda: target.copy_(source), device=device, repeats=repeats, warmup=2, clock="device")

@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser, size: Callable[[str], tuple[i
     what.add_argument("--size", type=size, metavar="WxH", help="pixels; default: the model's")
     what.add_argument("--batch", type=int, help="images per call (default 1)")
     what.add_argument("--nfe", type=int, help="network evaluations per image (default 1)")
-    what.add_argument("--dtype", "--precision", dest="dtype", help="float32, bfloat16 or float16; default: fits model and device")
+    what.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
+    what.add_argument("--precision", help="fp32, fp16, bf16 or int8, as `twinflow_rt.load` takes it")
     what.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     what.add_argument("--backend", metavar="NAME", help="implementation to prefer: auto, eager, native, triton, cuda, cudnn, ...")
     what.add_argument("--peers", type=names, metavar="LIST", help="compare with eager, compile, diffusers (comma-separated)")
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser, size: Callable[[str], tuple[i
 
 
 SETTINGS = (
-    "random_weights", "scale", "layers", "size", "batch", "nfe", "dtype", "device", "backend", "peers", "prompt",
+    "random_weights", "scale", "layers", "size", "batch", "nfe", "dtype", "precision", "device", "backend", "peers", "prompt",
     "seed", "repeats", "warmup", "batches", "callers", "evaluations", "cold_runs", "count_instructions", "tolerance",
     "check",
 )  # fmt: skip

@@ -7,6 +7,9 @@ All are compared with the unfolded network on eager ops in float32, from the sam
     16-bit and less  rms e of ours <= 1.1 x that of the unfolded eager network in the same dtype;
                      rms e of a peer <= 2 x (a peer may round more, but must compute the same thing)
 
+where the bound grows by two standard errors, 2 / sqrt(n), of the ratio of two rms of n independent values:
+nothing for an image of usual size, a quarter for 64 values.
+
 `tolerance` replaces the rule by rms e <= tolerance: for precisions (fp8, int8) that trade error for speed.
 """
 
@@ -76,6 +79,7 @@ def judge(
             if eager is None:
                 raise ValueError(f"judging {dtype} needs the eager network's outputs, or a tolerance")
             factor = OURS_FACTOR if ours else PEER_FACTOR
+            factor *= 1 + 2 / math.sqrt(reference[i].numel())
             value, bound, norm = e.rms, factor * error(eager[i], reference[i]).rms, "rms"
         if not value <= bound:
             faults.append(f"{norm} error of {kind} is {value:.2e}, allowed {bound:.2e}")

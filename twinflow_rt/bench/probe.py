@@ -30,6 +30,7 @@ class Task:
     model: str
     device: str
     dtype: str | None
+    precision: str | None
     nfe: int
     prompt: str
     seed: int
@@ -113,7 +114,7 @@ def _generator(task: Task) -> Any:
     torch.set_num_threads(task.threads)
     from ..pipeline import load
 
-    pipe = load(task.model, device=task.device, dtype=task.dtype, nfe=task.nfe)
+    pipe = load(task.model, device=task.device, dtype=task.dtype, precision=task.precision, nfe=task.nfe)
     return lambda: pipe(task.prompt, seed=task.seed, width=task.width, height=task.height)
 
 

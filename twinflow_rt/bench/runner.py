@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import check_count, resolve_device, resolve_dtype
+from ..config import check_count, resolve_device, resolve_dtype, resolve_precision
 from ..errors import ConfigError
 from ..ops.select import Choice
 from ..passes.load import Checkpoint, model_folder
@@ -46,6 +46,7 @@ UNCHECKED = Verdict({}, False, "not checked in this run")
 class Settings:
     """What to measure. size: (width, height), None for the model's default. random_weights: the name of a
     published model instead of `model`, with `scale` and `layers` as `random_weights.skeleton` takes them.
+    precision, dtype: as `twinflow_rt.load` takes them. backend: an implementation to prefer (`figures.prefer`).
     batches, callers, evaluations: the sweeps; empty ones are left out. cold_runs: 0 leaves out cold starts.
     check: compare outputs with the float32 reference; without it no speed-up is stated. tolerance:
     replaces the error rule by an rms bound. max_seconds: per figure group, after which no round begins.
@@ -59,6 +60,7 @@ class Settings:
     batch: int = 1
     nfe: int = 1
     dtype: str | None = None
+    precision: str | None = None
     device: str | None = None
     backend: str = "auto"
     peers: tuple[str, ...] = ()
@@ -102,12 +104,8 @@ def run(
     with ExitStack() as stack:
         folder = DEMO if settings.model == "demo" else Path(settings.model)
         if settings.random_weights:
-            dtype = settings.dtype or ("bfloat16" if resolve_device(settings.device).type == "cuda" else "float32")
-            settings = replace(settings, dtype=dtype)
-            skeleton = random_weights.temporary(
-                settings.random_weights, scale=settings.scale, layers=settings.layers, dtype=dtype
-            )
-            folder = stack.enter_context(skeleton)
+            options = {"scale": settings.scale, "layers": settings.layers}
+            folder = stack.enter_context(random_weights.temporary(settings.random_weights, **options))
         return _Run(settings, model_folder(folder), say).record(command or f"twinflow_rt.bench.run({settings.name!r}, ...)")
 
 
@@ -118,7 +116,8 @@ class _Run:
         self.settings, self.folder, self.say = settings, folder, say
         self.device, self.notes = resolve_device(settings.device), []
         stored = Checkpoint(folder / "transformer").main_dtype()
-        self.dtype = resolve_dtype(settings.dtype, self.device, stored)
+        self.quantized, dtype = resolve_precision(settings.precision, settings.dtype)
+        self.dtype = resolve_dtype(dtype, self.device, stored)
         self.dtype_name = str(self.dtype).removeprefix("torch.")
 
     def record(self, command: str) -> Record:
@@ -159,8 +158,8 @@ class _Run:
         width, height = settings.size or (None, None)
         prompt = batch_of(settings.prompt, 1)[0]
         return Task(
-            kind, str(self.folder), str(self.device), self.dtype_name, settings.nfe, prompt, settings.seed, width,
-            height, torch.get_num_threads(),
+            kind, str(self.folder), str(self.device), self.dtype_name, self.quantized, settings.nfe, prompt, settings.seed,
+            width, height, torch.get_num_threads(),
         )  # fmt: skip
 
     def _cold(self) -> dict[str, Any] | None:
@@ -199,7 +198,8 @@ class _Run:
 
     def _load(self) -> tuple[Pipeline, tuple[Choice, ...]]:
         self.say("compiling")
-        pipe = load(self.folder, device=self.device, dtype=self.dtype, nfe=self.settings.nfe)
+        options = {"dtype": self.dtype, "precision": self.quantized, "nfe": self.settings.nfe}
+        pipe = load(self.folder, device=self.device, **options)
         if self.settings.backend == "auto":
             return pipe, pipe.program.plan.choices
         return pipe, prefer(pipe, self.settings.backend)
@@ -284,7 +284,8 @@ class _Run:
         kept = ("random_weights", "scale", "layers", "batch", "nfe", "backend", "seed", "repeats", "warmup", "tolerance")
         return {
             "model": self.settings.name, **{name: getattr(self.settings, name) for name in kept}, "width": work.width,
-            "height": work.height, "device": str(self.device), "dtype": self.dtype_name, "prompts": list(work.prompts),
+            "height": work.height, "device": str(self.device), "dtype": self.dtype_name, "precision": self.quantized,
+            "prompts": list(work.prompts),
         }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ MACHINE = _object({
 SETTINGS = _object({
     "model": STRING, "random_weights": _or_null(STRING), "scale": POSITIVE, "layers": _or_null(COUNT),
     "width": COUNT, "height": COUNT, "batch": COUNT, "nfe": COUNT, "device": STRING, "dtype": STRING,
-    "backend": STRING, "prompts": _list(STRING), "seed": COUNT, "repeats": COUNT, "warmup": COUNT,
+    "precision": _or_null(STRING), "backend": STRING, "prompts": _list(STRING), "seed": COUNT, "repeats": COUNT, "warmup": COUNT,
     "tolerance": _or_null(POSITIVE),
 })  # fmt: skip
 MODEL = _object({

@@ -44,7 +44,7 @@ def headline(record: Record) -> list[str]:
     dtype = asked["dtype"]
     lines = [
         f"{asked['model']} {asked['width']}x{asked['height']}, batch {asked['batch']}, {asked['nfe']} evaluation(s), "
-        f"{dtype} on {asked['device']}: {record['model']['parameters']:,} parameters",
+        f"{asked['precision'] or dtype} on {asked['device']}: {record['model']['parameters']:,} parameters",
         f"{where}; torch {machine['packages']['torch']}, commit {machine['commit'] or 'unknown'}, {record['created']}",
         f"ceilings of this run: {rate(ceilings['gemm'][dtype], 'FLOP/s')} {dtype}, copy {rate(ceilings['copy'], 'B/s')}",
     ]

@@ -66,13 +66,13 @@ def stages(pipe: Pipeline, work: Workload) -> dict[str, Callable[[], Any]]:
     pipe.program.refold(schedule(preset(work.nfe), pipe.dtype))
     with torch.inference_mode():
         embeds = pipe.text(list(work.prompts))
-        context = pipe._context(embeds, 1)
+        context = pipe._encode(embeds)
         noise = initial_noise(work.seeds, work.shape(pipe), pipe.dtype, pipe.device)
         latents = work.call(pipe, "latent")
         pixels = pipe.vae.decode_uint8(latents)
     calls = {
         "text": lambda: pipe.text(list(work.prompts)),
-        "context": lambda: pipe._context(embeds, 1),
+        "context": lambda: pipe._encode(embeds),
         "noise": lambda: initial_noise(work.seeds, work.shape(pipe), pipe.dtype, pipe.device),
         "velocity": lambda: network(noise, network.step_modulation(0), context),
         "decode": lambda: pipe.vae.decode_uint8(latents),
@@ -90,7 +90,7 @@ def exact_outputs(pipe: Pipeline, work: Workload, dtype: torch.dtype) -> tuple[T
     network, config, shape = pipe.program.network, preset(work.nfe), work.shape(pipe)
     pipe.program.refold(schedule(config, dtype))
     with torch.inference_mode():
-        context = pipe._context(work.prompts, 1)
+        context = pipe._encode(pipe.text(list(work.prompts)))
         latents = sample(
             lambda x, step: network(x.float(), network.step_modulation(step), context),
             initial_noise(work.seeds, shape, dtype, pipe.device), config,
