@@ -26,7 +26,7 @@ test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.built $(VENV)/.test
-	$(BIN)/python -m pytest benches --benchmark-only -o testpaths=benches
+	$(BIN)/python -m pytest benches --benchmark-only -o testpaths=benches -o python_files='bench_*.py' --benchmark-max-time=0.5
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

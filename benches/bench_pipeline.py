@@ -1,0 +1,32 @@
+"""Whole calls, prompt to PIL image: by evaluations, by batch, against the unfolded eager network.
+
+    make bench        (or: pytest benches/bench_pipeline.py --benchmark-only -o python_files='bench_*.py')
+
+Nothing is timed whose images differ from the eager network's.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from twinflow_rt.bench import correctness, peers
+from twinflow_rt.bench.workload import Workload, batch_of, outputs
+
+
+@pytest.fixture(scope="module")
+def eager(pipe):
+    return peers.unfolded(pipe)
+
+
+@pytest.mark.parametrize("count", [1, 4], ids=["1 image", "4 images"])
+@pytest.mark.parametrize("nfe", [1, 2, 4])
+@pytest.mark.parametrize("program", ["compiled", "eager"])
+def test_call(benchmark, pipe, eager, program, nfe, count):
+    height, width = pipe.sizes.resolve(None, None)
+    work = Workload(batch_of(None, count), height, width, seed=0, nfe=nfe)
+    reference = outputs(lambda kind: work.call(eager, kind))
+    measured = {"compiled": pipe, "eager": eager}[program]
+    verdict = correctness.judge(outputs(lambda kind: work.call(measured, kind)), reference, dtype="float32")
+    assert verdict.passed, verdict.reason
+    benchmark.group = f"whole calls, {count} images, {nfe} evaluation(s) each"
+    benchmark(work.call, measured)
