@@ -219,6 +219,15 @@ def test_what_is_folded_is_gone(checkpoint):
     assert "op           attention" in str(program.plan)
 
 
+@pytest.mark.parametrize("schedule", [ONE, FOUR])
+def test_every_tensor_is_read_once(checkpoint, schedule, monkeypatch):
+    """Folded away or kept: nothing twice, nothing left out."""
+    read, get = [], Checkpoint.get
+    monkeypatch.setattr(Checkpoint, "get", lambda self, name, *args, **kw: read.append(name) or get(self, name, *args, **kw))
+    compiled(checkpoint, schedule)
+    assert sorted(read) == sorted(checkpoint)
+
+
 def test_full_size_z_image_keeps_at_most_6_03_billion():
     with torch.device("meta"):
         full, folded = ZImageTransformer(ZImageConfig()), ZImageTransformer(ZImageConfig(), folded_steps=1)
@@ -245,7 +254,7 @@ def test_schedule_length_is_bounded(checkpoint, n):
 
 
 def test_fused_weights_are_the_checkpoints_rows(checkpoint):
-    network = compiled(checkpoint, ONE).network
+    weights = compiled(checkpoint, ONE).network.state_dict()
     for merged, parts in FUSED.items():
         rows = torch.cat([checkpoint.get(f"layers.1.{part}") for part in parts])
-        assert torch.equal(network.get_parameter(f"layers.1.{merged}"), rows)
+        assert torch.equal(weights[f"layers.1.{merged}"], rows)

@@ -260,6 +260,16 @@ def test_the_plan_tells_folded_from_pruned(source):
     assert plan.pruned["transformer_blocks.attn.to_add_out"] == (dim + 1) * dim
 
 
+@pytest.mark.parametrize("schedule", [ONE, FOUR])
+def test_every_tensor_is_read_once(source, schedule, monkeypatch):
+    """And the last block's dead prompt layers never."""
+    read, get = [], Checkpoint.get
+    monkeypatch.setattr(Checkpoint, "get", lambda self, name, *args, **kw: read.append(name) or get(self, name, *args, **kw))
+    compiled(source, schedule)
+    dead = tuple(f"transformer_blocks.{SMALL.num_layers - 1}.{n}" for n in ("attn.to_add_out", "txt_mlp"))
+    assert sorted(read) == sorted(name for name in source if not name.startswith(dead))
+
+
 def test_absorbing_can_be_declined(source):
     program = compiled(source, ONE, absorb=False)
     assert not program.plan.absorbed and not program.network.absorbed

@@ -1,13 +1,21 @@
-"""Merged projections and back."""
+"""Merged projections and back; and how few launches are left of a block."""
 
 from __future__ import annotations
+
+from collections import Counter
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.factory import TRANSFORMER
+from tests.qwen_image_factory import SMALL
 from twinflow_rt.errors import CheckpointError
+from twinflow_rt.models.qwen_image import QwenImageTransformer
+from twinflow_rt.models.z_image import ZImageConfig, ZImageTransformer
+from twinflow_rt.ops import EAGER, OpTable
 from twinflow_rt.passes.fuse import merge, sources, split, stack
 
 FUSED = {"qkv.weight": ("q.weight", "k.weight", "v.weight")}
@@ -62,3 +70,46 @@ def test_stack_holds_one_part_at_a_time():
             del part
 
     assert torch.equal(stack(parts(), 6), torch.arange(3.0).repeat_interleave(2)[:, None].expand(6, 2))
+
+
+def launches(network, channels, width) -> Counter[str]:
+    """Calls of ops and of linear layers in one velocity evaluation."""
+    calls: Counter[str] = Counter()
+
+    def spied(name, run):
+        return lambda *args: calls.update([name]) or run(*args)
+
+    network.ops = OpTable(**{f.name: spied(f.name, getattr(EAGER, f.name)) for f in fields(OpTable)})
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *_: calls.update(["linear"]))
+    with torch.device("meta"):
+        latents, embeds = torch.empty(1, channels, 8, 12), torch.empty(1, 9, width)
+    context = network.encode_context(embeds, (9,))
+    calls.clear()
+    network(latents, network.step_modulation(0), context)
+    return calls
+
+
+def test_a_z_image_block_is_nine_launches():
+    """Four linear layers and five ops: every residual, gate and norm between branches is one op."""
+    config = ZImageConfig.from_dict(TRANSFORMER)
+    with torch.device("meta"):
+        network = ZImageTransformer(config, folded_steps=1)
+    blocks = config.n_layers + config.n_refiner_layers
+    assert launches(network, config.in_channels, config.cap_feat_dim) == {
+        "linear": 4 * blocks + 2, "qk_norm_rope": blocks, "attention": blocks, "swiglu": blocks,
+        "residual_norm": 2 * blocks, "rms_norm": 2, "layer_norm": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_a_qwen_image_block_is_sixteen_launches(absorbed):
+    """Eight linear layers and eight ops for two streams; the last block drops the prompt's second half."""
+    with torch.device("meta"):
+        network = QwenImageTransformer(SMALL, folded_steps=1, absorbed=absorbed)
+    blocks = SMALL.num_layers
+    assert launches(network, SMALL.out_channels, SMALL.joint_attention_dim) == {
+        "linear": 8 * blocks - 3 + 2, "joint_qk_norm_rope": blocks, "attention": blocks,
+        "gelu_tanh": 2 * blocks - 1, "residual_layer_norm": 2 * (2 * blocks - 1), "layer_norm": 2,
+    }  # fmt: skip

@@ -3,6 +3,9 @@
 A `fused` table maps the merged name within a block to its parts, in row order, for example
 `attention.to_qkv.weight -> (attention.to_q.weight, attention.to_k.weight, attention.to_v.weight)`.
 One GEMM then reads its input once and launches once.
+
+Chains between the projections need no rewriting here: networks are written in the op vocabulary of
+`ops/`, in which QK norm and rope, a gated residual with the next norm, and each activation are one op.
 """
 
 from __future__ import annotations
