@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
 
     pipe = StableDiffusionXLPipeline(
         vae=randomize(AutoencoderKL(**VAE), 1), unet=randomize(UNet2DConditionModel(**UNET), 2),
-        text_encoder=randomize(clip_encoder(8, 4, "quick_gelu", True), 3), tokenizer=clip_tokenizer("<|endoftext|>"),
+        text_encoder=randomize(clip_encoder(8, 4, "quick_gelu", True), 3).text_model,
+        tokenizer=clip_tokenizer("<|endoftext|>"),
         text_encoder_2=randomize(clip_encoder(10, 6, "gelu", True), 4), tokenizer_2=clip_tokenizer("!"),
         scheduler=EulerDiscreteScheduler(**dmd2.SCHEDULE),
     )  # fmt: skip
