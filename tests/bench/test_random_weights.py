@@ -16,7 +16,10 @@ from twinflow_rt.passes import random
 from twinflow_rt.passes.load import Checkpoint
 
 # billions of parameters: of the network with TwinFlow's second time embedder, and of the prompt encoders used
-PUBLISHED = {"z-image": (6.155, 3.92), "qwen-image": (20.44, 7.07), "sd3.5-m": (2.478, 5.58), "sana": (1.640, 2.61)}
+PUBLISHED = {
+    "z-image": (6.155, 3.92), "qwen-image": (20.44, 7.07), "sd3.5-m": (2.478, 5.58), "sana": (1.640, 2.61),
+    "sana-sprint": (1.610, 2.61),
+}  # fmt: skip
 
 
 def billions(folder, part):

@@ -109,8 +109,15 @@ def sana(scale: float, layers: int | None) -> Blueprint:
     return Blueprint(transformer, {"text_encoder": (text, "gemma2"), "vae": (vae, "autoencoder_dc")})
 
 
+def sana_sprint(scale: float, layers: int | None) -> Blueprint:
+    """SANA-Sprint 1.6B: SANA with normalised queries and keys, and a guidance embedder for TwinFlow's second."""
+    base = sana(scale, layers)
+    sprint = {"guidance_embeds": True, "guidance_embeds_scale": 0.1, "qk_norm": "rms_norm_across_heads"}
+    return Blueprint({**base.transformer, **sprint}, base.parts)
+
+
 BLUEPRINTS: dict[str, Callable[[float, int | None], Blueprint]] = {
-    "z-image": z_image, "qwen-image": qwen_image, "sd3.5-m": sd35_medium, "sana": sana,
+    "z-image": z_image, "qwen-image": qwen_image, "sd3.5-m": sd35_medium, "sana": sana, "sana-sprint": sana_sprint,
 }  # fmt: skip
 
 

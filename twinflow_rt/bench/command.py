@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, size: Callable[[str], tuple[i
         help="model folder or 'demo' (default); or two records to compare; or a record to show",
     )  # fmt: skip
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--random-weights", metavar="NAME", help="a published model without its files: z-image, qwen-image, sd3.5-m, sana")
+    what.add_argument("--random-weights", metavar="NAME", help="a published model without its files: z-image, qwen-image, sd3.5-m, sana, sana-sprint")
     what.add_argument("--scale", type=float, help="with --random-weights: factor on all widths, for small machines")
     what.add_argument("--layers", type=int, help="with --random-weights: at most so many layers per network")
     what.add_argument("--size", type=size, metavar="WxH", help="pixels; default: the model's")
