@@ -86,19 +86,22 @@ def accelerated(pipe, **options):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_computes_what_the_pipeline_computed(loaded, family):
     pipe = loaded(family)
-    before = {guided: generate(pipe, family, guided=guided) for guided in (False, True)}
-    pixels = generate(pipe, family, steps=2, output="np")
+    short = {"complex_human_instruction": None} if family == "sana" else {}  # else every prompt is a page long
+    before = {guided: generate(pipe, family, guided=guided, **short) for guided in (False, True)}
+    pixels = generate(pipe, family, steps=2, output="np", **short)
     with accelerated(pipe, twinflow=False) as handle:
         for guided, latents in before.items():
-            assert relative(generate(pipe, family, guided=guided), latents) < 2e-5
+            assert relative(generate(pipe, family, guided=guided, **short), latents) < 2e-5
         assert len(handle.plan.schedule) == 3
-        assert np.abs(generate(pipe, family, steps=2, output="np") - pixels).max() < 1e-4
+        assert np.abs(generate(pipe, family, steps=2, output="np", **short) - pixels).max() < 1e-4
         assert len(handle.plan.schedule) == 2
-    assert torch.equal(generate(pipe, family), before[False])
+    assert torch.equal(generate(pipe, family, **short), before[False])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "steps"),
+    [(f, n) if n == 3 - 2 * (f == "sana") else pytest.param(f, n, marks=pytest.mark.full) for f in FAMILIES for n in (1, 3)],
+)
 def test_twinflow_steps_are_ours(loaded, folder, family, steps):
     """With the second embedder the pipeline walks the any-step sampler, whose grid is uniform here."""
     pipe = loaded(family)
@@ -241,11 +244,6 @@ def test_twinflow_refuses_schedulers_that_step_otherwise(loaded, folder):
             generate(pipe, "z-image")
 
 
-def test_other_solvers_work_without_twinflow(loaded):
-    pipe = loaded("sana")
-    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"  # two tests above run on it
-
-
 def test_unusable_calls_are_refused(loaded):
     pipe = loaded("z-image")
     with accelerated(pipe, twinflow=False):
@@ -283,4 +281,8 @@ def test_unusable_pipelines_are_refused(loaded):
     pipe = loaded("z-image")
     pipe.transformer.layers[0].attention.to_q.lora_A = torch.nn.Linear(1, 1)  # as peft names its layers
     with pytest.raises(ConfigError, match="fuse_lora"):
+        twinflow_rt.accelerate(pipe, twinflow=False)
+    pipe = loaded("z-image")
+    pipe.vae.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(ConfigError, match="AutoencoderKL is offloaded"):
         twinflow_rt.accelerate(pipe, twinflow=False)

@@ -128,8 +128,9 @@ def _require_plain(module: Any) -> None:
     names = list(module.state_dict())
     if any("lora_" in name or ".base_layer." in name for name in names):
         raise ConfigError("the pipeline has LoRA layers: fuse_lora() and unload_lora_weights() first, or unload them")
-    if hasattr(module, "_hf_hook") or any(p.is_meta for p in module.parameters()):
-        raise ConfigError(f"{type(module).__name__} is offloaded: accelerate the pipeline without offloading")
+    hooked = any(hasattr(m, "_hf_hook") or getattr(getattr(m, "_diffusers_hook", None), "hooks", None) for m in module.modules())
+    if hooked or any(p.is_meta for p in module.parameters()):
+        raise ConfigError(f"{type(module).__name__} is offloaded or cached by hooks: accelerate the pipeline without them")
 
 
 def _second(original: Any, family: Family, twinflow: str | Path | Literal[False] | None) -> dict[str, Tensor]:

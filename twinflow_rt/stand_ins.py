@@ -81,7 +81,7 @@ class Compiled(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Stays where it is: tables are float32 in any dtype. Raises ConfigError for any other place."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if (device or self.device) != self.device or (dtype or self.dtype) != self.dtype:
+        if (device or self.device) not in (self.device, torch.device(self.device.type)) or dtype not in (None, self.dtype):
             raise ConfigError("an accelerated pipeline cannot be moved or cast: restore() it, move it, accelerate it again")
         return self
 

@@ -15,7 +15,7 @@ from tests.serve.fake import FakePipe
 from twinflow_rt.serve.app import create_app
 from twinflow_rt.serve.engine import Engine, Limits
 
-PATIENCE = 30
+PATIENCE = 60  # seconds; tests of waiting wait far less
 
 
 def eventually(condition, what: str = "condition"):

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.serve.conftest import eventually
+from tests.serve.conftest import PATIENCE, eventually
 from tests.serve.fake import FakePipe
 from twinflow_rt.serve.app import PAGE
 from twinflow_rt.serve.gate import MAX_BODY
@@ -41,7 +41,7 @@ def background(target, *args, **options):
     thread.start()
 
     def result():
-        thread.join(30)
+        thread.join(PATIENCE)
         return done[0]
 
     return result
@@ -52,7 +52,7 @@ def hold(pipe, client):
     pipe.gate.clear()
     pipe.entered.clear()
     answer = background(ask, client, "held")
-    assert pipe.entered.wait(30)
+    assert pipe.entered.wait(PATIENCE)
     return answer
 
 
@@ -154,7 +154,7 @@ def test_late_requests_are_504_and_given_up(start, pipe):
     error_of(ask(client, "waiting"), 504, "timeout")
     assert client.engine.waiting == 0
     error_of(held(), 504, "timeout")
-    assert pipe.cancelled.wait(30)
+    assert pipe.cancelled.wait(PATIENCE)
     pipe.gate.set()
     assert ask(client).status_code == 200
     assert [call["prompts"] for call in pipe.calls] == [["held"], ["a"]]
@@ -165,11 +165,11 @@ def test_clients_that_leave_are_forgotten(start, pipe):
 
     def leave():
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(client.base_url.join(ROUTE), json={"prompt": "left"}, timeout=httpx.Timeout(30, read=0.3))
+            httpx.post(client.base_url.join(ROUTE), json={"prompt": "left"}, timeout=httpx.Timeout(PATIENCE, read=0.3))
 
     pipe.gate.clear()
     leave()  # while it runs
-    assert pipe.cancelled.wait(30)
+    assert pipe.cancelled.wait(PATIENCE)
     held = hold(pipe, client)
     leave()  # while it waits
     eventually(lambda: client.engine.waiting == 0)
