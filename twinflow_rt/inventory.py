@@ -118,7 +118,8 @@ def show(report: dict[str, Any], rows: list[Row]) -> None:
         table.add_column(column, overflow="fold")
     previous = None
     for row in rows:
-        state = "[bold]chosen[/]" if row.chosen else escape(row.reason or ("usable" if row.rank else "usable, not tried"))
-        table.add_row(row.op if row.op != previous else "", row.name, state, style=None if row.reason is None else "dim")
+        state = escape(row.reason or ("usable" if row.rank else "usable, not tried"))
+        first = row.op if row.op != previous else ""
+        table.add_row(first, row.name, "[bold]chosen[/]" if row.chosen else state, style="dim" if row.reason else None)
         previous = row.op
     console.print(table)

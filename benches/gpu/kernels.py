@@ -1,0 +1,160 @@
+"""Every op at its networks' sizes: each implementation checked against float64 arithmetic, then timed against
+its ceiling and its rivals. An implementation that fails its check is reported and not timed.
+
+    python -m benches.gpu.kernels OUT.json [--device cuda] [--dtypes ...] [--sizes ...] [--check-only]
+
+The record is written anew after every case, so that a time limit costs only what was not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benches.gpu import rivals
+from twinflow_rt.bench import ceilings, facts
+from twinflow_rt.bench.op_cases import SIZES, Case, cases, judge, outputs
+from twinflow_rt.bench.timing import interleave
+from twinflow_rt.ops import EAGER
+from twinflow_rt.ops.select import Target, choose
+
+COPY_SHARE = 0.8  # of the copy bandwidth, what an op that moves data should reach
+ATTENTION_SHARE = 0.95  # of the fastest backend, what ours should reach to be chosen
+
+
+def check(case: Case, contenders: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
+    """Contenders that are right, and what is wrong with the others; each runs on inputs of its own."""
+    exact, eager = case.exact(*case.inputs()), getattr(EAGER, case.op)(*case.inputs())
+    right, wrong = {}, {}
+    for name, call in contenders.items():
+        try:
+            got = call(*case.inputs())
+        except Exception as error:  # a rival may raise anything; the others still run
+            wrong[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        if rivals.needs_rounded_weights(name):
+            problem = _close(got, exact)
+        else:
+            problem = judge(got, eager, exact)
+        if problem is None:
+            right[name] = call
+        else:
+            wrong[name] = problem
+    return right, wrong
+
+
+def _close(got: Any, exact: Sequence[torch.Tensor]) -> str | None:
+    """Four units in the last place of the largest value, for rivals that read rounded weights."""
+    for y, truth in zip(outputs(got), exact, strict=True):
+        allowed = 4 * torch.finfo(y.dtype).eps * truth.abs().max().item()
+        if not (worst := (y.double() - truth).abs().max().item()) <= allowed:
+            return f"off by {worst:.3g}; allowed {allowed:.3g}"
+    return None
+
+
+def measure(
+    case: Case, right: dict[str, Callable], device: torch.device, repeats: int, max_seconds: float
+) -> dict[str, Any]:
+    """Medians of interleaved runs with a cold L2, all contenders on the same inputs (consumed ones on copies)."""
+    args = case.inputs()
+    own = {name: rivals.clone(args) if case.in_place else args for name in right}
+    calls = {name: lambda call=call, mine=own[name]: call(*mine) for name, call in right.items()}
+    taken = interleave(
+        calls, device=device, repeats=repeats, warmup=3, max_seconds=max_seconds, clock="device", flush_l2=True
+    )
+    return {name: {k: v for k, v in s.to_dict().items() if k != "samples"} for name, s in taken.items()}
+
+
+def shares(case: Case, times: dict[str, Any], ceiling: ceilings.Ceilings | None, dtype: str) -> dict[str, Any]:
+    """Per contender: achieved bytes/s and FLOP/s, and the share of the roofline of this run."""
+    found = {}
+    for name, time in times.items():
+        entry = {"bytes_per_s": case.bytes / time["median"], "flops_per_s": case.flops / time["median"]}
+        if ceiling is not None:
+            entry["share"] = ceiling.seconds(case.flops, case.bytes, dtype) / time["median"]
+        found[name] = entry
+    return found
+
+
+def verdict(
+    case: Case, times: dict[str, Any], shares: dict[str, Any], ours: Sequence[str], chosen: str
+) -> dict[str, bool]:  # fmt: skip
+    """Which of the targets the chosen implementation meets; only targets that apply are named."""
+    if chosen not in times:
+        return {}
+    mine, found = times[chosen]["median"], {}
+    if case.op.startswith("attention"):
+        best = min(times[name]["median"] for name in (*ours, "eager") if name in times)
+        found["chosen reaches 0.95x of the fastest backend"] = best / mine >= ATTENTION_SHARE
+    elif "share" in shares[chosen] and not case.flops:
+        found["80 % of copy bandwidth"] = shares[chosen]["share"] >= COPY_SHARE
+    if "compile" in times:
+        found["not slower than torch.compile"] = mine <= times["compile"]["median"]
+    return found
+
+
+def one(
+    case: Case, size: str, dtype: torch.dtype, device: torch.device, options: argparse.Namespace,
+    ceiling: ceilings.Ceilings | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Checks, and unless only that was asked for times, one case; the entry of the record."""
+    ragged, name = "ragged" in case.name, str(dtype).removeprefix("torch.")
+    target = Target.of(device, dtype, SIZES[size].head_dim)
+    mine, refused = rivals.ours(case.op, ragged, target)
+    others = {} if options.check_only else rivals.others(case.op, case.inputs(), options.without)
+    right, wrong = check(case, {**mine, **others})
+    chosen = choose("attention.ragged" if ragged else case.op, target).chosen
+    entry: dict[str, Any] = {
+        "op": case.op, "case": case.name, "size": size, "dtype": name, "bytes": case.bytes, "flops": case.flops,
+        "chosen": chosen, "right": sorted(right), "wrong": wrong, "refused": refused,
+    }  # fmt: skip
+    if not options.check_only:
+        times = measure(case, right, device, options.repeats, options.max_seconds)
+        entry["times"], entry["achieved"] = times, shares(case, times, ceiling, name)
+        entry["targets"] = verdict(case, times, entry["achieved"], list(mine), chosen)
+    return entry
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 where one of the project's implementations gave a wrong result."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--device", default="cuda")
+    floats = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtypes", nargs="+", default=floats, choices=floats)
+    parser.add_argument("--sizes", nargs="+", default=[n for n in SIZES if n != "tiny"], choices=list(SIZES))
+    parser.add_argument("--ops", nargs="+", help="default: all")
+    parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--without", nargs="+", default=[], metavar="RIVAL", help="eager, compile, torch or liger")
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--max-seconds", type=float, default=4.0, help="of timing per case")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    # ceilings take large matrices: on a CPU, where only the kit itself is tried, there are none
+    ceiling = ceilings.measure(device, options.dtypes) if device.type == "cuda" and not options.check_only else None
+    record: dict[str, Any] = {
+        "machine": facts.machine(device), "ceilings": ceiling.to_dict() if ceiling else None, "cases": [],
+    }  # fmt: skip
+    for size in dict.fromkeys(options.sizes):
+        for dtype in options.dtypes:
+            for case in cases(SIZES[size], getattr(torch, dtype), device):
+                if options.ops and case.op not in options.ops:
+                    continue
+                with torch.inference_mode():
+                    entry = one(case, size, getattr(torch, dtype), device, options, ceiling)
+                record["cases"].append(entry)
+                options.out.write_text(json.dumps(record, indent=1))
+                print(f"{size:<22} {dtype:<9} {case.name:<20} right: {', '.join(entry['right']) or 'none'}", flush=True)
+                for name, problem in entry["wrong"].items():
+                    print(f"  {name}: {problem}", flush=True)
+    return int(any(set(c["wrong"]) - set(rivals.NAMES) for c in record["cases"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

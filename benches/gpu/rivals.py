@@ -1,0 +1,76 @@
+"""What else computes an op: the project's implementations, torch's own, and other libraries' where installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twinflow_rt.ops import EAGER
+from twinflow_rt.ops.optional import find
+from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, Target
+
+NAMES = ("eager", "compile", "torch", "liger")
+LIGER = "liger_kernel.transformers.functional"
+
+
+def ours(op: str, ragged: bool, target: Target) -> tuple[dict[str, Callable], dict[str, str]]:
+    """The implementations that serve `target` here, and why the others do not."""
+    usable, refused = {}, {}
+    for name, implementation in IMPLEMENTATIONS[RAGGED if ragged else op].items():
+        if name == "eager":
+            continue
+        if reason := implementation.refuses(target):
+            refused[name] = reason
+        else:
+            usable[name] = implementation.load()
+    return usable, refused
+
+
+def others(op: str, args: tuple[Any, ...], without: Sequence[str] = ()) -> dict[str, Callable]:
+    """Of `NAMES` less `without`: eager (the specification), compile (what replacing eager must beat),
+    torch's fused operators, Liger.
+
+    Weights in another dtype than the op's are converted here, not in the timed call.
+    """
+    found: dict[str, Callable] = {"eager": getattr(EAGER, op)}
+    if "compile" not in without:
+        found["compile"] = torch.compile(getattr(EAGER, op))
+    if op in ("rms_norm", "layer_norm"):
+        x, weight = args[0], args[1]
+        low = weight.reshape(-1).to(x.dtype)
+        shift = args[3].reshape(-1).to(x.dtype) if op == "layer_norm" else None
+        fused = {
+            "rms_norm": lambda x, w, eps: F.rms_norm(x, low.shape, low, eps),
+            "layer_norm": lambda x, w, eps, b: F.layer_norm(x, low.shape, low, shift, eps),
+        }
+        found["torch"] = fused[op]
+    if op == "gelu_tanh":
+        found["torch"] = lambda x: F.gelu(x, approximate="tanh")
+    if op in ("rms_norm", "swiglu") and find(LIGER, "liger-kernel").problem is None:
+        found["liger"] = _liger(op, args)
+    return {name: call for name, call in found.items() if name not in without}
+
+
+def _liger(op: str, args: tuple[Any, ...]) -> Callable:
+    from liger_kernel.transformers.functional import liger_rms_norm, liger_swiglu
+
+    if op == "swiglu":
+        return lambda x: liger_swiglu(*x.chunk(2, -1))
+    weight = args[1].reshape(-1).to(args[0].dtype)
+    return lambda x, w, eps: liger_rms_norm(x, weight, eps)
+
+
+def needs_rounded_weights(name: str) -> bool:
+    """Rivals whose weights are in the storage dtype round more than the specification allows for."""
+    return name in ("torch", "liger")
+
+
+def clone(value: Any) -> Any:
+    """A deep copy of the tensors in nested tuples, strides kept."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return tuple(clone(v) for v in value) if isinstance(value, tuple) else value
