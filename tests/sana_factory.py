@@ -127,14 +127,14 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", padding_side="right")
 
 
-def text_encoder(head: bool = False, **changes):
+def text_encoder(head: bool = False, width: int = SMALL.caption_channels):
     """A Gemma 2 of two layers whose soft cap bites; `head`: inside Gemma2ForCausalLM."""
     from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 
     config = Gemma2Config(
-        vocab_size=VOCABULARY, hidden_size=SMALL.caption_channels, intermediate_size=16, num_hidden_layers=2,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=6, query_pre_attn_scalar=7, attn_logit_softcapping=1.5,
-        pad_token_id=0, bos_token_id=1, eos_token_id=None, **changes,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     return randomize((Gemma2ForCausalLM if head else Gemma2Model)(config), 4)
 

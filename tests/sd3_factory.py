@@ -137,11 +137,11 @@ def t5_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
-def t5_encoder():
+def t5_encoder(d_model: int = SMALL.joint_attention_dim):
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
-        vocab_size=128, d_model=SMALL.joint_attention_dim, d_kv=4, d_ff=24, num_layers=2, num_heads=3,
+        vocab_size=128, d_model=d_model, d_kv=4, d_ff=24, num_layers=2, num_heads=3,
         feed_forward_proj="gated-gelu", relative_attention_num_buckets=8, relative_attention_max_distance=20,
     )  # fmt: skip
     return T5EncoderModel(config)

@@ -17,6 +17,7 @@ from twinflow_rt.tokenizer import PaddingTokenizer, read_core
 from twinflow_rt.vae import DeepDecoder
 
 CPU = torch.device("cpu")
+WIDTHS = pytest.mark.parametrize("width", [8, 64])  # on a CPU, wide layers are packed
 
 
 def loaded(model, peer, folder, dtype=torch.float32):
@@ -36,10 +37,11 @@ def ids_of(vocab, *shape):
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("legacy", [False, True])
+@WIDTHS
 @torch.no_grad()
-def test_clip(tmp_path, act, legacy):
+def test_clip(tmp_path, act, legacy, width):
     """`legacy`: files that give the end token a wrong number, 2, for which the highest id is taken."""
-    peer = randomize(sd3_factory.clip_encoder(8, 6, act, legacy), 1)
+    peer = randomize(sd3_factory.clip_encoder(width, 6, act, legacy), 1)
     network = loaded(clip_text.MODEL, peer, tmp_path / "clip")
     ids = ids_of(514, 3, sd3_factory.CLIP_TOKENS)
     for row, end in enumerate((4, 11, 1)):
@@ -51,10 +53,11 @@ def test_clip(tmp_path, act, legacy):
 
 
 @pytest.mark.parametrize("length", [1, 7, 50])
+@WIDTHS
 @torch.no_grad()
-def test_t5(tmp_path, length):
+def test_t5(tmp_path, length, width):
     """Up to distances beyond the 20 that the buckets tell apart."""
-    peer = randomize(sd3_factory.t5_encoder(), 1)
+    peer = randomize(sd3_factory.t5_encoder(width), 1)
     network, ids = loaded(t5.MODEL, peer, tmp_path / "t5"), ids_of(128, 2, length)
     assert relative(network(ids), peer(ids).last_hidden_state) < 1e-5
 
@@ -73,10 +76,11 @@ def test_t5_in_float16_keeps_its_widest_layers_wide(tmp_path):
 
 
 @pytest.mark.parametrize("head", [False, True])
+@WIDTHS
 @torch.no_grad()
-def test_gemma2(tmp_path, head):
+def test_gemma2(tmp_path, head, width):
     """Also where scores are capped hard; padding on the right changes nothing."""
-    peer = sana_factory.text_encoder(head)
+    peer = sana_factory.text_encoder(head, width)
     network, ids = loaded(gemma2.MODEL, peer, tmp_path / "gemma"), ids_of(600, 2, 30)
     expected = (peer.model if head else peer)(ids).last_hidden_state
     assert relative(network(ids), expected) < 1e-5

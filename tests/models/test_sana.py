@@ -10,14 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.qwen_image_factory import relative
+from tests.qwen_image_factory import relative, save
 from tests.sana_factory import SHAPES, SMALL, SPRINT, TwinFlowReference, inputs, ours, run, run_step
+from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.models.mmdit import PLAIN
-from twinflow_rt.models.sana import FUSED, SanaConfig, SanaTransformer
+from twinflow_rt.models.sana import FAMILY, FUSED, SanaConfig, SanaTransformer
 from twinflow_rt.ops import linear_attention
 from twinflow_rt.passes.fold import absorb, fold, folded_away
 from twinflow_rt.passes.fuse import merge, split
+from twinflow_rt.passes.load import Checkpoint
 
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
 CONFIGS = pytest.mark.parametrize("config", [SMALL, SPRINT], ids=["sana", "sprint"])
@@ -81,6 +83,23 @@ def test_absorbed_equals_diffusers(references, config, times):
     for shape in SHAPES:
         args = inputs(shape)
         assert relative(run_step(network, args, 0), references[config].velocity(*args, *times)) < 1e-5
+
+
+@CONFIGS
+@pytest.mark.parametrize(("precision", "bar"), [(None, 1e-5), ("int8", 0.05)])
+def test_compiles_wide_enough_for_packed_and_quantized_layers(tmp_path, config, precision, bar):
+    """Layers of 32 and more take other forms on a CPU."""
+    config = replace(
+        config, num_attention_heads=4, attention_head_dim=32, cross_attention_dim=128, cross_attention_head_dim=64,
+        caption_channels=96,
+    )  # fmt: skip
+    reference = TwinFlowReference(config)
+    source = Checkpoint(save(tmp_path / "transformer", reference.tensors(), config))
+    program = compile_network(
+        source, FAMILY, ONE, device=torch.device("cpu"), dtype=torch.float32, precision=precision
+    )
+    args = inputs(SHAPES[-1], config)
+    assert relative(run_step(program.network, args, 0), reference.velocity(*args, 1.0, 0.0)) < bar
 
 
 def test_several_steps_cannot_be_absorbed():

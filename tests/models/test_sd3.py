@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.qwen_image_factory import relative
+from tests.qwen_image_factory import relative, save
 from tests.sd3_factory import (
     SHAPES,
     SMALL,
@@ -18,10 +20,12 @@ from tests.sd3_factory import (
     run,
     run_step,
 )
+from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.sd3 import FUSED, SD3Config, SD3Transformer
+from twinflow_rt.models.sd3 import FAMILY, FUSED, SD3Config, SD3Transformer
 from twinflow_rt.passes.fold import fold, folded_away
 from twinflow_rt.passes.fuse import merge, split
+from twinflow_rt.passes.load import Checkpoint
 
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
 
@@ -70,6 +74,21 @@ def test_folded_equals_diffusers(reference, schedule):
         args = inputs(shape)
         for step, times in enumerate(schedule):
             assert relative(run_step(network, args, step), reference.velocity(*args, *times)) < 1e-5
+
+
+@pytest.mark.parametrize(("precision", "bar"), [(None, 1e-5), ("int8", 0.05)])
+def test_compiles_wide_enough_for_packed_and_quantized_layers(tmp_path, precision, bar):
+    """Layers of 32 and more take other forms on a CPU; those that make modulation stay plain."""
+    config = replace(
+        SMALL, attention_head_dim=64, caption_projection_dim=128, pooled_projection_dim=96, joint_attention_dim=96
+    )
+    reference = TwinFlowReference(config)
+    source = Checkpoint(save(tmp_path / "transformer", reference.tensors(), config))
+    program = compile_network(
+        source, FAMILY, ONE, device=torch.device("cpu"), dtype=torch.float32, precision=precision
+    )
+    args = inputs(SHAPES[2], config)
+    assert relative(run_step(program.network, args, 0), reference.velocity(*args, 1.0, 0.0)) < bar
 
 
 def test_a_context_holds_all_that_its_prompt_modulates(reference):

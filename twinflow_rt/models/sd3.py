@@ -98,6 +98,10 @@ class SD3Config:
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def head_dim(self) -> int:
+        return self.attention_head_dim
+
 
 @dataclass(frozen=True)
 class Context(PromptContext):

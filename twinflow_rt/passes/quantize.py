@@ -25,6 +25,7 @@ from ..plan import Layers
 from ..report import TRIM_EVERY, release_free_memory
 
 SCALE = "weight_scale"  # beside an int8 weight in a saved program
+MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -77,6 +78,14 @@ def convert(
             freed = 0
             release_free_memory()
     return tuple(Layers(kind, len(sizes), sum(sizes), why) for (kind, why), sizes in done.items())
+
+
+def unpack(network: nn.Module) -> None:
+    """Gives packed layers their plain weights back: for tracers, which cannot see into oneDNN's layout."""
+    for _, layer in list(_linears(network)):
+        if isinstance(layer, PackedLinear):
+            layer.__class__, weight = nn.Linear, layer.weight.detach().to_dense()
+            layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def int8_refuses(device: torch.device) -> str | None:
@@ -138,7 +147,7 @@ def _kind(
     """What becomes of one layer, and the reason."""
     if isinstance(layer, Int8Linear):
         return "int8", "as saved"
-    if min(layer.weight.shape) < NARROWEST or "norm" in name:  # narrow, or a modulation's: one row per prompt
+    if min(layer.weight.shape) < NARROWEST or any(part in name for part in MODULATION):
         return "plain", "narrow, or a modulation of one row"
     if precision == "int8":
         if any(part in name for part in exempt):
