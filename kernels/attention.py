@@ -2,6 +2,7 @@
 
 Two kernels: `_attention` for every chip, and `_specialized` for 9.0, where one warp group feeds key
 and value tiles through the tensor memory accelerator to two others that compute (arXiv 2407.08608).
+Linear attention (arXiv 2410.10629) takes two more: the state of every head by chunks of keys, and its use.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from . import launch
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_LINEAR_HEAD_DIM = 64  # its D x D state stays in registers
 
 
 @dataclass(frozen=True)
@@ -225,4 +227,97 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
                 q, k, v, lengths, out, queries, keys, h, d, scale, *q.stride()[:3], *k.stride()[:3],
                 *v.stride()[:3], d != c.dim, c.queries, c.keys, c.dim, **options,
             )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Rows per tile and padded head dim; keys in one program's part of the state."""
+
+    rows: int
+    dim: int
+    chunk: int
+
+
+def linear_config(keys: int, head_dim: int) -> LinearConfig:
+    """Chunks of 256 keys, so that few heads fill the chip, and no more than 32 of them to add up."""
+    if not 0 < head_dim <= MAX_LINEAR_HEAD_DIM:
+        raise ConfigError(f"linear_attention: head dims up to {MAX_LINEAR_HEAD_DIM}, got {head_dim}")
+    dim = max(launch.power_of_two(head_dim), 16)
+    return LinearConfig(2048 // max(dim, 32), dim, 256 * max(launch.ceil_div(keys, 256 * 32), 1))
+
+
+@triton.jit
+def _rows(x, batch_stride, row_stride, head_stride, first, count, head_dim, ROWS: tl.constexpr, D: tl.constexpr):
+    row, col = first + tl.arange(0, ROWS)[:, None], tl.arange(0, D)[None, :]
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    at = batch * batch_stride + head * head_stride + row.to(tl.int64) * row_stride + col
+    return tl.load(x + at, (row < count) & (col < head_dim), other=0.0)
+
+
+@triton.jit
+def _linear_state(
+    k, v, states, sums, keys, heads, head_dim, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    # relu(k)^T v and the sum of relu(k) over one chunk of one head's keys
+    state = tl.full([D, D], 0.0, tl.float32)
+    total = tl.full([D], 0.0, tl.float32)
+    start = tl.program_id(0) * CHUNK
+    for at in tl.range(start, tl.minimum(start + CHUNK, keys), ROWS):
+        k_block = _rows(k, k_batch, k_row, k_head, at, keys, head_dim, ROWS, D)
+        v_block = _rows(v, v_batch, v_row, v_head, at, keys, head_dim, ROWS, D)
+        positive = tl.maximum(k_block.to(tl.float32), 0.0)
+        state = tl.dot(tl.trans(positive.to(k_block.dtype)), v_block, state, input_precision="tf32x3")
+        total += tl.sum(positive, 0)
+    part = (tl.program_id(2).to(tl.int64) * heads + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    row, col = tl.arange(0, D)[:, None], tl.arange(0, D)[None, :]
+    tl.store(states + part * D * D + row * D + col, state)
+    tl.store(sums + part * D + tl.arange(0, D), total)
+
+
+@triton.jit
+def _linear_apply(
+    q, states, sums, out, queries, heads, head_dim, chunks, q_batch, q_row, q_head, ROWS: tl.constexpr, D: tl.constexpr
+):
+    first, head, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, col = tl.arange(0, D)[:, None], tl.arange(0, D)[None, :]
+    part = (batch * heads + head) * chunks
+    state = tl.full([D, D], 0.0, tl.float32)
+    total = tl.full([D], 0.0, tl.float32)
+    for c in tl.range(0, chunks):
+        state += tl.load(states + (part + c) * D * D + row * D + col)
+        total += tl.load(sums + (part + c) * D + tl.arange(0, D))
+    positive = tl.maximum(_rows(q, q_batch, q_row, q_head, first, queries, head_dim, ROWS, D).to(tl.float32), 0.0)
+    y = tl.dot(positive, state, input_precision="tf32x3")
+    y = y / (tl.sum(positive * total[None, :], 1) + 1e-15)[:, None]
+    query = first + tl.arange(0, ROWS)[:, None]
+    at = ((batch * queries + query) * heads + head) * head_dim + col
+    tl.store(out + at, y.to(out.dtype.element_ty), (query < queries) & (col < head_dim))
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`ops.linear_attention` on the GPU: q, k, v [B, S, H, D] in any batch, row and head strides, D <= 64.
+
+    bfloat16, float16 or float32. Returns [B, S, H*D], contiguous. Sums are float32, the chunks of keys
+    in a fixed order; float32 operands of the tensor cores are split in three (tf32x3), which keeps 22 bits.
+    """
+    launch.require_floats("linear_attention", q, k, v)
+    _check(q, k, v, None)
+    b, queries, h, d = q.shape
+    keys = k.shape[1]
+    c = linear_config(keys, d)
+    out = torch.empty(b, queries, h * d, dtype=q.dtype, device=q.device)
+    if not out.numel():
+        return out
+    chunks = max(launch.ceil_div(keys, c.chunk), 1)
+    states = torch.empty(b, h, chunks, c.dim, c.dim, dtype=torch.float32, device=q.device)
+    sums = torch.empty(b, h, chunks, c.dim, dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        _linear_state[(chunks, h, b)](
+            k, v, states, sums, keys, h, d, *k.stride()[:3], *v.stride()[:3], c.chunk, c.rows, c.dim, num_warps=4
+        )
+        _linear_apply[(launch.ceil_div(queries, c.rows), h, b)](
+            q, states, sums, out, queries, h, d, chunks, *q.stride()[:3], c.rows, c.dim, num_warps=4
+        )
     return out

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import draw, judge
 from twinflow_rt.kernels import attention as module
-from twinflow_rt.kernels.attention import attention, config
+from twinflow_rt.kernels.attention import attention, config, linear_attention, linear_config
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
@@ -98,6 +98,33 @@ def test_every_tile_gives_the_same_answer(monkeypatch, arch):
     judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
 
 
+def exact_linear(q, k, v):
+    q, k, v = (x.double().transpose(1, 2) for x in (q.relu(), k.relu(), v))
+    total = q @ k.sum(2).unsqueeze(-1) + 1e-15
+    return (q @ (k.transpose(2, 3) @ v) / total).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 32), (2, 37, 37, 3, 32), (1, 199, 760, 2, 32), (1, 65, 300, 1, 48), (1, 3, 70, 2, 5),
+              (2, 0, 8, 1, 32)]
+)  # fmt: skip
+def test_linear_attention(shape, dtype):
+    q, k, v = operands(*shape, dtype)
+    judge(linear_attention(q, k, v), ops.linear_attention(q, k, v), exact_linear(q, k, v))
+
+
+def test_a_query_that_meets_nothing_gives_zero():
+    q, k, v = operands(1, 5, 9, 1, 16, torch.float32)
+    assert not linear_attention(-q.abs(), k, v).any() and not linear_attention(q, -k.abs(), v).any()
+
+
+@pytest.mark.parametrize("keys", [0, 1, 256, 1024, 4097, 65536])
+def test_linear_config(keys):
+    c = linear_config(keys, 32)
+    assert c.dim == 32 and c.chunk % c.rows == 0 and keys <= 32 * c.chunk
+
+
 def test_refusals():
     q, k, v = operands(2, 3, 5, 1, 64, torch.float16)
     with pytest.raises(ConfigError, match="float32"):
@@ -108,6 +135,8 @@ def test_refusals():
         attention(q, k[:, :4], v)
     with pytest.raises(ConfigError, match="lengths"):
         attention(q, k, v, torch.tensor([1, 2], dtype=torch.int32))
+    with pytest.raises(ConfigError, match="up to 64"):
+        linear_attention(*(draw(1, 2, 1, 80, dtype=torch.float16),) * 3)
     with pytest.raises(ConfigError, match="256"):
         attention(*(draw(1, 2, 1, 300, dtype=torch.float16),) * 3)
 

@@ -138,3 +138,10 @@ def test_attention(monkeypatch, tmp_path, arch, d, queries, lengths):
     assert MATRIX_UNIT[arch] in built.ptx
     if arch == 90 and queries > 64 and d <= 128:  # loads by the accelerator, registers moved between warp groups
         assert "cp.async.bulk.tensor" in built.ptx and "setmaxnreg" in built.ptx
+
+
+@pytest.mark.parametrize("arch, d, dtype", matrix((32, 64, 5), DTYPES))
+def test_linear_attention(monkeypatch, tmp_path, arch, d, dtype):
+    q, k, v = meta(2, 1024, 3, 70, d, dtype=dtype).unbind(2)
+    state, _ = check(monkeypatch, tmp_path, attention, arch, lambda: attention.linear_attention(q, k, v))
+    assert dtype == torch.float32 or "mma" in state.ptx
