@@ -56,8 +56,8 @@ def parts(out: Path, dry: bool) -> list[Part]:
         return (*python, "pytest", *plain, *arguments)
 
     def bench(model: str, record: str, *arguments: str) -> tuple[str, ...]:
-        command = (*python, "twinflow_rt.cli", "bench", "--random-weights", model, *device, "--json", f"{out}/{record}.json")
-        return (*command, *(TINY_MODEL if dry else ("--dtype", "bfloat16", "--cold-runs", "1", *arguments)))
+        command = (*python, "twinflow_rt.cli", "bench", "--random-weights", model, "--json", f"{out}/{record}.json")
+        return (*command, *device, *(TINY_MODEL if dry else ("--dtype", "bfloat16", "--cold-runs", "1", *arguments)))
 
     native = "tests/native/test_native.py"
     watched = pytest("-m", "gpu", "-k", "test_ops and odd and cuda", native)
@@ -71,7 +71,7 @@ def parts(out: Path, dry: bool) -> list[Part]:
         Part("kernels", (kernels("kernels", "--dtypes", "bfloat16", "--sizes", *sizes, *quick),)),
         Part("z-image", (bench("z-image", "z-image", "--size", "1024", "--peers", "eager,compile"),)),
         Part(
-            "qwen-image",  # the float32 reference of all 60 layers does not fit beside the network: check a shallow one
+            "qwen-image",  # the float32 reference of all 60 layers does not fit beside the network
             (
                 bench("qwen-image", "qwen-image-shallow", "--size", "1328", "--layers", "6", "--peers", "eager", *ALONE),
                 bench("qwen-image", "qwen-image", "--size", "1328", "--no-check", *ALONE),

@@ -22,7 +22,7 @@ def latents(folder, device, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, bound", [("float32", 2e-3), ("bfloat16", 8e-2)])
+@pytest.mark.parametrize("dtype, bound", [("float32", 2e-3), ("bfloat16", 3e-2)])
 def test_latents_agree_with_the_cpu(folder, dtype, bound):
     """Two prompts of unequal length: the ragged attention path. TF32 is off; what differs is the order of sums."""
     want, got = latents(folder, "cpu", "float32").double(), latents(folder, "cuda", dtype).double()

@@ -1,0 +1,7 @@
+"""The norm family; see op_suite.py."""
+
+from __future__ import annotations
+
+from benches.op_suite import suite
+
+test_norm = suite("rms_norm", "layer_norm", "residual_norm", "residual_layer_norm")
