@@ -132,8 +132,8 @@ def run_generate(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     with loading(args.model) as progress:
-        options = {"precision": args.precision, "sampler": chosen_sampler(args), "loras": args.lora, "progress": progress}
-        pipe = load(args.model, device=args.device, dtype=args.dtype, **options)
+        options = {"device": args.device, "dtype": args.dtype, "precision": args.precision, "loras": args.lora}
+        pipe = load(args.model, sampler=chosen_sampler(args), progress=progress, **options)
     load_seconds = time.perf_counter() - start
     width, height = args.size or (None, None)
     result = pipe(args.prompt, width=width, height=height, seed=args.seed, num_images=args.num_images)
@@ -327,7 +327,7 @@ def run_serve(args: argparse.Namespace) -> int:
 def add_bench(parser: Parser) -> None:
     from .bench import command
 
-    command.add_arguments(parser, parse_size)
+    command.add_arguments(parser)
 
 
 def run_bench(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ import pytest
 from twinflow_rt.bench import html, plots, svg
 
 FIGURES = ("waterfall", "roofline", "evaluations", "throughput", "memory", "cold")
+FETCHING = ("src", "href", "srcset", "data", "action", "xlink:href")
 VOID = {"meta", "br", "img", "link", "input"}
 
 
@@ -26,7 +27,7 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.fetching += [(tag, k, v) for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "xlink:href")]
+        self.fetching += [(tag, k, v) for k, v in attrs if k in FETCHING]
         if tag not in VOID:
             self.open.append(tag)
 

@@ -100,7 +100,8 @@ def test_absent_families_are_refused_by_name(monkeypatch):
 
 def test_damaged_declarations_are_named(tmp_path):
     folder = skeleton("z-image", tmp_path / "m", scale=0.02, layers=1, dtype="float32")
-    for content in ("{", "[]", '{"dtype": "F8", "seed": 0, "tensors": {}}', '{"dtype": "F32", "seed": 0, "tensors": {"a": "x"}}'):
+    other, shapeless = '{"dtype": "F8", "seed": 0, "tensors": {}}', '{"dtype": "F32", "seed": 0, "tensors": {"a": "x"}}'
+    for content in ("{", "[]", other, shapeless):
         (folder / "transformer" / random.FILE).write_text(content)
         with pytest.raises(CheckpointError, match="declares no random weights"):
             load(folder, device="cpu")

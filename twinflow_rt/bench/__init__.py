@@ -11,7 +11,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_PUBLIC = {"run": "runner", "Settings": "runner", "save": "record", "load": "record", "compare": "comparison", "render": "html"}
+_PUBLIC = {
+    "run": "runner", "Settings": "runner", "save": "record", "load": "record", "compare": "comparison",
+    "render": "html",
+}  # fmt: skip
 __all__ = [*_PUBLIC]
 
 

@@ -1,7 +1,7 @@
 """Published configurations of the models that the bench can make without their files.
 
-Each function takes `scale`, a factor on all widths (and on vocabularies), and `layers`, the most per deep stack (None: all),
-and gives config.json's content of every part.
+Each function takes `scale`, a factor on all widths (and on vocabularies), and `layers`, the most per
+deep stack (None: all), and gives config.json's content of every part.
 """
 
 from __future__ import annotations
@@ -71,8 +71,9 @@ def sd35_medium(scale: float, layers: int | None) -> Blueprint:
         "dual_attention_layers": list(range(min(13, depth))),
     }  # fmt: skip
     far_text = {
-        "model_type": "t5", "feed_forward_proj": "gated-gelu", "vocab_size": _rounded(32128, scale, 256), "d_model": 64 * far, "d_kv": 64,
-        "d_ff": _rounded(10240, scale, 64), "num_layers": _depth(24, layers), "num_heads": far,
+        "model_type": "t5", "feed_forward_proj": "gated-gelu", "vocab_size": _rounded(32128, scale, 256),
+        "d_model": 64 * far, "d_kv": 64, "num_heads": far, "d_ff": _rounded(10240, scale, 64),
+        "num_layers": _depth(24, layers),
     }  # fmt: skip
     return Blueprint(transformer, {
         "text_encoder": (_clip(first, _depth(12, layers), scale, "quick_gelu"), "clip_text"),
@@ -87,10 +88,10 @@ def sana(scale: float, layers: int | None) -> Blueprint:
     # one width, 2240 = 70 x 32 = 20 x 112, is split in two ways: even numbers of the wider heads keep both whole
     cross, groups, width = 2 * _part(10, scale), _part(4, scale), _rounded(2304, scale, 64)
     transformer = {
-        "_class_name": "SanaTransformer2DModel", "in_channels": 32, "out_channels": 32, "num_layers": _depth(20, layers),
-        "num_attention_heads": 112 * cross // 32, "attention_head_dim": 32, "num_cross_attention_heads": cross,
-        "cross_attention_head_dim": 112, "cross_attention_dim": 112 * cross, "caption_channels": width,
-        "mlp_ratio": 2.5, "sample_size": 32, "patch_size": 1,
+        "_class_name": "SanaTransformer2DModel", "in_channels": 32, "out_channels": 32,
+        "num_layers": _depth(20, layers), "num_attention_heads": 112 * cross // 32, "attention_head_dim": 32,
+        "num_cross_attention_heads": cross, "cross_attention_head_dim": 112, "cross_attention_dim": 112 * cross,
+        "caption_channels": width, "mlp_ratio": 2.5, "sample_size": 32, "patch_size": 1,
     }  # fmt: skip
     text = {
         "model_type": "gemma2", "vocab_size": _rounded(256000, scale, 256), "hidden_size": width, "head_dim": 256,
@@ -123,9 +124,9 @@ BLUEPRINTS: dict[str, Callable[[float, int | None], Blueprint]] = {
 
 def _clip(heads: int, depth: int, scale: float, activation: str) -> Config:
     return {
-        "model_type": "clip_text_model", "vocab_size": _rounded(49408, scale, 256), "hidden_size": 64 * heads, "projection_dim": 64 * heads,
-        "intermediate_size": 256 * heads, "num_hidden_layers": depth, "num_attention_heads": heads,
-        "max_position_embeddings": 77, "hidden_act": activation, "eos_token_id": 2,
+        "model_type": "clip_text_model", "vocab_size": _rounded(49408, scale, 256), "hidden_size": 64 * heads,
+        "projection_dim": 64 * heads, "intermediate_size": 256 * heads, "num_hidden_layers": depth,
+        "num_attention_heads": heads, "max_position_embeddings": 77, "hidden_act": activation, "eos_token_id": 2,
     }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,56 +29,80 @@ def counts(text: str) -> tuple[int, ...]:
     return values
 
 
+def size(text: str) -> tuple[int, int]:
+    """ "WxH" or "N" -> (width, height)."""
+    from ..cli import parse_size
+
+    return parse_size(text)
+
+
 def names(text: str) -> tuple[str, ...]:
     """ "eager,diffusers" -> ("eager", "diffusers")."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def add_arguments(parser: argparse.ArgumentParser, size: Callable[[str], tuple[int, int]]) -> None:
-    """Options of the command; size: the parser of WxH."""
+# group -> option -> what argparse is told. Options without a default leave the choice to `runner.Settings`.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "what is measured": {
+        "random-weights": {"metavar": "NAME", "help": "z-image, qwen-image, sd3.5-m, sana or sana-sprint, without files"},
+        "scale": {"type": float, "help": "with --random-weights: factor on all widths, for small machines"},
+        "layers": {"type": int, "help": "with --random-weights: at most so many layers per network"},
+        "size": {"type": size, "metavar": "WxH", "help": "pixels; default: the model's"},
+        "batch": {"type": int, "help": "images per call (default 1)"},
+        "nfe": {"type": int, "help": "network evaluations per image (default 1)"},
+        "dtype": {"help": "float32, bfloat16 or float16; default: fits model and device"},
+        "precision": {"help": "fp32, fp16, bf16 or int8, as `twinflow_rt.load` takes it"},
+        "device": {"help": "cpu, cuda or cuda:N; default: the GPU if there is one"},
+        "backend": {"metavar": "NAME", "help": "implementation to prefer: eager, native, triton, cuda, cudnn, ..."},
+        "peers": {"type": names, "metavar": "LIST", "help": "compare with some of eager,compile,diffusers"},
+        "prompt": {"help": "default: built-in ones"},
+        "seed": {"type": int, "help": "of the first image (default 0)"},
+    },
+    "how it is measured": {
+        "repeats": {"type": int, "help": "rounds (default 20)"},
+        "warmup": {"type": int, "help": "unmeasured rounds before (default 3)"},
+        "batches": {"type": counts, "metavar": "LIST", "help": "batch sizes to time (default 1,2,4; '' for none)"},
+        "callers": {"type": counts, "metavar": "LIST", "help": "simultaneous callers (default 1,2,4; '' for none)"},
+        "evaluations": {"type": counts, "metavar": "LIST", "help": "per image, to time (default 1,2,4; '' for none)"},
+        "cold-runs": {"type": int, "metavar": "N", "help": "fresh processes for the cold start (default 3; 0: none)"},
+        "instructions": {
+            "action": "store_true", "default": None, "dest": "count_instructions",
+            "help": "count instructions per image, by perf or (slowly) callgrind",
+        },
+        "tolerance": {"type": float, "help": "accept outputs of at most this rms error instead of the error rule"},
+        "no-check": {
+            "action": "store_false", "default": None, "dest": "check",
+            "help": "do not compare outputs with the float32 reference; forbids --peers",
+        },
+    },
+    "reports": {
+        "json": {"type": Path, "metavar": "FILE", "help": "write the record"},
+        "html": {"type": Path, "metavar": "FILE", "help": "write the page with plots"},
+    },
+    "compare": {
+        "gate": {"action": "store_true", "help": "exit with 1 if a speed-up or an instruction count got worse"},
+        "any-machine": {"action": "store_true", "help": "compare records of different machines all the same"},
+        "threshold": {"type": float, "default": 0.03, "help": "change that runs differ by (default %(default)s)"},
+    },
+}  # fmt: skip
+SETTINGS = tuple(
+    told.get("dest", option.replace("-", "_"))
+    for group in ("what is measured", "how it is measured")
+    for option, told in OPTIONS[group].items()
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
     parser.add_argument(
         "target", nargs="*", metavar="MODEL | compare A B | show A",
         help="model folder or 'demo' (default); or two records to compare; or a record to show",
     )  # fmt: skip
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--random-weights", metavar="NAME", help="a published model without its files: z-image, qwen-image, sd3.5-m, sana, sana-sprint")
-    what.add_argument("--scale", type=float, help="with --random-weights: factor on all widths, for small machines")
-    what.add_argument("--layers", type=int, help="with --random-weights: at most so many layers per network")
-    what.add_argument("--size", type=size, metavar="WxH", help="pixels; default: the model's")
-    what.add_argument("--batch", type=int, help="images per call (default 1)")
-    what.add_argument("--nfe", type=int, help="network evaluations per image (default 1)")
-    what.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
-    what.add_argument("--precision", help="fp32, fp16, bf16 or int8, as `twinflow_rt.load` takes it")
-    what.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    what.add_argument("--backend", metavar="NAME", help="implementation to prefer: auto, eager, native, triton, cuda, cudnn, ...")
-    what.add_argument("--peers", type=names, metavar="LIST", help="compare with eager, compile, diffusers (comma-separated)")
-    what.add_argument("--prompt", help="default: built-in ones")
-    what.add_argument("--seed", type=int, help="of the first image (default 0)")
-    how = parser.add_argument_group("how it is measured")
-    how.add_argument("--repeats", type=int, help="rounds (default 20)")
-    how.add_argument("--warmup", type=int, help="unmeasured rounds before (default 3)")
-    how.add_argument("--batches", type=counts, metavar="LIST", help="batch sizes of the throughput sweep (default 1,2,4; '' for none)")
-    how.add_argument("--callers", type=counts, metavar="LIST", help="concurrent callers (default 1,2,4; '' for none)")
-    how.add_argument("--evaluations", type=counts, metavar="LIST", help="evaluations per image to time (default 1,2,4; '' for none)")
-    how.add_argument("--cold-runs", type=int, metavar="N", help="fresh processes for the cold start (default 3; 0 for none)")
-    how.add_argument("--instructions", action="store_true", default=None, dest="count_instructions", help="count instructions per image (perf, or slowly callgrind)")
-    how.add_argument("--tolerance", type=float, help="accept outputs of at most this rms error instead of the error rule")
-    how.add_argument("--no-check", action="store_false", default=None, dest="check", help="do not compare outputs with the float32 reference; forbids --peers")
-    out = parser.add_argument_group("reports")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write the record")
-    out.add_argument("--html", type=Path, metavar="FILE", help="write the page with plots")
-    judge = parser.add_argument_group("compare")
-    judge.add_argument("--gate", action="store_true", help="exit with 1 if a speed-up or an instruction count got worse")
-    judge.add_argument("--any-machine", action="store_true", help="compare records of different machines all the same")
-    judge.add_argument("--threshold", type=float, default=0.03, help="change that runs differ by anyway (default %(default)s)")
-
-
-SETTINGS = (
-    "random_weights", "scale", "layers", "size", "batch", "nfe", "dtype", "precision", "device", "backend", "peers", "prompt",
-    "seed", "repeats", "warmup", "batches", "callers", "evaluations", "cold_runs", "count_instructions", "tolerance",
-    "check",
-)  # fmt: skip
+    for title, options in OPTIONS.items():
+        group = parser.add_argument_group(title)
+        for option, told in options.items():
+            group.add_argument(f"--{option}", **told)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +134,8 @@ def _measure(model: str, args: argparse.Namespace) -> int:
     options: dict[str, Any] = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     console = Console(stderr=True)
     with console.status("measuring") as status:
-        record = measure(model, command=repeatable(args), say=lambda text: status.update(f"measuring: {text}"), **options)
+        tell = lambda text: status.update(f"measuring: {text}")
+        record = measure(model, command=repeatable(args), say=tell, **options)
     return _report(record, args)
 
 

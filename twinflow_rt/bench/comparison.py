@@ -76,11 +76,13 @@ def compare(
         raise ConfigError(f"the records measured different things: {'; '.join(differing)}")
     elsewhere = same_machine(before["machine"], after["machine"])
     if elsewhere and not any_machine:
-        raise ConfigError(f"the records are of different machines: {'; '.join(elsewhere)}; --any-machine compares them anyway")
+        raise ConfigError(
+            f"the records are of different machines: {'; '.join(elsewhere)}; --any-machine compares them anyway"
+        )
     drift = _drift(before, after)
     warnings = [f"different machines: {'; '.join(elsewhere)}"] if elsewhere else []
     if drift > threshold:
-        warnings.append(f"the machine itself differed by {drift:.0%} (its matrix products): differences below that are noise")
+        warnings.append(f"the machine's matrix products differed by {drift:.0%}: differences below that are noise")
     warnings += [f"{name}: {note}" for name, record in (("A", before), ("B", after)) for note in record["notes"]]
     band, theirs = max(threshold, drift), dict(timings(after))
     differences = [_times(name, a, theirs[name], band) for name, a in timings(before) if name in theirs]

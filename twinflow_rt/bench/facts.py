@@ -107,8 +107,10 @@ def _smi(uuid: str) -> dict[str, Any]:
 
 
 def parse_smi(answer: str, uuid: str) -> dict[str, Any]:
+    """The record's fields from nvidia-smi's lines; None for what it does not tell."""
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.count(",")]
-    row = next((r for r in rows if uuid and r[0].removeprefix("GPU-") == uuid.removeprefix("GPU-")), rows[0] if rows else [])
+    bare = uuid.removeprefix("GPU-")
+    row = next((r for r in rows if bare and r[0].removeprefix("GPU-") == bare), rows[0] if rows else [])
     cells = dict(zip(GPU_FIELDS.values(), row[1:], strict=False))
     return {key: _number(cells.get(key)) if key != "driver" else cells.get(key) for key in GPU_FIELDS.values()}
 

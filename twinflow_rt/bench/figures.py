@@ -38,7 +38,8 @@ def prefer(pipe: Pipeline, backend: str) -> tuple[Choice, ...]:
     network.ops, choices = select(Target.of(pipe.device, pipe.dtype, head_dim), backend)
     if not any(choice.chosen == backend for choice in choices):
         reasons = {reason for choice in choices for name, reason in choice.refused if name == backend}
-        raise ConfigError(f"backend {backend!r} serves no op here: {'; '.join(sorted(reasons)) or 'there is none of that name'}")
+        why = "; ".join(sorted(reasons)) or "there is none of that name"
+        raise ConfigError(f"backend {backend!r} serves no op here: {why}")
     return choices
 
 

@@ -11,29 +11,34 @@ from .record import Record
 from .terminal import headline, rate, seconds, size
 
 STYLE = """
-:root { --page: #fcfcfb; --ink: #1c1c1a; --soft: #66655f; --grid: #e6e5e0; --one: #2563c9; --two: #b4541a; --mute: #b9b7b0 }
+:root { --page: #fcfcfb; --ink: #1c1c1a; --soft: #66655f; --grid: #e6e5e0;
+  --one: #2563c9; --two: #b4541a; --mute: #b9b7b0 }
 @media (prefers-color-scheme: dark) { :root { --page: #181817; --ink: #edece8; --soft: #a3a19a; --grid: #33322f;
   --one: #74a5f5; --two: #e8935c; --mute: #5d5c57 } }
 body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto;
   max-width: 76rem; padding: 0 1.25rem }
 h1 { font-size: 1.4rem; margin: 0 0 .3rem } h2 { font-size: 1rem; margin: 0 0 .2rem }
 p { margin: 0 0 .3rem } .soft, figcaption, th { color: var(--soft) }
-.tiles { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.2rem 0 } .tiles b { display: block; font-size: 1.5rem }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.2rem 0 }
+.tiles b { display: block; font-size: 1.5rem }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1.5rem 2.5rem }
-figure { margin: 0 } figcaption { font-size: .85rem; margin-bottom: .4rem } svg { width: 100%; height: auto; display: block }
+figure { margin: 0 } figcaption { font-size: .85rem; margin-bottom: .4rem }
 .wide { overflow-x: auto; margin-top: 1.6rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem 1rem .2rem 0; text-align: right; font-weight: normal; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } tr + tr td { border-top: 1px solid var(--grid) }
 code { font-size: .9em; overflow-wrap: anywhere } .bad { color: var(--two) }
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif } svg .tick, svg .label { fill: var(--soft); font-size: 11px }
+svg { width: 100%; height: auto; display: block }
+svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
+svg .tick, svg .label { fill: var(--soft); font-size: 11px }
 .grid { stroke: var(--grid); fill: none } .axis { stroke: var(--soft); fill: none }
-.stroke { fill: none; stroke-width: 2; stroke-linejoin: round } .stroke.one { stroke: var(--one) } .stroke.two { stroke: var(--two) }
+.stroke { fill: none; stroke-width: 2; stroke-linejoin: round }
+.stroke.one { stroke: var(--one) } .stroke.two { stroke: var(--two) }
 .fill.one { fill: var(--one) } .fill.muted { fill: var(--mute) }
 .dot { stroke: var(--page); stroke-width: 2 } .dot.one { fill: var(--one) } .dot.two { fill: var(--two) }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 PLOTS = (
-    (plots.stage_waterfall, "Where a call's time goes", "Medians of each stage on its own, and of whole calls, taken in turns."),
+    (plots.stage_waterfall, "Where a call's time goes", "Medians of stages on their own and of whole calls, in turns."),
     (plots.roofline, "How near the machine's limits", "Limits are this run's own measured matrix products and copies."),
     (plots.evaluations, "Time against evaluations", "Medians; bars span the middle half of the samples."),
     (plots.throughput, "Images per second", "Larger batches, and several callers at once."),

@@ -144,7 +144,8 @@ def _z_image_pipeline(pipe: Pipeline) -> Any:
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     folder = pipe.folder
-    transformer, text, vae = (read_json(folder / part / "config.json") for part in ("transformer", "text_encoder", "vae"))
+    names = ("transformer", "text_encoder", "vae")
+    transformer, text, vae = (read_json(folder / name / "config.json") for name in names)
     with torch.device("meta"):
         parts = {
             "transformer": ZImageTransformer2DModel.from_config(transformer),

@@ -122,7 +122,8 @@ def _tell(control: dict[str, str], word: str) -> None:
     """Switches the counter on or off: perf by its control pipe, callgrind by its own command."""
     if "callgrind" in control:
         state = "on" if word == "enable" else "off"
-        subprocess.run([control["callgrind"], f"--instr={state}", str(os.getpid())], check=True, stdout=subprocess.DEVNULL)
+        command = [control["callgrind"], f"--instr={state}", str(os.getpid())]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     elif "perf" in control:
         with open(control["perf"], "w") as pipe:
             pipe.write(word + "\n")

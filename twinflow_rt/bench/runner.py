@@ -93,8 +93,9 @@ class Settings:
 
 
 def run(
-    model: str | Path = "demo", *, command: str | None = None, say: Callable[[str], None] = lambda text: None, **options: Any
-) -> Record:
+    model: str | Path = "demo", *, command: str | None = None, say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> Record:  # fmt: skip
     """Measures a model and returns the record (`schema.SCHEMA`; `record.save` writes it).
 
     options: the fields of `Settings`. command: kept in the record, for others to repeat. say(text):
@@ -106,7 +107,8 @@ def run(
         if settings.random_weights:
             options = {"scale": settings.scale, "layers": settings.layers}
             folder = stack.enter_context(random_weights.temporary(settings.random_weights, **options))
-        return _Run(settings, model_folder(folder), say).record(command or f"twinflow_rt.bench.run({settings.name!r}, ...)")
+        command = command or f"twinflow_rt.bench.run({settings.name!r}, ...)"
+        return _Run(settings, model_folder(folder), say).record(command)
 
 
 class _Run:
@@ -158,8 +160,8 @@ class _Run:
         width, height = settings.size or (None, None)
         prompt = batch_of(settings.prompt, 1)[0]
         return Task(
-            kind, str(self.folder), str(self.device), self.dtype_name, self.quantized, settings.nfe, prompt, settings.seed,
-            width, height, torch.get_num_threads(),
+            kind, str(self.folder), str(self.device), self.dtype_name, self.quantized, settings.nfe, prompt,
+            settings.seed, width, height, torch.get_num_threads(),
         )  # fmt: skip
 
     def _cold(self) -> dict[str, Any] | None:
@@ -229,7 +231,8 @@ class _Run:
         got = {name: outputs(call) for name, call in contenders.items()}
         rule = {"dtype": self.dtype_name, "eager": got.get("eager"), "tolerance": self.settings.tolerance}
         if self.dtype != torch.float32 and rule["eager"] is None and rule["tolerance"] is None:
-            return dict.fromkeys(contenders, replace(UNCHECKED, reason="the eager network that sets the bar is missing"))
+            missing = replace(UNCHECKED, reason="the eager network that sets the bar is missing")
+            return dict.fromkeys(contenders, missing)
         return {name: judge(out, exact, ours=name == "ours", **rule) for name, out in got.items()}
 
     # -- time and memory --------------------------------------------------------------------------
@@ -256,7 +259,7 @@ class _Run:
         after = measure_ceilings(self.device, [self.dtype_name])
         drift = after.gemm[self.dtype_name] / before.gemm[self.dtype_name]
         if abs(drift - 1) > 0.1:
-            self._note(f"the machine's matrix products ran at {drift:.2f}x their speed after the timing: not a quiet machine")
+            self._note(f"not a quiet machine: matrix products after the timing ran at {drift:.2f}x the speed before")
         return timed, before.best(after), drift
 
     def _compare(self, timed: dict[str, Samples], verdicts: dict[str, Verdict]) -> list[dict[str, Any]]:
@@ -281,7 +284,9 @@ class _Run:
         return {"batches": batches, "concurrency": concurrency, "energy": used, "evaluations": evaluations}
 
     def _settings(self, work: Workload) -> dict[str, Any]:
-        kept = ("random_weights", "scale", "layers", "batch", "nfe", "backend", "seed", "repeats", "warmup", "tolerance")
+        kept = (
+            "random_weights", "scale", "layers", "batch", "nfe", "backend", "seed", "repeats", "warmup", "tolerance",
+        )  # fmt: skip
         return {
             "model": self.settings.name, **{name: getattr(self.settings, name) for name in kept}, "width": work.width,
             "height": work.height, "device": str(self.device), "dtype": self.dtype_name, "precision": self.quantized,

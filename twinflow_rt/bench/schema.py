@@ -59,8 +59,8 @@ MACHINE = _object({
 SETTINGS = _object({
     "model": STRING, "random_weights": _or_null(STRING), "scale": POSITIVE, "layers": _or_null(COUNT),
     "width": COUNT, "height": COUNT, "batch": COUNT, "nfe": COUNT, "device": STRING, "dtype": STRING,
-    "precision": _or_null(STRING), "backend": STRING, "prompts": _list(STRING), "seed": COUNT, "repeats": COUNT, "warmup": COUNT,
-    "tolerance": _or_null(POSITIVE),
+    "precision": _or_null(STRING), "backend": STRING, "prompts": _list(STRING), "seed": COUNT, "repeats": COUNT,
+    "warmup": COUNT, "tolerance": _or_null(POSITIVE),
 })  # fmt: skip
 MODEL = _object({
     "family": STRING, "parameters": COUNT, "weight_bytes": COUNT, "ops": _map(STRING), "prompt_tokens": _list(COUNT),
@@ -107,7 +107,8 @@ def validate(value: Any, spec: Spec = SCHEMA, where: str = "record") -> None:
         return
     kinds = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
     if not any(_is(value, kind) for kind in kinds):
-        raise ConfigError(f"{where} must be {' or '.join(kinds)}, not {type(value).__name__}: not a bench record, or damaged")
+        kind = type(value).__name__
+        raise ConfigError(f"{where} must be {' or '.join(kinds)}, not {kind}: not a bench record, or damaged")
     if "minimum" in spec and value is not None and not value >= spec["minimum"]:
         raise ConfigError(f"{where} is {value}, below {spec['minimum']}: the record is damaged")
     if isinstance(value, dict):

@@ -11,8 +11,9 @@ RESAMPLES = 2000
 
 
 def ratio_interval(
-    numerator: Sequence[float], denominator: Sequence[float], *, paired: bool = False, level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
+    numerator: Sequence[float], denominator: Sequence[float], *, paired: bool = False, level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:  # fmt: skip
     """Bootstrap percentile interval of median(numerator) / median(denominator).
 
     paired: sample k of both was taken in the same round, so rounds are resampled together and what

@@ -61,9 +61,8 @@ def bar(x: float, y: float, width: float, height: float, style: str, tip: str) -
 
 def figure(name: str, label: str, body: Sequence[str], height: int = HEIGHT) -> str:
     """An <svg> with an accessible name."""
-    return (
-        f'<svg id="{name}" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">' + "".join(body) + "</svg>"
-    )
+    head = f'<svg id="{name}" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">'
+    return head + "".join(body) + "</svg>"
 
 
 def frame(

@@ -46,7 +46,7 @@ def headline(record: Record) -> list[str]:
         f"{asked['model']} {asked['width']}x{asked['height']}, batch {asked['batch']}, {asked['nfe']} evaluation(s), "
         f"{asked['precision'] or dtype} on {asked['device']}: {record['model']['parameters']:,} parameters",
         f"{where}; torch {machine['packages']['torch']}, commit {machine['commit'] or 'unknown'}, {record['created']}",
-        f"ceilings of this run: {rate(ceilings['gemm'][dtype], 'FLOP/s')} {dtype}, copy {rate(ceilings['copy'], 'B/s')}",
+        f"ceilings: {rate(ceilings['gemm'][dtype], 'FLOP/s')} {dtype}, copy {rate(ceilings['copy'], 'B/s')}, this run",
     ]
     verdict = record["correctness"]
     return [*lines, f"outputs: {'correct' if verdict['passed'] else 'NOT KNOWN TO BE CORRECT'} ({verdict['reason']})"]
@@ -74,10 +74,10 @@ def _stages(record: Record) -> Table:
         if name == "total":
             table.add_section()
         reached = record["efficiency"].get(name)
-        rates = (
-            (rate(reached["flops_per_second"], ""), rate(reached["bytes_per_second"], ""), f"{reached['fraction_of_floor']:.0%}")
-            if reached else ("", "", "")
-        )  # fmt: skip
+        rates = ("", "", "")
+        if reached:
+            rates = (rate(reached["flops_per_second"], ""), rate(reached["bytes_per_second"], ""))
+            rates += (f"{reached['fraction_of_floor']:.0%}",)
         table.add_row(name, *_times(samples), *rates, _peak(record["memory"]["stages"][name]))
     return table
 
@@ -96,7 +96,7 @@ def _cold(record: Record) -> Table | None:
     cold = record["cold_start"]
     if cold is None:
         return None
-    table = _table(f"Cold start, {cold['runs']} fresh process(es)", "phase", "median", "min")
+    table = _table(f"Cold start, {cold['runs']} run(s)", "phase", "median", "min")
     for name, samples in cold["phases"].items():
         table.add_row(name.replace("_", " "), seconds(samples["median"]), seconds(samples["min"]))
     return table

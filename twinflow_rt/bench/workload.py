@@ -30,7 +30,8 @@ PROMPTS = ("a photograph of a lighthouse in a storm at dusk", "two red squares a
 
 
 def batch_of(prompt: str | None, count: int) -> tuple[str, ...]:
-    """`count` different prompts, so that nothing is computed once for all: the given or built-in ones, then variations."""
+    """`count` different prompts, so that nothing is computed once for all: the given one or the built-in
+    ones, then variations."""
     base = (prompt,) if prompt is not None else PROMPTS
     return tuple(base[k] if k < len(base) else f"{base[k % len(base)]} variation {k}" for k in range(count))
 
