@@ -1,0 +1,21 @@
+"""This runtime beside its CPU peers: same weights, prompts and seeds, each in a process of its own.
+
+    python -m benches.peers --json benches/records/peers-cpu.json            (from the repository's root)
+
+    cases     demo        the shipped model, a whole image
+              medium      a Z-Image of about 150M parameters (random weights), 1024 image tokens
+              medium-256  the same at 256 image tokens
+              vae         Flux's decoder (Z-Image's), 512x512
+              qwen-vae    Qwen-Image's decoder, one frame of 512x512
+    peers     ours, ours-int8, diffusers, diffusers-compile, openvino
+
+Peers stay loaded and idle while one of them runs; every round runs each once, in a new order. Before
+anything is timed, outputs are compared with diffusers eager. A whole image has a new prompt in every
+call, so that nothing is answered from a cache of prompts. `network` is the transformer alone and its
+rate is stated as a share of the matrix product rate measured in the same run. First image: from the
+start of the process, imports included.
+
+diffusers' Z-Image network does not convert to OpenVINO (complex rotary tables, pad_sequence), so that
+peer gets this project's plain torch networks of the same mathematics and weights, at fixed shapes and
+with time as a constant, which OpenVINO folds.
+"""

@@ -1,0 +1,235 @@
+"""Builds one peer of one case: name of a figure -> what is timed.
+
+    image cases   total(n): prompt n to pixels [1, 3, H, W] in [0, 1];  network(n): the transformer alone
+    vae cases     total(n): raw latents to pixels in [-1, 1]
+
+Everything runs in float32 on the CPU ("ours-int8" but for the linear layers of the blocks).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twinflow_rt import load
+from twinflow_rt.bench import peers
+from twinflow_rt.bench.workload import Workload, stages
+from twinflow_rt.models import family_of
+from twinflow_rt.models.context import Context
+from twinflow_rt.noise import initial_noise
+from twinflow_rt.ops import EAGER
+from twinflow_rt.passes.load import Checkpoint, read_json
+from twinflow_rt.passes.quantize import unpack
+from twinflow_rt.plan import count_flops
+
+from .cases import PROMPTS, SEED
+
+CPU, DTYPE = torch.device("cpu"), torch.float32
+Calls = dict[str, Callable[[int], Any]]
+
+
+def build(peer: str, part: str, folder: Path, size: int | None) -> Calls:
+    """The calls of a peer, loaded and ready."""
+    maker = {"image": image, "vae": decoder}[part]
+    calls = maker(peer, folder, size)
+    return {name: torch.inference_mode()(call) if peer.startswith("ours") else torch.no_grad()(call) for name, call in calls.items()}
+
+
+# -- whole images ---------------------------------------------------------------------------------------
+
+
+def image(peer: str, folder: Path, size: int | None) -> Calls:
+    if peer.startswith("diffusers"):
+        return _diffusers(folder, size, compiled=peer.endswith("compile"))
+    if peer == "openvino":
+        return _openvino(folder, size)
+    return _ours(load(folder, device=CPU, dtype=DTYPE, precision="int8" if peer == "ours-int8" else None), size)
+
+
+def _ours(pipe: Any, size: int | None) -> Calls:
+    side = pipe.sizes.resolve(size, size)[0]
+    made: dict[str, Callable[[], Any]] = {}
+
+    def total(n: int) -> Tensor:
+        return pipe(PROMPTS.format(n=n), height=side, width=side, seed=SEED, output="pt").images
+
+    def network(n: int) -> Tensor:
+        if not made:
+            made.update(stages(pipe, Workload((PROMPTS.format(n=0),), side, side, SEED, 1)))
+        return made["velocity"]()
+
+    return {"total": total, "network": network}
+
+
+class Recorder:
+    """A module's forward that keeps its last arguments, to be called alone with them."""
+
+    def __init__(self, module: nn.Module, compiled: bool) -> None:
+        self.forward = torch.compile(module.forward) if compiled else module.forward
+        self.arguments: tuple[tuple, dict] = ((), {})
+        # pipelines look at the signature for what a network takes
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.arguments = args, options
+        return self.forward(*args, **options)
+
+    def again(self, n: int) -> Any:
+        args, options = self.arguments
+        return self.forward(*args, **options)
+
+
+def _diffusers(folder: Path, size: int | None, compiled: bool) -> Calls:
+    spec = _spec(folder)
+    height, width = spec.sizes.resolve(size, size)
+    theirs = peers._z_image_pipeline(spec)
+    recorder = theirs.transformer.forward = Recorder(theirs.transformer, compiled)
+    if compiled:
+        theirs.vae.decoder.forward = torch.compile(theirs.vae.decoder.forward)
+        theirs.text_encoder.forward = torch.compile(theirs.text_encoder.forward)
+    shape = (spec.vae.channels, height // spec.vae.scale, width // spec.vae.scale)
+
+    def total(n: int) -> Tensor:
+        noise = initial_noise([SEED], shape, DTYPE, CPU)
+        return theirs(
+            PROMPTS.format(n=n), height=height, width=width, num_inference_steps=1, guidance_scale=0.0, latents=noise,
+            output_type="pt",
+        ).images  # fmt: skip
+
+    return {"total": total, "network": recorder.again}
+
+
+def _spec(folder: Path) -> SimpleNamespace:
+    """What `bench.peers` asks of a pipeline, without loading one."""
+    checkpoint = Checkpoint(folder / "transformer")
+    family = family_of(checkpoint.config)
+    text, vae = family.text(folder), family.vae(folder)
+    sizes = family.fit(family.config.from_dict(checkpoint.config), text, vae)
+    return SimpleNamespace(folder=folder, device=CPU, dtype=DTYPE, vae=vae, sizes=sizes)
+
+
+# -- OpenVINO -------------------------------------------------------------------------------------------
+
+
+class Converted:
+    """A module's forward through OpenVINO, converted at the first call with tensors of these shapes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.models = module, {}
+        self.call = module.forward
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        key = tuple(tuple(t.shape) for t in tensors)
+        if key not in self.models:
+            self.models[key] = self._convert(tensors)
+        return torch.from_numpy(self.models[key]([t.numpy() for t in tensors])[0])
+
+    def _convert(self, tensors: tuple[Tensor, ...]) -> Any:
+        import openvino
+
+        self.module.forward = self.call
+        self.module(*tensors)  # fills tables kept between calls, which a trace must find as constants
+        model = openvino.convert_model(self.module, example_input=tensors, input=[list(t.shape) for t in tensors])
+        self.module.forward = self
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        return openvino.Core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+
+
+class Velocity(nn.Module):
+    """latents, prompt embeddings -> velocity at (t, tt) = (1, 0): the whole transformer as one graph."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, latents: Tensor, embeds: Tensor) -> Tensor:
+        context = self.network.encode_context(embeds, (embeds.shape[1],))
+        one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        return self.network(latents, self.network.modulate(one, zero), context)
+
+
+class Graph:
+    """Stands where a pipeline has its network."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.config, self.ops, self.last = network.config, EAGER, ()
+        self.velocity = Converted(Velocity(network))
+
+    def encode_context(self, embeds: Tensor, lengths: tuple[int, ...]) -> Context:
+        return Context(embeds, tuple(lengths))
+
+    def step_modulation(self, step: int) -> None:
+        return None
+
+    def __call__(self, latents: Tensor, modulation: None, context: Context) -> Tensor:
+        self.last = latents, context.tokens
+        return self.velocity(*self.last)
+
+
+def _openvino(folder: Path, size: int | None) -> Calls:
+    pipe = peers.uncompiled(folder, CPU, DTYPE)
+    for network in (pipe.text.network, pipe.vae.network):
+        unpack(network)
+    graph = Graph(pipe.program.network.network)
+    pipe.program = SimpleNamespace(network=graph, refold=lambda times: None)
+    pipe.text.network.forward = Converted(pipe.text.network)
+    pipe.vae.network.forward = Converted(pipe.vae.network)
+    calls = _ours(pipe, size)
+    return {"total": calls["total"], "network": lambda n: graph.velocity(*graph.last)}
+
+
+# -- decoders -------------------------------------------------------------------------------------------
+
+
+def decoder(peer: str, folder: Path, size: int | None) -> Calls:
+    checkpoint = Checkpoint(folder / "transformer")
+    vae = family_of(checkpoint.config).vae(folder)
+    raw = torch.randn(1, vae.channels, size // vae.scale, size // vae.scale, generator=torch.Generator().manual_seed(SEED))
+    if peer == "ours" or peer == "openvino":
+        vae.materialize(CPU, DTYPE)
+        if peer == "openvino":
+            unpack(vae.network)
+            vae.network.forward = Converted(vae.network)
+            return {"total": lambda n: vae.network(raw)}
+        laid_out = raw.contiguous(memory_format=torch.channels_last)
+        return {"total": lambda n: vae.network(laid_out)}
+    theirs = _their_decoder(folder)
+    if peer == "diffusers-compile":
+        theirs.decode = torch.compile(theirs.decode)
+    if "Qwen" in type(theirs).__name__:
+        return {"total": lambda n: theirs.decode(raw[:, :, None], return_dict=False)[0][:, :, 0]}
+    return {"total": lambda n: theirs.decode(raw, return_dict=False)[0]}
+
+
+def _their_decoder(folder: Path) -> nn.Module:
+    import diffusers
+
+    config = read_json(folder / "vae" / "config.json")
+    name = config.get("_class_name") or ("AutoencoderKLQwenImage" if "z_dim" in config else "AutoencoderKL")
+    with torch.device("meta"):
+        module = getattr(diffusers, name).from_config(config)
+    peers._fill(module, Checkpoint(folder / "vae"), SimpleNamespace(device=CPU, dtype=DTYPE))
+    del module.encoder  # ours never loads it either: memory is compared
+    return module
+
+
+def flops(part: str, folder: Path, size: int | None) -> dict[str, int]:
+    """FLOPs of each figure that is one network's: what its rate is computed from."""
+    spec = _spec(folder)
+    height, width = spec.sizes.resolve(size, size)
+    if part == "vae":
+        return {"total": count_flops(lambda: spec.vae.probe(height, width))}
+    checkpoint = Checkpoint(folder / "transformer")
+    family = family_of(checkpoint.config)
+    with torch.device("meta"):
+        network = family.network(family.config.from_dict(checkpoint.config), folded_steps=1)
+        latents = torch.zeros(1, spec.vae.channels, height // spec.vae.scale, width // spec.vae.scale)
+        embeds = torch.zeros(1, 32, network.config.cap_feat_dim)
+    context = network.encode_context(embeds, (32,))
+    return {"network": count_flops(lambda: network(latents, network.step_modulation(0), context))}
