@@ -150,7 +150,13 @@ def test_broken_tokenizers_are_named(tmp_path):
         PaddingTokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("changes", [{}, {"upsample_block_type": "pixel_shuffle", "latent_channels": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"upsample_block_type": "pixel_shuffle", "latent_channels": 2},
+        {"decoder_block_out_channels": (16, 64, 64), "decoder_norm_types": ["rms_norm"] * 3},
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("size", [(16, 16), (3, 5), (1, 1)])
 @torch.inference_mode()
 def test_deep_decoder(tmp_path, changes, size):
