@@ -70,6 +70,14 @@ def test_bfloat16_is_as_exact_as_diffusers(tmp_path):
     assert error <= 1.1**2 * bound
 
 
+def test_runs_on_the_ops_selected_for_its_device(tmp_path):
+    from twinflow_rt.ops.select import Target, select
+
+    _, folder = saved(tmp_path)
+    decoder = KLDecoder.load(folder, CPU, torch.float32)
+    assert decoder.ops == decoder.network.ops == select(Target.of(CPU, torch.float32))[0]
+
+
 def test_no_encoder_in_memory(tmp_path):
     vae, folder = saved(tmp_path)
     decoder = KLDecoder.load(folder, CPU, torch.float32)
