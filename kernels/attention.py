@@ -21,7 +21,8 @@ from . import launch
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-MAX_LINEAR_HEAD_DIM = 64  # its D x D state stays in registers
+MAX_ROW_STRIDE = 2**23  # offsets inside a tile of keys are 32 bits
+MAX_LINEAR_HEAD_DIM = 32  # its D x D state stays in registers
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         raise ConfigError(f"attention: needs [B, Sq, H, D] and twice [B, S, H, D], got {shapes}")
     if d > 1 and any(x.stride(-1) != 1 for x in (q, k, v)):
         raise ConfigError("attention: the last dimension of q, k and v must be contiguous")
+    if max(k.stride(1), v.stride(1)) > MAX_ROW_STRIDE:
+        raise ConfigError(f"attention: rows of k and v at most {MAX_ROW_STRIDE} elements apart, got {k.stride(1)}")
     if max(b, h) > 65535:
         raise ConfigError(f"attention: at most 65535 samples and heads, got {b} and {h}")
     if lengths is not None and not (lengths.shape == (b,) and lengths.dtype == torch.int64 and lengths.is_contiguous()):
@@ -243,8 +246,7 @@ def linear_config(keys: int, head_dim: int) -> LinearConfig:
     """Chunks of 256 keys, so that few heads fill the chip, and no more than 32 of them to add up."""
     if not 0 < head_dim <= MAX_LINEAR_HEAD_DIM:
         raise ConfigError(f"linear_attention: head dims up to {MAX_LINEAR_HEAD_DIM}, got {head_dim}")
-    dim = max(launch.power_of_two(head_dim), 16)
-    return LinearConfig(2048 // max(dim, 32), dim, 256 * max(launch.ceil_div(keys, 256 * 32), 1))
+    return LinearConfig(64, max(launch.power_of_two(head_dim), 16), 256 * max(launch.ceil_div(keys, 256 * 32), 1))
 
 
 @triton.jit
@@ -297,7 +299,7 @@ def _linear_apply(
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`ops.linear_attention` on the GPU: q, k, v [B, S, H, D] in any batch, row and head strides, D <= 64.
+    """`ops.linear_attention` on the GPU: q, k, v [B, S, H, D] in any batch, row and head strides, D <= 32.
 
     bfloat16, float16 or float32. Returns [B, S, H*D], contiguous. Sums are float32, the chunks of keys
     in a fixed order; float32 operands of the tensor cores are split in three (tf32x3), which keeps 22 bits.
