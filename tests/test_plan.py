@@ -46,7 +46,8 @@ def test_z_image_work_is_the_closed_form():
         return 2 * tokens * 3 * d * d + 4 * rows * tokens * d + 2 * rows * (d * d + 3 * d * hidden)
 
     ends = 2 * image * 2 * 4 * config.in_channels * d
-    expected = ends + config.n_refiner_layers * block(s) + (config.n_layers - 1) * block(s + text) + block(s + text, image)
+    layers = (config.n_layers - 1) * block(s + text) + block(s + text, image)
+    expected = ends + config.n_refiner_layers * block(s) + layers
     context = 2 * PROMPT * config.cap_feat_dim * d + config.n_refiner_layers * block(text)
     assert counted(network, config.in_channels, config.cap_feat_dim) == (expected, context)
 
@@ -100,5 +101,6 @@ def test_plans_survive_json(pipe):
 
 
 def test_parameters_are_grouped_by_what_they_are():
-    sizes = {"a.0.mod.weight": 3, "a.1.mod.bias": 4, "a.0.norm_q.weight": 5, "a.1.norm2.weight": 6, "norm_out.linear.weight": 7}
+    names = ("a.0.mod.weight", "a.1.mod.bias", "a.0.norm_q.weight", "a.1.norm2.weight", "norm_out.linear.weight")
+    sizes = dict(zip(names, (3, 4, 5, 6, 7), strict=True))
     assert group_parameters(sizes) == {"a.mod": 7, "norm weights": 11, "norm_out.linear": 7}

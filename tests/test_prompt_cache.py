@@ -67,8 +67,9 @@ def test_other_weights_forget_them(model, tmp_path):
     factors = {"A": torch.randn(2, 48, generator=g), "B": torch.randn(48, 2, generator=g)}
     save_file({f"{name}.lora_{k}.weight": v for k, v in factors.items()}, tmp_path / "a.safetensors")
     pipe = load(model, device="cpu", prompt_cache=1_000_000)
-    before = pipe("a red circle", **{**ARGS, "output": "latent"}).images
+    args = {**ARGS, "output": "latent"}
+    before = pipe("a red circle", **args).images
     pipe.set_loras([tmp_path / "a.safetensors"])
-    after = pipe("a red circle", **{**ARGS, "output": "latent"}).images
-    expected = load(model, device="cpu", loras=[tmp_path / "a.safetensors"])("a red circle", **{**ARGS, "output": "latent"})
+    after = pipe("a red circle", **args).images
+    expected = load(model, device="cpu", loras=[tmp_path / "a.safetensors"])("a red circle", **args)
     assert torch.equal(after, expected.images) and not torch.allclose(after, before, rtol=1e-3)

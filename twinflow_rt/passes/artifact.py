@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .load import read_json
+from .load import read_json, some
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
@@ -71,14 +71,14 @@ def read(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(
-            f"{folder / MANIFEST} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; save the artifact again"
+            f"{folder / MANIFEST} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; save it again"
         )
     absent = [field for field in FIELDS if field not in manifest]
     if absent or not isinstance(manifest["files"], dict):
-        raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(absent) or 'a file list'}; save the artifact again")
+        raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(absent) or 'a file list'}; save it again")
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     if strangers := sorted(present ^ set(manifest["files"])):
-        raise CheckpointError(f"{folder}: {', '.join(strangers[:4])} missing or not part of the artifact; save it again")
+        raise CheckpointError(f"{folder}: {some(strangers)} missing or not part of the artifact; save it again")
     for name, expected in manifest["files"].items():
         if sha256(folder / name) != expected:
             raise CheckpointError(f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged")

@@ -60,7 +60,7 @@ def require_same(merged: Sequence[Lora], asked: Sequence[tuple[Path, float]] | N
     if sorted((x.sha256, x.weight) for x in wanted) != sorted((x.sha256, x.weight) for x in merged):
         has, other = (", ".join(map(str, loras)) or "no adapter" for loras in (merged, wanted))
         raise ConfigError(
-            f"this artifact has {has} in its weights, not {other}: load the model folder instead, or save another artifact"
+            f"this artifact has {has} in its weights, not {other}: load the model folder instead, or save another"
         )
 
 
