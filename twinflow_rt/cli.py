@@ -324,6 +324,21 @@ def run_serve(args: argparse.Namespace) -> int:
     return command.run(args, load_model)
 
 
+def add_sensitivity(parser: Parser) -> None:
+    from . import sensitivity
+
+    sensitivity.add_arguments(parser)
+
+
+def run_sensitivity(args: argparse.Namespace) -> int:
+    from . import sensitivity
+    from .pipeline import load
+
+    with loading(args.model) as progress:
+        pipe = load(args.model, device="cpu", progress=progress)
+    return sensitivity.run(args, pipe)
+
+
 def add_bench(parser: Parser) -> None:
     from .bench import command
 
@@ -341,6 +356,7 @@ COMMANDS = {
     "convert": Command("Write a model folder from weight files under other names.", add_convert, run_convert),
     "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
     "kernels": Command("List every op's implementations and what speaks against each here.", add_kernels, run_kernels),
+    "sensitivity": Command("Measure which layers int8 hurts.", add_sensitivity, run_sensitivity),
     "bench": Command("Measure a model; compare two measurements.", add_bench, run_bench),
     "eval": Command("Score a model of coloured shapes with a program.", add_eval, run_eval),
     "serve": Command("Serve a model over HTTP (OpenAI's images API).", add_serve, run_serve),

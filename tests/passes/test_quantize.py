@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.factory import make_model
-from twinflow_rt import load
+from twinflow_rt import load, sensitivity
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.ops import linear
 from twinflow_rt.passes import quantize
@@ -157,3 +157,36 @@ def test_int8_tensors_are_refused_in_a_model_folder(folder, tmp_path):
     checkpoint = Checkpoint(saved / "transformer")
     with pytest.raises(CheckpointError, match="quantize after loading"):
         checkpoint.main_dtype()
+
+
+def test_sensitivity_finds_the_layers_that_int8_hurts(folder):
+    """Rows of very different columns lose their small ones: such layers must come out on top."""
+    pipe = load(folder, device="cpu", dtype="float32")
+    network = pipe.program.network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    found = sensitivity.of_pipeline(pipe)
+    assert [g.error for g in found] == sorted((g.error for g in found), reverse=True)
+    assert all(0 < g.error < 0.05 for g in found) and {g.name for g in found} == set(quantize.groups(network))
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    for layer in quantize.groups(network)["layers.feed_forward.w2"]:
+        weight = layer.weight.detach().to_dense()
+        weight[:, 0] *= 1000
+        layer.weight = nn.Parameter(linear.pack(weight), requires_grad=False)
+    worst = sensitivity.of_pipeline(pipe)[0]
+    assert worst.name == "layers.feed_forward.w2"
+
+
+def test_advice_stays_within_its_budget():
+    found = [sensitivity.Group(name, 1, 1, error) for name, error in (("a", 0.3), ("b", 0.04), ("c", 0.03))]
+    assert sensitivity.advise(found, 1.0) == ()
+    assert sensitivity.advise(found, 0.05) == ("a",)
+    assert sensitivity.advise(found, 0.045) == ("a", "b")
+    assert sensitivity.advise(found, 0.0) == ("a", "b", "c")
+
+
+def test_advice_is_what_load_takes(folder):
+    kept = load(folder, device="cpu", dtype="float32", precision="int8", exempt=["layers.feed_forward.w2"])
+    assert isinstance(kept.program.network.layers[1].feed_forward.w2, quantize.PackedLinear)
+    with pytest.raises(ConfigError, match="not quantized yet"):
+        sensitivity.of_pipeline(kept)

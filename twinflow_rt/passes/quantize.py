@@ -13,6 +13,7 @@ Modules are exchanged in place, so models know nothing of it. A packed or quanti
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,6 +79,36 @@ def convert(
             freed = 0
             release_free_memory()
     return tuple(Layers(kind, len(sizes), sum(sizes), why) for (kind, why), sizes in done.items())
+
+
+def group_of(name: str) -> str:
+    """A layer's name without the numbers of blocks: what its like in other blocks is called, too."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def groups(network: nn.Module) -> dict[str, list[nn.Linear]]:
+    """The layers that precision "int8" would quantize in `network` (loaded, not yet int8), by kind."""
+    found: dict[str, list[nn.Linear]] = {}
+    for name, layer in _linears(network):
+        if _kind(network, name, layer, torch.device("cpu"), "int8", ())[0] == "int8":
+            found.setdefault(group_of(name), []).append(layer)
+    return found
+
+
+@contextmanager
+def quantized(layers: Sequence[nn.Linear]) -> Iterator[None]:
+    """These layers in int8 for as long as it is entered; both forms are held meanwhile."""
+    kept = [(layer, type(layer), layer.weight) for layer in layers]
+    limit = int8_limit(torch.cpu.get_capabilities())
+    for layer in layers:
+        weight = layer.weight.detach()
+        _become_int8(layer, *quantize_weight(weight.to_dense() if weight.is_mkldnn else weight, limit))
+    try:
+        yield
+    finally:
+        for layer, kind, weight in kept:
+            layer.__class__, layer.weight = kind, weight
+            del layer._parameters[SCALE]
 
 
 def unpack(network: nn.Module) -> None:
@@ -150,7 +181,7 @@ def _kind(
     if min(layer.weight.shape) < NARROWEST or any(part in name for part in MODULATION):
         return "plain", "narrow, or a modulation of one row"
     if precision == "int8":
-        if any(part in name for part in exempt):
+        if any(part in name or part in group_of(name) for part in exempt):
             why = "sensitive: kept out of int8"
         elif not _in_blocks(network, name):
             why = "embedder, projection or once per prompt: kept out of int8"
