@@ -28,6 +28,7 @@ FAMILIES = {  # name -> what makes a folder, the pipeline's class, arguments tha
     "sd3": (sd3_factory.make_model, "StableDiffusion3Pipeline", {"guidance_scale": 3.0}, {"guidance_scale": 0.0}),
     "sana": (sana_factory.make_model, "SanaPipeline", {"guidance_scale": 3.0}, {"guidance_scale": 1.0}),
 }  # fmt: skip
+QUICK = {"qwen-image": 1, "sana": 1}  # steps compared by default, else 3
 SIZES = {"sana": (64, 96), "qwen-image": (16, 32)}
 
 
@@ -100,7 +101,11 @@ def test_computes_what_the_pipeline_computed(loaded, family):
 
 @pytest.mark.parametrize(
     ("family", "steps"),
-    [(f, n) if n == 3 - 2 * (f == "sana") else pytest.param(f, n, marks=pytest.mark.full) for f in FAMILIES for n in (1, 3)],
+    [
+        pytest.param(family, steps, marks=() if steps == QUICK.get(family, 3) else pytest.mark.full)
+        for family in FAMILIES
+        for steps in (1, 3)
+    ],
 )
 def test_twinflow_steps_are_ours(loaded, folder, family, steps):
     """With the second embedder the pipeline walks the any-step sampler, whose grid is uniform here."""
@@ -181,27 +186,19 @@ def test_slicing_and_tiling_stay(loaded, family):
 
 def test_restores_what_was_there(loaded):
     pipe = loaded("z-image")
-    parts = pipe.transformer, pipe.vae.decoder
+    parts, config = (pipe.transformer, pipe.vae.decoder), dict(pipe.config)
     handle = twinflow_rt.accelerate(pipe, twinflow=False)
     assert pipe.transformer is not parts[0] and pipe.vae.decoder is not parts[1]
     assert pipe.transformer.config is parts[0].config
     with pytest.raises(ConfigError, match="accelerated already"):
         twinflow_rt.accelerate(pipe, twinflow=False)
     handle.restore()
-    assert (pipe.transformer, pipe.vae.decoder) == parts
+    assert (pipe.transformer, pipe.vae.decoder) == parts and dict(pipe.config) == config
     with pytest.raises(ConfigError, match="restored"):
         _ = handle.plan
     with pytest.raises(RuntimeError, match="on purpose"), accelerated(pipe, twinflow=False):
         raise RuntimeError("on purpose")
     assert pipe.transformer is parts[0]
-
-
-def test_weights_are_shared(loaded):
-    pipe = loaded("z-image")
-    original = pipe.transformer
-    with accelerated(pipe, twinflow=False):
-        ours = pipe.transformer.network.layers[0].feed_forward.w2.weight
-        assert ours.data_ptr() == original.layers[0].feed_forward.w2.weight.data_ptr()
 
 
 def test_a_loaded_twinflow_checkpoint_asks_which_model_is_meant(loaded, folder):
@@ -240,7 +237,7 @@ def test_twinflow_refuses_schedulers_that_step_otherwise(loaded, folder):
         with pytest.raises(ConfigError, match="without noise"):
             generate(pipe, "z-image")
         pipe.scheduler = type("Other", (diffusers.FlowMatchEulerDiscreteScheduler,), {})()
-        with pytest.raises(ConfigError, match="as FlowMatchEulerDiscreteScheduler's do"):
+        with pytest.raises(ConfigError, match="as FlowMatchEulerDiscreteScheduler"):
             generate(pipe, "z-image")
 
 
@@ -249,7 +246,7 @@ def test_unusable_calls_are_refused(loaded):
     with accelerated(pipe, twinflow=False):
         pipe.scheduler.set_timesteps(2, mu=1.0)
         image, prompt = torch.zeros(4, 1, 4, 4), torch.zeros(3, factory.TEXT_DIM)
-        with pytest.raises(ConfigError, match="lacks|scheduler"):
+        with pytest.raises(ConfigError, match="none of"):
             pipe.transformer([image], torch.tensor([0.123]), [prompt])
         now = (1000 - pipe.scheduler.timesteps[:1]) / 1000
         assert pipe.transformer([image], now, [prompt]).sample[0].shape == image.shape

@@ -1,6 +1,6 @@
 """A loaded diffusers pipeline, sped up in place.
 
-    handle = twinflow_rt.accelerate(pipe)       # ZImagePipeline, QwenImagePipeline, StableDiffusion3Pipeline, SanaPipeline
+    handle = twinflow_rt.accelerate(pipe)       # of Z-Image, Qwen-Image, Stable Diffusion 3.5 or SANA
     pipe("a red circle", num_inference_steps=8)
     handle.restore()                            # or: with twinflow_rt.accelerate(pipe): ...
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .compile import compile_network
 from .errors import CheckpointError, ConfigError
 from .models import FAMILIES, Family, family_of
+from .ops.select import Target, select
 from .passes.load import Checkpoint, materialize, some
 from .plan import Plan
 from .stand_ins import CALLS, Compiled, CompiledDecoder
@@ -45,10 +46,10 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     second embedder: say which of the two you want.
 
     The first call with another set of times than the last folds its tables anew: another number of
-    steps, or, where the scheduler shifts times by image size (Qwen-Image), another size. On the CPU
-    weights are shared with the originals where no pass changes them; on a GPU the originals wait in
-    host memory. Raises ConfigError for a pipeline that cannot be compiled (unknown network, offloaded,
-    unmerged LoRA layers, accelerated already), CheckpointError for weights that do not fit.
+    steps, or, where the scheduler shifts times by image size (Qwen-Image), another size. The originals
+    stay in memory, those of a GPU in the host's. Raises ConfigError for a pipeline that cannot be
+    compiled (unknown network, offloaded, unmerged LoRA layers, accelerated already), CheckpointError
+    for weights that do not fit.
     """
     original = getattr(pipe, "transformer", None)
     if isinstance(original, Compiled):
@@ -105,7 +106,9 @@ class Accelerated:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.restore()
 
 
@@ -116,7 +119,10 @@ def _decoder(vae: Any, family: Family) -> CompiledDecoder:
         network = model.network(config)
     weights = model.read.of(vae.state_dict(), _config(vae), f"{type(vae).__name__}/weights")
     materialize(network, weights, model.layout(config), vae.device, vae.dtype)
-    return CompiledDecoder(network.decoder.to(memory_format=torch.channels_last))
+    network.ops, _ = select(Target.of(vae.device, vae.dtype))
+    if getattr(network, "post_quant_conv", None) is not None:
+        network.post_quant_conv = nn.Identity()  # diffusers applies its own before the decoder
+    return CompiledDecoder(network.to(memory_format=torch.channels_last))
 
 
 def _config(module: Any) -> dict[str, Any]:
@@ -128,9 +134,11 @@ def _require_plain(module: Any) -> None:
     names = list(module.state_dict())
     if any("lora_" in name or ".base_layer." in name for name in names):
         raise ConfigError("the pipeline has LoRA layers: fuse_lora() and unload_lora_weights() first, or unload them")
-    hooked = any(hasattr(m, "_hf_hook") or getattr(getattr(m, "_diffusers_hook", None), "hooks", None) for m in module.modules())
-    if hooked or any(p.is_meta for p in module.parameters()):
-        raise ConfigError(f"{type(module).__name__} is offloaded or cached by hooks: accelerate the pipeline without them")
+    registries = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
+    hooked = any(registry is not None and registry.hooks for registry in registries)
+    if hooked or any(hasattr(m, "_hf_hook") for m in module.modules()) or any(p.is_meta for p in module.parameters()):
+        name = type(module).__name__
+        raise ConfigError(f"{name} is offloaded or cached by hooks: accelerate the pipeline without them")
 
 
 def _second(original: Any, family: Family, twinflow: str | Path | Literal[False] | None) -> dict[str, Tensor]:
@@ -153,7 +161,8 @@ def _second(original: Any, family: Family, twinflow: str | Path | Literal[False]
     origin = Path(str(original.config.get("_name_or_path") or ""))
     if twinflow is None and (origin / "config.json").is_file() and not set(names).isdisjoint(Checkpoint(origin)):
         raise ConfigError(
-            f"this pipeline is what diffusers left of the TwinFlow checkpoint in {origin}: pass twinflow={str(origin.parent)!r} "
-            "to use it as TwinFlow, or twinflow=False for the many-step model that the pipeline is now"
+            f"this pipeline is what diffusers left of the TwinFlow checkpoint in {origin}: pass "
+            f"twinflow={str(origin.parent)!r} to use it as TwinFlow, or twinflow=False for the many-step model "
+            "that the pipeline is now"
         )
     return {name: torch.zeros(wanted[name].shape, dtype=original.dtype) for name in names}

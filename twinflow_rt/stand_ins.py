@@ -7,6 +7,7 @@ the compiled network what it takes.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -33,7 +34,7 @@ class Compiled(nn.Module):
         self.network, self.program, self.any_step = program.network, program, any_step
         self.config, self.dtype, self.device = original.config, original.dtype, original.device
         self.in_channels = original.config.in_channels
-        self._pipe, self._values = [pipe], ()
+        self.pipe = pipe
 
     def given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
@@ -42,7 +43,9 @@ class Compiled(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def velocity(self, latents: Tensor, timestep: Tensor, embeds: Tensor, lengths: tuple[int, ...], **extras: Tensor) -> Tensor:
+    def velocity(
+        self, latents: Tensor, timestep: Tensor, embeds: Tensor, lengths: tuple[int, ...], **extras: Tensor
+    ) -> Tensor:
         """z - x [B, C, H, W] at the step that `timestep` [B] names."""
         step = self._step(timestep, latents.dtype)
         context = self.network.encode_context(embeds, lengths, **extras)
@@ -51,17 +54,15 @@ class Compiled(nn.Module):
     def _step(self, timestep: Tensor, dtype: torch.dtype) -> int:
         """Which of the scheduler's steps this is; tables are folded anew when those have changed. Waits
         for the device twice, for a few bytes."""
-        scheduler = self._pipe[0].scheduler
+        scheduler = self.pipe.scheduler
         values = tuple(dict.fromkeys(self.given(scheduler.timesteps, dtype).tolist()))
         now = set(timestep.flatten().tolist())
         if len(now) != 1 or not now <= set(values):
             raise ConfigError(
-                f"the network was called at {some(map(str, now))}; accelerated, it takes one time per call out of "
-                "pipe.scheduler.timesteps: set those first"
+                f"the network was called at {some(map(str, now))}, none of the scheduler's steps: accelerated, it "
+                "takes one time per call out of pipe.scheduler.timesteps"
             )
-        if values != self._values:
-            self.program.refold(self._schedule(values, scheduler))
-            self._values = values
+        self.program.refold(self._schedule(values, scheduler))  # nothing, if they are those of the last call
         return values.index(*now)
 
     def _schedule(self, values: tuple[float, ...], scheduler: Any) -> tuple[tuple[float, float], ...]:
@@ -69,8 +70,8 @@ class Compiled(nn.Module):
         if not self.any_step:
             return tuple((max(t, TINY), max(t, TINY)) for t in times)
         if type(scheduler).__name__ != EULER or scheduler.config.get("stochastic_sampling"):
-            raise ConfigError(f"TwinFlow's steps end at the next time, as {EULER}'s do, without noise; use that scheduler")
-        if any(a <= b for a, b in zip(times, times[1:], strict=False)):
+            raise ConfigError(f"TwinFlow's steps end at the next time, as {EULER}'s do without noise; use that one")
+        if any(a <= b for a, b in pairwise(times)):
             raise ConfigError("TwinFlow's steps go down in time; the scheduler's timesteps do not")
         return tuple(zip(times, [*times[1:], 0.0], strict=True))
 
@@ -81,8 +82,8 @@ class Compiled(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Stays where it is: tables are float32 in any dtype. Raises ConfigError for any other place."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        if (device or self.device) not in (self.device, torch.device(self.device.type)) or dtype not in (None, self.dtype):
-            raise ConfigError("an accelerated pipeline cannot be moved or cast: restore() it, move it, accelerate it again")
+        if device not in (None, self.device, torch.device(self.device.type)) or dtype not in (None, self.dtype):
+            raise ConfigError("an accelerated pipeline cannot be moved or cast: restore() it, then accelerate it again")
         return self
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -145,8 +146,8 @@ class QwenImage(Compiled):
         return value
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, encoder_hidden_states_mask: Tensor | None = None,
-        timestep: Tensor | None = None, img_shapes: Any = None, *, attention_kwargs: dict | None = None,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, *, timestep: Tensor, img_shapes: Any,
+        encoder_hidden_states_mask: Tensor | None = None, attention_kwargs: dict | None = None,
         return_dict: bool = True, **others: Any,
     ) -> Any:  # fmt: skip
         _refuse(attention_kwargs=attention_kwargs, **others)

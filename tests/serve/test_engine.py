@@ -188,7 +188,8 @@ def test_one_of_two_callers_leaves_a_running_batch(pipe, start):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "error"), [("bad", ConfigError), ("crash", ZeroDivisionError), ("big", DeviceError), ("lose", RuntimeError)]
+    ("prompt", "error"),
+    [("bad", ConfigError), ("crash", ZeroDivisionError), ("big", DeviceError), ("lose", RuntimeError)],
 )
 def test_a_failing_image_spoils_no_other(pipe, start, prompt, error):
     engine = start()

@@ -70,15 +70,16 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
     app = FastAPI(title="twinflow_rt", version=__version__, docs_url=None, redoc_url=None)
     metrics, created = Metrics(engine), int(time.time())
     app.add_middleware(Gate, token=token, count=metrics.requests, seconds=metrics.seconds)
-    _add_errors(app, name)
+    _add_errors(app, name, timeout)
 
     @app.post("/v1/images/generations")
     async def generate(request: Request, body: ImageRequest) -> Response:
         if body.model not in (None, name):
             raise NoSuchModel(body.model)
         width, height = map(int, body.size.split("x")) if body.size not in (None, "auto") else (None, None)
+        count = 1 if body.n is None else body.n
         jobs = engine.submit(
-            body.prompt, width=width, height=height, seed=body.seed, num_images=1 if body.n is None else body.n, nfe=body.nfe
+            body.prompt, width=width, height=height, seed=body.seed, num_images=count, nfe=body.nfe
         )
         try:
             images = await _finished(engine, jobs, request, timeout)
@@ -113,8 +114,9 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
     @app.get("/health")
     @app.get("/health/ready")
     async def ready() -> JSONResponse:
-        state = {"status": "ready" if engine.accepting else "draining", "waiting": engine.waiting, "running": engine.running}
-        return JSONResponse(state, 200 if engine.accepting else 503)
+        accepting = engine.accepting
+        state = {"status": "ready" if accepting else "draining", "waiting": engine.waiting, "running": engine.running}
+        return JSONResponse(state, 200 if accepting else 503)
 
     @app.get("/metrics")
     async def measured() -> Response:
@@ -162,7 +164,7 @@ async def _disconnected(request: Request) -> None:
 # -- errors ---------------------------------------------------------------------------------------
 
 
-def _add_errors(app: FastAPI, name: str) -> None:
+def _add_errors(app: FastAPI, name: str, timeout: float) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -183,7 +185,8 @@ def _add_errors(app: FastAPI, name: str) -> None:
 
     @app.exception_handler(TimeoutError)
     async def late(request: Request, error: TimeoutError) -> JSONResponse:
-        return failure(504, "the request took longer than this server allows; try fewer images", "server_error", code="timeout")
+        message = f"no answer within {timeout:g} seconds; ask for fewer images, or later"
+        return failure(504, message, "server_error", code="timeout")
 
     @app.exception_handler(TwinFlowError)
     async def failed(request: Request, error: TwinFlowError) -> JSONResponse:

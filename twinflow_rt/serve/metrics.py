@@ -16,13 +16,14 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
-            "twinflow_requests", "Responses by path and status (499: the client left).", ("path", "status"), registry=registry
-        )
+            "twinflow_requests", "Responses by path and status (499: the client left).", ("path", "status"),
+            registry=registry,
+        )  # fmt: skip
         self.seconds = Histogram(
             "twinflow_request_seconds", "Time to answer a generation request.", registry=registry, buckets=SECONDS
         )
         self.images = Counter("twinflow_images", "Images generated.", registry=registry)
-        self.failures = Counter("twinflow_failed_batches", "Runs that gave no image, cancelled ones too.", registry=registry)
+        self.failures = Counter("twinflow_failed_batches", "Runs that failed or were cancelled.", registry=registry)
         self.sizes = Histogram("twinflow_batch_images", "Images per run.", registry=registry, buckets=SIZES)
         self.batches = Histogram("twinflow_batch_seconds", "Time of a run.", registry=registry, buckets=SECONDS)
         self.waits = Histogram(
@@ -38,7 +39,8 @@ class Metrics:
 
     def observe(self, batch: Batch) -> None:
         if not batch.timings:
-            return self.failures.inc()
+            self.failures.inc()
+            return
         self.images.inc(batch.size)
         self.sizes.observe(batch.size)
         self.batches.observe(batch.seconds)
