@@ -93,6 +93,10 @@ attention = _op(
     "triton_attention(Tensor q, Tensor k, Tensor v, Tensor? lengths=None) -> Tensor",
     _attention.attention, lambda q, k, v, lengths=None: q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3])),
 )  # fmt: skip
+linear_attention = _op(
+    "triton_linear_attention(Tensor q, Tensor k, Tensor v) -> Tensor",
+    _attention.linear_attention, lambda q, k, v: q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3])),
+)  # fmt: skip
 swiglu = _op("triton_swiglu(Tensor x) -> Tensor", mlp.swiglu, _halved)
 gelu_tanh = _op("triton_gelu_tanh(Tensor x) -> Tensor", mlp.gelu_tanh, _like)
 x0_project = _op("triton_x0_project(Tensor x, Tensor velocity, float t=1.0) -> Tensor", sample.x0_project, _like)

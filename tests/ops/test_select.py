@@ -12,7 +12,7 @@ import torch
 from twinflow_rt import ops
 from twinflow_rt.ops import backends, optional
 from twinflow_rt.ops.select import (
-    EAGER_ONLY, IMPLEMENTATIONS, NATIVE, RAGGED, OpTable, Target, choose, rank, select,
+    IMPLEMENTATIONS, NATIVE, RAGGED, OpTable, Target, choose, rank, select,
 )  # fmt: skip
 
 OPS = tuple(f.name for f in fields(OpTable))
@@ -43,7 +43,7 @@ def test_rank():
     assert rank("rms_norm", Target("cpu", torch.float32)) == ("native",)
     assert rank("attention", Target("cpu", torch.float32)) == ()
     assert all(rank(op, H100) == ("cuda", "triton") for op in NATIVE)
-    assert all(("triton" in rank(op, H100)) != (op in EAGER_ONLY) for op in (*OPS, RAGGED))
+    assert all("triton" in rank(op, H100) for op in (*OPS, RAGGED))
     assert all(rank(op, Target("mps", torch.float32)) == () for op in OPS)
     assert set(NATIVE) <= set(OPS)
 

@@ -51,6 +51,7 @@ def test_ops_keep_torchs_rules(table):
     streams, weights = [torch.randn(1, 1, 48), torch.randn(1, 2, 48)], [torch.rand(8), torch.rand(8)]
     check(o.triton_joint_qk_norm_rope.default, streams, weights, weights, *tables[2:], 2, EPS)
     check(o.triton_attention.default, q, k, v, torch.tensor([3]))
+    check(o.triton_linear_attention.default, q, k, v)
     check(o.triton_swiglu.default, x)
     check(o.triton_gelu_tanh.default, x)
     check(o.triton_x0_project.default, torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0.5)

@@ -96,7 +96,6 @@ NATIVE = (
     "rms_norm", "layer_norm", "residual_norm", "residual_layer_norm", "qk_norm_rope", "joint_qk_norm_rope", "swiglu",
     "gelu_tanh", "x0_project", "to_uint8",
 )  # fmt: skip
-EAGER_ONLY = ("linear_attention",)
 
 
 def rank(op: str, target: Target) -> tuple[str, ...]:
@@ -107,7 +106,7 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
     """
     if target.device == "cpu":
         return ("native",) if op in NATIVE else ()
-    if target.device != "cuda" or op in EAGER_ONLY:
+    if target.device != "cuda":
         return ()
     if op == "attention":
         return backends.order(target.arch)
@@ -140,6 +139,12 @@ def _triton_attention_refuses(target: Target) -> str | None:
     return triton_refuses(target)
 
 
+def _triton_linear_attention_refuses(target: Target) -> str | None:
+    if target.head_dim is not None and target.head_dim > 64:
+        return f"takes head dims up to 64, not {target.head_dim}"
+    return triton_refuses(target)
+
+
 def _from(module: str, op: str) -> Callable[[], Callable]:
     """Loads `op` of a module of this package, which is imported only then."""
     return lambda: getattr(import_module(f"twinflow_rt.{module}"), op)
@@ -150,9 +155,9 @@ def _library(function: str) -> Callable[[Target], str | None]:
 
 
 def _implementations(op: str) -> dict[str, Implementation]:
-    found = [] if op in EAGER_ONLY else [Implementation("triton", _from("triton_ops", op), triton_refuses)]
+    special = {"attention": _triton_attention_refuses, "linear_attention": _triton_linear_attention_refuses}
+    found = [Implementation("triton", _from("triton_ops", op), special.get(op, triton_refuses))]
     if op == "attention":
-        found = [Implementation("triton", _from("triton_ops", op), _triton_attention_refuses)]
         found += [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()]
     if op in NATIVE:
         found.append(Implementation("native", _from("native", op), _library("refuses")))
