@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import linear_attention
+from ..ops import EAGER, OpTable
 from ..passes.load import Layout
 from ..stage import Model
+from .sana_blocks import MixFeedForward
 
 EPS = 1e-5
 FFN_RATIO = 4
@@ -83,16 +84,14 @@ class DCConfig:
 
 
 class Norm(nn.Module):
-    """RMS over the channels of [B, H, W, C], with weight and bias. float32 inside, one rounding."""
+    """RMS over the channels of [B, H, W, C], with weight and bias."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        v = x.float()
-        v = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + EPS)
-        return torch.addcmul(self.bias, v, self.weight).to(x.dtype)
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return ops.rms_norm(x.contiguous(), self.weight.float(), EPS) + self.bias.to(x.dtype)
 
 
 def conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -107,8 +106,8 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm = Norm(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm(conv(self.conv2, F.silu(conv(self.conv1, x))))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return x + self.norm(conv(self.conv2, F.silu(conv(self.conv1, x))), ops)
 
 
 class MultiscaleProjection(nn.Module):
@@ -134,25 +133,20 @@ class MultiscaleAttention(nn.Module):
         self.to_out = nn.Linear(inner * (1 + len(scales)), channels, bias=False)
         self.norm_out = Norm(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         qkv = self.to_qkv(x)
         qkv = torch.cat((qkv, *(projection(qkv) for projection in self.to_qkv_multiscale)), -1).flatten(1, 2)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
-        return x + self.norm_out(self.to_out(linear_attention(q, k, v)).view_as(x))
+        return x + self.norm_out(self.to_out(ops.linear_attention(q, k, v)).view_as(x), ops)
 
 
-class GatedConvolution(nn.Module):
+class GatedConvolution(MixFeedForward):
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = FFN_RATIO * channels
-        self.conv_inverted = nn.Conv2d(channels, 2 * hidden, 1)
-        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.conv_point = nn.Conv2d(hidden, channels, 1, bias=False)
+        super().__init__(channels, FFN_RATIO * channels)
         self.norm = Norm(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h, gate = conv(self.conv_depth, F.silu(conv(self.conv_inverted, x))).chunk(2, -1)
-        return x + self.norm(conv(self.conv_point, h * F.silu(gate)))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return x + self.norm(super().forward(x), ops)
 
 
 class AttentiveBlock(nn.Module):
@@ -161,8 +155,8 @@ class AttentiveBlock(nn.Module):
         self.attn = MultiscaleAttention(channels, head_dim, scales)
         self.conv_out = GatedConvolution(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv_out(self.attn(x))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.conv_out(self.attn(x, ops), ops)
 
 
 class Upsample(nn.Module):
@@ -173,7 +167,7 @@ class Upsample(nn.Module):
         self.interpolate, self.repeats = interpolate, 4 * outer // inner
         self.conv = nn.Conv2d(inner, outer if interpolate else 4 * outer, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         image = x.permute(0, 3, 1, 2)
         if self.interpolate:
             h = self.conv(F.interpolate(image, scale_factor=2, mode="nearest"))
@@ -195,15 +189,16 @@ class Decoder(nn.Module):
             for _ in range(depth):
                 attentive = config.attentive[i]
                 level.append(AttentiveBlock(width, config.head_dim, config.scales[i]) if attentive else ResBlock(width))
-            self.up_blocks.append(nn.Sequential(*level))
+            self.up_blocks.append(nn.ModuleList(level))
         self.norm_out = Norm(channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, ops: OpTable) -> Tensor:
         x = (self.conv_in(latents) + latents.repeat_interleave(self.repeats, 1)).permute(0, 2, 3, 1)
         for level in reversed(self.up_blocks):
-            x = level(x)
-        return self.conv_out(F.relu(self.norm_out(x)).permute(0, 3, 1, 2))
+            for layer in level:
+                x = layer(x, ops)
+        return self.conv_out(F.relu(self.norm_out(x, ops)).permute(0, 3, 1, 2))
 
 
 class DCDecoder(nn.Module):
@@ -211,11 +206,11 @@ class DCDecoder(nn.Module):
 
     def __init__(self, config: DCConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, EAGER
         self.decoder = Decoder(config)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
+        return self.decoder(latents, self.ops)
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -84,7 +84,7 @@ class CrossAttention(nn.Module):
 
 class MixFeedForward(nn.Module):
     """Gated MLP with a 3x3 depthwise convolution on the image grid in its middle: the only place where
-    the network sees positions."""
+    the network sees positions. [B, H, W, dim] -> the same, a channels-last image as it lies."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -92,11 +92,9 @@ class MixFeedForward(nn.Module):
         self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
         self.conv_point = nn.Conv2d(hidden, dim, 1, bias=False)
 
-    def forward(self, x: Tensor, height: int) -> Tensor:
-        """x: [B, height * width, dim], a channels-last image as it lies."""
+    def forward(self, x: Tensor) -> Tensor:
         x = F.silu(F.linear(x, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias))
-        x = self.conv_depth(x.unflatten(1, (height, -1)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1).flatten(1, 2)
-        hidden, gate = x.chunk(2, -1)
+        hidden, gate = self.conv_depth(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).chunk(2, -1)
         return F.linear(hidden * F.silu(gate), self.conv_point.weight.flatten(1))
 
 
@@ -128,7 +126,8 @@ class Block(nn.Module):
         x = add_branch(image[0], self.attn1(image[1], ops), now.gate_a, ops)
         branch = self.attn2(x, keys_values, lengths, ops)
         x, h = ops.residual_layer_norm(x, branch, None, now.scale_f, now.shift_f, EPS)
-        return ops.residual_layer_norm(x, self.ff(h, height), now.gate_f, after.scale_a, after.shift_a, EPS)
+        branch = self.ff(h.unflatten(1, (height, -1))).flatten(1, 2)
+        return ops.residual_layer_norm(x, branch, now.gate_f, after.scale_a, after.shift_a, EPS)
 
 
 def effective(table: Tensor, shared: Tensor, scales: tuple[int, ...]) -> Tensor:
