@@ -76,6 +76,7 @@ def run_case(name: str, peers: list[str], rounds: int, seconds: float, threads: 
                 first = worker.ask("first")
             except RuntimeError as error:
                 result[peer] = {"absent": str(error)}
+                print(f"{name}: {peer} is absent: {error}", flush=True)
                 continue
             workers[peer], result[peer] = worker, {"first_output_seconds": first["seconds"]}
             print(f"{name}: {peer} first output after {first['seconds']:.2f} s", flush=True)

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinflow_rt import load
@@ -30,6 +32,7 @@ from twinflow_rt.plan import count_flops
 
 from .cases import PROMPTS, SEED
 
+INTERPOLATE = F.interpolate
 CPU, DTYPE = torch.device("cpu"), torch.float32
 Calls = dict[str, Callable[[int], Any]]
 
@@ -135,10 +138,16 @@ class Converted:
 
         self.module.forward = self.call
         self.module(*tensors)  # fills tables kept between calls, which a trace must find as constants
-        model = openvino.convert_model(self.module, example_input=tensors, input=[list(t.shape) for t in tensors])
+        with patch.object(F, "interpolate", _nearest):
+            model = openvino.convert_model(self.module, example_input=tensors, input=[list(t.shape) for t in tensors])
         self.module.forward = self
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         return openvino.Core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
+
+
+def _nearest(x: Tensor, *args: Any, mode: str = "nearest", **options: Any) -> Tensor:
+    """OpenVINO has no "nearest-exact", which at whole factors is "nearest"."""
+    return INTERPOLATE(x, *args, mode=mode.removesuffix("-exact"), **options)
 
 
 class Velocity(nn.Module):
@@ -195,6 +204,7 @@ def decoder(peer: str, folder: Path, size: int | None) -> Calls:
         vae.materialize(CPU, DTYPE)
         if peer == "openvino":
             unpack(vae.network)
+            vae.network.ops = EAGER
             vae.network.forward = Converted(vae.network)
             return {"total": lambda n: vae.network(raw)}
         laid_out = raw.contiguous(memory_format=torch.channels_last)
@@ -214,9 +224,25 @@ def _their_decoder(folder: Path) -> nn.Module:
     name = config.get("_class_name") or ("AutoencoderKLQwenImage" if "z_dim" in config else "AutoencoderKL")
     with torch.device("meta"):
         module = getattr(diffusers, name).from_config(config)
-    peers._fill(module, Checkpoint(folder / "vae"), SimpleNamespace(device=CPU, dtype=DTYPE))
-    del module.encoder  # ours never loads it either: memory is compared
-    return module
+    module.encoder = nn.Identity()  # ours never loads it either: memory is compared
+    checkpoint = Checkpoint(folder / "vae")
+    tensors = {
+        name: _as_video(checkpoint.get(name), meta) if name in checkpoint else torch.zeros(meta.shape)
+        for name, meta in module.state_dict().items()
+    }
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def _as_video(tensor: Tensor, like: Tensor) -> Tensor:
+    """Declared random weights of a video decoder are those of one frame: its last temporal tap."""
+    if tensor.ndim == like.ndim:
+        return tensor
+    if tensor.ndim == 3:
+        return tensor[..., None]
+    video = torch.zeros(like.shape)
+    video[:, :, -1] = tensor
+    return video
 
 
 def flops(part: str, folder: Path, size: int | None) -> dict[str, int]:
