@@ -2,7 +2,7 @@
 
     first                  builds the peer and makes the first output; {"seconds": since the process began}
     time FIGURE N          {"seconds": of one call}
-    output FIGURE FILE     saves the output of call 0, float32
+    output FIGURE FILE     saves the output of call 0, float32, clamped to [-1, 1]
     peak                   {"bytes": peak resident memory}
 """
 
@@ -37,7 +37,8 @@ def serve(task: dict[str, Any]) -> None:
             calls[arguments[0]](int(arguments[1]))
             answer = {"seconds": time.perf_counter() - begin}
         elif word == "output":
-            torch.save(calls[arguments[0]](0).float().contiguous().clone(), arguments[1])
+            pixels = calls[arguments[0]](0).float().clamp(-1, 1)  # some decoders clamp, others leave it to the next step
+            torch.save(pixels.contiguous().clone(), arguments[1])
         elif word == "peak":
             from twinflow_rt.report import peak_host_bytes
 
