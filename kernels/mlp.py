@@ -1,4 +1,4 @@
-"""Activations of the feed-forward blocks: one program, one piece of one row."""
+"""Activations of the feed-forward blocks, and a projection that applies SwiGLU before it writes."""
 
 from __future__ import annotations
 
@@ -121,3 +121,81 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def gelu_tanh_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`ops.gelu_tanh_quantized` in one pass: x [..., D], any row strides, D <= 16384."""
     return _launch_quantized("gelu_tanh_quantized", x, x.shape[-1], False, dtype)
+
+
+INNER = 64  # what the sum of `linear_swiglu` runs over is a multiple of this: its loads need no mask
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile of `rows` x `columns` outputs, `depth` of the sum a step, warps, and depth of the load pipeline."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def gemm_config(arch: int) -> GemmConfig:
+    """Tiles of `linear_swiglu`, which has two accumulators and so half the columns of a plain product."""
+    if 90 <= arch < 120:
+        return GemmConfig(128, 128, 64, 8, 3)
+    return GemmConfig(128, 64, 32, 8, 4 if arch == 80 else 3)
+
+
+@triton.jit
+def _linear_swiglu(
+    x, weight, out, count, hidden, inner, x_row, w_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    # neighbouring programs share 8 row tiles, so that weights are read from L2 and not from memory
+    down, across = (count + ROWS - 1) // ROWS, (hidden + COLUMNS - 1) // COLUMNS
+    band = tl.program_id(0) // (8 * across)
+    height = tl.minimum(down - band * 8, 8)
+    within = tl.program_id(0) % (8 * across)
+    row = (band * 8 + within % height) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (within // height) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, DEPTH)
+    # rows and columns past the end wrap around: in bounds, and never stored
+    a = x + (row % count).to(tl.int64) * x_row + k[None, :]
+    b = weight + (col % hidden).to(tl.int64)[None, :] * w_row + k[:, None]
+    apart = tl.cast(hidden, tl.int64) * w_row
+    gate = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+    value = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
+    for _ in tl.range(0, inner, DEPTH):
+        a_block = tl.load(a)
+        gate = tl.dot(a_block, tl.load(b), gate)
+        value = tl.dot(a_block, tl.load(b + apart), value)
+        a += DEPTH
+        b += DEPTH
+    y = gate / (1.0 + tl.exp(-gate)) * value
+    target = out + row.to(tl.int64) * hidden + col[None, :]
+    tl.store(target, y.to(out.dtype.element_ty), (row < count) & (col[None, :] < hidden))
+
+
+def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
+    """`ops.linear_swiglu` on the GPU: one product with both halves of the weight, no w1|w3 result in memory.
+
+    x: [..., K], bfloat16 or float16, K a multiple of 64; weight: [2*hidden, K] with dense rows. Returns [..., hidden].
+    A candidate to be measured against the vendor's product followed by `swiglu`.
+    """
+    hidden = _half("linear_swiglu", weight.t())
+    if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
+        raise ConfigError(f"linear_swiglu: needs bfloat16 or float16 twice, got {x.dtype} and {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.stride(1) != 1:
+        raise ConfigError(f"linear_swiglu: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    if weight.shape[1] % INNER:
+        raise ConfigError(f"linear_swiglu: K must be a multiple of {INNER}, got {weight.shape[1]}")
+    out = torch.empty(*x.shape[:-1], hidden, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    x = x.reshape(-1, x.shape[-1])
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    c = gemm_config(launch.arch(x))
+    with torch.cuda.device_of(x):
+        _linear_swiglu[(launch.ceil_div(x.shape[0], c.rows) * launch.ceil_div(hidden, c.columns),)](
+            x, weight, out, x.shape[0], hidden, x.shape[1], x.stride(0), weight.stride(0),
+            c.rows, c.columns, c.depth, num_warps=c.warps, num_stages=c.stages,
+        )  # fmt: skip
+    return out

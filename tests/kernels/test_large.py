@@ -93,6 +93,12 @@ def test_activations(op):
     same(got[..., half - 512 - half :], wanted[..., half - 512 - half :])  # the last program's piece of the row
 
 
+def test_linear_swiglu():
+    (x, row), weight = rows(4096), reserve(8192, 4096, dtype=HALF)
+    weight[4032:4096], weight[8128:] = draw(64, 4096) / 64, draw(64, 4096, seed=1) / 64  # the last tile of each half
+    same(mlp.linear_swiglu(x, weight)[:, -1:, -64:], ops.linear_swiglu(row, weight)[..., -64:])
+
+
 def test_rope():
     heads, d = 8, 128
     (qkv, row), w = rows(3 * heads * d), draw(d, seed=1)

@@ -145,3 +145,10 @@ def test_linear_attention(monkeypatch, tmp_path, arch, d, dtype):
     q, k, v = meta(2, 1024, 3, 70, d, dtype=dtype).unbind(2)
     state, _ = check(monkeypatch, tmp_path, attention, arch, lambda: attention.linear_attention(q, k, v))
     assert dtype == torch.float32 or "mma" in state.ptx
+
+
+@pytest.mark.parametrize("arch, inner, dtype", matrix((3840, 3072), DTYPES[:2]))
+def test_linear_swiglu(monkeypatch, tmp_path, arch, inner, dtype):
+    x, weight = meta(4224, inner, dtype=dtype), meta(2 * 10240, inner, dtype=dtype)
+    (built,) = check(monkeypatch, tmp_path, mlp, arch, lambda: mlp.linear_swiglu(x, weight))
+    assert MATRIX_UNIT[arch] in built.ptx
