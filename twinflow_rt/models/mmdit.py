@@ -72,21 +72,28 @@ def modulation_rows(layer: nn.Linear, temb: Tensor, scales: Sequence[int]) -> Te
     return rows + one
 
 
+def sinusoids(value: Tensor, scale: float = 1.0) -> Tensor:
+    """[B] -> [B, 256] float32: cosines, then sines, of value * scale, frequencies 10000^(-i/128).
+
+    Where the factor enters decides the rounding: phases reach 1000 rad, where float32 resolves 6e-5. It
+    enters last, as in Qwen-Image; others scale `value` beforehand.
+    """
+    half = FREQUENCY_DIM // 2
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=value.device).float() / half)
+    angles = value.float()[:, None] * freqs * scale
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
 class SinusoidEmbedder(nn.Module):
-    """[B] -> [B, dim] float32: MLP over the sinusoids of a scalar, frequencies 10000^(-i/128), cosines first."""
+    """[B] -> [B, dim] float32: MLP over the sinusoids of a scalar."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(FREQUENCY_DIM, dim), nn.Linear(dim, dim)
 
     def forward(self, value: Tensor, scale: float = 1.0) -> Tensor:
-        """Of value * scale. Where the factor enters decides the rounding: phases reach 1000 rad, where
-        float32 resolves 6e-5. It enters last, as in Qwen-Image; others scale `value` beforehand."""
-        half = FREQUENCY_DIM // 2
-        freqs = torch.exp(-math.log(10000) * torch.arange(half, device=value.device).float() / half)
-        angles = value.float()[:, None] * freqs * scale
-        sinusoids = torch.cat((angles.cos(), angles.sin()), -1)
-        return linear32(self.linear_2, F.silu(linear32(self.linear_1, sinusoids)))
+        """Of value * scale (see `sinusoids`)."""
+        return linear32(self.linear_2, F.silu(linear32(self.linear_1, sinusoids(value, scale))))
 
 
 class JointAttention(nn.Module):

@@ -15,7 +15,6 @@ likewise of tt. As sign(0) = 0, (t, tt) = (1, 0) gives s = s2 = 0: at one evalua
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
@@ -26,22 +25,17 @@ from torch import Tensor, nn
 
 from ..config import SizeRule
 from ..errors import ConfigError
-from ..ops import EAGER, OpTable
+from ..ops import EAGER
 from ..passes.load import Layout
 from ..text import ZImageText
 from ..vae import KLDecoder
 from . import Family, must_equal
 from .context import Context
+from .mmdit import linear32
+from .z_image_blocks import ADALN_DIM, BLOCK_NORMS, Block, FinalLayer, TimestepEmbedder
 
 SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
-ADALN_DIM = 256  # the time embedding is min(dim, ADALN_DIM) wide
-TIME_HIDDEN = 1024
-FREQUENCY_DIM = 256
-QK_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
-
-# a block's norms in the order they act
-BLOCK_NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
 
 # merged weight -> the checkpoint's names, row blocks in this order (within a block's prefix)
 FUSED = {
@@ -124,104 +118,6 @@ class Modulation:
     final: Tensor
 
 
-class TimestepEmbedder(nn.Module):
-    """MLP over a sinusoidal embedding; frequencies 10000^(-i/128), cosines first."""
-
-    def __init__(self, out_dim: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCY_DIM, TIME_HIDDEN), nn.SiLU(), nn.Linear(TIME_HIDDEN, out_dim)
-        )
-
-    def forward(self, t: Tensor) -> Tensor:
-        half = FREQUENCY_DIM // 2
-        freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device).float() / half)
-        angles = t.float()[:, None] * freqs
-        x = torch.cat((angles.cos(), angles.sin()), -1)
-        for layer in self.mlp:  # float32 throughout: these constants are worth their bits
-            x = _linear32(layer, x) if isinstance(layer, nn.Linear) else layer(x)
-        return x
-
-
-def _linear32(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight.float(), layer.bias.float())
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.norm_q = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
-
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor | None, rows: int | None, ops: OpTable
-    ) -> Tensor:
-        q, k, v = ops.qk_norm_rope(
-            self.to_qkv(x), self.norm_q.weight.float(), self.norm_k.weight.float(), *rope,
-            self.heads, QK_NORM_EPS,
-        )  # fmt: skip
-        return self.to_out[0](ops.attention(q[:, :rows], k, v, lengths))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        return self.w2(ops.swiglu(self.w13(x)))
-
-
-class Block(nn.Module):
-    """One sandwich-norm block; `steps` = N holds N rows of folded norm weights instead of what makes them."""
-
-    def __init__(self, config: ZImageConfig, modulated: bool, steps: int | None) -> None:
-        super().__init__()
-        dim = config.dim
-        self.eps = config.norm_eps
-        self.attention = Attention(dim, config.n_heads)
-        self.feed_forward = FeedForward(dim, config.hidden)
-        if steps is not None:
-            self.register_buffer("norm_table", torch.empty(steps if modulated else 1, 4, dim))
-            return
-        for name in BLOCK_NORMS:
-            setattr(self, name, nn.RMSNorm(dim, eps=config.norm_eps))
-        if modulated:
-            self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, ADALN_DIM), 4 * dim))
-
-    def norm_weights(self, temb: Tensor | None = None) -> Tensor:
-        """Effective norm weights [B or 1, 4, dim], float32, in the order they are used."""
-        weights = torch.stack([getattr(self, name).weight.float() for name in BLOCK_NORMS])[None]
-        if temb is None:
-            return weights
-        scale_a, gate_a, scale_f, gate_f = _linear32(self.adaLN_modulation[0], temb).chunk(4, -1)
-        return weights * torch.stack((1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()), 1)
-
-    def forward(
-        self, x: Tensor, h: Tensor, norms: Tensor, next_pre: Tensor | None, rope: tuple[Tensor, Tensor],
-        lengths: Tensor | None, ops: OpTable, rows: int | None = None,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x: residual stream; h: x under this block's first norm. Returns the same pair for the next
-        block. `rows` keeps only the first rows of the output: where nothing reads the others."""
-        _, post_a, pre_f, post_f = norms.unsqueeze(2).unbind(1)
-        branch = self.attention(h, rope, lengths, rows, ops)
-        x, h = ops.residual_norm(x[:, :rows], branch, post_a, pre_f, self.eps)
-        return ops.residual_norm(x, self.feed_forward(h, ops), post_f, next_pre, self.eps)
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, config: ZImageConfig, folded: bool) -> None:
-        super().__init__()
-        self.linear = nn.Linear(config.dim, 4 * config.in_channels)
-        if not folded:
-            width = min(config.dim, ADALN_DIM)
-            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, config.dim))
-
-
 class ZImageTransformer(nn.Module):
     """F(x_t, t, tt, prompt), the velocity z - x of TwinFlow (diffusers' network predicts its negative).
 
@@ -274,7 +170,7 @@ class ZImageTransformer(nn.Module):
         return Modulation(tuple(b.norm_weights(temb) for b in blocks), self._final_weight(temb))
 
     def _final_weight(self, temb: Tensor) -> Tensor:
-        return 1 + _linear32(self.all_final_layer["2-1"].adaLN_modulation[1], F.silu(temb))
+        return 1 + linear32(self.all_final_layer["2-1"].adaLN_modulation[1], F.silu(temb))
 
     def fold(
         self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager]
