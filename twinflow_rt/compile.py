@@ -74,7 +74,7 @@ class Program:
     recipe: None for a program that was saved, which no longer has a checkpoint to go back to.
     """
 
-    network: nn.Module
+    network: Any  # None only while another one is compiled
     schedule: tuple[tuple[float, float], ...]
     plan: Plan
     recipe: Recipe | None = None
@@ -190,14 +190,14 @@ def load_program(
     return Program(network, plan.schedule, plan)
 
 
-def _folded(family: Family, config: Any, steps: int, absorb: bool) -> nn.Module:
+def _folded(family: Family, config: Any, steps: int, absorb: bool) -> Any:
     """The compiled layout on the meta device, without constants of its own where they can be absorbed."""
     absorbed = {"absorbed": True} if absorb and steps == 1 and hasattr(family.network, "absorptions") else {}
     with torch.device("meta"):
         return family.network(config, folded_steps=steps, **absorbed)
 
 
-def _tensors(recipe: Recipe, network: nn.Module, tables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(recipe: Recipe, network: Any, tables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the compiled `network`, on the device, made one at a time."""
     source, layout, device, expected = recipe.source, recipe.family.layout, recipe.device, network.state_dict()
     done = set()

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,18 +34,11 @@ from .load import assign
 Schedule = Sequence[tuple[float, float]]
 
 
-class Foldable(Protocol):
-    """What a family's unfolded network declares."""
-
-    def fold(self, t: Tensor, tt: Tensor, resident: Callable) -> Iterator[tuple[str, Tensor]]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-
-def fold(network: Foldable, read: Callable[[str], Tensor], schedule: Schedule) -> dict[str, Tensor]:
+def fold(network: Any, read: Callable[[str], Tensor], schedule: Schedule) -> dict[str, Tensor]:
     """Tables of the folded layout, float32 on the CPU, keyed by buffer name.
 
-    network: the unfolded network on the meta device. read(name): a parameter of it, any float dtype.
+    network: the unfolded network on the meta device, whose `fold(t, tt, resident)` yields (buffer name,
+    table); see there. read(name): a parameter of it, any float dtype.
     schedule: the (t, tt) of each evaluation, as the network will receive them.
     """
 

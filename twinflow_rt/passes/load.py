@@ -152,7 +152,7 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._where
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -99,12 +99,18 @@ class Adapter:
         self._tensors = open_tensors(self.path)
         self.facts = Lora(self.path.name, weight, sha256(self.path))
         self._pairs: dict[str, tuple[str, str, float]] = {}  # tensor of the checkpoint -> keys of A, B; factor
-        config, flat = self._config(), {name[: -len(".weight")].replace(".", "_"): name for name in checkpoint}
+        config, modules = self._config(), (n.removesuffix(".weight") for n in checkpoint if n.endswith(".weight"))
+        flat = {module.replace(".", "_"): module for module in modules}
         for module, keys in self._modules().items():
             name, rank = self._target(module, keys, flat, checkpoint)
             if name in self._pairs:
                 raise CheckpointError(f"{self.path} has two adapters for {name}; keep one")
-            alpha = float(self._tensors.get_tensor(keys["alpha"])) if "alpha" in keys else self._alpha(config, name)
+            alpha = self._alpha(config, name)
+            if "alpha" in keys:
+                stored = self._tensors.get_tensor(keys["alpha"])
+                alpha = stored.item() if stored.numel() == 1 else stored.tolist()
+            if not (alpha is None or _is_number(alpha)):
+                raise CheckpointError(f"{self.path}: the alpha of {module} is {alpha!r:.40}, not a finite number")
             self._pairs[name] = (keys["A"], keys["B"], weight * _ratio(alpha, rank, config))
         if not self._pairs:
             raise CheckpointError(f"{self.path} holds no LoRA tensors (lora_A and lora_B)")
@@ -143,7 +149,7 @@ class Adapter:
         for prefix in PREFIXES:
             name = name.removeprefix(prefix)
         for prefix in FLAT_PREFIXES:
-            name = flat.get(name.removeprefix(prefix), name).removesuffix(".weight")
+            name = flat.get(name.removeprefix(prefix), name)
         name += ".weight"
         if name not in checkpoint:
             raise CheckpointError(f"{self.path} adapts {module}, which {checkpoint.folder} lacks; for another model?")
@@ -151,7 +157,7 @@ class Adapter:
             raise CheckpointError(f"{self.path}: {module} lacks {missing[0]}; the file is incomplete")
         a, b = (tuple(self._tensors.get_slice(keys[kind]).get_shape()) for kind in "AB")
         base = checkpoint.shape(name)
-        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != base or a[0] != b[1]:
+        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != base or a[0] != b[1] or a[0] < 1:
             raise CheckpointError(
                 f"{self.path}: {module} has A {a} and B {b}, which do not make the {base} of {name}; for another model?"
             )
@@ -172,7 +178,7 @@ class Adapter:
             raise CheckpointError(f"{self.path} is a DoRA adapter, which rescales whole weights; only LoRA is merged")
         return config
 
-    def _alpha(self, config: dict[str, Any], name: str) -> float | None:
+    def _alpha(self, config: dict[str, Any], name: str) -> Any:
         """Alpha of the module behind tensor `name` by the configuration; None: it says nothing."""
         module = name.removesuffix(".weight")
         for pattern, alpha in (config.get("alpha_pattern") or {}).items():
@@ -180,8 +186,8 @@ class Adapter:
             if re.search(r"[^\w.]", literal):
                 raise CheckpointError(f"{self.path}: alpha_pattern {pattern!r} is a regular expression; name modules")
             if module == literal or (literal == pattern and module.endswith("." + literal)):
-                return float(alpha)
-        return float(config["lora_alpha"]) if "lora_alpha" in config else None
+                return alpha
+        return config.get("lora_alpha")
 
 
 def _ratio(alpha: float | None, rank: int, config: dict[str, Any]) -> float:
