@@ -44,7 +44,7 @@ def names(text: str) -> tuple[str, ...]:
 # group -> option -> what argparse is told. Options without a default leave the choice to `runner.Settings`.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "what is measured": {
-        "random-weights": {"metavar": "NAME", "help": "z-image, qwen-image, sd3.5-m, sana or sana-sprint, without files"},
+        "random-weights": {"metavar": "NAME", "help": "without files: z-image, qwen-image, sd3.5-m, sana, sana-sprint"},
         "scale": {"type": float, "help": "with --random-weights: factor on all widths, for small machines"},
         "layers": {"type": int, "help": "with --random-weights: at most so many layers per network"},
         "size": {"type": size, "metavar": "WxH", "help": "pixels; default: the model's"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,7 +22,7 @@ def per_image(call: Callable[[], Any], images: int, device: torch.device) -> dic
         return {"reason": "energy is measured on NVIDIA GPUs only"}
     if find_spec("pynvml") is None:
         return {"reason": "the package nvidia-ml-py (module pynvml) is not installed"}
-    import pynvml
+    pynvml = import_module("pynvml")
 
     try:
         pynvml.nvmlInit()

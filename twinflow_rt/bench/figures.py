@@ -33,7 +33,7 @@ def speedup(ours: Samples, theirs: Samples | None, mine: Verdict, other: Verdict
 
 def prefer(pipe: Pipeline, backend: str) -> tuple[Choice, ...]:
     """Puts `backend` first wherever an op has it. Raises ConfigError where it serves none, with the reasons."""
-    network = pipe.program.network
+    network: Any = pipe.program.network
     head_dim = getattr(network.config, "head_dim", None)
     network.ops, choices = select(Target.of(pipe.device, pipe.dtype, head_dim), backend)
     if not any(choice.chosen == backend for choice in choices):
@@ -64,7 +64,8 @@ def efficiency(
 
 def _table_bytes(parts: Sequence[Part]) -> int:
     """Bytes of the token embeddings of a text stage's networks."""
-    sized = ((part.network.config.vocab_size, p) for part in parts for p in part.network.parameters())
+    networks: list[Any] = [part.network for part in parts]
+    sized = ((network.config.vocab_size, p) for network in networks for p in network.parameters())
     return sum(p.nbytes for tokens, p in sized if p.ndim == 2 and p.shape[0] == tokens)
 
 

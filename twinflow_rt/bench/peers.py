@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ NAMES = ("eager", "compile", "diffusers")
 class Unfolded:
     """A network as it is trained, behind the interface of a compiled one: constants are made per call."""
 
-    def __init__(self, network: nn.Module, forward: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, network: Any, forward: Callable[..., Tensor] | None = None) -> None:
         self.network, self.config, self.ops = network, network.config, network.ops
-        self.encode_context, self.forward = network.encode_context, forward or network
+        self.encode_context, self.forward = network.encode_context, network if forward is None else forward
         self.by_prompt = "context" in inspect.signature(network.modulate).parameters  # SD3.5: also by its pooled form
         self.times: tuple[tuple[float, float], ...] = ()
 
@@ -70,13 +71,14 @@ def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeli
         text.materialize(device, dtype)
         vae.materialize(device, dtype)
     text, vae = _eager_stage(text), _eager_stage(vae)
-    return Pipeline(text, UnfoldedProgram(Unfolded(network)), vae, sizes, preset(1), device, dtype, folder)
+    program: Any = UnfoldedProgram(Unfolded(network))
+    return Pipeline(text, program, vae, sizes, preset(1), device, dtype, folder)
 
 
 def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
     """The same beside a loaded pipeline, sharing its text encoder's and decoder's weights."""
     network, _ = _network(pipe.folder, pipe.device, pipe.dtype)
-    twin = copy.copy(pipe)
+    twin: Any = copy.copy(pipe)
     twin.program = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
     twin.text, twin.vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
     return twin
@@ -112,7 +114,19 @@ def build(name: str, pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
     if name == "diffusers":
         return _diffusers(pipe, work)
     twin = unfolded(pipe, compiled=name == "compile")
-    return lambda output="pil": work.call(twin, output)
+    if name == "compile":
+        _compile_now(twin, work)
+    return partial(work.call, twin)
+
+
+def _compile_now(twin: Pipeline, work: Workload) -> None:
+    """The first call, in which torch compiles: minutes, and failure where it finds no compiler."""
+    try:
+        work.call(twin, "latent")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what torch raises here has no common class
+        raise ConfigError(f"torch.compile failed: {str(error).strip().splitlines()[0]}") from error
 
 
 def _diffusers(pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
@@ -156,7 +170,7 @@ def _z_image_pipeline(pipe: Pipeline) -> Any:
         _fill(module, Checkpoint(folder / name, strip="model." if name == "text_encoder" else ""), pipe)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
-    theirs = ZImagePipeline(scheduler=scheduler, tokenizer=tokenizer, **parts)
+    theirs: Any = ZImagePipeline(scheduler=scheduler, tokenizer=tokenizer, **parts)
     theirs.set_progress_bar_config(disable=True)
     return theirs
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ class _Run:
 
     def __init__(self, settings: Settings, folder: Path, say: Callable[[str], None]) -> None:
         self.settings, self.folder, self.say = settings, folder, say
-        self.device, self.notes = resolve_device(settings.device), []
+        self.device = resolve_device(settings.device)
+        self.notes: list[str] = []
         stored = Checkpoint(folder / "transformer").main_dtype()
         self.quantized, dtype = resolve_precision(settings.precision, settings.dtype)
         self.dtype = resolve_dtype(dtype, self.device, stored)
@@ -188,6 +190,7 @@ class _Run:
         if not self.settings.check:
             return None
         self.say("reference outputs in float32")
+        reference: Pipeline | None = None
         try:
             reference = peers.uncompiled(self.folder, self.device, torch.float32)
             return exact_outputs(reference, self._work(reference), self.dtype)
@@ -200,7 +203,7 @@ class _Run:
 
     def _load(self) -> tuple[Pipeline, tuple[Choice, ...]]:
         self.say("compiling")
-        options = {"dtype": self.dtype, "precision": self.quantized, "nfe": self.settings.nfe}
+        options: dict[str, Any] = {"dtype": self.dtype, "precision": self.quantized, "nfe": self.settings.nfe}
         pipe = load(self.folder, device=self.device, **options)
         if self.settings.backend == "auto":
             return pipe, pipe.program.plan.choices
@@ -229,11 +232,12 @@ class _Run:
             return dict.fromkeys(contenders, UNCHECKED)
         self.say("checking outputs")
         got = {name: outputs(call) for name, call in contenders.items()}
-        rule = {"dtype": self.dtype_name, "eager": got.get("eager"), "tolerance": self.settings.tolerance}
-        if self.dtype != torch.float32 and rule["eager"] is None and rule["tolerance"] is None:
+        eager, tolerance = got.get("eager"), self.settings.tolerance
+        if self.dtype != torch.float32 and eager is None and tolerance is None:
             missing = replace(UNCHECKED, reason="the eager network that sets the bar is missing")
             return dict.fromkeys(contenders, missing)
-        return {name: judge(out, exact, ours=name == "ours", **rule) for name, out in got.items()}
+        rule = partial(judge, dtype=self.dtype_name, eager=eager, tolerance=tolerance)
+        return {name: rule(out, exact, ours=name == "ours") for name, out in got.items()}
 
     # -- time and memory --------------------------------------------------------------------------
 
@@ -254,8 +258,10 @@ class _Run:
         self.say("ceilings of this machine")
         before = measure_ceilings(self.device, [self.dtype_name])
         self.say(f"{len(calls)} figures, {settings.repeats} rounds in turns")
-        options = {"repeats": settings.repeats, "warmup": settings.warmup, "max_seconds": settings.max_seconds}
-        timed = interleave(calls, device=self.device, **options)
+        timed = interleave(
+            calls, device=self.device, repeats=settings.repeats, warmup=settings.warmup,
+            max_seconds=settings.max_seconds,
+        )  # fmt: skip
         after = measure_ceilings(self.device, [self.dtype_name])
         drift = after.gemm[self.dtype_name] / before.gemm[self.dtype_name]
         if abs(drift - 1) > 0.1:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..errors import ConfigError, DeviceError
@@ -27,11 +28,11 @@ def batches(pipe: Pipeline, work: Workload, sizes: Iterable[int], repeats: int, 
     for size in sizes:
         larger = replace(work, prompts=batch_of(work.prompts[0], size))
         try:
-            rows[size] = {"batch": size, "memory": stage_peaks(lambda larger=larger: larger.call(pipe), pipe.device)}
+            rows[size] = {"batch": size, "memory": stage_peaks(partial(larger.call, pipe), pipe.device)}
         except DeviceError as error:
             rows[size] = {"batch": size, "reason": str(error)}
             continue
-        calls[str(size)] = lambda larger=larger: larger.call(pipe)
+        calls[str(size)] = partial(larger.call, pipe)
     taken = interleave(calls, device=pipe.device, repeats=repeats, warmup=1, max_seconds=max_seconds)
     for name, samples in taken.items():
         size = int(name)
@@ -90,7 +91,7 @@ def evaluations(pipe: Pipeline, work: Workload, counts: Iterable[int], repeats: 
         except ConfigError as error:
             rows.append({"nfe": count, "reason": str(error)})
             continue
-        call = lambda several=several: several.call(pipe)
+        call = partial(several.call, pipe)
         samples = measure(call, device=pipe.device, repeats=repeats, warmup=1, max_seconds=max_seconds)
         row = {"nfe": count, "seconds": samples.to_dict(), "images_per_second": len(work.prompts) / samples.median}
         rows.append(row)

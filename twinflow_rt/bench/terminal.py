@@ -74,7 +74,7 @@ def _stages(record: Record) -> Table:
         if name == "total":
             table.add_section()
         reached = record["efficiency"].get(name)
-        rates = ("", "", "")
+        rates: tuple[str, ...] = ("", "", "")
         if reached:
             rates = (rate(reached["flops_per_second"], ""), rate(reached["bytes_per_second"], ""))
             rates += (f"{reached['fraction_of_floor']:.0%}",)

@@ -33,7 +33,7 @@ def status_bytes(key: str) -> int | None:
 
 def _device_bytes() -> int:
     torch = sys.modules.get("torch")
-    cuda = getattr(torch, "cuda", None)  # None while torch is being imported
+    cuda: Any = getattr(torch, "cuda", None)  # None while torch is being imported
     return cuda.memory_allocated() if hasattr(cuda, "is_initialized") and cuda.is_initialized() else 0
 
 

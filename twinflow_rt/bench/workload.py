@@ -63,8 +63,8 @@ class Workload:
 
 def stages(pipe: Pipeline, work: Workload) -> dict[str, Callable[[], Any]]:
     """name -> one run of that stage alone, on inputs made by the stages before it."""
-    network = pipe.program.network
     pipe.program.refold(schedule(preset(work.nfe), pipe.dtype))
+    network: Any = pipe.program.network
     with torch.inference_mode():
         embeds = pipe.text(list(work.prompts))
         context = pipe._encode(embeds)
@@ -88,8 +88,9 @@ def exact_outputs(pipe: Pipeline, work: Workload, dtype: torch.dtype) -> tuple[T
 
     (With several evaluations the state between them is rounded to `dtype`, as the sampler does there.)
     """
-    network, config, shape = pipe.program.network, preset(work.nfe), work.shape(pipe)
+    config, shape = preset(work.nfe), work.shape(pipe)
     pipe.program.refold(schedule(config, dtype))
+    network: Any = pipe.program.network
     with torch.inference_mode():
         context = pipe._encode(pipe.text(list(work.prompts)))
         latents = sample(
