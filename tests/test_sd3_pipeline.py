@@ -140,6 +140,26 @@ def test_a_prompt_seen_before_is_modulated_for_each_schedule(models):
     assert relative(four, one) > 0.1 and relative(pipe("x", nfe=1, **args).images, one) < 1e-6
 
 
+def test_a_lora_of_twinflows_targets_is_merged_before_folding(models, tmp_path):
+    """TwinFlow's adapters for SD3.5 touch attention and both time embedders, of which folding leaves a table."""
+    generator = torch.Generator().manual_seed(0)
+    folder = shutil.copytree(models[False], tmp_path / "merged")
+    file = folder / "transformer" / WEIGHTS
+    tensors, factors = load_file(file), {}
+    targets = [f"{e}.timestep_embedder.linear_{i}" for e in ("time_text_embed", "time_text_embed_2") for i in (1, 2)]
+    for module in (*targets, "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_add_out"):
+        weight = tensors[f"{module}.weight"]
+        a, b = torch.randn(2, weight.shape[1], generator=generator), torch.randn(len(weight), 2, generator=generator)
+        factors |= {f"transformer.{module}.lora_A.weight": a, f"transformer.{module}.lora_B.weight": b}
+        tensors[f"{module}.weight"] = weight + 0.1 * b @ a
+    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(factors, tmp_path / "lora.safetensors")
+    args = {"height": 16, "width": 16, "seed": 1, "output": "latent"}
+    base, merged = (load(model, device="cpu")("x", **args).images for model in (models[False], folder))
+    ours = load(models[False], device="cpu", loras={tmp_path / "lora.safetensors": 0.1})("x", **args).images
+    assert relative(ours, merged) < 1e-5 and relative(base, merged) > 1e-2
+
+
 def test_an_artifact_gives_the_same_images(pipes, tmp_path):
     args = {"height": 16, "width": 16, "seed": 1, "output": "np"}
     saved = load(pipes[True].save(tmp_path / "artifact"), device="cpu")
