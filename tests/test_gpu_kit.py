@@ -34,7 +34,10 @@ def test_a_part_leaves_its_log_whatever_becomes_of_it(tmp_path):
 def test_parts():
     for dry in (False, True):
         names = [part.name for part in kit.parts(Path("out"), dry)]
-        assert names == ["build", "env", "checks", "tests", "sanitizer", "kernels", "z-image", "qwen-image", "report"]
+        assert names == [
+            "build", "env", "checks", "tests", "sanitizer", "kernels-z-image", "kernels-qwen-image", "z-image",
+            "qwen-image", "report",
+        ]  # fmt: skip
         words = {word for part in kit.parts(Path("out"), dry) for command in part.commands for word in command}
         assert ("cuda" in words, "cpu" in words, "--dry" in words) == (not dry, dry, dry)
     assert kit.LIMIT_S < 8 * 60
@@ -78,12 +81,15 @@ def test_a_wrong_kernel_is_reported_and_not_timed():
 
 
 def test_kernels_records_and_reports(tmp_path, capsys):
-    out = tmp_path / "kernels.json"
-    options = ["--device", "cpu", "--sizes", "tiny", "--dtypes", "bfloat16", "--ops", "rms_norm", "attention"]
-    assert kernels.main([str(out), *options, "--repeats", "3", "--without", "compile"]) == 0
+    out = tmp_path / "kernels-z-image.json"
+    options = ["--device", "cpu", "--sizes", "tiny", "--dtypes", "bfloat16"]
+    ops = ["--ops", "rms_norm", "attention", "swiglu_quantized"]
+    assert kernels.main([str(out), *options, *ops, "--repeats", "3", "--without", "compile"]) == 0
     record = json.loads(out.read_text())
     first = record["cases"][0]
-    assert [c["case"] for c in record["cases"]] == ["rms_norm", "attention", "attention, ragged"]
+    assert [c["case"] for c in record["cases"]] == [
+        "rms_norm", "attention", "attention, ragged", "swiglu_quantized, float8", "swiglu_quantized, int8",
+    ]  # fmt: skip
     assert first["chosen"] == "native" and set(first["times"]) == {"native", "eager", "torch"} == set(first["right"])
     rate = first["bytes"] / first["times"]["native"]["median"]
     assert first["achieved"]["native"]["bytes_per_s"] == pytest.approx(rate)
@@ -106,7 +112,7 @@ def test_targets():
 
 
 def test_unreadable_records_are_kept_out(tmp_path):
-    (tmp_path / "kernels.json").write_text('{"cases": [')
+    (tmp_path / "kernels-z-image.json").write_text('{"cases": [')
     found = report.collect(tmp_path)
-    assert "unreadable" in found["kernels"]
+    assert "unreadable" in found["kernels-z-image"]
     assert report.main(str(tmp_path)) == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,17 @@ class CudaKernels:
 @cache
 def load(device: str) -> Any:
     """The kernels for a device type, or the reason (a str) why there are none."""
+    found: Any
     if device == "cuda":
         if not CUDA_LIBRARY.exists():
             return "built without GPU kernels; reinstall where nvcc is on PATH (TWINFLOW_CUDA=ON insists)"
         try:
-            found: Any = CudaKernels(CUDA_LIBRARY)
+            found = CudaKernels(CUDA_LIBRARY)
         except (OSError, AttributeError) as error:  # AttributeError: a library without these functions
             return f"the GPU kernels do not load: {error}"
     elif device == "cpu":
         try:
-            from . import _native as found
+            found = import_module("twinflow_rt._native")
         except ImportError as error:
             return f"the native extension is not built here ({error}); `pip install .` builds it"
     else:

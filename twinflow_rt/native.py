@@ -95,7 +95,7 @@ def _fake(*names: str) -> Callable:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = x.new_empty(x.shape)
     rows, *strides = _rows(x)
-    held, address, each = _weight(weight, x)
+    _held, address, each = _weight(weight, x)
     _call("rms_norm", x, rows.data_ptr(), *strides, address, each, out.data_ptr(), *_shape(x), eps)
     return out
 
@@ -104,7 +104,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> Tensor:
     out = x.new_empty(x.shape)
     rows, *strides = _rows(x)
-    (held, *w), (held_too, *b) = _weight(weight, x), _weight(bias, x)
+    (_held, *w), (_too, *b) = _weight(weight, x), _weight(bias, x)
     _call("layer_norm", x, rows.data_ptr(), *strides, *w, *b, out.data_ptr(), *_shape(x), eps)
     return out
 
@@ -114,7 +114,7 @@ def _residual_norm(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, 
     _same("branch", x, branch)
     out = [x.new_empty(x.shape) for _ in range(1 if pre is None else 2)]
     (a, *a_strides), (b, *b_strides) = _rows(x), _rows(branch)
-    (held, *after), (held_too, *before) = _weight(post, x), _weight(pre, x)
+    (_held, *after), (_too, *before) = _weight(post, x), _weight(pre, x)
     _call(
         "residual_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before, out[0].data_ptr(),
         0 if pre is None else out[1].data_ptr(), *_shape(x), eps,

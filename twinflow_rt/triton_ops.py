@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .kernels import attention as _attention
+from .kernels import attention as _attention  # type: ignore[import-not-found]
 from .kernels import decode, mlp, norm, rope, sample
 
 _library = torch.library.Library("twinflow", "FRAGMENT")

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from benches.gpu import rivals
+from twinflow_rt import ops
 from twinflow_rt.bench import ceilings, facts
 from twinflow_rt.bench.op_cases import SIZES, Case, cases, judge, outputs
+from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.bench.timing import interleave
-from twinflow_rt.ops import EAGER
 from twinflow_rt.ops.select import Target, choose
 
 COPY_SHARE = 0.8  # of the copy bandwidth, what an op that moves data should reach
@@ -30,18 +31,15 @@ ATTENTION_SHARE = 0.95  # of the fastest backend, what ours should reach to be c
 
 def check(case: Case, contenders: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
     """Contenders that are right, and what is wrong with the others; each runs on inputs of its own."""
-    exact, eager = case.exact(*case.inputs()), getattr(EAGER, case.op)(*case.inputs())
+    exact, eager = case.exact(*case.inputs()), case.read(getattr(ops, case.op)(*case.inputs()))
     right, wrong = {}, {}
     for name, call in contenders.items():
         try:
-            got = call(*case.inputs())
+            got = case.read(call(*case.inputs()))
         except Exception as error:  # a rival may raise anything; the others still run
             wrong[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             continue
-        if rivals.needs_rounded_weights(name):
-            problem = _close(got, exact)
-        else:
-            problem = judge(got, eager, exact)
+        problem = _close(got, exact) if rivals.needs_rounded_weights(name) else judge(got, eager, exact)
         if problem is None:
             right[name] = call
         else:
@@ -104,12 +102,13 @@ def one(
     ceiling: ceilings.Ceilings | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Checks, and unless only that was asked for times, one case; the entry of the record."""
-    ragged, name = "ragged" in case.name, str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     target = Target.of(device, dtype, SIZES[size].head_dim)
-    mine, refused = rivals.ours(case.op, ragged, target)
+    mine, refused = rivals.ours(case, target)
     others = {} if options.check_only else rivals.others(case.op, case.inputs(), options.without)
     right, wrong = check(case, {**mine, **others})
-    chosen = choose("attention.ragged" if ragged else case.op, target).chosen
+    beside = case.op in rivals.STEMS  # of the table: Triton wherever it runs
+    chosen = next(iter(mine), "eager") if beside else choose(rivals.table_name(case), target).chosen
     entry: dict[str, Any] = {
         "op": case.op, "case": case.name, "size": size, "dtype": name, "bytes": case.bytes, "flops": case.flops,
         "chosen": chosen, "right": sorted(right), "wrong": wrong, "refused": refused,
@@ -143,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     for size in dict.fromkeys(options.sizes):
         for dtype in options.dtypes:
-            for case in cases(SIZES[size], getattr(torch, dtype), device):
+            where = SIZES[size], getattr(torch, dtype), device
+            for case in (*cases(*where), *standalone(*where)):
                 if options.ops and case.op not in options.ops:
                     continue
                 with torch.inference_mode():

@@ -45,7 +45,8 @@ class Outcome:
 def parts(out: Path, dry: bool) -> list[Part]:
     """What each part runs. `dry`: on the CPU, tiny."""
     python, device = (sys.executable, "-P", "-m"), ("--device", "cpu" if dry else "cuda")
-    sizes = ("tiny",) if dry else ("z-image 1024x1024", "qwen-image 1328x1328")
+    sizes = {"z-image": "z-image 1024x1024", "qwen-image": "qwen-image 1328x1328"}
+    timed = {f"kernels-{model}": "tiny" if dry else size for model, size in sizes.items()}
     quick = ("--without", "compile", "--repeats", "3") if dry else ()
 
     def kernels(name: str, *arguments: str) -> tuple[str, ...]:
@@ -59,22 +60,23 @@ def parts(out: Path, dry: bool) -> list[Part]:
         command = (*python, "twinflow_rt.cli", "bench", "--random-weights", model, "--json", f"{out}/{record}.json")
         return (*command, *device, *(TINY_MODEL if dry else ("--dtype", "bfloat16", "--cold-runs", "1", *arguments)))
 
+    large = ("--size", "1328")
     native = "tests/native/test_native.py"
     watched = pytest("-m", "gpu", "-k", "test_ops and odd and cuda", native)
     watch = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     return [
         Part("build", ((*python, "benches.gpu.build", str(BUILD), *(("--dry",) if dry else ())),)),
         Part("env", ((*python, "benches.gpu.env", f"{out}/env.json"),)),
-        Part("checks", (kernels("checks", "--check-only", "--sizes", "tiny", *sizes),)),
+        Part("checks", (kernels("checks", "--check-only", "--sizes", "tiny", *(() if dry else sizes.values())),)),
         Part("tests", (pytest("-m", "not gpu" if dry else "gpu", "-k", "not emulated", "tests/gpu", native),)),
         Part("sanitizer", tuple((*watch, tool, *watched) for tool in ("memcheck", "racecheck")), "compute-sanitizer"),
-        Part("kernels", (kernels("kernels", "--dtypes", "bfloat16", "--sizes", *sizes, *quick),)),
+        *(Part(n, (kernels(n, "--dtypes", "bfloat16", "--sizes", size, *quick),)) for n, size in timed.items()),
         Part("z-image", (bench("z-image", "z-image", "--size", "1024", "--peers", "eager,compile"),)),
         Part(
             "qwen-image",  # the float32 reference of all 60 layers does not fit beside the network
             (
-                bench("qwen-image", "qwen-image-shallow", "--size", "1328", "--layers", "6", "--peers", "eager", *ALONE),
-                bench("qwen-image", "qwen-image", "--size", "1328", "--no-check", *ALONE),
+                bench("qwen-image", "qwen-image-shallow", *large, "--layers", "6", "--peers", "eager", *ALONE),
+                bench("qwen-image", "qwen-image", *large, "--no-check", *ALONE),
             ),
         ),
         Part("report", ((*python, "benches.gpu.report", str(out)),)),

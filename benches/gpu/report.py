@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PARTS = ("kit", "env", "checks", "kernels", "z-image", "qwen-image", "qwen-image-shallow")
+KERNELS = ("checks", "kernels-z-image", "kernels-qwen-image")
+PARTS = ("kit", "env", *KERNELS, "z-image", "qwen-image", "qwen-image-shallow")
 
 
 def collect(out: Path) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def main(folder: str) -> int:
             gpu = (machine.get("gpu") or {}).get("name", "no GPU")
             console.print(f"{gpu}; torch {machine.get('packages', {}).get('torch')}; commit {machine.get('commit')}")
             console.print(outcomes(found.get("kit", {})))
-            for part in ("checks", "kernels"):
+            for part in KERNELS:
                 if part in found:
                     console.print(kernels(found[part]))
     return 0

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twinflow_rt.ops import EAGER
+from twinflow_rt import ops
+from twinflow_rt.bench.op_cases import Case
+from twinflow_rt.bench.standalone_cases import STEMS, launcher, refuses
 from twinflow_rt.ops.optional import find
 from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, Target
 
@@ -17,10 +19,13 @@ NAMES = ("eager", "compile", "torch", "liger")
 LIGER = "liger_kernel.transformers.functional"
 
 
-def ours(op: str, ragged: bool, target: Target) -> tuple[dict[str, Callable], dict[str, str]]:
+def ours(case: Case, target: Target) -> tuple[dict[str, Callable], dict[str, str]]:
     """The implementations that serve `target` here, and why the others do not."""
+    if case.op in STEMS:
+        reason = refuses(case, target)
+        return ({}, {"triton": reason}) if reason else ({"triton": launcher(case.op)}, {})
     usable, refused = {}, {}
-    for name, implementation in IMPLEMENTATIONS[RAGGED if ragged else op].items():
+    for name, implementation in IMPLEMENTATIONS[table_name(case)].items():
         if name == "eager":
             continue
         if reason := implementation.refuses(target):
@@ -30,15 +35,20 @@ def ours(op: str, ragged: bool, target: Target) -> tuple[dict[str, Callable], di
     return usable, refused
 
 
+def table_name(case: Case) -> str:
+    """The key of `IMPLEMENTATIONS` a case belongs to."""
+    return RAGGED if "ragged" in case.name else case.op
+
+
 def others(op: str, args: tuple[Any, ...], without: Sequence[str] = ()) -> dict[str, Callable]:
     """Of `NAMES` less `without`: eager (the specification), compile (what replacing eager must beat),
     torch's fused operators, Liger.
 
     Weights in another dtype than the op's are converted here, not in the timed call.
     """
-    found: dict[str, Callable] = {"eager": getattr(EAGER, op)}
+    found: dict[str, Callable] = {"eager": getattr(ops, op)}
     if "compile" not in without:
-        found["compile"] = torch.compile(getattr(EAGER, op))
+        found["compile"] = torch.compile(getattr(ops, op))
     if op in ("rms_norm", "layer_norm"):
         x, weight = args[0], args[1]
         low = weight.reshape(-1).to(x.dtype)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
+from twinflow_rt.bench.standalone_cases import launcher, refuses, standalone
 from twinflow_rt.ops import EAGER
 from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, Target
 
 pytestmark = pytest.mark.gpu
 PAIRS = [(op, name) for op, some in IMPLEMENTATIONS.items() for name in some if name not in ("eager", "native")]
+STANDALONE = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu")]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -73,3 +76,14 @@ def tensors(value):
         elif isinstance(item, torch.Tensor):
             found[item.data_ptr()] = item
     return list(found.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", STANDALONE)
+def test_kernels_beside_the_table(name, size, dtype):
+    (case,) = (c for c in standalone(SIZES[size], dtype, "cuda") if c.name == name)
+    if reason := refuses(case, Target.of(torch.device("cuda"), dtype)):
+        pytest.skip(reason)
+    got, eager = (case.read(call(*case.inputs())) for call in (launcher(case.op), getattr(ops, case.op)))
+    assert (problem := judge(got, eager, case.exact(*case.inputs()))) is None, problem

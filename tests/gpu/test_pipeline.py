@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from twinflow_rt.bench.random_weights import temporary
 from twinflow_rt.pipeline import load

@@ -12,7 +12,14 @@ import torch
 from twinflow_rt import ops
 from twinflow_rt.ops import backends, optional
 from twinflow_rt.ops.select import (
-    IMPLEMENTATIONS, NATIVE, RAGGED, OpTable, Target, choose, rank, select,
+    IMPLEMENTATIONS,
+    NATIVE,
+    RAGGED,
+    OpTable,
+    Target,
+    choose,
+    rank,
+    select,
 )  # fmt: skip
 
 OPS = tuple(f.name for f in fields(OpTable))

@@ -49,7 +49,8 @@ SIZES = {
 @dataclass(frozen=True)
 class Case:
     """op(*inputs()) against exact(*inputs()), which returns float64 tensors. bytes: the least a call must
-    read and write; flops: of its matrix products. in_place: the first argument is consumed."""
+    read and write; flops: of its matrix products. in_place: the first argument is consumed. read: from
+    what the op returns to what `exact` is compared with, for results in a code such as float8 and scales."""
 
     op: str
     name: str
@@ -58,6 +59,7 @@ class Case:
     bytes: int
     flops: int = 0
     in_place: bool = False
+    read: Callable[[Any], Any] = lambda result: result
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str, batch: int = 1) -> list[Case]:

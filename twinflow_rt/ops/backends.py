@@ -95,25 +95,25 @@ def _first(function: Callable) -> Callable:
 
 
 def _flash2() -> Callable:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
 
     return _first(flash_attn_func)
 
 
 def _flash3() -> Callable:
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
 
     return _first(flash_attn_func)
 
 
 def _flash4() -> Callable:
-    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
 
     return _first(flash_attn_func)
 
 
 def _xformers() -> Callable:
-    from xformers.ops import memory_efficient_attention
+    from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
     return _first(memory_efficient_attention)
 
@@ -140,6 +140,7 @@ def order(arch: int | None) -> tuple[str, ...]:
     these until a measurement puts it ahead, and before xformers, whose kernel for these GPUs is
     FlashAttention's again or an older one.
     """
+    names: tuple[str, ...]
     if arch is not None and arch >= 120:
         names = ("cudnn", "flash-attn-2", "torch-flash")
     elif arch is not None and arch >= 100:

@@ -184,7 +184,7 @@ class Choice:
 def choose(op: str, target: Target, prefer: str | None = None) -> Choice:
     """The best-ranked implementation of `op` that serves `target` on this machine; `prefer` leads the rank
     of every op that has an implementation of that name."""
-    refused = []
+    refused: list[tuple[str, str]] = []
     first = (prefer,) if prefer in IMPLEMENTATIONS[op] else ()
     for name in dict.fromkeys((*first, *rank(op, target))):
         reason = IMPLEMENTATIONS[op][name].refuses(target)

@@ -1,0 +1,119 @@
+"""Kernels beside the op table, at their networks' sizes: quantizing forms of the table's ops, and the VAE's.
+
+As `op_cases`, for functions of `twinflow_rt.ops` that networks do not reach through `OpTable`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.select import Target, triton_refuses
+from .op_cases import EPS, Case, Sizes, _Draw, exact_gelu, exact_layer, exact_rms
+
+# op -> the module of kernels/ that has it
+STEMS = {
+    "quantize_rows": "linear", "rms_norm_quantized": "norm", "layer_norm_quantized": "norm",
+    "residual_norm_quantized": "norm", "residual_layer_norm_quantized": "norm", "swiglu_quantized": "mlp",
+    "gelu_tanh_quantized": "mlp", "group_norm_silu": "decode", "x0_to_vae": "decode",
+}  # fmt: skip
+QUANTIZED = (torch.float8_e4m3fn, torch.int8)
+FLOAT8_ARCH = 89
+
+
+def launcher(op: str) -> Callable:
+    """The Triton launcher; imports triton."""
+    return getattr(import_module(f"twinflow_rt.kernels.{STEMS[op]}"), op)
+
+
+def refuses(case: Case, target: Target) -> str | None:
+    """Why Triton cannot run the case on `target`, or None."""
+    if "float8" in case.name and target.arch is not None and target.arch < FLOAT8_ARCH:
+        return f"float8 needs compute capability 8.9, this GPU has {target.arch / 10:.1f}"
+    return triton_refuses(target)
+
+
+def standalone(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> list[Case]:
+    """A case per op, the quantizing ones for float8 and int8."""
+    draw = _Draw(dtype, torch.device(device))
+    return [c for q in QUANTIZED for c in _quantizing(sizes, draw, q)] + _vae(sizes, draw)
+
+
+def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(..., values, scales) -> (..., values * scales): what a matrix product will see."""
+    *before, values, scales = result
+    return (*before, values.float() * scales)
+
+
+def _quantizing(s: Sizes, draw: _Draw, quantized: torch.dtype) -> list[Case]:
+    shape, count = (1, s.tokens, s.width), s.tokens * s.width
+    x, branch = (lambda: draw(*shape)), (lambda: draw(*shape, seed=5))
+    w = lambda seed=1: draw.weight(1, 1, s.width, seed=seed)
+    bias = lambda: w(3) - 1
+
+    def residual(
+        x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float, _: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        total = x.double() + exact_rms(branch, post, eps)
+        return total, exact_rms(total.to(x.dtype), pre, eps)
+
+    def gated(
+        x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, _: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        total = x.double() + gate.double() * branch.double()
+        return total, exact_layer(total.to(x.dtype), weight, eps, bias)
+
+    def swiglu(x: Tensor, _: torch.dtype) -> tuple[Tensor]:
+        a, g = x.double().chunk(2, -1)
+        return (a / (1 + (-a).exp()) * g,)
+
+    hidden = s.tokens * s.hidden
+    wide = lambda n: 2 * draw(1, s.tokens, n)
+    table: list[tuple[str, Callable[[], tuple[Any, ...]], Callable[..., tuple[Tensor, ...]], int]] = [
+        ("quantize_rows", lambda: (x(), quantized), lambda x, _: (x.double(),), count * (draw.item + 1)),
+        ("rms_norm_quantized", lambda: (x(), w(), EPS, quantized), lambda x, w, e, _: (exact_rms(x, w, e),),
+         count * (draw.item + 1)),
+        ("layer_norm_quantized", lambda: (x(), w(), EPS, bias(), quantized),
+         lambda x, w, e, b, _: (exact_layer(x, w, e, b),), count * (draw.item + 1)),
+        ("residual_norm_quantized", lambda: (x(), branch(), w(), w(2), EPS, quantized), residual,
+         count * (3 * draw.item + 1)),
+        ("residual_layer_norm_quantized", lambda: (x(), branch(), bias(), w(), bias(), EPS, quantized), gated,
+         count * (3 * draw.item + 1)),
+        ("swiglu_quantized", lambda: (wide(2 * s.hidden), quantized), swiglu, hidden * (2 * draw.item + 1)),
+        ("gelu_tanh_quantized", lambda: (wide(s.hidden), quantized), lambda x, _: (exact_gelu(x),),
+         hidden * (draw.item + 1)),
+    ]  # fmt: skip
+    kind = str(quantized).removeprefix("torch.").partition("_")[0]
+    return [Case(op, f"{op}, {kind}", args, exact, size, read=dequantized) for op, args, exact, size in table]
+
+
+def _vae(s: Sizes, draw: _Draw) -> list[Case]:
+    channels, edge, latents = 128, s.pixels, math.prod(s.latents)
+
+    def image() -> tuple[Any, ...]:
+        x = draw(1, channels, edge, edge).contiguous(memory_format=torch.channels_last)
+        return x, 32, draw.weight(channels), draw.weight(channels, seed=1) - 1, 1e-6
+
+    def latent() -> tuple[Any, ...]:
+        c, h, w = s.latents
+        tokens = draw(1, h // 2, w // 2, 2, 2, c)
+        std = draw.weight(c)
+        return draw(1, c, h, w), tokens.permute(0, 5, 1, 3, 2, 4), 1.0, std, std - 1, draw.dtype
+
+    def group(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor]:
+        return (F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), eps)),)
+
+    def unpacked(x: Tensor, velocity: Tensor, t: float, std: Tensor, mean: Tensor, _: torch.dtype) -> tuple[Tensor]:
+        x0 = x.double() - t * velocity.double().reshape(x.shape)
+        return (x0 * std.double().view(-1, 1, 1) + mean.double().view(-1, 1, 1),)
+
+    return [
+        Case("group_norm_silu", "group_norm_silu", image, group, 3 * channels * edge**2 * draw.item),
+        Case("x0_to_vae", "x0_to_vae", latent, unpacked, 3 * latents * draw.item),
+    ]
