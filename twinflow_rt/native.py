@@ -60,7 +60,7 @@ def _weight(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
     if weight.dtype != torch.float32 or weight.device != x.device:
         raise TypeError(f"a norm weight is float32 on {x.device}, not {weight.dtype} on {weight.device}")
     shared = weight.numel() == dim
-    if weight.shape[-1] != dim or not (shared or weight.shape == (batch, 1, dim)):
+    if weight.shape[-1] != dim or not (shared or (x.ndim == 3 and weight.shape == (batch, 1, dim))):
         raise ValueError(f"a norm weight for {tuple(x.shape)} is [D] or [B or 1, 1, D], not {tuple(weight.shape)}")
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     return weight, weight.data_ptr(), 0 if shared else weight.stride(0)

@@ -164,6 +164,7 @@ def test_wrong_arguments_are_refused_before_the_kernel():
     for call, error in [
         (lambda: native.rms_norm(x, w[:7], EPS), ValueError),
         (lambda: native.rms_norm(x, w.expand(3, 1, 8), EPS), ValueError),
+        (lambda: native.rms_norm(x[0], draw(3, 1, 8), EPS), ValueError),  # one weight a sample: of [B, S, D] only
         (lambda: native.rms_norm(x, w.double(), EPS), TypeError),
         (lambda: native.rms_norm(x.half(), w, EPS), TypeError),
         (lambda: native.layer_norm(x, w, EPS, w[:7]), ValueError),
