@@ -51,7 +51,7 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     compiled (unknown network, offloaded, unmerged LoRA layers, accelerated already), CheckpointError
     for weights that do not fit.
     """
-    original = getattr(pipe, "transformer", None)
+    original: Any = getattr(pipe, "transformer", None)
     if isinstance(original, Compiled):
         raise ConfigError("this pipeline is accelerated already; restore() it first")
     name = type(original).__name__
@@ -60,7 +60,7 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     for module in (original, pipe.vae):
         _require_plain(module)
     family = family_of({"_class_name": name})
-    second, decoder = _second(original, family, twinflow), _decoder(pipe.vae, family)
+    second, decoder = _second(original, family, twinflow), _decoder(pipe.vae, family.vae)
     device, dtype, first_times = original.device, original.dtype, ((1.0, 0.0 if twinflow else 1.0),)
     handle = Accelerated(pipe, original, pipe.vae.decoder)
     try:
@@ -112,8 +112,9 @@ class Accelerated:
         self.restore()
 
 
-def _decoder(vae: Any, family: Family) -> CompiledDecoder:
-    model = family.vae.model
+def _decoder(vae: Any, stage: Any) -> CompiledDecoder:
+    """The decoder of a diffusers VAE, compiled as `stage`, the family's, has it."""
+    model = stage.model
     config = model.config.from_dict(_config(vae))
     with torch.device("meta"):
         network = model.network(config)

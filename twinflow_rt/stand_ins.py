@@ -29,6 +29,8 @@ class Compiled(nn.Module):
     t in [0, 1] of such a value.
     """
 
+    network: Any
+
     def __init__(self, pipe: Any, original: Any, program: Program, any_step: bool) -> None:
         super().__init__()
         self.network, self.program, self.any_step = program.network, program, any_step

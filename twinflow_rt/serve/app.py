@@ -141,10 +141,11 @@ async def _finished(engine: Engine, jobs: list[Job], request: Request, timeout: 
 
     Raises TimeoutError, and what the jobs raise.
     """
-    work = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+    work = asyncio.create_task(_images(jobs))
     gone = asyncio.create_task(_disconnected(request))
     try:
-        await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        ends: tuple[asyncio.Task[Any], ...] = work, gone
+        await asyncio.wait(ends, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             return work.result()
         if gone.done():
@@ -154,6 +155,10 @@ async def _finished(engine: Engine, jobs: list[Job], request: Request, timeout: 
         work.cancel()
         gone.cancel()
         engine.cancel(jobs)
+
+
+async def _images(jobs: list[Job]) -> list[Any]:
+    return [await asyncio.wrap_future(job.future) for job in jobs]
 
 
 async def _disconnected(request: Request) -> None:

@@ -226,7 +226,8 @@ class Engine:
 
     def _generate(self, batch: list[Job]) -> None:
         """Runs a batch. If it fails, its jobs run one by one: what is wrong with one is not the others' fault."""
-        began, timings = time.monotonic(), {}
+        began = time.monotonic()
+        timings: dict[str, float] = {}
         try:
             images, timings = self._call(batch)
         except Exception as error:  # whatever it is, the next batch must run

@@ -27,7 +27,7 @@ class Gate:
         path, began = scope["path"], time.monotonic()
         label = path if path in PATHS else "other"
 
-        async def counted(message: dict) -> None:
+        async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.count.labels(label, str(message["status"])).inc()
                 if label == "/v1/images/generations":
