@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,20 +36,25 @@ from ..vae import QwenImageDecoder
 from . import Family, must_equal
 from .context import Context as PromptContext
 from .mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack, unpack
+from .network_config import NetworkConfig, second_embedder
 from .qwen_image_blocks import Block, TimeEmbedding
 
 ROPE_THETA = 10000.0
 DEFAULT_TOKENS = 83  # per axis: 1328 pixels, the square that Qwen-Image was released for
 MAX_TOKENS = 256  # per axis: 4096 pixels
 
-# config.json keys of other variants of the network (editing, layers, guidance): off in Qwen-Image
-VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
-UNREAD = ("pooled_projection_dim",)  # present in released files, read by nothing
 
 
 @dataclass(frozen=True)
-class QwenImageConfig:
+class QwenImageConfig(NetworkConfig):
     """transformer/config.json, field for field; defaults are the 20B release."""
+
+    class_name = "QwenImageTransformer2DModel"
+    unread = ("pooled_projection_dim",)  # in released files
+    variants = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+    variant_hint = (
+        "a variant of Qwen-Image for editing, layers or guidance; use a text-to-image checkpoint (docs/editing.md)"
+    )
 
     patch_size: int = 2
     in_channels: int = 64
@@ -75,25 +80,6 @@ class QwenImageConfig:
             )
         if self.num_layers < 1:
             raise ConfigError(f"num_layers is {self.num_layers}; check transformer/config.json")
-
-    @classmethod
-    def from_dict(cls, raw: dict) -> QwenImageConfig:
-        """Builds from config.json's content; diffusers' bookkeeping keys (`_*`) are dropped."""
-        if active := [k for k in VARIANTS if raw.get(k)]:
-            raise ConfigError(
-                f"transformer/config.json sets {', '.join(active)}: a variant of Qwen-Image for editing, layers or "
-                "guidance; use a text-to-image checkpoint (docs/editing.md)"
-            )
-        known = {f.name for f in fields(cls)}
-        skipped = {*known, *VARIANTS, *UNREAD}
-        if unknown := [k for k in raw if k not in skipped and not k.startswith("_")]:
-            raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known})
-
-    def to_dict(self) -> dict:
-        """config.json's content, loadable by diffusers' QwenImageTransformer2DModel."""
-        out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"_class_name": "QwenImageTransformer2DModel", **out}
 
     @property
     def dim(self) -> int:
@@ -277,15 +263,6 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".norm_" in name or name.startswith("txt_norm.") else dtype
 
 
-def _absent(missing: set[str]) -> str | None:
-    if all(name.startswith("time_text_embed_2.") for name in missing):
-        return (
-            "time_text_embed_2 is missing: this is a plain Qwen-Image checkpoint, or a community loader "
-            "saved it without TwinFlow's second time embedder; get the original TwinFlow files"
-        )
-    return None
-
-
 def fit(config: QwenImageConfig, text: QwenImageText, vae: QwenImageDecoder) -> SizeRule:
     """Latents are packed 2x2; positions are computed, so nothing but memory bounds a size."""
     must_equal(
@@ -297,6 +274,7 @@ def fit(config: QwenImageConfig, text: QwenImageText, vae: QwenImageDecoder) -> 
 
 
 FAMILY = Family(
-    "qwen-image", QwenImageConfig, QwenImageTransformer, Layout(FUSED, (), _dtype_of, _absent),
+    "qwen-image", QwenImageConfig, QwenImageTransformer,
+    Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "Qwen-Image")),
     text=QwenImageText, vae=QwenImageDecoder, fit=fit,
 )  # fmt: skip

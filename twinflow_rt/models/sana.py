@@ -28,8 +28,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,7 @@ from ..vae import DeepDecoder
 from . import Family, must_equal
 from .context import Context as PromptContext
 from .mmdit import EPS, PLAIN, Constants
+from .network_config import NetworkConfig, second_embedder
 from .sana_blocks import QK_EPS, Block, TimeModulation, effective
 
 TIME_SCALE = 1000.0
@@ -55,12 +57,14 @@ GUIDANCE = 4.5  # SANA-Sprint's default guidance scale, part of its constants
 FUSED = {"attn1.to_qkv.weight": ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight")} | {
     f"attn2.to_kv.{leaf}": (f"attn2.to_k.{leaf}", f"attn2.to_v.{leaf}") for leaf in ("weight", "bias")
 }
-UNREAD = ("dropout", "timestep_scale")  # training, and other samplers' way to scale time
 
 
 @dataclass(frozen=True)
-class SanaConfig:
+class SanaConfig(NetworkConfig):
     """transformer/config.json, field for field; defaults are the 1.6B release."""
+
+    class_name = "SanaTransformer2DModel"
+    unread = ("dropout", "timestep_scale")  # training, and other samplers' way to scale time
 
     in_channels: int = 32
     out_channels: int = 32
@@ -101,19 +105,11 @@ class SanaConfig:
             raise ConfigError(f"num_layers is {self.num_layers}; check transformer/config.json")
 
     @classmethod
-    def from_dict(cls, raw: dict) -> SanaConfig:
-        """Builds from config.json's content; diffusers' bookkeeping keys (`_*`) are dropped."""
-        known = {f.name for f in fields(cls)}
-        if unknown := [k for k in raw if k not in {*known, *UNREAD} and not k.startswith("_")]:
-            raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}")
-        given = {k: v for k, v in raw.items() if k in known}
-        if given.get("out_channels", 0) is None:
-            given["out_channels"] = given.get("in_channels", cls.in_channels)
-        return cls(**given)
-
-    def to_dict(self) -> dict:
-        """config.json's content, loadable by diffusers' SanaTransformer2DModel."""
-        return {"_class_name": "SanaTransformer2DModel", **asdict(self)}
+    def from_dict(cls, raw: dict) -> Self:
+        """As `NetworkConfig.from_dict`; out_channels null means in_channels."""
+        if raw.get("out_channels", 0) is None:
+            raw = {**raw, "out_channels": raw.get("in_channels", cls.in_channels)}
+        return super().from_dict(raw)
 
     @property
     def dim(self) -> int:
@@ -282,15 +278,6 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".norm_" in name or name.startswith("caption_norm.") else dtype
 
 
-def _absent(missing: set[str]) -> str | None:
-    if all(name.startswith("time_embed_2.") for name in missing):
-        return (
-            "time_embed_2 is missing: this is a plain SANA checkpoint, or a community loader saved it without "
-            "TwinFlow's second time embedder; get the original TwinFlow files, or SANA-Sprint"
-        )
-    return None
-
-
 def open_text(folder: Path) -> SanaText | OpenUniText:
     """SANA reads prompts with Gemma 2; OpenUni, whose folder has a connector, with InternVL3."""
     return OpenUniText(folder) if (folder / "connector").is_dir() else SanaText(folder)
@@ -306,5 +293,7 @@ def fit(config: SanaConfig, text: SanaText | OpenUniText, vae: DeepDecoder) -> S
 
 
 FAMILY = Family(
-    "sana", SanaConfig, SanaTransformer, Layout(FUSED, (), _dtype_of, _absent), text=open_text, vae=DeepDecoder, fit=fit
-)
+    "sana", SanaConfig, SanaTransformer,
+    Layout(FUSED, (), _dtype_of, second_embedder("time_embed_2", "SANA", ", or SANA-Sprint")),
+    text=open_text, vae=DeepDecoder, fit=fit,
+)  # fmt: skip

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from ..vae import KLDecoder
 from . import Family, mmdit, must_equal
 from .context import Context as PromptContext
 from .mmdit import EPS, Constants, modulation_rows, pack, unpack
+from .network_config import NetworkConfig, second_embedder
 from .sd3_blocks import Block, TimeTextEmbedding
 
 TIME_SCALE = 1000.0
@@ -40,8 +42,10 @@ FUSED = mmdit.FUSED | {
 
 
 @dataclass(frozen=True)
-class SD3Config:
+class SD3Config(NetworkConfig):
     """transformer/config.json, field for field; defaults are the 3.5 Medium release."""
+
+    class_name = "SD3Transformer2DModel"
 
     sample_size: int = 128
     patch_size: int = 2
@@ -81,18 +85,9 @@ class SD3Config:
             )
 
     @classmethod
-    def from_dict(cls, raw: dict) -> SD3Config:
-        """Builds from config.json's content; diffusers' bookkeeping keys (`_*`) are dropped."""
-        known = {f.name for f in fields(cls)}
-        if unknown := [k for k in raw if k not in known and not k.startswith("_")]:
-            raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}")
-        given = {"qk_norm": None, "dual_attention_layers": (), **raw}  # what SD3's own files leave out
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in known})
-
-    def to_dict(self) -> dict:
-        """config.json's content, loadable by diffusers' SD3Transformer2DModel."""
-        out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"_class_name": "SD3Transformer2DModel", **out}
+    def from_dict(cls, raw: dict) -> Self:
+        """As `NetworkConfig.from_dict`; SD3's own files leave out what SD3.5 added."""
+        return super().from_dict({"qk_norm": None, "dual_attention_layers": (), **raw})
 
     @property
     def dim(self) -> int:
@@ -251,15 +246,6 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".norm_" in name else dtype
 
 
-def _absent(missing: set[str]) -> str | None:
-    if all(name.startswith("time_text_embed_2.") for name in missing):
-        return (
-            "time_text_embed_2 is missing: this is a plain SD3.5 checkpoint, or a community loader saved it without "
-            "TwinFlow's second embedder; get the original TwinFlow files"
-        )
-    return None
-
-
 def fit(config: SD3Config, text: SD3Text, vae: KLDecoder) -> SizeRule:
     """Latents are cut in 2x2 patches, and the checkpoint has positions for so many of them."""
     must_equal(
@@ -281,5 +267,7 @@ def fit(config: SD3Config, text: SD3Text, vae: KLDecoder) -> SizeRule:
 
 
 FAMILY = Family(
-    "sd3.5", SD3Config, SD3Transformer, Layout(FUSED, (), _dtype_of, _absent), text=SD3Text, vae=KLDecoder, fit=fit
-)
+    "sd3.5", SD3Config, SD3Transformer,
+    Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "SD3.5")),
+    text=SD3Text, vae=KLDecoder, fit=fit,
+)  # fmt: skip

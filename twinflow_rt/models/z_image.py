@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from ..vae import KLDecoder
 from . import Family, must_equal
 from .context import Context
 from .mmdit import linear32
+from .network_config import NetworkConfig, second_embedder
 from .z_image_blocks import ADALN_DIM, BLOCK_NORMS, Block, FinalLayer, TimestepEmbedder
 
 SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
@@ -52,8 +53,10 @@ def pad_length(n: int) -> int:
 
 
 @dataclass(frozen=True)
-class ZImageConfig:
+class ZImageConfig(NetworkConfig):
     """transformer/config.json, field for field; defaults are the 6B release."""
+
+    class_name = "ZImageTransformer2DModel"
 
     all_patch_size: tuple[int, ...] = (2,)
     all_f_patch_size: tuple[int, ...] = (1,)
@@ -84,20 +87,6 @@ class ZImageConfig:
                 f"patch sizes {self.all_patch_size}/{self.all_f_patch_size} are not supported; released "
                 "Z-Image models have (2,)/(1,)"
             )
-
-    @classmethod
-    def from_dict(cls, raw: dict) -> ZImageConfig:
-        """Builds from config.json's content; diffusers' bookkeeping keys (`_*`) are dropped."""
-        known = {f.name for f in fields(cls)}
-        unknown = [k for k in raw if k not in known and not k.startswith("_") and raw[k] is not None]
-        if unknown:
-            raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known})
-
-    def to_dict(self) -> dict:
-        """config.json's content, loadable by diffusers' ZImageTransformer2DModel."""
-        out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"_class_name": "ZImageTransformer2DModel", **out}
 
     @property
     def hidden(self) -> int:
@@ -300,15 +289,6 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(("norm_q.weight", "norm_k.weight", "cap_embedder.0.weight")) else dtype
 
 
-def _absent(missing: set[str]) -> str | None:
-    if all(name.startswith("t_embedder_2.") for name in missing):
-        return (
-            "t_embedder_2 is missing: this is a plain Z-Image checkpoint, or a community loader saved it without "
-            "TwinFlow's second time embedder; get the original TwinFlow files"
-        )
-    return None
-
-
 def fit(config: ZImageConfig, text: ZImageText, vae: KLDecoder) -> SizeRule:
     """Latents are cut in 2x2 patches, and rope counts at most axes_lens[1] x axes_lens[2] of them. The
     default is the size the VAE was trained at (`sample_size`): 1024 for Z-Image, 64 for the demo."""
@@ -324,6 +304,7 @@ def fit(config: ZImageConfig, text: ZImageText, vae: KLDecoder) -> SizeRule:
 
 
 FAMILY = Family(
-    "z-image", ZImageConfig, ZImageTransformer, Layout(FUSED, (), _dtype_of, _absent),
+    "z-image", ZImageConfig, ZImageTransformer,
+    Layout(FUSED, (), _dtype_of, second_embedder("t_embedder_2", "Z-Image")),
     text=ZImageText, vae=KLDecoder, fit=fit,
 )  # fmt: skip
