@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "run": "runner", "Settings": "runner", "save": "record", "load": "record", "compare": "comparison",
+    "run": "runner", "Settings": "settings", "save": "record", "load": "record", "compare": "comparison",
     "render": "html",
 }  # fmt: skip
 __all__ = [*_PUBLIC]

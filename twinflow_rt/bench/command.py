@@ -41,7 +41,7 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-# group -> option -> what argparse is told. Options without a default leave the choice to `runner.Settings`.
+# group -> option -> what argparse is told. Options without a default leave the choice to `settings.Settings`.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "what is measured": {
         "random-weights": {"metavar": "NAME", "help": "without files: z-image, qwen-image, sd3.5-m, sana, sana-sprint"},

@@ -105,14 +105,14 @@ def memory_timeline(record: Record) -> str | None:
     times, series = timeline["seconds"], [("host resident", "one", timeline["host_resident"])]
     if any(timeline["device_allocated"]):
         series.append(("device allocated", "two", timeline["device_allocated"]))
-    x = Axis(0, max(times), LEFT, WIDTH - 116)
+    x = Axis(0, max(times), LEFT, WIDTH - 136)
     y = Axis(0, max(max(values) for _, _, values in series) * 1.08, HEIGHT - BOTTOM, TOP)
     parts = frame(x, y, "seconds since the process started", "bytes", _plain, lambda v: size(v) if v else "0")
     marks = [mark for mark in timeline["marks"] if mark["phase"] != "start"]
     for i, mark in enumerate(marks):
         phase, at = mark["phase"].replace("_", " "), mark["seconds"]
         parts.append(bar(x(at) - 0.5, y.end, 1, y.start - y.end, "fill muted", f"{phase} ends at {at:.2f} s"))
-        parts.append(text(WIDTH - 108, TOP + 18 + 14 * i, f"{at:.2f} s {phase}", "start", "tick"))
+        parts.append(text(WIDTH - 128, TOP + 18 + 14 * i, f"{at:.2f} s {phase}", "start", "tick"))
     for label, style, values in series:
         parts.append(line([(x(t), y(v)) for t, v in zip(times, values, strict=True)], f"stroke {style}"))
         parts.append(text(x.start + 8, y(max(values)) + 14, f"{label}, at most {size(max(values))}", "start", "name"))

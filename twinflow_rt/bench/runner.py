@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import check_count, resolve_device, resolve_dtype, resolve_precision
+from ..config import resolve_device, resolve_dtype, resolve_precision
 from ..errors import ConfigError
 from ..ops.select import Choice
 from ..passes.load import Checkpoint, model_folder
@@ -36,61 +36,12 @@ from .probe import PHASES, Task
 from .probe import run as run_probe
 from .record import Record
 from .schema import VERSION, validate
+from .settings import Settings
 from .timing import Samples, interleave
 from .workload import STAGES, Workload, batch_of, exact_outputs, outputs, stages
 
 Contender = Callable[..., Any]
 UNCHECKED = Verdict({}, False, "not checked in this run")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure. size: (width, height), None for the model's default. random_weights: the name of a
-    published model instead of `model`, with `scale` and `layers` as `random_weights.skeleton` takes them.
-    precision, dtype: as `twinflow_rt.load` takes them. backend: an implementation to prefer (`figures.prefer`).
-    batches, callers, evaluations: the sweeps; empty ones are left out. cold_runs: 0 leaves out cold starts.
-    check: compare outputs with the float32 reference; without it no speed-up is stated. tolerance:
-    replaces the error rule by an rms bound. max_seconds: per figure group, after which no round begins.
-    """
-
-    model: str = "demo"
-    random_weights: str | None = None
-    scale: float = 1.0
-    layers: int | None = None
-    size: tuple[int, int] | None = None
-    batch: int = 1
-    nfe: int = 1
-    dtype: str | None = None
-    precision: str | None = None
-    device: str | None = None
-    backend: str = "auto"
-    peers: tuple[str, ...] = ()
-    prompt: str | None = None
-    seed: int = 0
-    repeats: int = 20
-    warmup: int = 3
-    batches: tuple[int, ...] = (1, 2, 4)
-    callers: tuple[int, ...] = (1, 2, 4)
-    evaluations: tuple[int, ...] = (1, 2, 4)
-    cold_runs: int = 3
-    count_instructions: bool = False
-    check: bool = True
-    tolerance: float | None = None
-    max_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "repeats"):
-            check_count(name, getattr(self, name))
-        for name in self.peers:
-            if name not in peers.NAMES:
-                raise ConfigError(f"no peer {name!r}; use some of {', '.join(peers.NAMES)}")
-        if self.peers and not self.check:
-            raise ConfigError("peers are compared only where outputs are checked; drop peers or keep the check")
-
-    @property
-    def name(self) -> str:
-        """The model's, without the folders it lies in."""
-        return f"random-{self.random_weights}" if self.random_weights else Path(self.model).name
 
 
 def run(
@@ -109,6 +60,7 @@ def run(
             options = {"scale": settings.scale, "layers": settings.layers}
             folder = stack.enter_context(random_weights.temporary(settings.random_weights, **options))
         command = command or f"twinflow_rt.bench.run({settings.name!r}, ...)"
+        stack.enter_context(_float32_is_float32())
         return _Run(settings, model_folder(folder), say).record(command)
 
 
@@ -298,6 +250,17 @@ class _Run:
             "height": work.height, "device": str(self.device), "dtype": self.dtype_name, "precision": self.quantized,
             "prompts": list(work.prompts),
         }  # fmt: skip
+
+
+@contextmanager
+def _float32_is_float32() -> Iterator[None]:
+    """Keeps cuDNN's convolutions from rounding float32 to TF32: the reference must not, nor what is held to it."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _free() -> None:
