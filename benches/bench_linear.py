@@ -37,7 +37,8 @@ def contenders(x, w):
         calls["mkl pack"] = lambda: torch.ops.mkl._mkl_linear(x, mkl, w, None, len(x))
     if has_native(torch.bfloat16, torch.device("cpu")):
         blocked = pack(half)
-        calls |= {"bfloat16": lambda: F.linear(small, half), "bfloat16 pack": lambda: linear_packed(small, blocked, None)}
+        calls["bfloat16"] = lambda: F.linear(small, half)
+        calls["bfloat16 pack"] = lambda: linear_packed(small, blocked, None)
     return calls
 
 

@@ -88,7 +88,8 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
     found = of_pipeline(pipe)
     exempt = advise(found, args.budget)
     if args.json:
-        print(json.dumps({"groups": [asdict(group) for group in found], "budget": args.budget, "exempt": exempt}, indent=1))
+        report = {"groups": [asdict(group) for group in found], "budget": args.budget, "exempt": exempt}
+        print(json.dumps(report, indent=1))
         return 0
     for group in found:
         note = "  exempt" if group.name in exempt else ""

@@ -37,7 +37,7 @@ class Worker:
             "origin": time.monotonic(),
         }  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        self.errors = TemporaryFile("w+")
+        self.errors = TemporaryFile("w+")  # noqa: SIM115 (open until `close`)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benches.peers.worker", json.dumps(task)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment,
@@ -145,10 +145,12 @@ def _table(name: str, case: dict[str, Any]) -> str:
             continue
         total, network = found["total"], found.get("network", found["total"])
         share = network.get("share_of_float32_gemm", float("nan"))
+        ratio = total.get("ours_is_faster_by", float("nan"))
         lines.append(
-            f"  {peer:<18} {1e3 * total['median']:9.1f} ms +- {1e3 * total['mad']:.1f}  network {1e3 * network['median']:9.1f} ms"
-            f" ({share:.0%} of gemm)  x{total.get('ours_is_faster_by', float('nan')):.2f}  first {found['first_output_seconds']:.1f} s"
-            f"  peak {found['peak_rss_bytes'] / 1e6:,.0f} MB  error {found['relative_rms_error']:.1e}"
+            f"  {peer:<18} {1e3 * total['median']:9.1f} ms +- {1e3 * total['mad']:.1f} (ours is x{ratio:.2f})"
+            f"  network {1e3 * network['median']:9.1f} ms ({share:.0%} of gemm)"
+            f"  first {found['first_output_seconds']:.1f} s  peak {found['peak_rss_bytes'] / 1e6:,.0f} MB"
+            f"  error {found['relative_rms_error']:.1e}"
         )
     return "\n".join(lines)
 
@@ -175,7 +177,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    record: dict[str, Any] = {"command": " ".join(["python -m benches.peers", *sys.argv[1:]]), "machine": facts.machine("cpu")}
+    command = " ".join(["python -m benches.peers", *sys.argv[1:]])
+    record: dict[str, Any] = {"command": command, "machine": facts.machine("cpu")}
     record |= {"import_seconds": import_ratio(), "cases": {}}
     for name in args.cases:
         record["cases"][name] = run_case(name, args.peers, args.rounds, args.seconds, args.threads)

@@ -39,9 +39,9 @@ Calls = dict[str, Callable[[int], Any]]
 
 def build(peer: str, part: str, folder: Path, size: int | None) -> Calls:
     """The calls of a peer, loaded and ready."""
-    maker = {"image": image, "vae": decoder}[part]
-    calls = maker(peer, folder, size)
-    return {name: torch.inference_mode()(call) if peer.startswith("ours") else torch.no_grad()(call) for name, call in calls.items()}
+    calls = {"image": image, "vae": decoder}[part](peer, folder, size)
+    mode = torch.inference_mode() if peer.startswith("ours") else torch.no_grad()  # diffusers' pipelines use no_grad
+    return {name: mode(call) for name, call in calls.items()}
 
 
 # -- whole images ---------------------------------------------------------------------------------------
@@ -196,11 +196,12 @@ def _openvino(folder: Path, size: int | None) -> Calls:
 # -- decoders -------------------------------------------------------------------------------------------
 
 
-def decoder(peer: str, folder: Path, size: int | None) -> Calls:
+def decoder(peer: str, folder: Path, size: int) -> Calls:
     checkpoint = Checkpoint(folder / "transformer")
     vae = family_of(checkpoint.config).vae(folder)
-    raw = torch.randn(1, vae.channels, size // vae.scale, size // vae.scale, generator=torch.Generator().manual_seed(SEED))
-    if peer == "ours" or peer == "openvino":
+    side = size // vae.scale
+    raw = torch.randn(1, vae.channels, side, side, generator=torch.Generator().manual_seed(SEED))
+    if peer in ("ours", "openvino"):
         vae.materialize(CPU, DTYPE)
         if peer == "openvino":
             unpack(vae.network)

@@ -37,7 +37,8 @@ def serve(task: dict[str, Any]) -> None:
             calls[arguments[0]](int(arguments[1]))
             answer = {"seconds": time.perf_counter() - begin}
         elif word == "output":
-            pixels = calls[arguments[0]](0).float().clamp(-1, 1)  # some decoders clamp, others leave it to the next step
+            # some decoders clamp, others leave it to the step that follows
+            pixels = calls[arguments[0]](0).float().clamp(-1, 1)
             torch.save(pixels.contiguous().clone(), arguments[1])
         elif word == "peak":
             from twinflow_rt.report import peak_host_bytes

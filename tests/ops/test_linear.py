@@ -73,6 +73,7 @@ def test_each_row_has_its_own_scale():
     relative = (b / torch.logspace(-6, 6, 8)[:, None] - a).abs().max() / a.abs().max()
     assert relative < 1e-2
     assert not linear_int8(torch.zeros(3, 144), *quantize_weight(w), None).any()
+    assert linear_int8(x[:, :0], *quantize_weight(w), None).shape == (2, 0, 64)
 
 
 def test_weights_quantize_to_the_limit_and_back():

@@ -48,8 +48,7 @@ def pack(weight: Tensor) -> Tensor:
     """`weight` [N, K], float32 or bfloat16, in the blocked layout that oneDNN's kernel for this CPU reads.
 
     An opaque tensor of the same shape and size: `linear_packed` takes it, `.to_dense()` gives it back.
-    Without it every call reorders its weight (or, in MKL, a copy of it) anew, which is most of the time
-    at few rows.
+    A plain weight is arranged anew in every call (`benches/bench_linear.py` has both).
     """
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
@@ -62,8 +61,8 @@ def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_upcast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = x weight^T + bias, multiplied in float32 whatever the storage, rounded once, to x's dtype.
 
-    For CPUs that store bfloat16 and emulate its products: converting a weight costs a pass over it,
-    emulating about a hundred times the product.
+    For CPUs that can store bfloat16 but only emulate its products, which takes far longer than
+    converting the weight in every call.
     """
     y = x.float() @ weight.float().t()
     return (y if bias is None else y.add_(bias.float())).to(x.dtype)
@@ -97,4 +96,4 @@ def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) 
     """
     values, tops = quantize_rows(x.reshape(-1, x.shape[-1]), torch.int8)
     y = (torch._int_mm(values, weight.t()) * tops).mul_(scales.view(1, -1))
-    return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], -1)
+    return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], len(weight))

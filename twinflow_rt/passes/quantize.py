@@ -61,8 +61,9 @@ def convert(
 ) -> tuple[Layers, ...]:
     """Exchanges the linear layers of a loaded `network` and says what each became.
 
-    precision: "int8" quantizes the layers of its repeated blocks, but for `exempt` (parts of names:
-    what measured sensitive) and what runs once per prompt. Other layers are packed where the CPU can.
+    precision: "int8" quantizes the layers of its repeated blocks, but for `exempt` (parts of names, with
+    or without block numbers: what measured sensitive) and what runs once per prompt. Other layers are
+    packed where the CPU can.
     One weight at a time exists twice. Raises ConfigError where the device has no int8 products.
     """
     if precision == "int8" and (reason := int8_refuses(device)):
