@@ -11,17 +11,17 @@ from . import launch
 
 
 @triton.jit
-def quantized(y, DTYPE: tl.constexpr):
-    """Rows of y [ROWS, BLOCK], zero where masked, as (values in DTYPE, scales [ROWS, 1])."""
+def quantized(y, dtype: tl.constexpr):
+    """Rows of y [ROWS, BLOCK], zero where masked, as (values in `dtype`, scales [ROWS, 1])."""
     top = tl.maximum(tl.max(tl.abs(y), 1, keep_dims=True), 1e-12)
-    if DTYPE == tl.int8:
+    if dtype == tl.int8:
         # 1.5 * 2^23: at that size a float32 has no fraction, so the addition rounds, half to even
         values = (y * (127.0 / top) + 12582912.0) - 12582912.0
         scale = top / 127.0
     else:
         values = y * (448.0 / top)
         scale = top / 448.0
-    return values.to(DTYPE), scale
+    return values.to(dtype), scale
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from . import launch
 from .linear import quantized
 
+
 @triton.jit
 def _normalise(v, mask, width, eps, CENTER: tl.constexpr):
     if CENTER:

@@ -11,7 +11,6 @@ from itertools import product
 import pytest
 import torch
 from compiler import SHARED_LIMIT, build, record
-
 from twinflow_rt.kernels import attention, decode, launch, linear, mlp, norm, rope, sample
 
 ARCHS = tuple(SHARED_LIMIT)
