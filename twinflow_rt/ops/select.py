@@ -140,8 +140,8 @@ def _triton_attention_refuses(target: Target) -> str | None:
 
 
 def _triton_linear_attention_refuses(target: Target) -> str | None:
-    if target.head_dim is not None and target.head_dim > 64:
-        return f"takes head dims up to 64, not {target.head_dim}"
+    if target.head_dim is not None and target.head_dim > 32:
+        return f"takes head dims up to 32, not {target.head_dim}"
     return triton_refuses(target)
 
 
