@@ -177,19 +177,18 @@ def test_each_block_in_bfloat16_is_as_exact_as_unfolded(networks):
     def outputs(network, modulation, x):
         prompt = [b.norm_table if hasattr(b, "norm_table") else b.norm_weights() for b in network.context_refiner]
         blocks = (*network.noise_refiner, *network.layers, *network.context_refiner)
-        with torch.no_grad():
-            for block, norms in zip(blocks, (*modulation.blocks, *prompt), strict=True):
-                h = rms_norm(x, norms[:, :1], block.eps)
-                yield block(x, h, norms, None, rope, None, network.ops)[0].double()
+        for block, norms in zip(blocks, (*modulation.blocks, *prompt), strict=True):
+            h = rms_norm(x, norms[:, :1], block.eps)
+            yield block(x, h, norms, None, rope, None, network.ops)[0].double()
 
     with torch.no_grad():
         runs = [
             outputs(exact, exact.modulate(*times), x.float()),
             outputs(folded, folded.step_modulation(0), x), outputs(half, half.modulate(*times), x),
         ]  # fmt: skip
-    for truth, ours, theirs in zip(*runs, strict=True):
-        error, bound = ((out - truth).square().mean().sqrt() for out in (ours, theirs))
-        assert error <= 1.1 * bound
+        for truth, ours, theirs in zip(*runs, strict=True):
+            error, bound = ((out - truth).square().mean().sqrt() for out in (ours, theirs))
+            assert error <= 1.1 * bound
 
 
 @settings(max_examples=12, deadline=None)
