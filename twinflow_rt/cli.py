@@ -104,7 +104,7 @@ def add_model(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
     parser.add_argument(
-        "--precision", help="fp32, fp16 or bf16, as --dtype; int8: 8-bit linear layers (CPU); auto (default): as --dtype"
+        "--precision", help="fp32, fp16 or bf16, as --dtype; int8: 8-bit linear layers (CPU); auto: the default"
     )
 
 

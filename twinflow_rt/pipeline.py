@@ -223,7 +223,7 @@ def load(
     plan = Plan.from_dict(saved["plan"]) if saved else None
     if plan is not None:
         require_same(plan.loras, pairs)
-        if precision is not None and quantized != plan.precision or exempt and tuple(exempt) != plan.exempt:
+        if (precision is not None and quantized != plan.precision) or (exempt and tuple(exempt) != plan.exempt):
             raise ConfigError(
                 f"{folder} was saved with linear layers in {plan.precision or 'its dtype'}, for good; "
                 "load the model folder for another precision"

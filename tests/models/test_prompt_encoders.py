@@ -135,7 +135,7 @@ def test_clip_tokens_from_either_kind_of_file(tmp_path, pad):
 
 def test_broken_tokenizers_are_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
-    with pytest.raises(CheckpointError, match="tokenizer.json is missing"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         read_core(tmp_path)
     (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
     with pytest.raises(CheckpointError, match=r"vocab.json and merges.txt do not fit"):
