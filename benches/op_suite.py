@@ -26,7 +26,7 @@ SIZE = "z-image 1024x1024" if GPU else "z-image 256x256"
 
 def suite(*ops: str) -> Callable:
     """The benchmark function of a stem's ops, for a module to name `test_...`."""
-    target = Target.of(DEVICE, DTYPE, SIZES[SIZE].head_dim)
+    target = Target.of_network(SIZES[SIZE], DEVICE, DTYPE)
     serving = [(op, i) for op in ops for i in IMPLEMENTATIONS[op].values() if i.refuses(target) is None]
 
     @pytest.mark.parametrize("op, implementation", [pytest.param(op, i, id=f"{op}-{i.name}") for op, i in serving])

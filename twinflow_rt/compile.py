@@ -219,7 +219,7 @@ def _tensors(recipe: Recipe, network: Any, tables: dict[str, Tensor]) -> Iterato
 
 
 def _select(network: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[Any, tuple[Choice, ...]]:
-    return select(Target.of(device, dtype, getattr(network.config, "head_dim", None)))
+    return select(Target.of_network(network.config, device, dtype))
 
 
 def _is_absorbed(network: nn.Module) -> bool:

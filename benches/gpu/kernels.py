@@ -103,7 +103,7 @@ def one(
 ) -> dict[str, Any]:  # fmt: skip
     """Checks, and unless only that was asked for times, one case; the entry of the record."""
     name = str(dtype).removeprefix("torch.")
-    target = Target.of(device, dtype, SIZES[size].head_dim)
+    target = Target.of_network(SIZES[size], device, dtype)
     mine, refused = rivals.ours(case, target)
     others = {} if options.check_only else rivals.others(case.op, case.inputs(), options.without)
     right, wrong = check(case, {**mine, **others})

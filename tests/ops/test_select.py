@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -81,6 +81,15 @@ def test_attention_order(arch, first):
 )
 def test_attention_refusals(name, target, reason):
     assert reason in IMPLEMENTATIONS["attention"][name].refuses(target)
+
+
+def test_linear_attention_goes_by_its_own_head_dim():
+    from twinflow_rt.models.sana import SanaConfig
+
+    target = replace(Target.of_network(SanaConfig(), torch.device("cpu"), torch.bfloat16), device="cuda", arch=90)
+    assert (target.head_dim, target.linear_head_dim) == (112, 32)
+    refuses = IMPLEMENTATIONS["linear_attention"]["triton"].refuses
+    assert "head dims" not in (refuses(target) or "") and "not 64" in refuses(replace(target, linear_head_dim=64))
 
 
 def test_triton_refusals():

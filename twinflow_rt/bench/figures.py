@@ -34,8 +34,7 @@ def speedup(ours: Samples, theirs: Samples | None, mine: Verdict, other: Verdict
 def prefer(pipe: Pipeline, backend: str) -> tuple[Choice, ...]:
     """Puts `backend` first wherever an op has it. Raises ConfigError where it serves none, with the reasons."""
     network: Any = pipe.program.network
-    head_dim = getattr(network.config, "head_dim", None)
-    network.ops, choices = select(Target.of(pipe.device, pipe.dtype, head_dim), backend)
+    network.ops, choices = select(Target.of_network(network.config, pipe.device, pipe.dtype), backend)
     if not any(choice.chosen == backend for choice in choices):
         reasons = {reason for choice in choices for name, reason in choice.refused if name == backend}
         why = "; ".join(sorted(reasons)) or "there is none of that name"

@@ -34,6 +34,11 @@ class Sizes:
         return self.heads * self.head_dim
 
     @property
+    def linear_head_dim(self) -> int:
+        """Linear attention is measured at the same heads."""
+        return self.head_dim
+
+    @property
     def tokens(self) -> int:
         return self.image + self.text
 

@@ -121,6 +121,11 @@ class SanaConfig(NetworkConfig):
         return self.cross_attention_head_dim
 
     @property
+    def linear_head_dim(self) -> int:
+        """Of the image's linear attention."""
+        return self.attention_head_dim
+
+    @property
     def hidden(self) -> int:
         """Width of the Mix-FFN."""
         return int(self.mlp_ratio * self.dim)

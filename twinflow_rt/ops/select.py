@@ -8,7 +8,7 @@ falls back at call time, and nothing is imported that `target` cannot use.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 
 import torch
@@ -30,13 +30,20 @@ RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of s
 @dataclass(frozen=True)
 class Target:
     """What a program is compiled for. arch: compute capability, 90 for 9.0; None on a CPU or where
-    unknown. head_dim: of the attention; None where unknown."""
+    unknown. head_dim, linear_head_dim: of softmax and of linear attention; None where unknown."""
 
     device: str
     dtype: torch.dtype
     training: bool = False
     arch: int | None = None
     head_dim: int | None = None
+    linear_head_dim: int | None = None
+
+    @classmethod
+    def of_network(cls, config: object, device: torch.device, dtype: torch.dtype) -> Target:
+        """The target of a network with this config on `device` of this machine."""
+        dims = {name: getattr(config, name, None) for name in ("head_dim", "linear_head_dim")}
+        return replace(cls.of(device, dtype), **dims)
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype, head_dim: int | None = None) -> Target:
@@ -140,8 +147,8 @@ def _triton_attention_refuses(target: Target) -> str | None:
 
 
 def _triton_linear_attention_refuses(target: Target) -> str | None:
-    if target.head_dim is not None and target.head_dim > 32:
-        return f"takes head dims up to 32, not {target.head_dim}"
+    if target.linear_head_dim is not None and target.linear_head_dim > 32:
+        return f"takes head dims up to 32, not {target.linear_head_dim}"
     return triton_refuses(target)
 
 
