@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 run=${TWINFLOW:-.venv/bin/twinflow-rt}
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
-"$run" generate "a red circle above a blue square" "three green triangles" "a purple cross and a yellow circle" \
-    "a black triangle left of a red cross" --num-images 4 --seed 0 -o "$folder/demo.png"
+"$run" generate "a green triangle" "a black square" "three green squares" "a purple square right of a red triangle" \
+    --num-images 6 --seed 0 -o "$folder/demo.png"
 cp "$folder/demo-grid.png" docs/demo.png
-"$run" eval --nfe 1 --per-kind 6 --sheet docs/sheet.png
+"$run" eval --nfe 1 --per-kind 8 --sheet docs/sheet.png

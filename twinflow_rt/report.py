@@ -14,7 +14,7 @@ import torch
 
 from .errors import CancelledError
 
-TRIM_EVERY = 8_000_000  # bytes read
+TRIM_EVERY = 2_000_000  # bytes read
 
 
 class Stages:

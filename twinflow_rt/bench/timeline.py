@@ -75,7 +75,7 @@ class Timeline:
 
     def to_dict(self, most: int = 400) -> dict[str, Any]:
         """At most `most` samples, evenly chosen, the last one and the highest always among them."""
-        chosen = set(range(0, len(self.samples), max(1, len(self.samples) // most)))
+        chosen = set(range(0, len(self.samples), max(1, -(-len(self.samples) // most))))
         chosen |= {len(self.samples) - 1} | {
             max(range(len(self.samples)), key=lambda i: self.samples[i][column]) for column in (1, 2)
         }

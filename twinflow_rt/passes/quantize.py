@@ -76,7 +76,7 @@ def convert(
         done.setdefault((kind, why), []).append(layer.weight.numel())
         freed += layer.weight.nbytes
         _exchange(layer, kind, limit)
-        if freed > TRIM_EVERY // 4:  # or the C library keeps the place of every old weight
+        if freed > TRIM_EVERY:  # or the C library keeps the place of every old weight
             freed = 0
             release_free_memory()
     return tuple(Layers(kind, len(sizes), sum(sizes), why) for (kind, why), sizes in done.items())
