@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import CancelledError
+from .host_memory import peak_bytes
 
 TRIM_EVERY = 2_000_000  # bytes read
 
@@ -59,19 +60,13 @@ class Stages:
         return event
 
     def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_host_bytes()
-
-
-def peak_host_bytes() -> int:
-    """Peak resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_bytes()
 
 
 def anonymous_bytes() -> int:
     """Memory of this process that no file backs, now; outside Linux its peak resident memory."""
     if not sys.platform.startswith("linux"):
-        return peak_host_bytes()
+        return peak_bytes()
     with open("/proc/self/statm", encoding="ascii") as file:
         resident, shared = map(int, file.read().split()[1:3])
     return (resident - shared) * resource.getpagesize()

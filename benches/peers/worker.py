@@ -41,9 +41,9 @@ def serve(task: dict[str, Any]) -> None:
             pixels = calls[arguments[0]](0).float().clamp(-1, 1)
             torch.save(pixels.contiguous().clone(), arguments[1])
         elif word == "peak":
-            from twinflow_rt.report import peak_host_bytes
+            from twinflow_rt.host_memory import peak_bytes
 
-            answer = {"bytes": peak_host_bytes()}
+            answer = {"bytes": peak_bytes()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

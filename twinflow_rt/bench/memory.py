@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .timeline import peak_bytes
+from ..host_memory import peak_bytes
 from .timing import synchronize
 
 CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-STATUS = Path("/proc/self/status")
-
-
-def resident_bytes() -> int:
-    """Resident memory now; its peak so far where the system does not tell."""
-    return status_bytes("VmRSS") or peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Peak of resident memory since the start, or since it was last reset."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return status_bytes("VmHWM") or peak * (1 if sys.platform == "darwin" else 1024)
-
-
-def status_bytes(key: str) -> int | None:
-    """A size in /proc/self/status, None where there is none."""
-    if not STATUS.exists():
-        return None
-    lines = (line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
-    return next((int(line.split()[1]) * 1024 for line in lines), None)
+from ..host_memory import resident_bytes
 
 
 def _device_bytes() -> int:
