@@ -30,7 +30,6 @@ bench: $(VENV)/.built $(VENV)/.test
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
-	$(BIN)/mypy twinflow_rt
 
 # The kernels under the address and undefined-behaviour sanitizers, driven through the C interface.
 asan:
