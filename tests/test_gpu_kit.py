@@ -36,7 +36,7 @@ def test_parts():
         names = [part.name for part in kit.parts(Path("out"), dry)]
         assert names == [
             "build", "env", "checks", "tests", "sanitizer", "kernels-z-image", "kernels-qwen-image", "z-image",
-            "qwen-image", "report",
+            "sd3.5-m", "sana", "qwen-image", "report",
         ]  # fmt: skip
         words = {word for part in kit.parts(Path("out"), dry) for command in part.commands for word in command}
         assert ("cuda" in words, "cpu" in words, "--dry" in words) == (not dry, dry, dry)

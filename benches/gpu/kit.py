@@ -71,7 +71,10 @@ def parts(out: Path, dry: bool) -> list[Part]:
         Part("tests", (pytest("-m", "not gpu" if dry else "gpu", "-k", "not emulated", "tests/gpu", native),)),
         Part("sanitizer", tuple((*watch, tool, *watched) for tool in ("memcheck", "racecheck")), "compute-sanitizer"),
         *(Part(n, (kernels(n, "--dtypes", "bfloat16", "--sizes", size, *quick),)) for n, size in timed.items()),
-        Part("z-image", (bench("z-image", "z-image", "--size", "1024", "--peers", "eager,compile"),)),
+        *(
+            Part(model, (bench(model, model, "--size", "1024", "--peers", "eager,compile"),))
+            for model in ("z-image", "sd3.5-m", "sana")
+        ),
         Part(
             "qwen-image",  # the float32 reference of all 60 layers does not fit beside the network
             (

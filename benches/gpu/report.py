@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 KERNELS = ("checks", "kernels-z-image", "kernels-qwen-image")
-PARTS = ("kit", "env", *KERNELS, "z-image", "qwen-image", "qwen-image-shallow")
+PARTS = ("kit", "env", *KERNELS, "z-image", "sd3.5-m", "sana", "qwen-image", "qwen-image-shallow")
 
 
 def collect(out: Path) -> dict[str, Any]:
