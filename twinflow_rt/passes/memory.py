@@ -27,7 +27,7 @@ class TensorFile:
 
 
 class TensorSlice:
-    """Shape and dtype of a tensor."""
+    """Shape and dtype of a tensor, whether or not it is made yet (`passes.random`)."""
 
     def __init__(self, shape: tuple[int, ...], code: str) -> None:
         self._shape, self._code = shape, code

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .memory import TensorSlice
 
 FILE = "random_weights.json"
 BLOCK = (1 << 20) + 7  # a prime, so that the rows of no matrix repeat
@@ -38,24 +39,11 @@ class RandomFile:
     def keys(self) -> Iterable[str]:
         return self.shapes.keys()
 
-    def get_slice(self, name: str) -> RandomSlice:
-        return RandomSlice(self.shapes[name], self.code)
+    def get_slice(self, name: str) -> TensorSlice:
+        return TensorSlice(self.shapes[name], self.code)
 
     def get_tensor(self, name: str) -> Tensor:
         return random_tensor(name, self.shapes[name], self.dtype, self.seed)
-
-
-class RandomSlice:
-    """Shape and dtype of a tensor that is not made yet."""
-
-    def __init__(self, shape: tuple[int, ...], code: str) -> None:
-        self._shape, self._code = shape, code
-
-    def get_shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    def get_dtype(self) -> str:
-        return self._code
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
