@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import tiles
 from .models import autoencoder_dc, autoencoder_kl, autoencoder_qwen
 from .passes.load import Progress
 from .stage import Model, Stage
@@ -17,9 +19,12 @@ class VaeDecoder(Stage):
 
     Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
     `divisor` (numbers, or one per channel). Its network maps raw latents to images.
+
+    tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); None: images whole.
     """
 
     model: Model
+    tile: int | None = None
 
     def __init__(self, folder: Path) -> None:
         self.parts = (self.model.open(folder / "vae"),)
@@ -45,17 +50,21 @@ class VaeDecoder(Stage):
         """Channels of a latent."""
         return self.config.latent_channels
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, *, check: Callable[[], None] = lambda: None) -> Tensor:
         """Normalised latents [B, C, h, w] -> float images [B, 3, h*scale, w*scale], nominally in [-1, 1].
 
-        Denormalised in float32, then computed in the weights' dtype, which the result has.
+        Denormalised in float32, then computed in the weights' dtype, which the result has. check(): called
+        before each tile, if there are tiles; it may raise.
         """
         raw = latents.float() / self._divisor + self._offset
-        return self.network(raw.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        raw = raw.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if self.tile is None:
+            return self.network(raw)
+        return tiles.decode(self.network, raw, self.tile, check)
 
-    def decode_uint8(self, latents: Tensor) -> Tensor:
+    def decode_uint8(self, latents: Tensor, *, check: Callable[[], None] = lambda: None) -> Tensor:
         """Normalised latents -> uint8 pixels [B, H, W, 3]."""
-        return self.ops.to_uint8(self.decode(latents))
+        return self.ops.to_uint8(self.decode(latents, check=check))
 
     def probe(self, height: int, width: int) -> Tensor:
         """The stage's work for one image, on the meta device: to be counted."""

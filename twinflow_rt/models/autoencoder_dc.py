@@ -74,6 +74,11 @@ class DCConfig:
         return 2 ** (len(self.channels) - 1)
 
     @property
+    def local_levels(self) -> int:
+        """Levels, finest first, that follow all attention (at most all but the coarsest)."""
+        return (*self.attentive[:-1], True).index(True)
+
+    @property
     def offset(self) -> float:
         """Normalised latents are (raw - offset) * divisor."""
         return 0.0
@@ -181,6 +186,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DCConfig) -> None:
         super().__init__()
         channels, last = config.channels, len(config.channels) - 1
+        self.split = config.local_levels
         self.repeats = channels[-1] // config.latent_channels
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.up_blocks = nn.ModuleList()
@@ -193,12 +199,19 @@ class Decoder(nn.Module):
         self.norm_out = Norm(channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor, ops: OpTable) -> Tensor:
+    def trunk(self, latents: Tensor, ops: OpTable) -> Tensor:
         x = (self.conv_in(latents) + latents.repeat_interleave(self.repeats, 1)).permute(0, 2, 3, 1)
-        for level in reversed(self.up_blocks):
+        return self._run(self.up_blocks[self.split :], x, ops).permute(0, 3, 1, 2)
+
+    def tail(self, features: Tensor, ops: OpTable) -> Tensor:
+        x = self._run(self.up_blocks[: self.split], features.permute(0, 2, 3, 1), ops)
+        return self.conv_out(F.relu(self.norm_out(x, ops)).permute(0, 3, 1, 2))
+
+    def _run(self, levels: nn.ModuleList, x: Tensor, ops: OpTable) -> Tensor:
+        for level in reversed(levels):
             for layer in level:
                 x = layer(x, ops)
-        return self.conv_out(F.relu(self.norm_out(x, ops)).permute(0, 3, 1, 2))
+        return x
 
 
 class DCDecoder(nn.Module):
@@ -209,8 +222,21 @@ class DCDecoder(nn.Module):
         self.config, self.ops = config, EAGER
         self.decoder = Decoder(config)
 
+    @property
+    def tail_convs(self) -> tuple[int, ...]:
+        """3x3 convolutions that follow each other on every level of `tail`, coarsest first (see `tiles`)."""
+        return (0, *(2 * depth for depth in self.config.depths[: self.config.local_levels][::-1]))
+
+    def trunk(self, latents: Tensor) -> Tensor:
+        """What must see all positions, through the last attention: features at that level's resolution."""
+        return self.decoder.trunk(latents, self.ops)
+
+    def tail(self, features: Tensor) -> Tensor:
+        """The rest: a pixel depends on features nearby alone."""
+        return self.decoder.tail(features, self.ops)
+
     def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents, self.ops)
+        return self.tail(self.trunk(latents))
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -141,8 +141,10 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(x))
+    def trunk(self, x: Tensor) -> Tensor:
+        return self.mid_block(self.conv_in(x))
+
+    def tail(self, x: Tensor) -> Tensor:
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
@@ -158,10 +160,23 @@ class AutoencoderDecoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.post_quant else None
         self.decoder = Decoder(config)
 
-    def forward(self, latents: Tensor) -> Tensor:
+    @property
+    def tail_convs(self) -> tuple[int, ...]:
+        """3x3 convolutions that follow each other on every level of `tail`, coarsest first (see `tiles`)."""
+        return (2 * (self.config.layers_per_block + 1),) * len(self.config.block_out_channels)
+
+    def trunk(self, latents: Tensor) -> Tensor:
+        """What must see all positions, through the attention: features at the latents' resolution."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
-        return self.decoder(latents)
+        return self.decoder.trunk(latents)
+
+    def tail(self, features: Tensor) -> Tensor:
+        """The rest: a pixel depends on features nearby, and on all by the statistics of the group norms."""
+        return self.decoder.tail(features)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.tail(self.trunk(latents))
 
 
 MODEL = Model(AutoencoderConfig, AutoencoderDecoder, lambda config: Layout(unused=("encoder.", "quant_conv.")))

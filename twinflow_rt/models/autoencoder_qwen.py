@@ -167,8 +167,10 @@ class Decoder(nn.Module):
         self.norm_out = Norm(outer[-1])
         self.conv_out = nn.Conv2d(outer[-1], 3, 3, padding=1)
 
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        x = self.mid_block(self.conv_in(x), ops)
+    def trunk(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.mid_block(self.conv_in(x), ops)
+
+    def tail(self, x: Tensor, ops: OpTable) -> Tensor:
         for block in self.up_blocks:
             x = block(x, ops)
         return self.conv_out(F.silu(self.norm_out(x, ops), inplace=True))
@@ -183,8 +185,21 @@ class QwenAutoencoderDecoder(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
+    @property
+    def tail_convs(self) -> tuple[int, ...]:
+        """3x3 convolutions that follow each other on every level of `tail`, coarsest first (see `tiles`)."""
+        return (2 * (self.config.num_res_blocks + 1),) * len(self.config.dim_mult)
+
+    def trunk(self, latents: Tensor) -> Tensor:
+        """What must see all positions, through the attention: features at the latents' resolution."""
+        return self.decoder.trunk(self.post_quant_conv(latents), self.ops)
+
+    def tail(self, features: Tensor) -> Tensor:
+        """The rest: a pixel depends on features nearby alone."""
+        return self.decoder.tail(features, self.ops)
+
     def forward(self, latents: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(latents), self.ops)
+        return self.tail(self.trunk(latents))
 
 
 class OneFrame(Checkpoint):
