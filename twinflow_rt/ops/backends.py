@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from .optional import find, older
 
 if TYPE_CHECKING:
     from .select import Target
+
+Attention = Callable[..., Tensor]
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -29,7 +31,7 @@ class Backend:
     the largest; multiple: what head dims must be a multiple of."""
 
     name: str
-    load: Callable[[], Callable]
+    load: Callable[[], Attention]
     module: str | None = None
     archs: tuple[int, int] = (80, 1000)
     head_dim: int = 256
@@ -64,55 +66,58 @@ class Backend:
         return None
 
 
-def _cudnn() -> Callable:
+def _cudnn() -> Attention:
     op = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return op(q, k, v, None, False)[0].transpose(1, 2).flatten(2)
+        out: Tensor = op(q, k, v, None, False)[0]
+        return out.transpose(1, 2).flatten(2)
 
     return attention
 
 
-def _torch_flash() -> Callable:
+def _torch_flash() -> Attention:
     op = torch.ops.aten._scaled_dot_product_flash_attention.default
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return op(q, k, v)[0].transpose(1, 2).flatten(2)
+        out: Tensor = op(q, k, v)[0]
+        return out.transpose(1, 2).flatten(2)
 
     return attention
 
 
-def _first(function: Callable) -> Callable:
+def _first(function: Callable[..., Any]) -> Attention:
     """Adapts flash_attn_func(q, k, v), whose versions return out or (out, log-sum-exp)."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(q, k, v)
-        return (out[0] if isinstance(out, tuple) else out).flatten(2)
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first.flatten(2)
 
     return attention
 
 
-def _flash2() -> Callable:
+def _flash2() -> Attention:
     from flash_attn import flash_attn_func  # type: ignore[import-not-found]
 
     return _first(flash_attn_func)
 
 
-def _flash3() -> Callable:
+def _flash3() -> Attention:
     from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
 
     return _first(flash_attn_func)
 
 
-def _flash4() -> Callable:
+def _flash4() -> Attention:
     from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
 
     return _first(flash_attn_func)
 
 
-def _xformers() -> Callable:
+def _xformers() -> Attention:
     from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
     return _first(memory_efficient_attention)
@@ -163,7 +168,7 @@ def shape_bucket(tokens: int, multiple: int = 32) -> int:
 
 
 def warm_up(
-    attention: Callable, shapes: Iterable[tuple[int, int, int, int, int]], dtype: torch.dtype,
+    attention: Attention, shapes: Iterable[tuple[int, int, int, int, int]], dtype: torch.dtype,
     device: torch.device | str,
 ) -> int:  # fmt: skip
     """Runs `attention` once per distinct (batch, queries, keys, heads, head dim), so that what it plans or
