@@ -24,8 +24,8 @@ from twinflow_rt.training.demo import RECIPES, train
 from twinflow_rt.training.trainer import Trainer, TrainerConfig
 
 TINY = replace(
-    RECIPES["twinflow"], scenes=16, autoencoder_steps=1, batch=4, flow_steps=2, flow_shift_from=1, distill_steps=2,
-    distill_batch=4,
+    RECIPES["twinflow"], scenes=16, autoencoder_steps=1, text_steps=2, flow_steps=2, flow_batch=4, last_steps=2,
+    last_batch=4,
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_the_recipe_ends_in_a_model_that_loads_and_draws(trained):
 
 def test_the_same_seed_gives_the_same_model_resumed_or_not(trained, tmp_path):
     """The second run stops after its flow stage and is called again, as after an interruption."""
-    train(tmp_path, replace(TINY, distill_steps=0), quiet)
+    train(tmp_path, replace(TINY, last_steps=0), quiet)
     (tmp_path / "twinflow.json").unlink()
     again = train(tmp_path, TINY, quiet)
     for part in ("transformer", "text_encoder", "vae"):

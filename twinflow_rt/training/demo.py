@@ -1,8 +1,9 @@
 """`twinflow-rt train demo`: the shipped miniature from nothing, on two CPU cores.
 
-Five stages, each resumable: tokenizer -> autoencoder -> latents -> flow (flow-matching pretraining,
-network and text encoder together) -> twinflow (text encoder frozen). The result is written in the
-Z-Image diffusers layout. Everything drawn at random follows from `seed`.
+Stages, each resumable: tokenizer -> autoencoder -> latents -> text (the encoder learns to say what a
+caption asks for, as a big model's comes pretrained) -> flow (flow-matching pretraining, network and text
+encoder together) -> the recipe's own objective: TwinFlow, RCGM, or more flow matching for comparison. The
+result is written in the Z-Image diffusers layout. Everything drawn at random follows from `seed`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +23,8 @@ from ..config import resolve_device
 from ..models.z_image import ZImageConfig, ZImageTransformer
 from .export import save_model
 from .objective import ObjectiveConfig, TwinFlowObjective, flow_matching_loss
-from .text import Captions, build_text_encoder, build_tokenizer
-from .trainer import Trainer, TrainerConfig
+from .text import Captions, build_text_encoder, build_tokenizer, pretrain_text_encoder
+from .trainer import Loss, Trainer, TrainerConfig
 
 CPU = torch.device("cpu")
 TRANSFORMER = ZImageConfig(
@@ -39,23 +41,26 @@ class Recipe:
     seed: int = 0
     scenes: int = 40_000
     autoencoder_steps: int = 1_200
-    batch: int = 64
-    flow_steps: int = 3_000
-    flow_shift: float = 3.0  # t -> s t / (1 + (s-1) t): more of the budget where the prompt decides, at high noise
-    flow_shift_from: int = 1_200
-    flow_lr: float = 1.5e-3
+    text_steps: int = 300
+    flow_steps: int = 4_500
+    flow_batch: int = 32
+    flow_shift: float = 2.0  # t -> s t / (1 + (s-1) t): more of the budget where the prompt decides, at high noise
     drop_prompt: float = 0.1
-    distill_steps: int = 1_500
-    distill_lr: float = 5e-4
-    distill_batch: int = 64
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    last_steps: int = 1_200
+    last_batch: int = 48
+    objective: ObjectiveConfig | None = field(default_factory=ObjectiveConfig)  # of the last stage; None: flow
+
+    def pretraining(self) -> dict[str, Any]:
+        """The part that recipes share if they agree on it."""
+        own = ("name", "last_steps", "last_batch", "objective")
+        return {k: v for k, v in asdict(self).items() if k not in own}
 
 
 RECIPES = {
     "twinflow": Recipe("twinflow"),
     "rcgm": Recipe("rcgm", objective=ObjectiveConfig(parts=(1, 1, 1, 0), rectify=0.0)),
-    # the same wall time spent on flow matching alone: one distillation step costs about two of these
-    "flow": Recipe("flow", flow_steps=6_000, distill_steps=0),
+    # the same wall time spent on flow matching alone: one step of TwinFlow costs about two of these
+    "flow": Recipe("flow", last_steps=2_400, objective=None),
 }
 
 
@@ -144,24 +149,44 @@ def _run(trainer: Trainer, compile: bool) -> DemoModel:
 
 
 def flow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
+    """Flow-matching pretraining, learning rates high to the end: another stage follows."""
+    config = TrainerConfig(
+        steps=recipe.flow_steps, lr=3e-3, muon=0.03, floor=0.3, ema=0.999, seed=recipe.seed
+    )  # fmt: skip
+    return Trainer("flow", model, _flow_loss(data, recipe, recipe.flow_batch), config, out, log)
+
+
+def last_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
+    """The recipe's objective from the pretrained flow; TwinFlow and RCGM leave the text encoder frozen."""
+    model.requires_grad_(True)
+    if recipe.objective:
+        model.text_encoder.requires_grad_(False)
+        loss = _objective_loss(model, data, recipe.objective, recipe.last_batch)
+    else:
+        loss = _flow_loss(data, recipe, recipe.last_batch)
+    config = TrainerConfig(
+        steps=recipe.last_steps, lr=1e-3, muon=0.01, ema=0.995, seed=recipe.seed + 1
+    )  # fmt: skip
+    return Trainer(recipe.name, model, loss, config, out, log)
+
+
+def _flow_loss(data: LatentData, recipe: Recipe, batch: int) -> Loss:
     """Flow matching at tt = t, with prompts dropped at random (for guidance)."""
 
-    def loss(current: DemoModel, _: DemoModel, step: int) -> tuple[Tensor, dict]:
-        x, ids, lengths = data.draw(recipe.batch)
+    def loss(current: DemoModel, _: DemoModel, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x, ids, lengths = data.draw(batch)
         dropped = torch.rand(len(x)) < recipe.drop_prompt
         ids = torch.where(dropped[:, None], data.empty[0][:, : ids.shape[1]], ids)
         lengths = torch.where(dropped, data.empty[1], lengths)
         cond = current.embed(ids, lengths)
-        t, shift = torch.rand(len(x)).to(x.device), recipe.flow_shift if step >= recipe.flow_shift_from else 1.0
+        t, shift = torch.rand(len(x)).to(x.device), recipe.flow_shift
         return flow_matching_loss(current, x, shift * t / (1 + (shift - 1) * t), cond), {}
 
-    config = TrainerConfig(steps=recipe.flow_steps, lr=recipe.flow_lr, ema=0.999, seed=recipe.seed)
-    return Trainer("flow", model, loss, config, out, log)
+    return loss
 
 
-def twinflow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
-    """The TwinFlow objective from the pretrained flow, text encoder frozen."""
-    model.network.requires_grad_(True)
+def _objective_loss(model: DemoModel, data: LatentData, objective: ObjectiveConfig, batch: int) -> Loss:
+    """TwinFlow's objective (and RCGM's: the same without the twin) on frozen prompt embeddings."""
     with torch.no_grad():
         empty = model.embed(*data.empty)
 
@@ -172,14 +197,13 @@ def twinflow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Pa
         n = len(cond[1])
         return empty[0].expand(n, -1, -1), empty[1].expand(n)
 
-    def loss(current: DemoModel, target: DemoModel, _: int) -> tuple[Tensor, dict]:
-        x, ids, lengths = data.draw(recipe.distill_batch)
+    def loss(current: DemoModel, target: DemoModel, _: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x, ids, lengths = data.draw(batch)
         with torch.no_grad():
             cond = current.embed(ids, lengths)
-        return TwinFlowObjective(current, target, recipe.objective, pick, drop)(x, cond)
+        return TwinFlowObjective(current, target, objective, pick, drop)(x, cond)
 
-    config = TrainerConfig(steps=recipe.distill_steps, lr=recipe.distill_lr, ema=0.995, seed=recipe.seed + 1)
-    return Trainer("twinflow", model, loss, config, out, log)
+    return loss
 
 
 def train(
@@ -193,7 +217,8 @@ def train(
     two of compilation per stage; results then differ from an uncompiled run's in rounding.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _same_recipe(out / f"{recipe.name}.json", recipe)
+    for stage, described in (("pretrained", recipe.pretraining()), (recipe.name, asdict(recipe))):
+        _same_recipe(out / f"{stage}.json", described)
     torch.manual_seed(recipe.seed)
     vae_dir = out / "vae" / "final"
     if not (vae_dir / "config.json").exists():
@@ -204,18 +229,18 @@ def train(
     data = encode_scenes(out, vae_dir, tokenizer, recipe, log, device)
     torch.manual_seed(recipe.seed)
     fresh = DemoModel(len(tokenizer)).to(device)
-    flow = flow_trainer(fresh, data, recipe, out / f"flow-{recipe.flow_steps}", log)
-    model = _run(flow, compile)
-    if recipe.distill_steps:
-        model = _run(twinflow_trainer(model, data, recipe, out / recipe.name, log), compile)
+    pretrain_text_encoder(fresh.text_encoder, tokenizer, out / "text", recipe.text_steps, recipe.seed, log)
+    model = _run(flow_trainer(fresh, data, recipe, out / "pretrained", log), compile)
+    if recipe.last_steps:
+        model = _run(last_trainer(model, data, recipe, out / recipe.name, log), compile)
     return save_model(out / recipe.name / "model", model.network, model.text_encoder, tokenizer, vae_dir)
 
 
-def _same_recipe(path: Path, recipe: Recipe) -> None:
-    """A folder belongs to one recipe: resuming it with another would mix two runs."""
+def _same_recipe(path: Path, described: dict[str, Any]) -> None:
+    """A folder belongs to one pretraining, and one run of each objective from it: others would mix two runs."""
     from ..errors import ConfigError
 
-    described = json.loads(json.dumps(asdict(recipe)))
+    described = json.loads(json.dumps(described))
     if path.exists() and json.loads(path.read_text()) != described:
         raise ConfigError(f"{path} records another recipe; train into a new folder or repeat its options")
     path.write_text(json.dumps(described, indent=1))
@@ -228,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--seed", type=int, default=0)
-    for name in ("scenes", "autoencoder_steps", "flow_steps", "distill_steps"):
+    for name in ("scenes", "autoencoder_steps", "text_steps", "flow_steps", "last_steps"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
 
 

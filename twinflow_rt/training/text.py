@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .scenes import COLORS, RELATIONS, SHAPES, Scene, sample_scene
+from .trainer import Trainer, TrainerConfig
 
 VOCABULARY = 512
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -19,8 +25,6 @@ def build_tokenizer(seed: int) -> object:
     """Learns a byte-level BPE of 512 tokens from training captions; any string can be encoded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-
-    from .scenes import sample_scene
 
     rng = np.random.default_rng(seed)
     corpus = [f"user\n{sample_scene(rng).caption}\nassistant\n" for _ in range(4000)]
@@ -57,7 +61,7 @@ class Captions:
         return batch.input_ids, batch.attention_mask.sum(1)
 
 
-def build_text_encoder(vocab: int, width: int) -> torch.nn.Module:
+def build_text_encoder(vocab: int, width: int) -> nn.Module:
     """A Qwen3Model of three layers; prompt_embeds are what enters its last (hidden_states[-2])."""
     from transformers import Qwen3Config, Qwen3Model
 
@@ -67,3 +71,58 @@ def build_text_encoder(vocab: int, width: int) -> torch.nn.Module:
         tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     return Qwen3Model(config)
+
+
+# what a caption asks for, as classes: shape and colour of the first and the second object, relation, count
+CLASSES = (len(SHAPES), len(COLORS) + 1, len(SHAPES) + 1, len(COLORS) + 1, len(RELATIONS) + 1, 4)
+
+
+def describe(scene: Scene) -> list[int]:
+    """The scene's class in each of CLASSES; the last class of a colour, shape or relation is "not named"."""
+    first, second = (*scene.required, None)[:2]
+    classes = []
+    for asked in (first, second):
+        classes.append(SHAPES.index(asked.shape) if asked else len(SHAPES))
+        classes.append(list(COLORS).index(asked.color) if asked and asked.color else len(COLORS))
+    relation = list(RELATIONS).index(scene.relation) if scene.relation else len(RELATIONS)
+    return [*classes, relation, scene.required[0].count - 1]
+
+
+class _Reader(nn.Module):
+    """Text encoder and a linear probe of its last token, which has seen the whole caption."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.probe = encoder, nn.Linear(encoder.config.hidden_size, sum(CLASSES))
+
+    def loss(self, ids: Tensor, lengths: Tensor, classes: Tensor) -> Tensor:
+        mask = torch.arange(ids.shape[1]) < lengths[:, None]
+        device = self.probe.weight.device
+        hidden = self.encoder(
+            input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True
+        ).hidden_states[-2]
+        logits = self.probe(hidden[torch.arange(len(ids)), lengths - 1]).split(CLASSES, 1)
+        columns = classes.to(device).unbind(1)
+        return torch.stack([nn.functional.cross_entropy(a, b) for a, b in zip(logits, columns, strict=True)]).sum()
+
+
+def pretrain_text_encoder(
+    encoder: nn.Module, tokenizer: object, out: Path, steps: int, seed: int, log: Callable[[str], None]
+) -> None:
+    """Teaches `encoder` in place to classify captions by what they ask for (see `describe`), in folder `out`.
+
+    Without it the encoder learns grammar through the velocity loss alone: slowly, and two-object captions last.
+    """
+    rng, captions = np.random.default_rng(seed), Captions(tokenizer)
+    scenes = [sample_scene(rng) for _ in range(8192)]
+    ids, lengths = captions.tokenize([s.caption for s in scenes])
+    classes = torch.tensor([describe(s) for s in scenes])
+
+    def loss(model: _Reader, *_: object) -> tuple[Tensor, dict[str, Tensor]]:
+        i = torch.randint(len(ids), (128,))
+        longest = int(lengths[i].max())
+        return model.loss(ids[i, :longest], lengths[i], classes[i]), {}
+
+    config = TrainerConfig(steps=steps, lr=2e-3, ema=0.98, seed=seed, warmup=50)
+    reader = _Reader(encoder).to(encoder.device)
+    encoder.load_state_dict(Trainer("text", reader, loss, config, out, log).run().encoder.state_dict())

@@ -1,9 +1,10 @@
-"""A small training loop: AdamW, EMA, atomic checkpoints, exact resume."""
+"""A small training loop: AdamW, Muon, EMA, atomic checkpoints, exact resume."""
 
 from __future__ import annotations
 
 import copy
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +13,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .muon import Muon
+
 Loss = Callable[[nn.Module, nn.Module, int], tuple[Tensor, dict[str, Tensor]]]  # model, EMA, step
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """steps: optimiser steps; lr: peak rate (warm-up, then cosine to a twentieth); ema: final decay."""
+    """steps: optimiser steps; lr: AdamW's peak rate (warm-up, then cosine to `floor` of it); muon: Muon's, for
+    the matrices of repeated layers (0: AdamW for all); ema: final decay."""
 
     steps: int
     lr: float
     ema: float
     seed: int
+    muon: float = 0.0
+    floor: float = 0.05
     warmup: int = 200
     save_every: int = 250
     clip: float = 1.0
@@ -40,9 +46,7 @@ class Trainer:
     ) -> None:
         self.name, self.model, self.loss, self.config, self.folder, self.log = name, model, loss, config, folder, log
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        # AdamW, not Muon: torch's Muon iterates in bfloat16, 100 times slower than float32 on such CPUs
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizers = _optimizers(model, config)
         self.step = 0
 
     def run(self) -> nn.Module:
@@ -63,13 +67,13 @@ class Trainer:
         return self.ema
 
     def _one_step(self) -> dict[str, Tensor]:
-        rate = self._rate()
         loss, parts = self.loss(self.model, self.ema, self.step)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer, peak in self.optimizers:
+            optimizer.param_groups[0]["lr"] = peak * self._rate()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         decay = min(self.config.ema, self.step / (self.step + 9))
         with torch.no_grad():
@@ -77,9 +81,10 @@ class Trainer:
         return {"loss": loss.detach(), **parts}
 
     def _rate(self) -> float:
+        """Of the peak rates, now."""
         c = self.config
-        cosine = 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * self.step / c.steps))
-        return c.lr * min(1.0, (self.step + 1) / c.warmup) * cosine
+        cosine = c.floor + (1 - c.floor) * (0.5 + 0.5 * math.cos(math.pi * self.step / c.steps))
+        return min(1.0, (self.step + 1) / c.warmup) * cosine
 
     def _report(self, window: dict[str, list[Tensor]], start: float, first: int) -> None:
         means = {k: torch.stack(v).mean().item() for k, v in window.items()}
@@ -94,7 +99,7 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
@@ -109,9 +114,26 @@ class Trainer:
         state = torch.load(path, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         torch.set_rng_state(state["rng"])
         if state.get("cuda_rng"):
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.step = state["step"]
         self.log(f"{self.name} resumes at step {self.step}")
+
+
+def _optimizers(model: nn.Module, config: TrainerConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+    """(optimiser, peak rate): Muon for the matrices inside numbered layers (`layers.3.attention.to_q`), except
+    modulation, which is a function of the time alone; AdamW for the rest."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    repeated = [
+        name for name, p in trained.items()
+        if config.muon and p.ndim == 2 and re.search(r"(layers|refiner)\.\d+\.", name) and "adaLN" not in name
+    ]  # fmt: skip
+    rest = [p for name, p in trained.items() if name not in repeated]
+    adam = torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adam, config.lr)]
+    if repeated:
+        optimizers.append((Muon([trained[name] for name in repeated], config.muon), config.muon))
+    return optimizers
