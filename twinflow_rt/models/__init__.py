@@ -8,6 +8,8 @@ then. The networks have in common:
     network(latents, modulation, context) -> velocity       in latent space, as the VAE has it
     prompt_modules                                          names of the modules encode_context runs
 
+`encode_context` takes lengths on the host, or as a tensor on the device, where they shape nothing (`export`).
+
 What depends on the prompt and time together (SD3.5's modulation takes the pooled prompt) belongs in the
 context, with one row per evaluation; `step_modulation` then says which row.
 """

@@ -35,6 +35,7 @@ from ..text import QwenImageText
 from ..vae import QwenImageDecoder
 from . import Family, must_equal
 from .context import Context as PromptContext
+from .context import host_lengths
 from .mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack, unpack
 from .network_config import NetworkConfig, second_embedder
 from .qwen_image_blocks import Block, TimeEmbedding
@@ -207,20 +208,18 @@ class QwenImageTransformer(nn.Module):
 
     # -- network --------------------------------------------------------------------------------
 
-    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int]) -> Context:
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
         """Prompt tokens through `txt_norm` and `txt_in`: depends on the prompt alone.
 
-        prompt_embeds: [B, L, joint_attention_dim], sample b's first lengths[b] rows count (lengths
-        live on the host: they shape the sequence).
+        prompt_embeds: [B, L, joint_attention_dim], sample b's first lengths[b] rows count. Lengths on
+        the host shape the sequence; as int64 [B] on the device they only mask it.
         """
-        counts = tuple(int(n) for n in lengths)
-        longest, device = max(counts), prompt_embeds.device
+        counts, longest, ragged = host_lengths(prompt_embeds, lengths)
         embeds = prompt_embeds[:, :longest]
         tokens = self.txt_in(self.ops.rms_norm(embeds, self.txt_norm.weight.float(), EPS))
-        if min(counts) == longest:
+        if ragged is None:
             return Context(tokens, counts)
-        ragged = torch.tensor(counts, device=device)
-        valid = torch.arange(longest, device=device) < ragged[:, None]
+        valid = torch.arange(longest, device=tokens.device) < ragged[:, None]
         return Context(torch.where(valid[..., None], tokens, 0), counts, ragged)
 
     def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:

@@ -46,6 +46,7 @@ from ..text_sana import SanaText
 from ..vae import DeepDecoder
 from . import Family, must_equal
 from .context import Context as PromptContext
+from .context import host_lengths
 from .mmdit import EPS, PLAIN, Constants
 from .network_config import NetworkConfig, second_embedder
 from .sana_blocks import QK_EPS, Block, TimeModulation, effective
@@ -246,20 +247,18 @@ class SanaTransformer(nn.Module):
 
     # -- network --------------------------------------------------------------------------------
 
-    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int]) -> Context:
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
         """All that depends on the prompt alone, up to the keys and values of every block.
 
-        prompt_embeds: [B, L, caption_channels], sample b's first lengths[b] rows count (lengths live
-        on the host: they shape the sequence).
+        prompt_embeds: [B, L, caption_channels], sample b's first lengths[b] rows count. Lengths on the
+        host shape the sequence; as int64 [B] on the device they only mask it.
         """
-        counts = tuple(int(n) for n in lengths)
-        longest, device = max(counts), prompt_embeds.device
+        counts, longest, ragged = host_lengths(prompt_embeds, lengths)
         first, second = self.caption_projection.values()
         tokens = second(self.ops.gelu_tanh(first(prompt_embeds[:, :longest])))
         tokens = self.ops.rms_norm(tokens, self.caption_norm.weight.float(), QK_EPS)
-        ragged = None if min(counts) == longest else torch.tensor(counts, device=device)
         if ragged is not None:  # what is masked must still be finite
-            valid = torch.arange(longest, device=device) < ragged[:, None]
+            valid = torch.arange(longest, device=tokens.device) < ragged[:, None]
             tokens = torch.where(valid[..., None], tokens, 0)
         keys_values = [block.attn2.keys_values(tokens, self.ops) for block in self.transformer_blocks]
         return Context(tokens, counts, torch.stack(keys_values, 1), ragged)

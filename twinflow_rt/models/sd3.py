@@ -198,15 +198,16 @@ class SD3Transformer(nn.Module):
 
     # -- network --------------------------------------------------------------------------------
 
-    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int], pooled: Tensor) -> Context:
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor, pooled: Tensor) -> Context:
         """All that depends on the prompt alone.
 
         prompt_embeds: [B, L, joint_attention_dim], of which every row counts, as in the reference:
-        lengths must all be L. pooled: [B, pooled_projection_dim].
+        lengths must all be L (on the device, int64 [B], they are not looked at). pooled: [B, pooled_projection_dim].
         """
-        if any(n != prompt_embeds.shape[1] for n in lengths):
+        counts = () if isinstance(lengths, Tensor) else tuple(int(n) for n in lengths)
+        if any(n != prompt_embeds.shape[1] for n in counts):
             raise ConfigError(
-                f"prompt lengths {tuple(lengths)} in embeddings of {prompt_embeds.shape[1]} rows: SD3.5 reads them "
+                f"prompt lengths {counts} in embeddings of {prompt_embeds.shape[1]} rows: SD3.5 reads them "
                 "all; pad prompts with their encoders, as `Pipeline.text` does"
             )
         tokens, constants = self.context_embedder(prompt_embeds), None
@@ -214,7 +215,7 @@ class SD3Transformer(nn.Module):
             steps = range(self.folded_steps)
             rows = [self._constants(self.time_table[i, None], self.gap_table[i, None], pooled) for i in steps]
             constants = torch.stack(rows, 1)
-        return Context(tokens, tuple(int(n) for n in lengths), pooled, constants)
+        return Context(tokens, counts, pooled, constants)
 
     def forward(self, latents: Tensor, modulation: Tensor | int, context: Context) -> Tensor:
         """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype.

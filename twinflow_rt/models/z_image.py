@@ -30,7 +30,7 @@ from ..passes.load import Layout
 from ..text import ZImageText
 from ..vae import KLDecoder
 from . import Family, must_equal
-from .context import Context
+from .context import Context as PromptContext
 from .mmdit import linear32
 from .network_config import NetworkConfig, second_embedder
 from .z_image_blocks import ADALN_DIM, BLOCK_NORMS, Block, FinalLayer, TimestepEmbedder
@@ -107,6 +107,13 @@ class Modulation:
     final: Tensor
 
 
+@dataclass(frozen=True)
+class Context(PromptContext):
+    """`ragged`: the padded lengths as int64 [B] on the device where they differ, else None: no mask is needed."""
+
+    ragged: Tensor | None = None
+
+
 class ZImageTransformer(nn.Module):
     """F(x_t, t, tt, prompt), the velocity z - x of TwinFlow (diffusers' network predicts its negative).
 
@@ -115,6 +122,7 @@ class ZImageTransformer(nn.Module):
     """
 
     prompt_modules = ("cap_embedder", "context_refiner")
+    prompt_multiple = SEQ_MULTIPLE
 
     def __init__(self, config: ZImageConfig, *, folded_steps: int | None = None) -> None:
         super().__init__()
@@ -217,33 +225,40 @@ class ZImageTransformer(nn.Module):
 
     # -- network --------------------------------------------------------------------------------
 
-    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int]) -> Context:
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
         """Prompt tokens through `cap_embedder` and `context_refiner`: depends on the prompt alone.
 
-        prompt_embeds: [B, L, cap_feat_dim], sample b's first lengths[b] rows count (lengths live on
-        the host: they shape the sequence). Rows up to the next multiple of 32 become the learned pad
-        token, which attends like any other (as in the reference), so the context's lengths are such.
+        prompt_embeds: [B, L, cap_feat_dim], sample b's first lengths[b] rows count. Lengths on the host
+        shape the sequence; as int64 [B] on the device they only mask it, and L must be a multiple of 32.
+        Rows up to the next multiple of 32 become the learned pad token, which attends like any other
+        (as in the reference), so the context's lengths are such.
         """
-        padded = tuple(pad_length(int(n)) for n in lengths)
-        device, longest = prompt_embeds.device, max(padded)
-        index = torch.arange(longest, device=device)
-        valid = index < torch.tensor([int(n) for n in lengths], device=device)[:, None]
+        device, ragged = prompt_embeds.device, None
+        if isinstance(lengths, Tensor):
+            counts, padded, longest = lengths, (), prompt_embeds.shape[1]
+            ragged = (counts + SEQ_MULTIPLE - 1) // SEQ_MULTIPLE * SEQ_MULTIPLE
+        else:
+            counts = torch.tensor([int(n) for n in lengths], device=device)
+            padded = tuple(pad_length(int(n)) for n in lengths)
+            longest = max(padded)
+            if min(padded) != longest:
+                ragged = torch.tensor(padded, device=device)
+        valid = torch.arange(longest, device=device) < counts[:, None]
         embeds = prompt_embeds[:, :longest]
         norm, linear = self.cap_embedder
         x = linear(self.ops.rms_norm(embeds, norm.weight.float(), norm.eps))
         x = F.pad(x, (0, 0, 0, longest - x.shape[1]))
         x = torch.where(valid[..., None], x, self.cap_pad_token.to(x.dtype))
-        mask = None if min(padded) == longest else torch.tensor(padded, device=device)
         norms = [b.norm_weights() if self.folded_steps is None else b.norm_table for b in self.context_refiner]
-        x = self._run(self.context_refiner, norms, x, self._context_rope(longest, device), mask)
-        return Context(x, padded)
+        x = self._run(self.context_refiner, norms, x, self._context_rope(longest, device), ragged)
+        return Context(x, padded, ragged)
 
     def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
         """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype."""
         x = self._patchify(latents)
         n, device, longest = x.shape[1], x.device, context.tokens.shape[1]
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
-        offsets = torch.tensor(context.lengths, device=device)
+        offsets = torch.tensor(context.lengths, device=device) if context.ragged is None else context.ragged
         rope = self._image_rope(height, width, offsets)
         x = self.all_x_embedder["2-1"](x)
         pad = self.x_pad_token.to(x.dtype).expand(x.shape[0], rope[0].shape[1] - n, -1)
@@ -251,7 +266,7 @@ class ZImageTransformer(nn.Module):
 
         refiners = len(self.noise_refiner)
         x = self._run(self.noise_refiner, modulation.blocks[:refiners], x, rope, None)
-        lengths = None if min(context.lengths) == longest else offsets + x.shape[1]
+        lengths = None if context.ragged is None else context.ragged + x.shape[1]
         text_rope = self._context_rope(longest, device)
         rope = tuple(
             torch.cat((image, text.expand(len(image), -1, -1)), 1) for image, text in zip(rope, text_rope, strict=True)
