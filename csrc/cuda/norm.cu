@@ -116,8 +116,10 @@ struct Affine {
 };
 
 // out = normalised x, scaled. CENTER: layer norm, otherwise RMS norm.
+// (One block a multiprocessor asked for, where a thread holds most: left to itself, the compiler spills on 8.6
+// to fit a third.)
 template <class T, int N, int PER, bool CENTER>
-__global__ void __launch_bounds__(MAX_THREADS)
+__global__ void __launch_bounds__(MAX_THREADS, PER == MAX_GROUPS ? 1 : 0)
     norm(Rows<const T> x, Affine affine, Rows<T> out, int seq, int dim, float eps) {
   const int64_t b = blockIdx.x / seq, s = blockIdx.x % seq;
   Share<T, N, PER> row;
