@@ -1,4 +1,4 @@
-"""Around the VAE: its input from tokens, its GroupNorm + SiLU, and its output as interleaved bytes."""
+"""Around the VAE: its input from tokens, its norms with SiLU, and its output as interleaved bytes."""
 
 from __future__ import annotations
 
@@ -229,4 +229,40 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
         _scale_silu[(launch.ceil_div(pixels, c.rows), b)](
             x, scale, shift, out, pixels, channels, x.stride(0), x.stride(1), c.rows, c.block, num_warps=c.warps
         )
+    return out.permute(0, 3, 1, 2)
+
+
+@triton.jit
+def _rms_norm_silu(
+    x, weight, out, count, pixels, channels, x_batch, x_pixel, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (row < count) & (col < channels)
+    source = x + (row // pixels) * x_batch + (row % pixels) * x_pixel + col
+    v = tl.load(source, mask, other=0.0).to(tl.float32)
+    y = v * tl.rsqrt(tl.sum(v * v, 1, keep_dims=True) / channels + eps)
+    y = y * tl.load(weight + col, col < channels, other=0.0)
+    y = y / (1.0 + tl.exp(-y))
+    tl.store(out + row * channels + col, y.to(out.dtype.element_ty), mask)
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`ops.rms_norm_silu` on the GPU: x [B, C, H, W], read in place where it is channels last."""
+    launch.require_floats("rms_norm_silu", x)
+    if x.dim() != 4 or weight.shape != (x.shape[1],) or weight.dtype != torch.float32 or not weight.is_contiguous():
+        raise ConfigError(
+            f"rms_norm_silu: needs [B, C, H, W] and float32 [C], got {tuple(x.shape)}, {tuple(weight.shape)}"
+        )
+    b, channels, h, w = x.shape
+    out = torch.empty(b, h, w, channels, dtype=x.dtype, device=x.device)
+    if out.numel():
+        x = launch.rows(x.permute(0, 2, 3, 1))
+        count = b * h * w
+        c = launch.row_tile("rms_norm_silu", count, channels, x.dtype)
+        with torch.cuda.device_of(x):
+            _rms_norm_silu[(launch.ceil_div(count, c.rows),)](
+                x, weight, out, count, h * w, channels, x.stride(0), x.stride(1), eps, c.rows, c.block,
+                num_warps=c.warps,
+            )  # fmt: skip
     return out.permute(0, 3, 1, 2)

@@ -100,6 +100,24 @@ def test_group_norm_of_a_crop():
     judge(decode.group_norm_silu(*arguments), ops.group_norm_silu(*arguments), exact_group_norm(*arguments))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1), (2, 6, 5, 7), (1, 37, 3, 19), (1, 760, 2, 2), (0, 4, 2, 2)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_rms_norm_silu(shape, dtype, channels_last):
+    x, weight = 3 * draw(*shape, dtype=dtype), 1 + 0.3 * draw(shape[1], seed=1)
+    source = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    got = decode.rms_norm_silu(source, weight, 1e-6)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    v = x.double()
+    scaled = v * (v.square().mean(1, keepdim=True) + 1e-6).rsqrt() * weight.double().view(-1, 1, 1)
+    judge(got, ops.rms_norm_silu(x, weight, 1e-6), F.silu(scaled))
+
+
+def test_rms_norm_silu_of_a_crop():
+    x, weight = draw(2, 9, 11, 24).permute(0, 3, 1, 2)[:, :16, 1:8, 2:], draw(16)
+    torch.testing.assert_close(decode.rms_norm_silu(x, weight, 1e-6), ops.rms_norm_silu(x, weight, 1e-6))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 8, 37, 2)])
 def test_folded_upsampling(shape, dtype):
@@ -108,6 +126,7 @@ def test_folded_upsampling(shape, dtype):
     exact = F.conv2d(large.double(), weight.double(), bias.double(), padding=1)
     twice = ops.upsample_conv(x.double(), ops.fold_upsample(weight.double()), bias.double())
     torch.testing.assert_close(twice, exact, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ops.upsample_conv(x.double(), weight.double(), bias.double()), exact)
     # sums of the kernel's taps are rounded to its dtype once, which the plain convolution does not do
     folded = ops.upsample_conv(x.float(), ops.fold_upsample(weight), bias) if dtype == torch.float32 else None
     if folded is not None:
@@ -123,6 +142,8 @@ def test_refusals():
         decode.group_norm_silu(x, 4, w, w, 1e-6)
     with pytest.raises(ConfigError, match="weight and bias"):
         decode.group_norm_silu(x, 3, w[:3], w, 1e-6)
+    with pytest.raises(ConfigError, match="float32"):
+        decode.rms_norm_silu(x, w[:3], 1e-6)
     with pytest.raises(ConfigError, match="H/p, p"):
         decode.x0_to_vae(x, draw(1, 6, 2, 2, 2, 1), 1.0, w, w, torch.float32)
     with pytest.raises(ConfigError, match="float32"):

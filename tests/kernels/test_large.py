@@ -143,3 +143,11 @@ def test_group_norm(monkeypatch):
     group = channels // groups  # the last programs merge one group and write one pixel
     wanted = ops.group_norm_silu(x[-1:, -group:], 1, w[-group:], w[-group:], EPS)
     same(got[-1, -group:, -1, -1], wanted[0, :, -1, -1])
+
+
+def test_rms_norm_silu():
+    channels, b = 4096, 2**17
+    x = reserve(b, 2, 3, channels, dtype=HALF).permute(0, 3, 1, 2)
+    x[-1] = draw(channels, 2, 3)
+    w = draw(channels, seed=1)
+    same(decode.rms_norm_silu(x, w, EPS)[-1, :, -1, -1], ops.rms_norm_silu(x[-1:], w, EPS)[0, :, -1, -1])

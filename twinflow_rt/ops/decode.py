@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .norm import rms_norm
+
 # row u of a stride-2 transposed convolution's kernel is the sum of these rows of the 3-tap kernel that
 # read the same pixel of the smaller image: output 2y meets rows 3 and 1 (pixels y-1, y), 2y+1 rows 2 and 0
 _FOLD = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
@@ -39,8 +41,18 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     x: [B, C, H, W] in any float dtype; weight, bias: [C]; C a multiple of `groups`. Returns x's dtype,
     channels last. Statistics and arithmetic are float32, with one rounding.
     """
-    y = F.silu(F.group_norm(x.float(), groups, weight.float(), bias.float(), eps))
+    y = F.silu(F.group_norm(x.float(), groups, weight.float(), bias.float(), eps), inplace=True)
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """silu(rms_norm over the channels of x, times weight), see `ops.rms_norm`.
+
+    x: [B, C, H, W] in any float dtype; weight: float32 [C]. Returns x's dtype, channels last.
+    Statistics and arithmetic are float32, with one rounding.
+    """
+    y = F.silu(rms_norm(x.permute(0, 2, 3, 1).float(), weight, eps), inplace=True)
+    return y.to(x.dtype).contiguous().permute(0, 3, 1, 2)
 
 
 def fold_upsample(weight: Tensor) -> Tensor:
@@ -56,9 +68,12 @@ def fold_upsample(weight: Tensor) -> Tensor:
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """conv3x3(nearest upsampling of x by 2), in 4 instead of 9 multiplications per output pixel and channel pair.
+    """conv3x3(nearest upsampling of x by 2), by either form of its kernel.
 
-    x: [B, I, H, W]; weight: [I, O, 4, 4] from `fold_upsample`; bias: [O] or None. Returns [B, O, 2H, 2W];
-    the enlarged input is never made. Rounding as that of the convolution it stands for.
+    x: [B, I, H, W]; bias: [O] or None. weight: [O, I, 3, 3], as a checkpoint has it, or [I, O, 4, 4] from
+    `fold_upsample`: then it takes 4 instead of 9 multiplications per output pixel and channel pair, and
+    the enlarged input is never made. Returns [B, O, 2H, 2W]. Rounding as that of torch's convolutions.
     """
-    return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+    if weight.shape[-1] == 4:
+        return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)

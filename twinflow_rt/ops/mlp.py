@@ -1,4 +1,4 @@
-"""Activations of the feed-forward blocks."""
+"""Activations of the feed-forward blocks, alone and behind the linear layer before them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,43 @@ def gelu_tanh_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return quantize_rows(gelu_tanh(x.float()), dtype)
 
 
+# -- with the linear layer: rounding points are the product, which an implementation may keep in float32, and the result
+
+
 def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     """`swiglu` of the merged w1|w3 projection: silu(x w1^T) * (x w3^T).
 
     x: [..., K]; weight: [2*hidden, K], w1 above w3, in x's dtype. Returns [..., hidden] in x's dtype.
-    Both products stay float32 until the one rounding at the end.
     """
-    return swiglu(x.float() @ weight.float().t()).to(x.dtype)
+    return swiglu(F.linear(x, weight))
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu_tanh` of a projection: gelu(x weight^T + bias).
+
+    x: [..., K]; weight: [N, K] and bias: [N], in x's dtype. Returns [..., N] in x's dtype.
+    """
+    return gelu_tanh(F.linear(x, weight, bias))
+
+
+def linear_residual(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """residual + x weight^T.
+
+    residual: [..., N]; x: [..., K]; weight: [N, K]; of one dtype, which the result, [..., N], has.
+    """
+    return residual + F.linear(x, weight)
+
+
+# -- the same by what cuBLAS does to a product before it writes it -----------------------------------------
+
+
+def linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`linear_gelu` on an NVIDIA GPU: tanh-GELU in cuBLASLt's epilogue. (On a CPU torch computes another
+    GELU under this name, the exact one.)"""
+    y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def linear_residual_epilogue(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`linear_residual` as one product that adds to what is there (beta = 1)."""
+    return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t()).view(residual.shape)
