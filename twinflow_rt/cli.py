@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .atomic import check_target, replacing
 from .errors import ConfigError, TwinFlowError
 
 Parser = argparse.ArgumentParser
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     written, 130 when interrupted. Errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(argv).parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no Unicode, and terminals no UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return COMMANDS[args.command].run(args)
     except TwinFlowError as error:
@@ -168,13 +173,23 @@ def chosen_sampler(args: argparse.Namespace) -> Any:
 
 def output_paths(output: Path, count: int) -> list[Path]:
     """The files `count` images go to, the grid last; checked before anything slow happens."""
-    if output.suffix.lower() not in FORMATS:
-        raise ConfigError(f"--output {output}: the name must end in one of {', '.join(FORMATS)}")
-    if not output.parent.is_dir():
-        raise ConfigError(f"--output {output}: folder {output.parent} does not exist; create it first")
+    check_image_path(output, "--output")
     if count <= 1:
         return [output]
-    return [output.with_name(f"{output.stem}-{tag}{output.suffix}") for tag in (*range(count), "grid")]
+    from .noise import check_batch
+
+    check_batch(count)
+    paths = [output.with_name(f"{output.stem}-{tag}{output.suffix}") for tag in (*range(count), "grid")]
+    for path in paths:
+        check_target(path, "--output")
+    return paths
+
+
+def check_image_path(path: Path, option: str) -> None:
+    """Raises ConfigError where no image can be written."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"{option} {path}: the name must end in one of {', '.join(FORMATS)}")
+    check_target(path, option)
 
 
 def save_image(image: Any, path: Path, facts: dict[str, Any] | None = None) -> None:
@@ -184,13 +199,10 @@ def save_image(image: Any, path: Path, facts: dict[str, Any] | None = None) -> N
     options: dict[str, Any] = {"quality": 95} if path.suffix.lower() != ".png" else {}
     if facts and path.suffix.lower() == ".png":
         options["pnginfo"] = PngInfo()
-        options["pnginfo"].add_itxt("twinflow_rt", json.dumps(facts, ensure_ascii=False))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+        text = json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace")  # paths may be no Unicode
+        options["pnginfo"].add_itxt("twinflow_rt", text.decode())
+    with replacing(path) as partial:
         image.save(partial, format=FORMATS[path.suffix.lower()], **options)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def grid(images: Sequence[Any], columns: int | None = None) -> Any:

@@ -51,8 +51,7 @@ class Recipe:
 
     def unfolded(self) -> nn.Module:
         """The network as the checkpoint has it, on the meta device."""
-        with torch.device("meta"):
-            return self.family.network(self.family.config.from_dict(self.source.config))
+        return self.family.build(self.family.config.from_dict(self.source.config))
 
     def tables(
         self, unfolded: nn.Module, schedule: Schedule, seen: Callable[[str], None] | None = None

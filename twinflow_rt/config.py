@@ -15,6 +15,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": None}
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 OUTPUTS = ("pil", "np", "pt", "latent")
+MAX_PROMPT = 100_000  # characters; models read at most some thousand tokens of a prompt
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -98,6 +99,8 @@ def resolve_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
     if not prompts:
         raise ConfigError("prompt is an empty list; give at least one prompt ('' is one)")
     for p in prompts:
+        if len(p) > MAX_PROMPT:
+            raise ConfigError(f"a prompt has {len(p):,} characters; at most {MAX_PROMPT:,} are taken: shorten it")
         try:
             p.encode()
         except UnicodeEncodeError:
@@ -113,6 +116,14 @@ class SizeRule:
     max_height: int
     max_width: int
     default: int
+
+    def __post_init__(self) -> None:
+        most = min(self.max_height, self.max_width)
+        if self.multiple < 1 or not self.multiple <= self.default <= most or self.default % self.multiple:
+            raise ConfigError(
+                f"images of {self.default} pixels, of multiples of {self.multiple} up to {most}, are none: the model's "
+                "configs do not fit each other; download them again"
+            )
 
     def resolve(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels; None means the model's default size."""

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from . import stage
@@ -72,10 +71,9 @@ def describe(path: Path) -> Description:
     folder = model_folder(path)
     transformer = Checkpoint(folder / "transformer")
     family = family_of(transformer.config)
-    config, text, vae = family.config.from_dict(transformer.config), family.text(folder), family.vae(folder)
-    family.fit(config, text, vae)
-    with torch.device("meta"):
-        network, folded = family.network(config), family.network(config, folded_steps=1)
+    text, vae, _ = family.open(folder, transformer.config)
+    config = family.config.from_dict(transformer.config)
+    network, folded = family.build(config), family.build(config, folded_steps=1)
     parts = (
         *(_part(p, p.network) for p in text.parts),
         _part(stage.Part("transformer", transformer, network, family.layout), folded),

@@ -57,6 +57,8 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     name = type(original).__name__
     if name not in CALLS:
         raise ConfigError(f"{type(pipe).__name__} has a {name} as its transformer; supported are {', '.join(FAMILIES)}")
+    if not isinstance(getattr(getattr(pipe, "vae", None), "decoder", None), nn.Module):
+        raise ConfigError(f"{type(pipe).__name__} has no vae with a decoder; give a whole diffusers pipeline")
     for module in (original, pipe.vae):
         _require_plain(module)
     family = family_of({"_class_name": name})

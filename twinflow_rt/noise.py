@@ -22,6 +22,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 MAX_SEED = 2**63 - 1
+MAX_BATCH = 10_000  # images of one call
 _U32, _U64 = 2**32 - 1, 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
 
@@ -35,6 +36,7 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(f"seed count must be a positive integer, got {count!r}")
+    check_batch(count)
     if seed is None:
         return _consecutive(secrets.randbelow(2**32 - count), count)
     if isinstance(seed, (list, tuple)):
@@ -44,6 +46,12 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
             )
         return [_checked(s) for s in seed]
     return _consecutive(_checked(seed), count)
+
+
+def check_batch(count: int) -> None:
+    """Raises ConfigError for more images than one call takes, before anything is made for each of them."""
+    if count > MAX_BATCH:
+        raise ConfigError(f"{count} images in one call; at most {MAX_BATCH} are taken: make several calls")
 
 
 def initial_noise(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .compile import Program, compile_network, load_program
 from .config import (
+    DTYPES,
     OUTPUTS,
     SizeRule,
     check_choice,
@@ -64,6 +65,7 @@ class Pipeline:
         self.sampler, self.device, self.dtype = sampler, device, dtype
         self._lock = threading.Lock()
         self._stages: tuple[Stage, ...] | None = None
+        self._probe: PromptEmbeds | None = None  # of the text stage: what embeddings look like
 
     @property
     def plan(self) -> Plan:
@@ -97,7 +99,10 @@ class Pipeline:
         """
         check_choice("output", output, OUTPUTS)
         check_count("num_images", num_images)
-        prompts = prompt if isinstance(prompt, PromptEmbeds) else resolve_prompts(prompt)
+        if isinstance(prompt, PromptEmbeds):
+            prompts: tuple[str, ...] | PromptEmbeds = self._checked(prompt)
+        else:
+            prompts = resolve_prompts(prompt)
         size = self.sizes.resolve(height, width)
         seeds = resolve_seeds(seed, len(prompts) * num_images)
         config = resolve_sampler(nfe, sampler) or self.sampler
@@ -175,6 +180,12 @@ class Pipeline:
             context = make() if times is None else self.prompts.get((distinct, times), self.program.network, make)
         return context.select([r for r in rows for _ in range(repeats)])
 
+    def _checked(self, embeds: PromptEmbeds) -> PromptEmbeds:
+        if self._probe is None:
+            self._probe = self.text.probe(1)
+        embeds.check(self._probe, self.text.max_tokens)
+        return embeds
+
     def _encode(self, embeds: PromptEmbeds) -> Context:
         given = embeds.to(self.device, self.dtype)
         return self.program.network.encode_context(given.embeds, given.lengths, **given.extras)
@@ -214,13 +225,13 @@ def load(
     quantized, dtype = resolve_precision(precision, dtype)
     folder = model_folder(DEMO if str(path) == "demo" else Path(path))
     saved = artifact.read(folder) if artifact.is_artifact(folder) else None
-    config = asked or (SamplerConfig(**saved["sampler"]) if saved else preset(1))
+    config = asked or (saved["sampler"] if saved else preset(1))
 
     def part(name: str) -> Callable[[int], None] | None:
         return None if progress is None else lambda size: progress(name, size)
 
     pairs = None if loras is None else resolve_loras(loras)
-    plan = Plan.from_dict(saved["plan"]) if saved else None
+    plan = saved["plan"] if saved else None
     if plan is not None:
         require_same(plan.loras, pairs)
         if (precision is not None and quantized != plan.precision) or (exempt and tuple(exempt) != plan.exempt):
@@ -230,9 +241,8 @@ def load(
             )
     checkpoint = Merged(folder / "transformer", pairs) if pairs and plan is None else _transformer(folder, plan)
     family = family_of(checkpoint.config)
-    kind = resolve_dtype(dtype, target, getattr(torch, plan.dtype) if plan else checkpoint.main_dtype())
-    text, vae = family.text(folder), family.vae(folder)
-    sizes = family.fit(family.config.from_dict(checkpoint.config), text, vae)
+    kind = resolve_dtype(dtype, target, DTYPES[plan.dtype] if plan else checkpoint.main_dtype())
+    text, vae, sizes = family.open(folder, checkpoint.config)
     with torch.no_grad():
         text.materialize(target, kind, part("text encoder"))
         times = schedule(config, kind)

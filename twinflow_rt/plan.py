@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .config import DTYPES, PRECISIONS
 from .errors import CheckpointError
 from .ops.select import Choice
+from .typed import typed
 
 SCHEMA = 3
 
@@ -112,19 +114,20 @@ class Plan:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Plan:
-        """Raises CheckpointError for another schema or fields."""
-        if raw.get("schema") != SCHEMA or set(raw) != {"schema", *(f.name for f in fields(cls))}:
-            raise CheckpointError(f"plan of schema {raw.get('schema')!r}; this version reads {SCHEMA}: compile again")
-        return cls(**{
-            **{k: v for k, v in raw.items() if k != "schema"},
-            "schedule": tuple((float(t), float(tt)) for t, tt in raw["schedule"]),
-            "choices": tuple(Choice(c["op"], c["chosen"], tuple(map(tuple, c["refused"]))) for c in raw["choices"]),
-            "loras": tuple(Lora(**lora) for lora in raw["loras"]),
-            "exempt": tuple(raw["exempt"]),
-            "layers": tuple(Layers(**group) for group in raw["layers"]),
-            "stages": tuple(Stage(**s) for s in raw["stages"]),
-            "notes": tuple(raw["notes"]),
-        })  # fmt: skip
+        """Raises CheckpointError for another schema, other fields, or a field that is not what it should be."""
+        schema = raw.get("schema") if isinstance(raw, dict) else None
+        if schema != SCHEMA or set(raw) != {"schema", *(f.name for f in fields(cls))}:
+            raise CheckpointError(f"plan of schema {schema!r:.40}; this version reads {SCHEMA}: compile again")
+        try:
+            plan: Plan = typed({k: v for k, v in raw.items() if k != "schema"}, cls, "plan")
+        except ValueError as error:
+            raise CheckpointError(f"damaged {error}: compile again") from None
+        if plan.dtype not in DTYPES or plan.precision not in (None, *PRECISIONS) or not plan.schedule:
+            raise CheckpointError(
+                f"damaged plan: dtype {plan.dtype!r:.40}, precision {plan.precision!r:.40}, "
+                f"{len(plan.schedule)} evaluations: compile again"
+            )
+        return plan
 
     def __str__(self) -> str:
         lines = [

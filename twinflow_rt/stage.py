@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .models.network_config import check_fields, reading
 from .ops import EAGER
 from .ops.select import OpTable, Target, select
 from .passes.fuse import sources
@@ -31,16 +32,18 @@ class Model:
     strip: tuple[str, ...] = ()
     read: Callable[..., Checkpoint] = Checkpoint
 
-    def declare(self, raw: dict[str, Any]) -> tuple[nn.Module, Layout]:
-        """The network that config.json's content asks for, on the meta device, and how its files are read."""
-        config = self.config.from_dict(raw)
-        with torch.device("meta"):
+    def declare(self, raw: dict[str, Any], where: str = "config.json") -> tuple[nn.Module, Layout]:
+        """The network that config.json's content asks for, on the meta device, and how its files are read.
+        Raises ConfigError; where: what its message calls the file."""
+        with reading(where), torch.device("meta"):
+            config = self.config.from_dict(raw)
+            check_fields(config, where)
             return self.network(config), self.layout(config)
 
     def open(self, folder: Path) -> Part:
         """The network of `folder`, not yet read. Raises CheckpointError, ConfigError."""
         checkpoint = self.read(folder, strip=self.strip)
-        return Part(folder.name, checkpoint, *self.declare(checkpoint.config))
+        return Part(folder.name, checkpoint, *self.declare(checkpoint.config, str(folder / "config.json")))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,32 @@ class PromptEmbeds:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def check(self, probe: PromptEmbeds, max_tokens: int) -> None:
+        """Raises ConfigError unless these are embeddings as a text stage makes them. probe: what its `probe`
+        gives; max_tokens: the longest prompt it takes. Reads the values, so a GPU is waited for."""
+        shape, wanted = tuple(getattr(self.embeds, "shape", ())), probe.embeds.shape[-1]
+        longest = max(max_tokens, probe.embeds.shape[1])
+        if len(shape) != 3 or shape[2] != wanted or not 1 <= shape[1] <= longest or not shape[0]:
+            raise ConfigError(
+                f"embeds must be a tensor [prompts, 1 to {longest} tokens, {wanted}], not "
+                f"{shape or type(self.embeds)}; make them with pipe.text"
+            )
+        counts = tuple(self.lengths) if isinstance(self.lengths, (tuple, list)) else ()
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= shape[1] for n in counts)
+        if len(counts) != shape[0] or not whole:
+            raise ConfigError(
+                f"lengths must be {shape[0]} numbers from 1 to {shape[1]}, one per prompt, not {self.lengths!r:.80}"
+            )
+        if set(self.extras) != set(probe.extras):
+            names = [", ".join(sorted(extras)) or "empty" for extras in (probe.extras, self.extras)]
+            raise ConfigError("extras must be {}, not {}; make them with pipe.text".format(*names))
+        for name, tensor in {"embeds": self.embeds, **self.extras}.items():
+            alike = (shape[0], *probe.extras[name].shape[1:]) if name in probe.extras else shape
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tuple(tensor.shape) != alike:
+                raise ConfigError(f"{name} must be a floating-point tensor {alike}; make it with pipe.text")
+            if not torch.isfinite(tensor).all():
+                raise ConfigError(f"{name} holds NaN or infinity; make it again with pipe.text")
+
     def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
         extras = {name: tensor.to(device, dtype) for name, tensor in self.extras.items()}
         return PromptEmbeds(self.embeds.to(device, dtype), self.lengths, extras)

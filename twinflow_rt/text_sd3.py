@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .files import read_json
 from .models import clip_text, t5
-from .passes.load import read_json
 from .stage import Stage
 from .text import PromptEmbeds, check_vocabulary
 from .tokenizer import PaddingTokenizer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-from .passes.load import read_json
+from .files import file_type, is_folder, read_json, read_text, require_file
 
 # how Qwen2 and later cut text before merging bytes: contractions, words with their leading mark, single
 # digits, punctuation with its line ends, blanks (transformers: Qwen2Tokenizer)
@@ -23,6 +23,10 @@ QWEN_WORDS = (
 # CLIP's: its own special tokens, contractions, words, single digits, punctuation; blanks are dropped
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+# what a damaged file breaks with
+BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Tokenizer:
@@ -71,8 +75,8 @@ class ChatTokenizer(Tokenizer):
         messages = [{"role": "user", "content": prompt}]
         try:
             return self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=True)
-        except TemplateError as error:
-            raise CheckpointError(f"the model's chat template failed: {error}") from None
+        except (TemplateError, *BROKEN) as error:
+            raise CheckpointError(f"{self.folder}: the chat template failed ({error}); download it again") from None
 
 
 def read_core(folder: Path) -> Any:
@@ -80,13 +84,14 @@ def read_core(folder: Path) -> Any:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        if not folder.is_dir():
+    if not file_type(path):
+        if not is_folder(folder):
             raise CheckpointError(f"{folder} is missing; the model folder is incomplete")
-        kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "").removesuffix("Fast")
+        kind = str(read_json(folder / "tokenizer_config.json").get("tokenizer_class", "")).removesuffix("Fast")
         if kind not in SLOW or not (folder / "vocab.json").is_file():
             raise CheckpointError(f"{path} is missing; save the tokenizer with its fast (tokenizers) form")
         return SLOW[kind](folder)
+    require_file(path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -145,12 +150,17 @@ def _add_tokens(core: Any, folder: Path) -> Any:
     """`core` with the added tokens of tokenizer_config.json, at the numbers it gives them."""
     from tokenizers import AddedToken
 
-    config = read_json(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
     flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
-    for number, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0])):
-        core.add_tokens([AddedToken(token["content"], **{f: token.get(f, False) for f in flags})])
-        if core.token_to_id(token["content"]) != int(number):
-            raise CheckpointError(f"{folder}: token {token['content']!r} should be {number}; vocab.json is another's")
+    try:
+        added = {int(number): token for number, token in read_json(path).get("added_tokens_decoder", {}).items()}
+        tokens = {n: AddedToken(t["content"], **{f: t.get(f, False) for f in flags}) for n, t in added.items()}
+    except BROKEN as error:
+        raise CheckpointError(f"{path}: added_tokens_decoder is damaged ({error!r:.100}); download it again") from None
+    for number, token in sorted(tokens.items()):
+        core.add_tokens([token])
+        if core.token_to_id(token.content) != number:
+            raise CheckpointError(f"{folder}: token {token.content!r} should be {number}; vocab.json is another's")
     return core
 
 
@@ -160,9 +170,10 @@ def _chat_template(folder: Path) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     config, file = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    source = read_text(file) if file_type(file) else config.get("chat_template")
     if isinstance(source, list):  # several named templates
-        source = next((t["template"] for t in source if t.get("name") == "default"), None)
+        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        source = named.get("default")
     if not isinstance(source, str):
         raise CheckpointError(f"{folder} has no chat template; Z-Image prompts are written in chat form")
     environment = ImmutableSandboxedEnvironment(
@@ -170,5 +181,5 @@ def _chat_template(folder: Path) -> Any:
     )
     try:
         return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise CheckpointError(f"{folder}: the chat template does not compile ({error})") from None
+    except (jinja2.TemplateError, *BROKEN) as error:
+        raise CheckpointError(f"{folder}: the chat template does not compile ({error}); download it again") from None

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from twinflow_rt import load
 from twinflow_rt.bench import peers
 from twinflow_rt.bench.workload import Workload, stages
+from twinflow_rt.files import read_json
 from twinflow_rt.models import family_of
 from twinflow_rt.models.context import Context
 from twinflow_rt.noise import initial_noise
 from twinflow_rt.ops import EAGER
-from twinflow_rt.passes.load import Checkpoint, read_json
+from twinflow_rt.passes.load import Checkpoint
 from twinflow_rt.passes.quantize import unpack
 from twinflow_rt.plan import count_flops
 

@@ -178,7 +178,7 @@ DAMAGES = [
     (lambda m: (m / "model_index.json").unlink(), "model_index.json is missing"),
     (lambda m: (m / "model_index.json").write_text("[1]"), "must hold a JSON object"),
     (lambda m: (m / "transformer" / "config.json").write_text("{"), "not readable JSON"),
-    (lambda m: (m / "vae" / "config.json").write_bytes(b"\xff\xfe"), "not readable JSON"),
+    (lambda m: (m / "vae" / "config.json").write_bytes(b"\xff\xfe"), "not UTF-8 text"),
     (lambda m: edit_json(m / "transformer" / "config.json", lambda c: c.update(_class_name="FluxX")), "FluxX"),
     (lambda m: edit_json(m / "transformer" / "config.json", lambda c: c.update(axes_dims=[8, 8])), "add up"),
     (lambda m: edit_json(m / "vae" / "config.json", lambda c: c.update(_class_name="AutoencoderDC")), "AutoencoderDC"),

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..atomic import check_target
 from ..errors import ConfigError
 
 EPILOG = """\
@@ -128,9 +129,9 @@ def _measure(model: str, args: argparse.Namespace) -> int:
 
     from .runner import run as measure
 
-    for path in (args.json, args.html):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"folder {path.parent} does not exist; create it first")
+    for option, path in (("--json", args.json), ("--html", args.html)):
+        if path is not None:
+            check_target(path, option)
     options: dict[str, Any] = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     console = Console(stderr=True)
     with console.status("measuring") as status:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from ..atomic import write_text
 from . import plots
 from .record import Record
 from .terminal import headline, rate, seconds, size
@@ -69,9 +70,7 @@ def render(record: Record) -> str:
 
 
 def save(record: Record, path: str | Path) -> Path:
-    path = Path(path)
-    path.write_text(render(record), encoding="utf-8")
-    return path
+    return write_text(path, render(record))
 
 
 def _tiles(record: Record) -> str:

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..files import read_json
 from ..models import Family, family_of
 from ..noise import initial_noise
 from ..ops import EAGER
 from ..passes import artifact
-from ..passes.load import Checkpoint, materialize, read_json
+from ..passes.load import Checkpoint, materialize
 from ..passes.random import random_tensor
 from ..pipeline import Pipeline
 from ..schedule import preset

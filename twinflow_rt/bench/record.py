@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_json
 from ..errors import ConfigError
+from ..files import parse_json
 from .schema import SCHEMA, validate
 
 Record = dict[str, Any]  # as `schema.SCHEMA` describes
@@ -17,24 +17,19 @@ Record = dict[str, Any]  # as `schema.SCHEMA` describes
 def save(record: Record, path: str | Path) -> Path:
     """Writes a record, whole or not at all. Raises ConfigError where it is not one."""
     validate(record)
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_json(path, record)
 
 
 def load(path: str | Path) -> Record:
     """Reads and validates a record. Raises ConfigError naming what is wrong with it."""
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; `twinflow-rt bench MODEL --json FILE` writes a record") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); give a record's file") from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from None
+        raise ConfigError(f"{path} is not JSON ({error}); give a record's file") from None
     try:
         validate(record, SCHEMA)
     except ConfigError as error:

@@ -8,6 +8,7 @@ appears under its name only when complete and checked by what reads it later.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..atomic import check_target
 from ..describe import describe
 from ..errors import CheckpointError, ConfigError
+from ..files import check_tree, is_folder, read_json
 from ..models import (
     autoencoder_dc,
     autoencoder_kl,
@@ -28,8 +31,9 @@ from ..models import (
     qwen3,
     t5,
 )
+from ..models.network_config import reading
 from ..passes.fuse import sources
-from ..passes.load import DTYPES, Layout, check, read_json, some
+from ..passes.load import DTYPES, Layout, check, some
 from ..stage import Model
 from .files import Source, open_sources, write_folder
 from .names import CONTAINERS, RULES, Names, unchanged
@@ -54,11 +58,13 @@ class Slot:
     def __init__(self, folder: Path) -> None:
         self.name, config = folder.name, read_json(folder / "config.json")
         kind = config.get("_class_name") or config.get("model_type")
-        self.rules: Names = RULES.get(kind, unchanged)(config)
+        if not isinstance(kind, str):
+            raise CheckpointError(f"{folder / 'config.json'} names no _class_name or model_type; download it again")
+        with reading(str(folder / "config.json")):
+            self.rules: Names = RULES.get(kind, unchanged)(config)
         if self.name == "transformer":
             family = family_of(config)
-            with torch.device("meta"):
-                network = family.network(family.config.from_dict(config))
+            network = family.build(family.config.from_dict(config))
             self.layout, self.strip = family.layout, ()
         elif kind in MODELS:
             network, self.layout = MODELS[kind].declare(config)
@@ -113,8 +119,8 @@ class Converted:
         stored, _, parts = self.where[target]
         shape = self.source.shape(stored)
         if parts > 1:
-            if shape[0] % parts:
-                raise CheckpointError(f"{self.folder}: {stored} has {shape[0]} rows, which do not split in {parts}")
+            if not shape or shape[0] % parts:
+                raise CheckpointError(f"{self.folder}: {stored} is of shape {shape}, whose rows do not split in {parts}")
             shape = (shape[0] // parts, *shape[1:])
         return shape[:2] if self._is_matrix(target, shape) else shape
 
@@ -153,9 +159,11 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
     missing included. Raises CheckpointError for files that are not this model's, ConfigError if `target`
     exists.
     """
-    if not base.is_dir() or not (base / "model_index.json").is_file():
+    if not is_folder(base) or not (base / "model_index.json").is_file():
         raise CheckpointError(f"{base} is no model folder in diffusers' layout (it needs model_index.json)")
-    if target.exists():
+    check_tree(base)
+    check_target(target, "the folder to write", make_parents=True)
+    if os.path.lexists(target):
         raise ConfigError(f"{target} exists; choose another name or remove it")
     slots = [Slot(p.parent) for p in sorted(base.glob("*/config.json"))]
     networks: dict[str, Converted] = {}

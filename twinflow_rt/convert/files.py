@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic import new_folder
 from ..errors import CheckpointError
-from ..passes.load import PICKLES, open_tensors
+from ..files import is_folder, open_tensors
+from ..passes.load import PICKLES
 
 SHARD_BYTES = 5_000_000_000  # a shard is held in memory while it is written
 
@@ -48,7 +50,7 @@ class Source:
 def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
     """Files as given; of a folder, every file in it and below, where an index stands all together."""
     for path in paths:
-        if not path.is_dir():
+        if not is_folder(path):
             if path.suffix in PICKLES:
                 raise CheckpointError(
                     f"{path} is a pickle, which can run code when read; save its tensors with safetensors first"
@@ -71,9 +73,7 @@ def write_folder(
 ) -> None:
     """Writes `copied` files of `base` and the networks (part -> `Converted`) under another name, renamed
     to `target` once `verify` has accepted it; nothing stays of a folder that was not finished."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(target, verify) as partial:
         for path in copied:
             place = partial / path.relative_to(base)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +81,6 @@ def write_folder(
         for name, network in networks.items():
             stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
             write_shards(partial / name, stem, network)
-        verify(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _link(source: Path, place: Path) -> None:

@@ -82,8 +82,11 @@ class Generator:
 
 def run(args: argparse.Namespace, pipe: Any) -> int:
     """Scores `pipe` at every asked-for number of evaluations and prints one line each."""
+    from ..cli import check_image_path
     from ..schedule import preset
 
+    if args.sheet is not None:
+        check_image_path(args.sheet, "--sheet")
     rows: list[dict[str, Any]] = []
 
     def add(of: dict[str, Any], scores: Scores) -> None:
@@ -116,7 +119,10 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
 def sheet(generate: Generator, path: Path, columns: int = 6) -> None:
     """One row of prompts, images and verdicts per kind."""
     scenes = [s for kind in KINDS for s in prompts(kind, columns, "train", seed=1)]
-    contact_sheet(list(generate([s.caption for s in scenes])), scenes, columns=columns).save(path)
+    from ..cli import save_image
+
+    image = contact_sheet(list(generate([s.caption for s in scenes])), scenes, columns=columns)
+    save_image(image, path)
 
 
 def _line(row: dict[str, Any], header: bool) -> str:

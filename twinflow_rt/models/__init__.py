@@ -22,9 +22,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import SizeRule
 from ..errors import CheckpointError
 from ..passes.load import Layout
+from .network_config import reading
 
 FAMILIES = {
     "ZImageTransformer2DModel": "z_image",
@@ -51,6 +54,18 @@ class Family:
     text: Callable[[Path], Any]
     vae: Callable[[Path], Any]
     fit: Callable[[Any, Any, Any], SizeRule]
+
+    def build(self, config: Any, **options: Any) -> Any:
+        """`network(config, **options)` on the meta device. Raises ConfigError for a config that builds none."""
+        with reading("transformer/config.json"), torch.device("meta"):
+            return self.network(config, **options)
+
+    def open(self, folder: Path, raw: dict[str, Any]) -> tuple[Any, Any, SizeRule]:
+        """Text stage, VAE and sizes of a model folder whose transformer/config.json holds `raw`; no weight is
+        read. Raises CheckpointError, ConfigError."""
+        config, text, vae = self.config.from_dict(raw), self.text(folder), self.vae(folder)
+        with reading(f"{folder}: the parts' config.json"):
+            return text, vae, self.fit(config, text, vae)
 
 
 def must_equal(*pairs: tuple[str, int, str, int]) -> None:

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TwinFlowError
+from ..typed import hints_of, typed
+
+MOST, MOST_LAYERS = 1 << 22, 1000  # no size, and no number of layers, of a network is beyond
+BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """For making something of a config.json's content: whatever breaks over it becomes a ConfigError."""
+    try:
+        yield
+    except TwinFlowError:
+        raise
+    except BROKEN as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{where} describes no network that can be built ({reason:.200}); download it again"
+        ) from error
+
+
+def check_fields(config: Any, where: str) -> None:
+    """Raises ConfigError unless every field of a config dataclass has its declared type and a size that
+    networks have: a typo must not build a billion layers."""
+    for name, hint in hints_of(type(config)).items():
+        try:
+            value = typed(getattr(config, name), hint, name)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}; download it again") from None
+        most = MOST_LAYERS if any(word in name for word in ("layers", "depth", "res_blocks")) else MOST
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > most for number in numbers) or len(numbers) > MOST_LAYERS:
+            raise ConfigError(f"{where}: {name} is {value!r:.80}, beyond any network's {most:,}; download it again")
 
 
 class NetworkConfig:
@@ -31,7 +64,11 @@ class NetworkConfig:
         skipped = {*known, *cls.variants, *cls.unread}
         if unknown := [k for k, v in raw.items() if k not in skipped and not k.startswith("_") and v is not None]:
             raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known})
+        where = "transformer/config.json"
+        with reading(where):
+            config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known})
+        check_fields(config, where)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content, loadable by diffusers' class of that name."""

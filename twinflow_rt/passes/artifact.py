@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..atomic import check_target, new_folder
 from ..errors import CheckpointError
-from .load import read_json, some
+from ..files import read_json
+from ..plan import Plan
+from ..schedule import SamplerConfig
+from ..typed import typed
+from .load import some
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
@@ -42,13 +48,12 @@ def write(
     source: the model folder it was compiled from; its tokenizers are copied. Raises CheckpointError
     if something stands at `folder` already: artifacts are never changed.
     """
-    if folder.exists():
+    check_target(folder, "the artifact's folder", make_parents=True)
+    if os.path.lexists(folder):
         raise CheckpointError(f"{folder} exists; artifacts are not overwritten: choose another name or remove it")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(folder) as partial:
         for name, (config, tensors) in parts.items():
-            (partial / name).mkdir(parents=True)
+            (partial / name).mkdir()
             (partial / name / "config.json").write_text(json.dumps(config, indent=1))
             _write_tensors(partial / name, tensors)
         for tokenizer in sorted(source.glob("tokenizer*/")):
@@ -57,16 +62,14 @@ def write(
         files = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         manifest = {"schema": SCHEMA, **meta, "files": files}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The verified manifest of an artifact.
+    """The verified manifest of an artifact, `sampler` and `plan` as a SamplerConfig and a Plan.
 
-    Raises CheckpointError for another schema, a missing or additional file, or a changed one.
+    Raises CheckpointError for another schema, a field that is not what it should be, a missing or
+    additional file, or a changed one.
     """
     manifest = read_json(folder / MANIFEST)
     if manifest.get("schema") != SCHEMA:
@@ -74,15 +77,19 @@ def read(folder: Path) -> dict[str, Any]:
             f"{folder / MANIFEST} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; save it again"
         )
     absent = [field for field in FIELDS if field not in manifest]
-    if absent or not isinstance(manifest["files"], dict):
+    if absent or not isinstance(manifest["files"], dict) or not isinstance(manifest["source"], str):
         raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(absent) or 'a file list'}; save it again")
+    try:
+        sampler, plan = typed(manifest["sampler"], SamplerConfig, "sampler"), Plan.from_dict(manifest["plan"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}; save it again") from None
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
     if strangers := sorted(present ^ set(manifest["files"])):
         raise CheckpointError(f"{folder}: {some(strangers)} missing or not part of the artifact; save it again")
     for name, expected in manifest["files"].items():
         if sha256(folder / name) != expected:
             raise CheckpointError(f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged")
-    return manifest
+    return {**manifest, "sampler": sampler, "plan": plan}
 
 
 def is_artifact(folder: Path) -> bool:

@@ -6,7 +6,6 @@ is read that the network does not use, and no file that could run code (a pickle
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
+from ..files import check_tree, file_type, is_folder, open_tensors, read_json
 from ..report import LoadReport, Meter
 from . import memory, random
 from .fuse import Fused, sources, stack
@@ -27,31 +27,6 @@ IMAGE_TASKS = ("Edit", "Img2Img", "Inpaint", "ControlNet", "Layered", "Kontext")
 SHOWN = 8  # names listed in one message
 
 Progress = Callable[[int], None]  # called with the bytes just loaded
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a CheckpointError saying what is wrong with it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; a model folder has the layout diffusers saves") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(content).__name__}")
-    return content
-
-
-def open_tensors(path: Path) -> Any:
-    """A mapped safetensors file (`safe_open`); only its header is read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; download it again") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
 
 
 class Checkpoint:
@@ -71,7 +46,7 @@ class Checkpoint:
         self.folder = Path(folder)
         if quantized:
             self._dtypes = DTYPES | {"I8": torch.int8}
-        if not self.folder.is_dir():
+        if not is_folder(self.folder):
             raise CheckpointError(f"{self.folder} is missing; the model folder is incomplete")
         self.config = read_json(self.folder / "config.json")
         self._files: dict[str, Any] = {}
@@ -81,7 +56,10 @@ class Checkpoint:
         for file, names in self._listing().items():
             for name in names:
                 prefix = next((p for p in prefixes if name.startswith(p)), "")
-                self._where[name.removeprefix(prefix)] = (file, name)
+                bare = name.removeprefix(prefix)
+                if bare in self._where:
+                    raise CheckpointError(f"{self.folder}: {bare} stands twice, with and without {prefix}; keep one")
+                self._where[bare] = (file, name)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Self:
@@ -170,6 +148,8 @@ class Checkpoint:
 
     def main_dtype(self) -> torch.dtype:
         """The dtype that most of the bytes are stored in."""
+        if not self._where:
+            raise CheckpointError(f"{self.folder} has files without any tensor; download them again")
         sizes: dict[torch.dtype, int] = {}
         for name in self._where:
             sizes[self.dtype(name)] = sizes.get(self.dtype(name), 0) + self.nbytes(name)
@@ -274,12 +254,13 @@ def some(names: Iterable[str]) -> str:
 
 def model_folder(path: Path) -> Path:
     """Checks that `path` is a whole text-to-image model (model_index.json and its four parts) and returns it."""
-    if path.is_file():
-        raise CheckpointError(f"{path} is a single file; give the model folder (diffusers layout) instead")
-    if not path.is_dir():
+    if not file_type(path):
         raise CheckpointError(
-            f"{path} does not exist; give a local model folder (download one first, e.g. with `hf download`) or 'demo'"
+            f"{path} does not exist; give a local model folder, 'demo', or hf://owner/name (docs/reliability.md)"
         )
+    if not is_folder(path):
+        raise CheckpointError(f"{path} is a single file; give the model folder (diffusers layout) instead")
+    check_tree(path)
     pipeline = str(read_json(path / "model_index.json").get("_class_name", ""))
     if any(task in pipeline for task in IMAGE_TASKS):
         raise CheckpointError(
@@ -287,6 +268,6 @@ def model_folder(path: Path) -> Path:
             "(docs/editing.md says what more it would take)"
         )
     for part in ("transformer", "text_encoder", "tokenizer", "vae"):
-        if not (path / part).is_dir():
+        if not is_folder(path / part):
             raise CheckpointError(f"{path} has no {part}/ folder; the download is incomplete")
     return path

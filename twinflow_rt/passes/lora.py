@@ -13,7 +13,6 @@ given, neither as a tensor nor in the metadata, it is the rank: diffusers' rule.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -24,14 +23,16 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from ..files import file_type, is_folder, open_tensors, parse_json, read_json, require_file
 from ..plan import Lora
 from .artifact import sha256
-from .load import PICKLES, Checkpoint, open_tensors, read_json, some
+from .load import PICKLES, Checkpoint, some
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up)(?:\.default)?\.weight")
+FACTORS = ("F32", "F16", "BF16", "F64")  # how A and B may be stored
 A_NAMES = ("lora_A", "lora_down", "lora.down")
 METADATA, ROOT = "lora_adapter_metadata", "transformer."  # diffusers' header entry, and our keys in it
 
@@ -108,7 +109,7 @@ class Adapter:
             alpha = self._alpha(config, name)
             if "alpha" in keys:
                 stored = self._tensors.get_tensor(keys["alpha"])
-                alpha = stored.item() if stored.numel() == 1 else stored.tolist()
+                alpha = stored.item() if stored.numel() == 1 else f"of shape {tuple(stored.shape)}"
             if not (alpha is None or _is_number(alpha)):
                 raise CheckpointError(f"{self.path}: the alpha of {module} is {alpha!r:.40}, not a finite number")
             self._pairs[name] = (keys["A"], keys["B"], weight * _ratio(alpha, rank, config))
@@ -155,7 +156,12 @@ class Adapter:
             raise CheckpointError(f"{self.path} adapts {module}, which {checkpoint.folder} lacks; for another model?")
         if missing := [f"lora_{kind}" for kind in "AB" if kind not in keys]:
             raise CheckpointError(f"{self.path}: {module} lacks {missing[0]}; the file is incomplete")
-        a, b = (tuple(self._tensors.get_slice(keys[kind]).get_shape()) for kind in "AB")
+        slices = [self._tensors.get_slice(keys[kind]) for kind in "AB"]
+        if strange := [s.get_dtype() for s in slices if s.get_dtype() not in FACTORS]:
+            raise CheckpointError(
+                f"{self.path}: {module} is stored as {strange[0]}; save it as one of {', '.join(FACTORS)}"
+            )
+        a, b = (tuple(s.get_shape()) for s in slices)
         base = checkpoint.shape(name)
         if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != base or a[0] != b[1] or a[0] < 1:
             raise CheckpointError(
@@ -169,7 +175,7 @@ class Adapter:
         config = {}
         if raw := (self._tensors.metadata() or {}).get(METADATA):
             try:
-                config = {k.removeprefix(ROOT): v for k, v in json.loads(raw).items() if k.startswith(ROOT)}
+                config = {k.removeprefix(ROOT): v for k, v in parse_json(raw).items() if k.startswith(ROOT)}
             except (ValueError, AttributeError) as error:
                 raise CheckpointError(f"{self.path}: its {METADATA} is not readable JSON ({error})") from None
         elif self.path.name == FILE_NAMES[1] and beside.is_file():
@@ -180,8 +186,10 @@ class Adapter:
 
     def _alpha(self, config: dict[str, Any], name: str) -> Any:
         """Alpha of the module behind tensor `name` by the configuration; None: it says nothing."""
-        module = name.removesuffix(".weight")
-        for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        module, patterns = name.removesuffix(".weight"), config.get("alpha_pattern") or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{self.path}: alpha_pattern is {patterns!r:.60}, no object of names; save it again")
+        for pattern, alpha in patterns.items():
             literal = pattern.removeprefix("^")
             if re.search(r"[^\w.]", literal):
                 raise CheckpointError(f"{self.path}: alpha_pattern {pattern!r} is a regular expression; name modules")
@@ -199,7 +207,7 @@ def _ratio(alpha: float | None, rank: int, config: dict[str, Any]) -> float:
 
 def _file(path: Path) -> Path:
     """The adapter file at `path`; in a folder, the one name diffusers or PEFT gives it."""
-    if path.is_dir():
+    if is_folder(path):
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if len(found) != 1:
             raise CheckpointError(f"{path} must hold one of {', '.join(FILE_NAMES)}; or name the file itself")
@@ -208,8 +216,9 @@ def _file(path: Path) -> Path:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when read; convert it with safetensors.torch.save_file"
         )
-    if not path.is_file():
+    if not file_type(path):
         raise CheckpointError(f"{path} does not exist; give a LoRA file (.safetensors) or the folder that holds it")
+    require_file(path)
     return path
 
 

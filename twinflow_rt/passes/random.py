@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import read_json
 from .memory import TensorSlice
 
 FILE = "random_weights.json"
@@ -30,10 +31,10 @@ class RandomFile:
 
     def __init__(self, path: Path, dtypes: dict[str, torch.dtype]) -> None:
         try:
-            declared = json.loads(path.read_text())
+            declared = read_json(path)
             self.code, self.dtype, self.seed = declared["dtype"], dtypes[declared["dtype"]], int(declared["seed"])
             self.shapes = {name: tuple(map(int, shape)) for name, shape in declared["tensors"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} declares no random weights ({error!r}); write it again") from None
 
     def keys(self) -> Iterable[str]:

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from .engine import Engine, Limits
 
 log = logging.getLogger(__name__)
+MAX_SECONDS = 1_000_000  # that threads can wait
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OPTIONS = {
     "max_batch": "images of one run",
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace, load: Callable[[], Any]) -> int:
         raise ConfigError(f"serving needs {error.name}: pip install 'twinflow-rt[serve]'") from None
     token = read_token(args.token_file, args.token_env)
     for option in ("timeout", "drain_timeout"):
-        if not getattr(args, option) > 0:
-            raise ConfigError(f"--{option.replace('_', '-')} must be more than 0 seconds")
+        if not 0 < getattr(args, option) <= MAX_SECONDS:
+            raise ConfigError(f"--{option.replace('_', '-')} must be more than 0 seconds, and at most {MAX_SECONDS:,}")
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with bind(args.host, args.port) as listener:  # before loading: a taken port must not cost minutes
@@ -84,7 +85,10 @@ def run(args: argparse.Namespace, load: Callable[[], Any]) -> int:
 def read_token(file: Path | None, variable: str | None) -> str | None:
     """The token from a file or an environment variable (an option would show in the process list)."""
     if file is not None:
-        token, where = file.read_text(encoding="utf-8").strip(), f"--token-file {file}"
+        try:
+            token, where = file.read_text(encoding="utf-8").strip(), f"--token-file {file}"
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--token-file {file} is not readable ({error}); name a file with the token") from None
     elif variable is not None:
         token, where = os.environ.get(variable, "").strip(), f"--token-env {variable}"
     else:
@@ -98,7 +102,10 @@ def bind(host: str, port: int) -> socket.socket:
     """A bound TCP socket, not yet listening."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port} must be from 0 to 65535")
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--host {host!r:.100} is no address ({error}); use 127.0.0.1 or 0.0.0.0") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

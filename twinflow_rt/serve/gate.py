@@ -47,8 +47,8 @@ class Gate:
             length = headers.get(b"content-length", b"")
             if not length.isdigit():
                 return failure(411, "send a Content-Length", code="length_required", headers=CLOSE)
-            if int(length) > MAX_BODY:
-                message = f"the body has {int(length)} bytes; at most {MAX_BODY} are taken"
+            if len(length) > 18 or int(length) > MAX_BODY:
+                message = f"the body has {length[:18].decode()} bytes or more; at most {MAX_BODY} are taken"
                 return failure(413, message, code="body_too_large", headers=CLOSE)
         return None
 
