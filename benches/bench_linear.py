@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from twinflow_rt.config import has_native
-from twinflow_rt.ops.linear import int8_limit, linear_int8, linear_packed, linear_upcast, pack, quantize_weight
+from twinflow_rt.ops.linear import (
+    int8_limit,
+    int8_mm,
+    linear_packed,
+    linear_upcast,
+    pack,
+    quantize_rows,
+    quantize_weight,
+)
 
 ROWS = (32, 256, 1024)
 SHAPES = ((144, 432), (768, 2304), (3840, 3840))  # inputs, outputs
@@ -25,11 +33,11 @@ TOLERANCE = {"int8": 0.02, "bfloat16": 0.01, "bfloat16 pack": 0.01, "bfloat16 up
 def contenders(x, w):
     """name -> a call that multiplies x [M, K] by w [N, K] transposed."""
     packed, half, small = pack(w), w.bfloat16(), x.bfloat16()
-    values, scales = quantize_weight(w, int8_limit(torch.cpu.get_capabilities()))
+    weight = quantize_weight(w, torch.int8, int8_limit(torch.cpu.get_capabilities()))
     calls = {
         "torch": lambda: F.linear(x, w),
         "pack": lambda: linear_packed(x, packed, None),
-        "int8": lambda: linear_int8(x, values, scales, None),
+        "int8": lambda: int8_mm(*quantize_rows(x, torch.int8), *weight, None, x.dtype),
         "bfloat16 upcast": lambda: linear_upcast(small, half, None),
     }
     if torch.backends.mkl.is_available():

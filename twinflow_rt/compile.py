@@ -136,6 +136,7 @@ def compile_network(
     Raises CheckpointError for anything about the files, ConfigError for the schedule or the precision.
     """
     schedule = _checked(schedule)
+    quantize.require(precision, device, dtype)
     recipe = Recipe(source, family, device, dtype, absorb, precision, tuple(exempt))
     source.meter.start()
     unfolded = recipe.unfolded()
@@ -147,8 +148,11 @@ def compile_network(
         assign(network, name, tensor)
         if progress is not None:
             progress(tensor.nbytes)
-    network.eval().ops, choices = _select(network, device, dtype)
+        del tensor
+        quantize.arrived(network, name, device, precision, exempt)
     layers = quantize.convert(network, device, precision, exempt)
+    network.eval()
+    choices = _select(network, device, dtype)
     report = source.meter.report(len(expected), source.total_bytes())
     away = folded_away(unfolded, network)
     folded, pruned = (group_parameters({k: n for k, n in away.items() if (k in into) is yes}) for yes in (True, False))
@@ -179,11 +183,11 @@ def load_program(
             return None
         return torch.float32 if name in tables else family.layout.dtype_of(name, kind)
 
-    as_saved = quantize.expect_int8(network, saved)
+    as_saved = quantize.expect_quantized(network, saved, plan.precision)
     report = materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
-    quantize.check_int8(network, device)
+    quantize.check_quantized(network, device, dtype, plan.precision)
     layers = quantize.convert(network, device)
-    network.ops, choices = _select(network, device, dtype)
+    choices = _select(network, device, dtype)
     notes = (f"compiled for {plan.dtype} on {plan.device} and saved", f"transformer {report}")
     plan = replace(plan, device=str(device), dtype=_short(dtype), choices=choices, layers=layers, notes=notes)
     return Program(network, plan.schedule, plan)
@@ -217,8 +221,11 @@ def _tensors(recipe: Recipe, network: Any, tables: dict[str, Tensor]) -> Iterato
             yield name, fetch(name, expected[name], source, layout, device, recipe.dtype)
 
 
-def _select(network: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[Any, tuple[Choice, ...]]:
-    return select(Target.of_network(network.config, device, dtype))
+def _select(network: Any, device: torch.device, dtype: torch.dtype) -> tuple[Choice, ...]:
+    """Gives the network and its quantized layers their implementations."""
+    target = Target.of_network(network.config, device, dtype)
+    network.ops, choices = select(target)
+    return choices + quantize.attach(network, target)
 
 
 def _is_absorbed(network: nn.Module) -> bool:

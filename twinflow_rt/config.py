@@ -12,7 +12,7 @@ from .errors import ConfigError, DeviceError
 from .schedule import PRESETS, SamplerConfig, preset
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": None}
+PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": None, "fp8": None}
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 OUTPUTS = ("pil", "np", "pt", "latent")
 MAX_PROMPT = 100_000  # characters; models read at most some thousand tokens of a prompt
@@ -61,10 +61,10 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
 
 
 def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) -> tuple[str | None, Any]:
-    """What linear layers are quantized to ("int8" or None), and the dtype asked for, from the two arguments.
+    """What linear layers are quantized to ("int8", "fp8" or None), and the dtype asked for, from the two arguments.
 
     "fp32", "fp16" and "bf16" are dtypes, "auto" is what None is: the dtype that suits checkpoint and
-    device. Beside "int8", dtype is that of activations and of the layers kept out of int8.
+    device. Beside "int8" and "fp8", dtype is that of activations and of the layers that are not quantized.
     """
     if precision is None:
         return None, dtype
@@ -73,7 +73,7 @@ def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) ->
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if implied and name and ALIASES.get(name, name) != implied:
         raise ConfigError(f"precision {precision} is dtype {implied}, not {name}; give one of the two")
-    return ("int8" if precision == "int8" else None), implied or dtype
+    return (precision if precision in ("int8", "fp8") else None), implied or dtype
 
 
 def resolve_sampler(nfe: int | None, sampler: SamplerConfig | str | None) -> SamplerConfig | None:

@@ -115,7 +115,7 @@ def show(report: dict[str, Any], rows: list[Row]) -> None:
     arch = f", compute capability {target['arch'] / 10:.1f}" if target["arch"] else ""
     table = Table(title=f"{target['dtype']} on {target['device']}{arch}", title_justify="left")
     for column in ("op", "implementation", "here"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "op")
     previous = None
     for row in rows:
         state = escape(row.reason or ("usable" if row.rank else "usable, not tried"))

@@ -258,4 +258,4 @@ def load(
 
 
 def _transformer(folder: Path, plan: Plan | None) -> Checkpoint:
-    return Checkpoint(folder / "transformer", quantized=plan is not None and plan.precision == "int8")
+    return Checkpoint(folder / "transformer", quantized=plan is not None and plan.precision is not None)

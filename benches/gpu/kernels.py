@@ -21,7 +21,7 @@ from benches.gpu import rivals
 from twinflow_rt import ops
 from twinflow_rt.bench import ceilings, facts
 from twinflow_rt.bench.op_cases import SIZES, Case, cases, judge, outputs
-from twinflow_rt.bench.standalone_cases import standalone
+from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.bench.timing import interleave
 from twinflow_rt.ops.select import Target, choose
 
@@ -107,8 +107,8 @@ def one(
     mine, refused = rivals.ours(case, target)
     others = {} if options.check_only else rivals.others(case.op, case.inputs(), options.without)
     right, wrong = check(case, {**mine, **others})
-    beside = case.op in rivals.STEMS  # of the table: Triton wherever it runs
-    chosen = next(iter(mine), "eager") if beside else choose(rivals.table_name(case), target).chosen
+    beside = case.op in rivals.STEMS  # of the tables: Triton wherever it runs
+    chosen = next(iter(mine), "eager") if beside else choose(rivals.table_name(case), aimed(case, target)).chosen
     entry: dict[str, Any] = {
         "op": case.op, "case": case.name, "size": size, "dtype": name, "bytes": case.bytes, "flops": case.flops,
         "chosen": chosen, "right": sorted(right), "wrong": wrong, "refused": refused,

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import Case
-from twinflow_rt.bench.standalone_cases import STEMS, launcher, refuses
+from twinflow_rt.bench.standalone_cases import STEMS, implementations
 from twinflow_rt.ops.optional import find
-from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, Target
+from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, ROW_OPS, Target
 
 NAMES = ("eager", "compile", "torch", "liger")
 LIGER = "liger_kernel.transformers.functional"
@@ -21,9 +21,8 @@ LIGER = "liger_kernel.transformers.functional"
 
 def ours(case: Case, target: Target) -> tuple[dict[str, Callable], dict[str, str]]:
     """The implementations that serve `target` here, and why the others do not."""
-    if case.op in STEMS:
-        reason = refuses(case, target)
-        return ({}, {"triton": reason}) if reason else ({"triton": launcher(case.op)}, {})
+    if case.op in STEMS or case.op in ROW_OPS:
+        return implementations(case, target)
     usable, refused = {}, {}
     for name, implementation in IMPLEMENTATIONS[table_name(case)].items():
         if name == "eager":

@@ -10,12 +10,13 @@ import torch
 
 from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
-from twinflow_rt.bench.standalone_cases import launcher, refuses, standalone
+from twinflow_rt.bench.standalone_cases import implementations, standalone
 from twinflow_rt.ops import EAGER
-from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, Target
+from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, ROW_OPS, Target
 
 pytestmark = pytest.mark.gpu
-PAIRS = [(op, name) for op, some in IMPLEMENTATIONS.items() for name in some if name not in ("eager", "native")]
+TABLE = {op: some for op, some in IMPLEMENTATIONS.items() if op not in ROW_OPS}
+PAIRS = [(op, name) for op, some in TABLE.items() for name in some if name not in ("eager", "native")]
 STANDALONE = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu")]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -83,7 +84,9 @@ def tensors(value):
 @pytest.mark.parametrize("name", STANDALONE)
 def test_kernels_beside_the_table(name, size, dtype):
     (case,) = (c for c in standalone(SIZES[size], dtype, "cuda") if c.name == name)
-    if reason := refuses(case, Target.of(torch.device("cuda"), dtype)):
-        pytest.skip(reason)
-    got, eager = (case.read(call(*case.inputs())) for call in (launcher(case.op), getattr(ops, case.op)))
-    assert (problem := judge(got, eager, case.exact(*case.inputs()))) is None, problem
+    usable, refused = implementations(case, Target.of(torch.device("cuda"), dtype))
+    if not usable:
+        pytest.skip(str(refused))
+    for call in usable.values():
+        got, eager = (case.read(one(*case.inputs())) for one in (call, getattr(ops, case.op)))
+        assert (problem := judge(got, eager, case.exact(*case.inputs()))) is None, problem

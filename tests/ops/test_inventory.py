@@ -10,7 +10,7 @@ import torch
 from twinflow_rt import inventory
 from twinflow_rt.cli import main
 from twinflow_rt.ops import optional
-from twinflow_rt.ops.select import IMPLEMENTATIONS, Target, select
+from twinflow_rt.ops.select import IMPLEMENTATIONS, Target, select, select_rows
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def broken_flash_attention(tmp_path, monkeypatch):
 
 def test_lists_every_implementation_and_agrees_with_selection():
     for target in (Target("cpu", torch.float32), Target("cuda", torch.bfloat16, arch=90, head_dim=128)):
-        rows, (_, choices) = inventory.inventory(target), select(target)
+        rows, choices = inventory.inventory(target), (*select(target)[1], *select_rows(target)[1])
         assert {(r.op, r.name) for r in rows} == {(op, name) for op, some in IMPLEMENTATIONS.items() for name in some}
         assert {r.op: r.name for r in rows if r.chosen} == {c.op: c.chosen for c in choices}
         for row in (r for r in rows if r.chosen):

@@ -7,8 +7,17 @@ import torch
 import torch.nn.functional as F
 
 from twinflow_rt.ops import linear_quantized, quantize_rows
-from twinflow_rt.ops.linear import int8_limit, linear_int8, linear_packed, linear_upcast, pack, quantize_weight
+from twinflow_rt.ops.linear import (
+    int8_limit,
+    int8_mm,
+    linear_packed,
+    linear_upcast,
+    pack,
+    quantize_weight,
+    scaled_mm,
+)
 
+FP8 = torch.float8_e4m3fn
 SHAPES = [(1, 1, 5), (37, 199, 144), (199, 37, 760), (64, 432, 1128)]  # rows, outputs, inputs
 
 
@@ -16,6 +25,11 @@ def case(m, n, k, dtype):
     g = torch.Generator().manual_seed(m + n + k)
     x, w, b = (torch.randn(*shape, generator=g).to(dtype) for shape in ((2, m, k), (n, k), (n,)))
     return x, w * k**-0.5, b
+
+
+def linear_int8(x, values, scales, bias):
+    """int8 as a network has it: rows quantized as they come."""
+    return int8_mm(*quantize_rows(x, torch.int8), values, scales, bias, x.dtype)
 
 
 def error(y, x, w, b):
@@ -50,7 +64,7 @@ def test_packed_weights_take_strided_and_empty_rows_and_come_back():
 def test_int8_is_its_reference(shape, dtype):
     """Products are exact in int32, so only the rounding of sums, in float32, and of the result may differ."""
     x, w, b = case(*shape, dtype)
-    values, scales = quantize_weight(w, int8_limit(torch.cpu.get_capabilities()))
+    values, scales = quantize_weight(w, torch.int8, int8_limit(torch.cpu.get_capabilities()))
     y = linear_int8(x, values, scales, b)
     reference = linear_quantized(*quantize_rows(x, torch.int8), values, scales, b, dtype)
     assert y.dtype == dtype and y.shape == reference.shape
@@ -61,7 +75,7 @@ def test_int8_is_its_reference(shape, dtype):
 def test_int8_error_is_that_of_8_bits():
     """Rounding to 127 levels of the row's maximum: uniform errors of relative size about 1e-2 for normal data."""
     x, w, _ = case(199, 432, 1128, torch.float32)
-    y = linear_int8(x, *quantize_weight(w), None)
+    y = linear_int8(x, *quantize_weight(w, torch.int8), None)
     exact = F.linear(x.double(), w.double())
     assert (y.double() - exact).norm() / exact.norm() < 0.015
 
@@ -69,23 +83,59 @@ def test_int8_error_is_that_of_8_bits():
 def test_each_row_has_its_own_scale():
     x, w, _ = case(8, 64, 144, torch.float32)
     spread = x * torch.logspace(-6, 6, 8)[:, None]
-    a, b = linear_int8(x, *quantize_weight(w), None), linear_int8(spread, *quantize_weight(w), None)
+    weight = quantize_weight(w, torch.int8)
+    a, b = linear_int8(x, *weight, None), linear_int8(spread, *weight, None)
     relative = (b / torch.logspace(-6, 6, 8)[:, None] - a).abs().max() / a.abs().max()
     assert relative < 1e-2
-    assert not linear_int8(torch.zeros(3, 144), *quantize_weight(w), None).any()
-    assert linear_int8(x[:, :0], *quantize_weight(w), None).shape == (2, 0, 64)
+    assert not linear_int8(torch.zeros(3, 144), *weight, None).any()
+    assert linear_int8(x[:, :0], *weight, None).shape == (2, 0, 64)
 
 
 def test_weights_quantize_to_the_limit_and_back():
     w = torch.randn(64, 144)
     for limit in (127, 63):
-        values, scales = quantize_weight(w, limit)
+        values, scales = quantize_weight(w, torch.int8, limit)
         assert values.dtype == torch.int8 and int(values.abs().max()) == limit and scales.shape == (64, 1)
         assert ((values * scales - w).abs() <= scales / 2 * 1.001).all()
-    values, scales = quantize_weight(torch.zeros(2, 8))
+    values, scales = quantize_weight(torch.zeros(2, 8), torch.int8)
     assert not values.any() and torch.isfinite(scales).all()
 
 
 def test_saturating_cpus_keep_a_bit():
     assert int8_limit({"avx512_vnni": True}) == int8_limit({"avx_vnni": True}) == 127
     assert int8_limit({"avx2": True, "avx512_vnni": False}) == 63
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp8_is_its_definition(shape, dtype):
+    """The specification against float64: exact products of the dequantized operands, one rounding."""
+    x, w, b = case(*shape, dtype)
+    (values, scales), weight = quantize_rows(x, FP8), quantize_weight(w, FP8)
+    y = linear_quantized(values, scales, *weight, b, dtype)
+    exact = F.linear(values.double() * scales.double(), weight[0].double() * weight[1].double(), b.double())
+    assert y.dtype == dtype
+    assert (y.double() - exact).abs().max() <= torch.finfo(dtype).eps * 4 * exact.abs().max()
+
+
+def test_fp8_error_is_that_of_4_significant_bits():
+    """e4m3 rounds to 3 bits after the point: errors uniform up to 2^-4 of a value, so about 2^-4 / sqrt(3) rms each."""
+    x, w, _ = case(199, 432, 1128, torch.float32)
+    y = linear_quantized(*quantize_rows(x, FP8), *quantize_weight(w, FP8), None, x.dtype)
+    exact = F.linear(x.double(), w.double())
+    assert 0.01 < (y.double() - exact).norm() / exact.norm() < 2**0.5 * 2**-4 / 3**0.5
+
+
+def test_scaled_mm_calls_an_operator_that_exists():
+    """With fake CUDA tensors: torch's own check of layouts, scales and result; arithmetic needs a GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, w = torch.empty(2, 37, 144, device="cuda", dtype=FP8), torch.empty(432, 144, device="cuda", dtype=FP8)
+        scales, bias = torch.empty(2, 37, 1, device="cuda"), torch.empty(432, device="cuda", dtype=torch.bfloat16)
+        for b in (bias, None):
+            y = scaled_mm(x, scales, w, torch.empty(432, 1, device="cuda"), b, torch.bfloat16)
+            assert y.shape == (2, 37, 432) and y.dtype == torch.bfloat16
+    nothing, w = torch.empty(2, 0, 144, device="meta", dtype=FP8), torch.empty(432, 144, device="meta", dtype=FP8)
+    scales = torch.empty(2, 0, 1, device="meta"), torch.empty(432, 1, device="meta")
+    assert scaled_mm(nothing, scales[0], w, scales[1], None, torch.bfloat16).shape == (2, 0, 432)

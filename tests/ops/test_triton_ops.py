@@ -11,7 +11,9 @@ import torch
 from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
-from twinflow_rt.ops.select import IMPLEMENTATIONS
+from twinflow_rt.bench.standalone_cases import QUANTIZED, standalone
+from twinflow_rt.ops.rows import EAGER_ROWS, producing
+from twinflow_rt.ops.select import IMPLEMENTATIONS, RowTable
 
 CASES = [c for c in cases(SIZES["tiny"], torch.float16, "cpu") if "triton" in IMPLEMENTATIONS[c.op]]
 EPS = 1e-5
@@ -27,6 +29,16 @@ def table():
 def test_through_the_op_table(table, case):
     got = table[case.op](*case.inputs())
     problem = judge(got, getattr(ops.EAGER, case.op)(*case.inputs()), case.exact(*case.inputs()))
+    assert problem is None, problem
+
+
+ROWS = [c for c in standalone(SIZES["tiny"], torch.float16, "cpu") if "triton" in IMPLEMENTATIONS.get(c.op, ())]
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda c: c.name)
+def test_through_the_row_table(table, case):
+    got, eager = (case.read(call(*case.inputs())) for call in (table[case.op], getattr(ops, case.op)))
+    problem = judge(got, eager, case.exact(*case.inputs()))
     assert problem is None, problem
 
 
@@ -55,6 +67,14 @@ def test_ops_keep_torchs_rules(table):
     check(o.triton_swiglu.default, x)
     check(o.triton_gelu_tanh.default, x)
     check(o.triton_x0_project.default, torch.randn(1, 2, 3, 4), torch.randn(1, 2, 3, 4), 0.5)
+    for to in QUANTIZED.values():
+        check(o.triton_quantize_rows.default, x, to)
+        check(o.triton_rms_norm_quantized.default, x, w, EPS, to)
+        check(o.triton_layer_norm_quantized.default, x, None, EPS, w, to)
+        check(o.triton_residual_norm_quantized.default, x, x.clone(), w, w, EPS, to)
+        check(o.triton_residual_layer_norm_quantized.default, x, x.clone(), None, w, None, EPS, to)
+        check(o.triton_swiglu_quantized.default, x, to)
+        check(o.triton_gelu_tanh_quantized.default, x, to)
     check(o.triton_to_uint8.default, torch.randn(1, 3, 4, 4))
 
 
@@ -71,3 +91,20 @@ def test_one_graph_under_torch_compile(table):
     expected = block({name: getattr(ops, name) for name in ("rms_norm", "residual_norm", "qk_norm_rope")}, x)
     compiled = torch.compile(lambda x: block(table, x), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
+
+
+def test_one_graph_of_a_quantized_block_under_torch_compile(table):
+    """Rows travel from norm and activation to the products as a tuple: no graph break."""
+    rows = RowTable(**{**vars(EAGER_ROWS), **{op: table[op] for op in vars(EAGER_ROWS) if op in table}})
+    producers = producing(ops.EAGER, rows, torch.int8)
+    x, w, weight = torch.randn(2, 3, 48), torch.rand(48), ops.quantize_rows(torch.randn(64, 48), torch.int8)
+
+    def block(of, x):
+        total, h = of.residual_norm(x, x + 1, w, w, EPS)
+        y = rows.linear_quantized(h.values, h.scales, *weight, None, h.dtype)
+        return total, of.swiglu(y).values.float()
+
+    expected = block(producing(ops.EAGER, EAGER_ROWS, torch.int8), x)
+    compiled = torch.compile(lambda x: block(producers, x), backend="aot_eager", fullgraph=True)
+    for got, wanted in zip(compiled(x), expected, strict=True):
+        assert (got - wanted).abs().max() <= (1 if wanted is expected[1] else 1e-5)

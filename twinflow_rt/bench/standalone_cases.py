@@ -1,12 +1,13 @@
-"""Kernels beside the op table, at their networks' sizes: quantizing forms of the table's ops, and the VAE's.
+"""Ops beside `OpTable`, at their networks' sizes: those of quantized rows, and the VAE's.
 
-As `op_cases`, for functions of `twinflow_rt.ops` that networks do not reach through `OpTable`.
+As `op_cases`, for functions of `twinflow_rt.ops` that networks reach through `RowTable`, or not through a table.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -14,35 +15,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.select import Target, triton_refuses
+from .. import ops
+from ..ops.select import IMPLEMENTATIONS, ROW_OPS, Target, triton_refuses
 from .op_cases import EPS, Case, Sizes, _Draw, exact_gelu, exact_layer, exact_rms
 
-# op -> the module of kernels/ that has it
-STEMS = {
-    "quantize_rows": "linear", "rms_norm_quantized": "norm", "layer_norm_quantized": "norm",
-    "residual_norm_quantized": "norm", "residual_layer_norm_quantized": "norm", "swiglu_quantized": "mlp",
-    "gelu_tanh_quantized": "mlp", "group_norm_silu": "decode", "x0_to_vae": "decode",
-}  # fmt: skip
-QUANTIZED = (torch.float8_e4m3fn, torch.int8)
-FLOAT8_ARCH = 89
+STEMS = {"group_norm_silu": "decode", "x0_to_vae": "decode"}  # op in no table -> the module of kernels/ that has it
+QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def launcher(op: str) -> Callable:
-    """The Triton launcher; imports triton."""
+    """The Triton launcher of an op in no table; imports triton."""
     return getattr(import_module(f"twinflow_rt.kernels.{STEMS[op]}"), op)
 
 
-def refuses(case: Case, target: Target) -> str | None:
-    """Why Triton cannot run the case on `target`, or None."""
-    if "float8" in case.name and target.arch is not None and target.arch < FLOAT8_ARCH:
-        return f"float8 needs compute capability 8.9, this GPU has {target.arch / 10:.1f}"
-    return triton_refuses(target)
+def implementations(case: Case, target: Target) -> tuple[dict[str, Callable], dict[str, str]]:
+    """The implementations that serve the case on `target` here, and why the others do not."""
+    if case.op in STEMS:
+        reason = triton_refuses(target)
+        return ({}, {"triton": reason}) if reason else ({"triton": launcher(case.op)}, {})
+    usable, refused = {}, {}
+    for name, implementation in IMPLEMENTATIONS[case.op].items():
+        if name == "eager":
+            continue
+        if reason := implementation.refuses(aimed(case, target)):
+            refused[name] = reason
+        else:
+            usable[name] = implementation.load()
+    return usable, refused
+
+
+def aimed(case: Case, target: Target) -> Target:
+    """`target` for networks of the rows that a case of `ROW_OPS` has."""
+    kind = case.name.rpartition(", ")[2]
+    return replace(target, rows=QUANTIZED[kind]) if case.op in ROW_OPS else target
 
 
 def standalone(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> list[Case]:
     """A case per op, the quantizing ones for float8 and int8."""
     draw = _Draw(dtype, torch.device(device))
-    return [c for q in QUANTIZED for c in _quantizing(sizes, draw, q)] + _vae(sizes, draw)
+    rows = [c for kind in QUANTIZED for c in (*_quantizing(sizes, draw, kind), _product(sizes, draw, kind))]
+    return rows + _vae(sizes, draw)
 
 
 def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -51,7 +63,8 @@ def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*before, values.float() * scales)
 
 
-def _quantizing(s: Sizes, draw: _Draw, quantized: torch.dtype) -> list[Case]:
+def _quantizing(s: Sizes, draw: _Draw, kind: str) -> list[Case]:
+    quantized = QUANTIZED[kind]
     shape, count = (1, s.tokens, s.width), s.tokens * s.width
     x, branch = (lambda: draw(*shape)), (lambda: draw(*shape, seed=5))
     w = lambda seed=1: draw.weight(1, 1, s.width, seed=seed)
@@ -89,8 +102,20 @@ def _quantizing(s: Sizes, draw: _Draw, quantized: torch.dtype) -> list[Case]:
         ("gelu_tanh_quantized", lambda: (wide(s.hidden), quantized), lambda x, _: (exact_gelu(x),),
          hidden * (draw.item + 1)),
     ]  # fmt: skip
-    kind = str(quantized).removeprefix("torch.").partition("_")[0]
     return [Case(op, f"{op}, {kind}", args, exact, size, read=dequantized) for op, args, exact, size in table]
+
+
+def _product(s: Sizes, draw: _Draw, kind: str) -> Case:
+    def inputs() -> tuple[Any, ...]:
+        weight = draw(s.width, s.width, seed=1) * s.width**-0.5
+        rows = (ops.quantize_rows(x, QUANTIZED[kind]) for x in (draw(1, s.tokens, s.width), weight))
+        return *(part for pair in rows for part in pair), draw(s.width, seed=2), draw.dtype
+
+    def exact(x: Tensor, scales: Tensor, w: Tensor, w_scales: Tensor, bias: Tensor, _: torch.dtype) -> tuple[Tensor]:
+        return (x.double() * scales.double() @ (w.double() * w_scales.double()).t() + bias.double(),)
+
+    moved = s.tokens * s.width * (1 + draw.item) + s.width**2
+    return Case("linear_quantized", f"linear_quantized, {kind}", inputs, exact, moved, 2 * s.tokens * s.width**2)
 
 
 def _vae(s: Sizes, draw: _Draw) -> list[Case]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..config import SizeRule
 from ..errors import ConfigError
-from ..ops import EAGER
+from ..ops import EAGER, into
 from ..passes.fold import Absorption
 from ..passes.load import Layout
 from ..text import QwenImageText
@@ -233,11 +233,13 @@ class QwenImageTransformer(nn.Module):
         rope = self._rope(height, width, c.shape[1], x.device)
         lengths = None if context.ragged is None else context.ragged + x.shape[1]
         of_x, of_c = modulation.blocks[0]
-        image = x, self.ops.layer_norm(x, of_x.scale_a, EPS, of_x.shift_a)
-        prompt = c, self.ops.layer_norm(c, of_c.scale_a, EPS, of_c.shift_a)
-        following = (*modulation.blocks[1:], (modulation.final, None))
-        for block, now, after in zip(self.transformer_blocks, modulation.blocks, following, strict=True):
-            image, prompt = block(image, prompt, now, after, rope, lengths, self.ops)
+        readers = [(block.attn.to_qkv, block.attn.add_qkv) for block in self.transformer_blocks]
+        image = x, into(readers[0][0], self.ops).layer_norm(x, of_x.scale_a, EPS, of_x.shift_a)
+        prompt = c, into(readers[0][1], self.ops).layer_norm(c, of_c.scale_a, EPS, of_c.shift_a)
+        following = (*modulation.blocks[1:], (modulation.final, None)), (*readers[1:], (self.proj_out, None))
+        each = zip(self.transformer_blocks, modulation.blocks, *following, strict=True)
+        for block, now, after, next_readers in each:
+            image, prompt = block(image, prompt, now, after, rope, lengths, self.ops, next_readers)
         return unpack(self.proj_out(image[1]), height, width)
 
     def _rope(self, height: int, width: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:

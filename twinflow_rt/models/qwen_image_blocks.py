@@ -11,6 +11,7 @@ from .mmdit import (
     Constants,
     FeedForward,
     JointAttention,
+    Readers,
     SinusoidEmbedder,
     Stream,
     finish,
@@ -58,15 +59,15 @@ class Block(nn.Module):
     def forward(
         self, image: Stream, prompt: Stream, now: tuple[Constants, Constants],
         after: tuple[Constants, Constants | None], rope: tuple[Tensor, Tensor],
-        lengths: Tensor | None, ops: OpTable,
+        lengths: Tensor | None, ops: OpTable, readers: Readers = (None, None),
     ) -> tuple[Stream, Stream | None]:  # fmt: skip
-        """now: this block's constants of both streams; after: those of whoever reads its output,
-        None for the prompt when nobody does. lengths: keys that count, of image then prompt."""
+        """now: this block's constants of both streams; after: those of the layers that read its output,
+        `readers`; None for the prompt when nobody does. lengths: keys that count, of image then prompt."""
         n = image[0].shape[1]
         rows = n if after[1] is None else None
         out = self.attn(image[1], prompt[1], rope, lengths, rows, ops)
-        image = finish(image[0], self.attn.to_out[0](out[:, :n]), self.img_mlp, now[0], after[0], ops)
+        image = finish(image[0], self.attn.to_out[0](out[:, :n]), self.img_mlp, now[0], after[0], readers[0], ops)
         if after[1] is None:
             return image, None
         branch = self.attn.to_add_out(out[:, n:])
-        return image, finish(prompt[0], branch, self.txt_mlp, now[1], after[1], ops)
+        return image, finish(prompt[0], branch, self.txt_mlp, now[1], after[1], readers[1], ops)

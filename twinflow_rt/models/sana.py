@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from ..config import SizeRule
 from ..errors import ConfigError
-from ..ops import EAGER
+from ..ops import EAGER, into
 from ..passes.fold import Absorption
 from ..passes.load import Layout
 from ..text_openuni import OpenUniText
@@ -47,6 +47,7 @@ from ..vae import DeepDecoder
 from . import Family, must_equal
 from .context import Context as PromptContext
 from .context import host_lengths
+from .linear import with_gelu
 from .mmdit import EPS, PLAIN, Constants
 from .network_config import NetworkConfig, second_embedder
 from .sana_blocks import QK_EPS, Block, TimeModulation, effective
@@ -255,7 +256,7 @@ class SanaTransformer(nn.Module):
         """
         counts, longest, ragged = host_lengths(prompt_embeds, lengths)
         first, second = self.caption_projection.values()
-        tokens = second(self.ops.gelu_tanh(first(prompt_embeds[:, :longest])))
+        tokens = second(with_gelu(first, prompt_embeds[:, :longest], self.ops))
         tokens = self.ops.rms_norm(tokens, self.caption_norm.weight.float(), QK_EPS)
         if ragged is not None:  # what is masked must still be finite
             valid = torch.arange(longest, device=tokens.device) < ragged[:, None]
@@ -268,12 +269,13 @@ class SanaTransformer(nn.Module):
         height, proj = latents.shape[2], self.patch_embed["proj"]
         x = F.linear(latents.flatten(2).transpose(1, 2), proj.weight.flatten(1), proj.bias)
         first = modulation.blocks[0]
-        image = x, self.ops.layer_norm(x, first.scale_a, EPS, first.shift_a)
-        following = (*modulation.blocks[1:], modulation.final)
+        readers = [block.attn1.to_qkv for block in self.transformer_blocks]
+        image = x, into(readers[0], self.ops).layer_norm(x, first.scale_a, EPS, first.shift_a)
+        following = (*modulation.blocks[1:], modulation.final), (*readers[1:], self.proj_out)
         prompts = context.keys_values.to(x.dtype).unbind(1)
-        each = zip(self.transformer_blocks, prompts, modulation.blocks, following, strict=True)
-        for block, prompt, now, after in each:
-            image = block(image, prompt, context.ragged, now, after, height, self.ops)
+        each = zip(self.transformer_blocks, prompts, modulation.blocks, *following, strict=True)
+        for block, prompt, now, after, reader in each:
+            image = block(image, prompt, context.ragged, now, after, height, self.ops, reader)
         return self.proj_out(image[1]).transpose(1, 2).unflatten(2, (height, -1))
 
 

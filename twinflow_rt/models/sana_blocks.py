@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import OpTable
+from ..ops import OpTable, into
 from .mmdit import EPS, ROWS, Constants, SinusoidEmbedder, Stream, add_branch, linear32
 
 QK_EPS = 1e-5
@@ -120,14 +120,14 @@ class Block(nn.Module):
 
     def forward(
         self, image: Stream, keys_values: Tensor, lengths: Tensor | None, now: Constants, after: Constants,
-        height: int, ops: OpTable,
+        height: int, ops: OpTable, reader: nn.Module | None = None,
     ) -> Stream:  # fmt: skip
-        """now: this block's constants; after: those of whoever reads its output."""
+        """now: this block's constants; after: those of `reader`, the layer that reads its output."""
         x = add_branch(image[0], self.attn1(image[1], ops), now.gate_a, ops)
         branch = self.attn2(x, keys_values, lengths, ops)
         x, h = ops.residual_layer_norm(x, branch, None, now.scale_f, now.shift_f, EPS)
         branch = self.ff(h.unflatten(1, (height, -1))).flatten(1, 2)
-        return ops.residual_layer_norm(x, branch, now.gate_f, after.scale_a, after.shift_a, EPS)
+        return into(reader, ops).residual_layer_norm(x, branch, now.gate_f, after.scale_a, after.shift_a, EPS)
 
 
 def effective(table: Tensor, shared: Tensor, scales: tuple[int, ...]) -> Tensor:

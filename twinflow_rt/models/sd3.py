@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..config import SizeRule
 from ..errors import CheckpointError, ConfigError
-from ..ops import EAGER
+from ..ops import EAGER, into
 from ..passes.load import Layout
 from ..text_sd3 import SD3Text
 from ..vae import KLDecoder
@@ -227,11 +227,13 @@ class SD3Transformer(nn.Module):
         now = [block.read(part) for block, part in zip(self.transformer_blocks, parts, strict=True)]
         x, c = self.pos_embed(latents), context.tokens.to(latents.dtype)
         rope = self._no_rope(x.shape[1] + c.shape[1], x.device), self._no_rope(x.shape[1], x.device)
-        image = x, self.ops.layer_norm(x, now[0].image.scale_a, EPS, now[0].image.shift_a)
-        prompt = c, self.ops.layer_norm(c, now[0].prompt.scale_a, EPS, now[0].prompt.shift_a)
-        following = [(m.image, m.prompt) for m in now[1:]] + [(Constants.of(closing), None)]
-        for block, own, after in zip(self.transformer_blocks, now, following, strict=True):
-            image, prompt = block(image, prompt, own, after, rope, self.ops)
+        readers = [(block.attn.to_qkv, block.attn.add_qkv) for block in self.transformer_blocks]
+        image = x, into(readers[0][0], self.ops).layer_norm(x, now[0].image.scale_a, EPS, now[0].image.shift_a)
+        prompt = c, into(readers[0][1], self.ops).layer_norm(c, now[0].prompt.scale_a, EPS, now[0].prompt.shift_a)
+        constants = *((m.image, m.prompt) for m in now[1:]), (Constants.of(closing), None)
+        following = constants, (*readers[1:], (self.proj_out, None))
+        for block, own, after, next_readers in zip(self.transformer_blocks, now, *following, strict=True):
+            image, prompt = block(image, prompt, own, after, rope, self.ops, next_readers)
         # features ordered (row, column, channel)
         out = self.proj_out(image[1]).unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)
         return unpack(out, latents.shape[2] // 2, latents.shape[3] // 2)

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import OpTable
+from ..ops import OpTable, into
 from .mmdit import (
     EPS,
     Constants,
     FeedForward,
     JointAttention,
+    Readers,
     SinusoidEmbedder,
     Stream,
     add_branch,
@@ -109,18 +110,19 @@ class Block(nn.Module):
 
     def forward(
         self, image: Stream, prompt: Stream, now: Modulation, after: tuple[Constants, Constants | None],
-        rope: tuple[Rope, Rope], ops: OpTable,
+        rope: tuple[Rope, Rope], ops: OpTable, readers: Readers = (None, None),
     ) -> tuple[Stream, Stream | None]:  # fmt: skip
-        """after: first constants of whoever reads the output. rope: of the joint sequence, of the image's."""
+        """after: first constants of `readers`, the layers that read the output. rope: of the joint sequence, of the
+        image's."""
         (x, h), n, own = image, image[0].shape[1], now.image
         out = self.attn(h, prompt[1], rope[0], None, None if self.prompt_output else n, ops)
         branch = self.attn.to_out[0](out[:, :n])
         if now.second is not None:
-            h = ops.layer_norm(x, now.second.scale_a, EPS, now.second.shift_a)
+            h = into(self.attn2.to_qkv, ops).layer_norm(x, now.second.scale_a, EPS, now.second.shift_a)
             x = add_branch(x, branch, own.gate_a, ops)
             branch, own = self.attn2(h, rope[1], ops), own._replace(gate_a=now.second.gate_a)
-        image = finish(x, branch, self.ff, own, after[0], ops)
+        image = finish(x, branch, self.ff, own, after[0], readers[0], ops)
         if after[1] is None:
             return image, None
         branch = self.attn.to_add_out(out[:, n:])
-        return image, finish(prompt[0], branch, self.ff_context, now.prompt, after[1], ops)
+        return image, finish(prompt[0], branch, self.ff_context, now.prompt, after[1], readers[1], ops)

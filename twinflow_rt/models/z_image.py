@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..config import SizeRule
 from ..errors import ConfigError
-from ..ops import EAGER
+from ..ops import EAGER, into
 from ..passes.load import Layout
 from ..text import ZImageText
 from ..vae import KLDecoder
@@ -216,7 +216,7 @@ class ZImageTransformer(nn.Module):
     def _image_rope(self, height: int, width: int, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Image tokens sit one past the padded prompt on axis 0; padding sits at the origin."""
         n, device = height * width, offsets.device
-        ids = torch.zeros(len(offsets), pad_length(n), 3, dtype=torch.int64, device=device)
+        ids = torch.zeros(offsets.shape[0], pad_length(n), 3, dtype=torch.int64, device=device)
         rows = torch.arange(height, device=device).repeat_interleave(width)
         ids[:, :n, 0] = offsets[:, None] + 1
         ids[:, :n, 1] = rows
@@ -258,7 +258,7 @@ class ZImageTransformer(nn.Module):
         x = self._patchify(latents)
         n, device, longest = x.shape[1], x.device, context.tokens.shape[1]
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
-        offsets = torch.tensor(context.lengths, device=device) if context.ragged is None else context.ragged
+        offsets = torch.full((len(x),), longest, device=device) if context.ragged is None else context.ragged
         rope = self._image_rope(height, width, offsets)
         x = self.all_x_embedder["2-1"](x)
         pad = self.x_pad_token.to(x.dtype).expand(x.shape[0], rope[0].shape[1] - n, -1)
@@ -269,7 +269,8 @@ class ZImageTransformer(nn.Module):
         lengths = None if context.ragged is None else context.ragged + x.shape[1]
         text_rope = self._context_rope(longest, device)
         rope = tuple(
-            torch.cat((image, text.expand(len(image), -1, -1)), 1) for image, text in zip(rope, text_rope, strict=True)
+            torch.cat((image, text.expand(image.shape[0], -1, -1)), 1)
+            for image, text in zip(rope, text_rope, strict=True)
         )
         x = torch.cat((x, context.tokens.to(x.dtype)), 1)
         x = self._run(self.layers, modulation.blocks[refiners:], x, rope, lengths, rows=n)
@@ -281,12 +282,13 @@ class ZImageTransformer(nn.Module):
         lengths: Tensor | None, rows: int | None = None,
     ) -> Tensor:  # fmt: skip
         """All blocks of one stack; the last one computes only its first `rows` rows."""
-        h = self.ops.rms_norm(x, norms[0][:, :1], self.config.norm_eps) if len(blocks) else x
-        for i, block in enumerate(blocks):
-            last = i + 1 == len(blocks)
-            next_pre = None if last else norms[i + 1][:, :1]
-            x, h = block(x, h, norms[i], next_pre, rope, lengths, self.ops, rows if last else None)
-        return x
+        if not len(blocks):
+            return x
+        readers = [block.attention.to_qkv for block in blocks]
+        h = into(readers[0], self.ops).rms_norm(x, norms[0][:, :1], self.config.norm_eps)
+        for i, block in enumerate(blocks[:-1]):
+            x, h = block(x, h, norms[i], norms[i + 1][:, :1], rope, lengths, self.ops, reader=readers[i + 1])
+        return blocks[-1](x, h, norms[-1], None, rope, lengths, self.ops, rows)[0]
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, H/2*W/2, 4C], features ordered (row, column, channel)."""

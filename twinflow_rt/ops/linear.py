@@ -1,4 +1,8 @@
-"""Linear layers on quantized rows: each row of activations carries its own scale, as each row of weights does."""
+"""Linear layers, and their quantized form: each row of activations carries its own scale, as each row of weights does.
+
+`linear_quantized` is the specification of precisions "int8" and "fp8". `int8_mm` is it for a CPU's int8,
+`scaled_mm` for float8 on an NVIDIA GPU; where neither serves, the specification runs, slowly.
+"""
 
 from __future__ import annotations
 
@@ -78,22 +82,43 @@ def int8_limit(capabilities: Mapping[str, bool]) -> float:
     return LIMITS[torch.int8] if any(capabilities.get(name, False) for name in wide) else 63.0
 
 
-def quantize_weight(weight: Tensor, limit: float = LIMITS[torch.int8]) -> tuple[Tensor, Tensor]:
-    """values = round(weight / scale) with scale = max |weight| of the row / limit, as `quantize_rows` does.
+def quantize_weight(weight: Tensor, dtype: torch.dtype, limit: float | None = None) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of a weight [N, K], one scale per output channel: values [N, K], float32 scales [N, 1].
 
-    weight: [N, K]. Returns int8 [N, K] and float32 scales [N, 1].
+    limit: the largest magnitude to use, less than the dtype's own where `int8_limit` says so.
     """
+    if limit is None or limit == LIMITS[dtype]:
+        return quantize_rows(weight, dtype)
     w = weight.float()
     scales = w.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / limit
-    return (w / scales).round_().to(torch.int8), scales
+    return (w / scales).round_().to(dtype), scales
 
 
-def linear_int8(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x weight^T + bias with int8 `weight` [N, K] of `scales` [N, 1], rows of x quantized on the fly.
+def int8_mm(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linear_quantized` of int8 on a CPU: products are summed exactly, in int32; scaled in float32, rounded once."""
+    y = torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()) * x_scales.reshape(-1, 1)
+    y.mul_(weight_scales.view(1, -1))
+    return (y if bias is None else y.add_(bias)).to(dtype).view(*x.shape[:-1], len(weight))
 
-    x: [..., K]; returns [..., N] in its dtype. What `linear_quantized(*quantize_rows(x, torch.int8),
-    weight, scales, ...)` says, with the products summed exactly, in int32. CPU only.
+
+# -- on an NVIDIA GPU ----------------------------------------------------------------------------------------
+
+
+def scaled_mm(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`linear_quantized` of float8_e4m3fn by `torch._scaled_mm` with a scale per row and column, in bfloat16.
+
+    K and N are multiples of 16. Partial sums are kept as the tensor cores have them (`use_fast_accum`):
+    on compute capability 9.0 with fewer bits than float32.
     """
-    values, tops = quantize_rows(x.reshape(-1, x.shape[-1]), torch.int8)
-    y = (torch._int_mm(values, weight.t()) * tops).mul_(scales.view(1, -1))
-    return (y if bias is None else y.add_(bias)).to(x.dtype).view(*x.shape[:-1], len(weight))
+    rows = x.reshape(-1, x.shape[-1])
+    if not rows.shape[0]:
+        return rows.new_empty((*x.shape[:-1], len(weight)), dtype=dtype)
+    y = torch._scaled_mm(
+        rows, weight.t(), x_scales.reshape(-1, 1), weight_scales.view(1, -1), None if bias is None else bias.to(dtype),
+        out_dtype=dtype, use_fast_accum=True,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], len(weight))

@@ -21,6 +21,7 @@ from . import memory, random
 from .fuse import Fused, sources, stack
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+QUANTIZED = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # in saved programs only
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 IMAGE_TASKS = ("Edit", "Img2Img", "Inpaint", "ControlNet", "Layered", "Kontext")  # in names of pipelines
@@ -33,8 +34,8 @@ class Checkpoint:
     """One network's folder (config.json and safetensors, whole or sharded), tensors read on demand.
 
     `strip`: a key prefix to drop where present (Qwen3ForCausalLM stores Qwen3Model under `model.`), or
-    several, of which a key loses the first that it has. quantized: int8 tensors are expected too (a saved
-    program's).
+    several, of which a key loses the first that it has. quantized: int8 and float8 tensors are expected too (a
+    saved program's).
     Opening reads headers only. Raises CheckpointError for a missing or truncated file, a pickle, an
     index that names a shard outside the folder, or a key that its shard lacks.
     """
@@ -45,7 +46,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path, *, strip: str | tuple[str, ...] = (), quantized: bool = False) -> None:
         self.folder = Path(folder)
         if quantized:
-            self._dtypes = DTYPES | {"I8": torch.int8}
+            self._dtypes = DTYPES | QUANTIZED
         if not is_folder(self.folder):
             raise CheckpointError(f"{self.folder} is missing; the model folder is incomplete")
         self.config = read_json(self.folder / "config.json")

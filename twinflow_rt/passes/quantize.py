@@ -3,17 +3,19 @@
     plain     torch's own `F.linear`
     packed    CPU: the weight in oneDNN's blocked layout, made once instead of in every call
     upcast    CPU without bfloat16 instructions: bfloat16 weights multiplied in float32
-    int8      CPU: int8 weights with a scale per row, activations quantized per row as they come
+    int8      CPU: int8 weights with a scale per row, rows of activations quantized too
+    fp8       NVIDIA GPUs from 8.9 on: the same with float8_e4m3fn; a CPU emulates it, slowly
 
-Modules are exchanged in place, so models know nothing of it. A packed or quantized layer is still an
-`nn.Linear` with a `weight` of its dtype, device and size; `state_dict` has it as it was loaded
-(packed) or in the form `expect_int8` makes room for (int8).
+Modules are exchanged in place. A packed or quantized layer is still an `nn.Linear` with a `weight` of
+its dtype, device and size; `state_dict` has it as it was loaded (packed) or in the form
+`expect_quantized` makes room for. What norms and activations write for quantized layers: `ops.rows`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,13 +23,17 @@ from torch import Tensor, nn
 
 from ..config import has_native
 from ..errors import CheckpointError, ConfigError
-from ..ops.linear import int8_limit, linear_int8, linear_packed, linear_upcast, pack, quantize_weight
+from ..ops.linear import int8_limit, linear_packed, linear_upcast, pack, quantize_weight
+from ..ops.rows import EAGER_ROWS, QuantizedRows, RowTable, producing
+from ..ops.select import FLOAT8_ARCH, Choice, Target, select_rows
 from ..plan import Layers
 from ..report import TRIM_EVERY, release_free_memory
 
-SCALE = "weight_scale"  # beside an int8 weight in a saved program
+ROWS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # precision -> what its layers multiply
+SCALE = "weight_scale"  # beside a quantized weight in a saved program
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
+FP8_MULTIPLE = 16  # of inputs and outputs of an fp8 layer: the products' alignment on a GPU
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -49,11 +55,20 @@ class UpcastLinear(nn.Linear):
         return linear_upcast(x, self.weight, self.bias)
 
 
-class Int8Linear(nn.Linear):
-    """A linear layer with an int8 weight [N, K] and its float32 scales [N, 1]."""
+class QuantizedLinear(nn.Linear):
+    """A linear layer with an int8 or float8_e4m3fn weight [N, K] and its float32 scales `weight_scale` [N, 1].
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_int8(x, self.weight, self.weight_scale, self.bias)
+    Takes rows that are quantized already, or a tensor, whose rows it quantizes. `attach` gives it the
+    implementations of its machine in place of the reference ones, and `producers` for `ops.rows.into`.
+    """
+
+    rows: RowTable = EAGER_ROWS
+    weight_scale: nn.Parameter
+
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        if not isinstance(x, QuantizedRows):
+            x = QuantizedRows(*self.rows.quantize_rows(x, self.weight.dtype), x.dtype)
+        return self.rows.linear_quantized(x.values, x.scales, self.weight, self.weight_scale, self.bias, x.dtype)
 
 
 def convert(
@@ -61,25 +76,50 @@ def convert(
 ) -> tuple[Layers, ...]:
     """Exchanges the linear layers of a loaded `network` and says what each became.
 
-    precision: "int8" quantizes the layers of its repeated blocks, but for `exempt` (parts of names, with
-    or without block numbers: what measured sensitive) and what runs once per prompt. Other layers are
-    packed where the CPU can.
-    One weight at a time exists twice. Raises ConfigError where the device has no int8 products.
+    precision: "int8" or "fp8" quantizes the layers of its repeated blocks, but for `exempt` (parts of names,
+    with or without block numbers: what measured sensitive) and what runs once per prompt. Other layers are
+    packed where the CPU can. One weight at a time exists twice.
+    Raises ConfigError where the device has no products of that precision.
     """
-    if precision == "int8" and (reason := int8_refuses(device)):
-        raise ConfigError(f"precision int8: {reason}")
-    limit = int8_limit(torch.cpu.get_capabilities())
+    require(precision, device)
     done: dict[tuple[str, str], list[int]] = {}
     freed = 0
     for name, layer in list(_linears(network)):
         kind, why = _kind(network, name, layer, device, precision, exempt)
         done.setdefault((kind, why), []).append(layer.weight.numel())
         freed += layer.weight.nbytes
-        _exchange(layer, kind, limit)
+        _exchange(layer, kind)
         if freed > TRIM_EVERY:  # or the C library keeps the place of every old weight
             freed = 0
             release_free_memory()
     return tuple(Layers(kind, len(sizes), sum(sizes), why) for (kind, why), sizes in done.items())
+
+
+def arrived(
+    network: nn.Module, name: str, device: torch.device, precision: str | None, exempt: Sequence[str] = ()
+) -> None:
+    """Quantizes a layer as soon as its weight, the tensor `name`, is there, if `convert` would: so a network
+    never exists in two precisions at once, only one of its weights."""
+    owner, _, leaf = name.rpartition(".")
+    layer = network.get_submodule(owner)
+    if precision is None or leaf != "weight" or not isinstance(layer, nn.Linear):
+        return
+    if (kind := _kind(network, owner, layer, device, precision, exempt)[0]) in ROWS:
+        _exchange(layer, kind)
+
+
+def attach(network: Any, target: Target) -> tuple[Choice, ...]:
+    """Gives the quantized layers of `network`, whose `ops` are chosen, their implementations for `target`.
+    Returns the choices: none where there is no such layer."""
+    layers = [m for m in network.modules() if isinstance(m, QuantizedLinear)]
+    choices: tuple[Choice, ...] = ()
+    for to in {layer.weight.dtype for layer in layers}:  # one, of the networks made here
+        rows, choices = select_rows(replace(target, rows=to))
+        producers = producing(network.ops, rows, to)
+        for layer in layers:
+            if layer.weight.dtype == to:
+                layer.rows, layer.producers = rows, producers
+    return choices
 
 
 def group_of(name: str) -> str:
@@ -87,29 +127,30 @@ def group_of(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
-def groups(network: nn.Module) -> dict[str, list[nn.Linear]]:
-    """The layers that precision "int8" would quantize in `network` (loaded, not yet int8), by kind."""
+def groups(network: nn.Module, precision: str = "int8") -> dict[str, list[nn.Linear]]:
+    """The layers that `precision` would quantize in `network` (loaded, not yet quantized), by kind."""
     found: dict[str, list[nn.Linear]] = {}
     for name, layer in _linears(network):
-        if _kind(network, name, layer, torch.device("cpu"), "int8", ())[0] == "int8":
+        if _kind(network, name, layer, torch.device("cpu"), precision, ())[0] == precision:
             found.setdefault(group_of(name), []).append(layer)
     return found
 
 
 @contextmanager
-def quantized(layers: Sequence[nn.Linear]) -> Iterator[None]:
-    """These layers in int8 for as long as it is entered; both forms are held meanwhile."""
+def quantized(layers: Sequence[nn.Linear], precision: str = "int8") -> Iterator[None]:
+    """These layers in `precision` for as long as it is entered; both forms are held meanwhile."""
     kept = [(layer, type(layer), layer.weight) for layer in layers]
-    limit = int8_limit(torch.cpu.get_capabilities())
     for layer in layers:
         weight = layer.weight.detach()
-        _become_int8(layer, *quantize_weight(weight.to_dense() if weight.is_mkldnn else weight, limit))
+        _quantize(layer, weight.to_dense() if weight.is_mkldnn else weight, ROWS[precision])
     try:
         yield
     finally:
         for layer, kind, weight in kept:
             layer.__class__, layer.weight = kind, weight
             del layer._parameters[SCALE]
+            for name in ("rows", "producers"):  # of `attach`
+                layer.__dict__.pop(name, None)
 
 
 def unpack(network: nn.Module) -> None:
@@ -120,11 +161,25 @@ def unpack(network: nn.Module) -> None:
             layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def int8_refuses(device: torch.device) -> str | None:
-    """Why linear layers cannot multiply int8 on `device`, or None."""
+def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why linear layers cannot multiply in `precision`, "int8" or "fp8", on `device`, or None. dtype: of the
+    network, where known."""
+    if precision == "fp8":
+        if device.type == "cuda" and dtype not in (None, torch.bfloat16):
+            return f"float8 products come out in bfloat16, not {str(dtype).removeprefix('torch.')}; use dtype bfloat16"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < divmod(FLOAT8_ARCH, 10):
+            have = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            return f"float8 products need compute capability 8.9 or newer, {device} has {have}; use bf16 there"
+        return None
     if device.type != "cpu":
-        return f"runs on the CPU, not on {device}; leave precision out there"
+        return f"runs on the CPU, not on {device}; use fp8 or bf16 there"
     return None if torch.backends.mkldnn.is_available() else "needs a torch built with oneDNN"
+
+
+def require(precision: str | None, device: torch.device, dtype: torch.dtype | None = None) -> None:
+    """Raises ConfigError where `refuses` has a reason."""
+    if precision is not None and (reason := refuses(precision, device, dtype)):
+        raise ConfigError(f"precision {precision}: {reason}")
 
 
 def packing_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -136,25 +191,30 @@ def packing_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
 
 
-def expect_int8(network: nn.Module, stored: Container[str]) -> set[str]:
-    """Makes room, on the meta device, for the int8 layers of a saved program that has the tensors `stored`.
-    Returns the names of their tensors, which are read in the dtype they are stored in."""
+def expect_quantized(network: nn.Module, stored: Container[str], precision: str | None) -> set[str]:
+    """Makes room, on the meta device, for the quantized layers of a saved program of `precision` that has the
+    tensors `stored`. Returns the names of their tensors, which are read in the dtype they are stored in."""
     as_saved = set()
     for name, layer in list(_linears(network)):
         if f"{name}.{SCALE}" in stored:
-            scales = torch.empty(layer.out_features, 1, device="meta")
-            _become_int8(layer, torch.empty_like(layer.weight, dtype=torch.int8), scales)
+            if precision is None:
+                raise CheckpointError(f"{name} is quantized in a program of no precision; save it again")
+            _quantize(layer, layer.weight, ROWS[precision])
             as_saved |= {f"{name}.weight", f"{name}.{SCALE}"}
     return as_saved
 
 
-def check_int8(network: nn.Module, device: torch.device) -> None:
-    """Refuses, with a CheckpointError, int8 weights of a loaded program that `device` cannot multiply."""
-    quantized = [m for m in network.modules() if isinstance(m, Int8Linear)]
-    if quantized and (reason := int8_refuses(device)):
-        raise CheckpointError(f"this artifact holds int8 weights: {reason}")
+def check_quantized(network: nn.Module, device: torch.device, dtype: torch.dtype, precision: str | None) -> None:
+    """Refuses, with a CheckpointError, weights of a loaded program that `device` cannot multiply."""
+    found = [m for m in network.modules() if isinstance(m, QuantizedLinear)]
+    if precision is None or not found:
+        return
+    if reason := refuses(precision, device, dtype):
+        raise CheckpointError(f"this artifact holds {precision} weights: {reason}")
+    if wrong := {m.weight.dtype for m in found} - {ROWS[precision]}:
+        raise CheckpointError(f"this artifact of precision {precision} holds weights of {wrong.pop()}; save it again")
     limit = int8_limit(torch.cpu.get_capabilities())
-    if limit < 127 and any(m.weight.abs().max() > limit for m in quantized):
+    if precision == "int8" and limit < 127 and any(m.weight.abs().max() > limit for m in found):
         raise CheckpointError(
             "this artifact's int8 weights need a CPU with VNNI, where products do not saturate; "
             "compile from the model folder on this machine"
@@ -177,26 +237,36 @@ def _kind(
     network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None, exempt: Sequence[str]
 ) -> tuple[str, str]:
     """What becomes of one layer, and the reason."""
-    if isinstance(layer, Int8Linear):
-        return "int8", "as saved"
+    if isinstance(layer, QuantizedLinear):
+        kind = next(k for k, dtype in ROWS.items() if dtype == layer.weight.dtype)
+        return kind, _how(kind, device) if precision == kind else "as saved"
     if min(layer.weight.shape) < NARROWEST or any(part in name for part in MODULATION):
         return "plain", "narrow, or a modulation of one row"
-    if precision == "int8":
+    why = "laid out once, not per call"
+    if precision is not None:
         if any(part in name or part in group_of(name) for part in exempt):
-            why = "sensitive: kept out of int8"
+            why = f"sensitive: kept out of {precision}"
         elif not _in_blocks(network, name):
-            why = "embedder, projection or once per prompt: kept out of int8"
+            why = f"embedder, projection or once per prompt: kept out of {precision}"
+        elif precision == "fp8" and any(n % FP8_MULTIPLE for n in layer.weight.shape):
+            why = f"inputs or outputs are no multiple of {FP8_MULTIPLE}: kept out of fp8"
         else:
-            limit = int8_limit(torch.cpu.get_capabilities())
-            return "int8", "rows of activations and weights scaled" if limit == 127 else "7-bit weights: no VNNI"
-    else:
-        why = "laid out once, not per call"
+            return precision, _how(precision, device)
     stored = layer.weight.dtype
     if reason := packing_refuses(device, stored):
-        return "plain", reason
+        return "plain", reason if precision is None else why
     if stored == torch.bfloat16 and not has_native(stored, device):
         return "upcast", "this CPU has no bfloat16 instructions (AVX512-BF16, AMX)"
     return "packed", why
+
+
+def _how(precision: str, device: torch.device) -> str:
+    """A word on the products of a quantized layer."""
+    if precision == "fp8":
+        emulated = "emulated in float32, slowly: a CPU has no float8 products"
+        return emulated if device.type == "cpu" else "e4m3, rows of activations and weights scaled"
+    limit = int8_limit(torch.cpu.get_capabilities())
+    return "rows of activations and weights scaled" if limit == 127 else "7-bit weights: no VNNI"
 
 
 def _in_blocks(network: nn.Module, name: str) -> bool:
@@ -205,17 +275,20 @@ def _in_blocks(network: nn.Module, name: str) -> bool:
     return head not in getattr(network, "prompt_modules", ()) and isinstance(getattr(network, head), nn.ModuleList)
 
 
-def _exchange(layer: nn.Linear, kind: str, limit: float) -> None:
+def _exchange(layer: nn.Linear, kind: str) -> None:
     if kind == "packed":
         layer.__class__, weight = PackedLinear, pack(layer.weight.detach())
         layer.weight = nn.Parameter(weight, requires_grad=False)
     elif kind == "upcast":
         layer.__class__ = UpcastLinear
-    elif kind == "int8" and not isinstance(layer, Int8Linear):
-        _become_int8(layer, *quantize_weight(layer.weight.detach(), limit))
+    elif kind in ROWS and not isinstance(layer, QuantizedLinear):
+        _quantize(layer, layer.weight.detach(), ROWS[kind])
 
 
-def _become_int8(layer: nn.Linear, weight: Tensor, scales: Tensor) -> None:
-    layer.__class__ = Int8Linear
-    layer.weight = nn.Parameter(weight, requires_grad=False)
+def _quantize(layer: nn.Linear, weight: Tensor, to: torch.dtype) -> None:
+    """Makes `layer` a QuantizedLinear of `weight`, which may be on the meta device."""
+    limit = int8_limit(torch.cpu.get_capabilities()) if to == torch.int8 else None
+    values, scales = quantize_weight(weight, to, limit)
+    layer.__class__ = QuantizedLinear
+    layer.weight = nn.Parameter(values, requires_grad=False)
     layer.register_parameter(SCALE, nn.Parameter(scales, requires_grad=False))
