@@ -227,7 +227,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 @contextmanager
-def loading(model: str):
+def loading(model: str) -> Iterator[Callable[[str, int], None]]:
     """Shows on stderr, where that is a terminal, what is being loaded; yields the callback of `load`."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

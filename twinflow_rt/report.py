@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ class Stages:
     def __init__(self, device: torch.device, cancel: Callable[[], bool] | None = None) -> None:
         self.device, self.cancel = device, cancel
         self.memory: dict[str, int] = {}
-        self._marks: dict[str, tuple] = {}
+        self._marks: dict[str, tuple[Any, Any]] = {}  # times, or events of the device
         self._start = time.perf_counter()
 
     @contextmanager
@@ -52,7 +53,7 @@ class Stages:
             seconds = {name: b - a for name, (a, b) in self._marks.items()}
         return {**seconds, "total": time.perf_counter() - self._start}
 
-    def _mark(self):
+    def _mark(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

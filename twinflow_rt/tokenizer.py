@@ -74,7 +74,8 @@ class ChatTokenizer(Tokenizer):
 
         messages = [{"role": "user", "content": prompt}]
         try:
-            return self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=True)
+            text: str = self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=True)
+            return text
         except (TemplateError, *BROKEN) as error:
             raise CheckpointError(f"{self.folder}: the chat template failed ({error}); download it again") from None
 

@@ -101,7 +101,7 @@ def _drift(before: Record, after: Record) -> float:
     """The largest change of the machine's matrix products: within each run, and between them."""
     a, b = before["ceilings"], after["ceilings"]
     ratios = [a["drift"], b["drift"], *(b["gemm"][k] / a["gemm"][k] for k in a["gemm"] if k in b["gemm"])]
-    return max(abs(r - 1) for r in ratios)
+    return max(abs(float(r) - 1) for r in ratios)
 
 
 def _times(figure: str, a: dict[str, Any], b: dict[str, Any], band: float) -> Difference:

@@ -53,7 +53,8 @@ def run(task: Task, wrapper: tuple[str, ...] = (), timeout: float = 1800) -> dic
     if done.returncode != 0:
         last = " ".join(done.stderr.strip().splitlines()[-3:])
         raise TwinFlowError(f"the measuring process ended with status {done.returncode}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    printed: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return printed
 
 
 def cold(task: Task, origin: float) -> dict[str, Any]:

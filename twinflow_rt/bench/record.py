@@ -23,7 +23,7 @@ def save(record: Record, path: str | Path) -> Path:
 def load(path: str | Path) -> Record:
     """Reads and validates a record. Raises ConfigError naming what is wrong with it."""
     try:
-        record = parse_json(Path(path).read_text(encoding="utf-8"))
+        record: Record = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; `twinflow-rt bench MODEL --json FILE` writes a record") from None
     except OSError as error:

@@ -131,7 +131,7 @@ def _peers(record: Record) -> Table | None:
 
 def _energy(energy: dict[str, Any]) -> str:
     if "reason" in energy:
-        return energy["reason"]
+        return str(energy["reason"])
     return f"{energy['joules_per_image']:.3g} J per image at {energy['watts']:.0f} W, over {energy['images']} images"
 
 

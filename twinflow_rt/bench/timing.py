@@ -102,7 +102,7 @@ class Timer:
             raise ConfigError(f"clock must be one of {', '.join(CLOCKS)}; got {clock!r}")
         self.device = torch.device(device)
         self.events = clock == "device" and self.device.type == "cuda"
-        self.flush = L2Flush(self.device) if flush_l2 else lambda: None
+        self.flush: Callable[[], None] = L2Flush(self.device) if flush_l2 else lambda: None
 
     def __call__(self, call: Callable[[], Any]) -> float:
         self.flush()
@@ -121,7 +121,7 @@ class Timer:
         call()
         end.record(stream)
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return float(begin.elapsed_time(end)) / 1e3
 
 
 def interleave(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Rename = tuple[str, str | Callable[[re.Match], str]]  # as for re.sub
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]  # as for re.sub
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def wan_autoencoder(config: dict[str, Any]) -> Names:
     """AutoencoderKLQwenImage in Wan's names: blocks numbered in sequence, layers by their place in it."""
     per_level = config["num_res_blocks"] + 2  # of the decoder: resnets, then an upsampling
 
-    def up(match: re.Match) -> str:
+    def up(match: re.Match[str]) -> str:
         level, place = divmod(int(match[1]), per_level)
         return f"decoder.up_blocks.{level}." + ("upsamplers.0." if place == per_level - 1 else f"resnets.{place}.")
 

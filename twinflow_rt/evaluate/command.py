@@ -77,7 +77,8 @@ class Generator:
             shape = (vae.channels, height, width)
             noise = initial_noise(seeds, shape, pipe.dtype, pipe.device)
             fresh = lambda step: step_noise(seeds, step, shape, device=pipe.device)
-            return vae.decode_uint8(sample(velocity, noise, self.sampler, noise_fn=fresh)).cpu().numpy()
+            images: np.ndarray = vae.decode_uint8(sample(velocity, noise, self.sampler, noise_fn=fresh)).cpu().numpy()
+            return images
 
 
 def run(args: argparse.Namespace, pipe: Any) -> int:
@@ -95,8 +96,8 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
             print(_line(rows[-1], header=len(rows) == 1), flush=True)
 
     if args.data:
-        for name, scores in score_data(pipe.folder / "vae", args.per_kind, args.seed).items():
-            add({"nfe": 0, "captions": name}, scores)
+        for kind, scores in score_data(pipe.folder / "vae", args.per_kind, args.seed).items():
+            add({"nfe": 0, "captions": kind}, scores)
     for nfe in args.nfe:
         generate = Generator(pipe, preset(nfe, args.mode), args.guidance)
         for split in SPLITS:

@@ -19,7 +19,7 @@ def score_data(vae_folder: Path, per_kind: int = 50, seed: int = 0) -> dict[str,
 
     scenes = [s for kind in KINDS for s in prompts(kind, per_kind, "train", seed)]
     drawn = np.stack([render(s) for s in scenes])
-    vae = load_autoencoder(vae_folder)
+    vae: Any = load_autoencoder(vae_folder)
     with torch.inference_mode():
         raw = encode_images(vae, drawn) / vae.config.scaling_factor + vae.config.shift_factor
         decoded = vae.decode(raw).sample

@@ -42,7 +42,7 @@ def detect(image: ArrayLike) -> list[Detection]:
     blurred edges keep their object's colour. Each 4-connected component is compared with every
     shape of its own area and centroid, by sum(min) / sum(max) of the covers.
     """
-    from scipy import ndimage  # type: ignore[import-untyped]
+    from scipy import ndimage
 
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:

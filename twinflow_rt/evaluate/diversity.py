@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -12,14 +12,15 @@ from ..training.scenes import KINDS, Scene, prompts, render, sample_scene
 
 def pairwise_distance(images: ArrayLike) -> float:
     """Mean root-mean-square distance of all pairs of images [N, H, W, 3], N >= 2, in units of 1/255."""
-    flat = np.asarray(images, np.float64).reshape(len(images), -1)
+    stack = np.asarray(images, np.float64)
+    flat = stack.reshape(len(stack), -1)
     square = np.square(flat).sum(1)
     mean_square = np.maximum(square[:, None] + square[None] - 2 * flat @ flat.T, 0) / flat.shape[1]
     return float(np.sqrt(mean_square[np.triu_indices(len(flat), 1)]).mean())
 
 
 def diversity(
-    generate: Callable[[list[str]], Sequence[ArrayLike]], captions: int = 2, images: int = 16, seed: int = 0
+    generate: Callable[[list[str]], ArrayLike], captions: int = 2, images: int = 16, seed: int = 0
 ) -> tuple[float, float]:
     """Mean pairwise distance over `images` images of each of `captions` captions a kind: of the
     generator, and of rendered scenes with the same captions. The ratio of the two is 1 for a
@@ -33,7 +34,8 @@ def diversity(
 
 def _renders(scene: Scene, count: int, seed: int) -> np.ndarray:
     """`count` other scenes with this caption, drawn."""
-    rng, found = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    found: list[np.ndarray] = []
     while len(found) < count:
         other = sample_scene(rng, "train", scene.kind)
         if other.caption == scene.caption:

@@ -74,7 +74,7 @@ class Job:
     prompt: str
     seed: int
     kind: tuple[Any, ...]
-    future: Future = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     abandoned: bool = False
     queued: float = field(default_factory=time.monotonic)
 
@@ -180,7 +180,8 @@ class Engine:
             self._queue.clear()
         return False
 
-    def _kind(self, prompt: str, width: int | None, height: int | None, num_images: int, nfe: int | None) -> tuple:
+    def _kind(self, prompt: str, width: int | None, height: int | None, num_images: int, nfe: int | None
+    ) -> tuple[Any, ...]:
         limits = self.limits
         resolve_prompts(prompt)
         check_count("num_images", num_images)

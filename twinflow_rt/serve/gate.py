@@ -21,9 +21,10 @@ class Gate:
         self.app, self.count, self.seconds = app, count, seconds
         self.token = None if token is None else token.encode()
 
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         path, began = scope["path"], time.monotonic()
         label = path if path in PATHS else "other"
 
@@ -36,7 +37,7 @@ class Gate:
 
         await (self._refusal(scope, dict(scope["headers"])) or self.app)(scope, receive, counted)
 
-    def _refusal(self, scope: dict, headers: dict[bytes, bytes]) -> JSONResponse | None:
+    def _refusal(self, scope: dict[str, Any], headers: dict[bytes, bytes]) -> JSONResponse | None:
         """The answer to a request that goes no further."""
         if self.token is not None and scope["path"] not in OPEN:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
