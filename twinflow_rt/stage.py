@@ -10,11 +10,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from .capture import Captures
 from .models.network_config import check_fields, reading
 from .ops import EAGER
 from .ops.select import OpTable, Target, select
 from .passes.fuse import sources
-from .passes.load import Checkpoint, Layout, LoadReport, Progress, materialize
+from .passes.load import Checkpoint, Layout, LoadReport, Progress, assign, materialize
 from .passes.quantize import convert
 
 
@@ -60,6 +61,14 @@ class Part:
         convert(self.network, device)
         return report
 
+    def release(self) -> None:
+        """Leaves the network without weights, as it was before `load`."""
+        blank = self.shadow()
+        for name, tensor in blank.state_dict().items():
+            assign(self.network, name, tensor)
+        for layer, plain in zip(self.network.modules(), blank.modules(), strict=True):
+            layer.__class__ = type(plain)  # `convert` had exchanged some
+
     def weights(self) -> dict[str, Tensor]:
         """The tensors in use under the checkpoint's names, merged ones cut as the files have them."""
         out: dict[str, Tensor] = {}
@@ -77,11 +86,15 @@ class Part:
 
 class Stage:
     """A stage made of `parts`. The constructor takes the model folder and reads headers only; until
-    `materialize` every network is on the meta device."""
+    `materialize`, and again after `release`, every network is on the meta device.
+
+    captures: what records the stage's work per shape (see `capture`), or None.
+    """
 
     parts: tuple[Part, ...]
     reports: tuple[LoadReport, ...] = ()
     ops: OpTable = EAGER
+    captures: Captures | None = None
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> Self:
@@ -96,3 +109,14 @@ class Stage:
         self.ops, _ = select(Target.of(device, dtype))
         for part in self.parts:
             part.network.ops = self.ops
+
+    def captured(self, name: str, run: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
+        """run(*args), by a graph where there are any. owner: what else but the weights the graph reads, if anything."""
+        if self.captures is None:
+            return run(*args)
+        return self.captures(name, self.reports if owner is None else owner, run, *args)
+
+    def release(self) -> None:
+        """Gives the weights up; `materialize` reads them again."""
+        for part in self.parts:
+            part.release()

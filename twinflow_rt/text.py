@@ -1,20 +1,27 @@
 """The first stage: prompts to embeddings, each prompt at its own length.
 
 Prompts are padded to the longest of the batch instead of a fixed 512 tokens; encoders are causal, so
-padding on the right changes nothing.
+padding on the right changes nothing. And so the beginning that a model's template puts before every prompt
+is read once: later prompts attend to its keys and values (`Prefix`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .capture import bucket
 from .errors import CheckpointError, ConfigError
 from .models import qwen2_5_vl, qwen3
+from .models.language_model import Past
+from .passes.load import Progress
 from .stage import Model, Part, Stage
 from .tokenizer import ChatTokenizer, Tokenizer
 
@@ -65,24 +72,44 @@ class PromptEmbeds:
         return PromptEmbeds(self.embeds.to(device, dtype), self.lengths, extras)
 
 
+PREFIX_FLOOR = 16  # tokens: reading fewer again costs less than joining keys and values in every layer
+PROBES = ("a", "Z 1", ".")  # prompts that begin unlike each other
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What all prompts begin with, read: its states [1, P, width], and its keys and values."""
+
+    ids: list[int]
+    states: Tensor
+    past: Past
+
+
 class TextEncoder(Stage):
     """prompts -> PromptEmbeds, by one causal language model; a family's stage says which and how.
 
     max_tokens: longer prompts lose their tail. dropped: tokens of the prompt's fixed beginning, which
-    the model reads but whose embeddings are left out. Stages of another make provide `width`,
-    `max_tokens`, `parts`, `__call__` and `probe` alike.
+    the model reads but whose embeddings are left out. least_prefix: see `PREFIX_FLOOR`. captures: records
+    the network per bucket of lengths (see `capture`), or None. Stages of another make provide `width`,
+    `max_tokens`, `parts`, `captures`, `__call__` and `probe` alike.
     """
 
     model: Model
     tokenizer_class: type[Tokenizer]
     max_tokens = 512
     dropped = 0
+    least_prefix = PREFIX_FLOOR
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = self.tokenizer_class(folder / "tokenizer")
         self.parts = (self.model.open(folder / "text_encoder"),)
         self.network = self.parts[0].network
         check_vocabulary(self.tokenizer, self.parts[0])
+        self._prefix: Prefix | None = None
+
+    def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
+        super().materialize(device, dtype, progress)
+        self._prefix = None
 
     @property
     def width(self) -> int:
@@ -95,10 +122,43 @@ class TextEncoder(Stage):
         lengths = tuple(len(i) - self.dropped for i in ids)
         if min(lengths, default=0) <= 0:
             raise ConfigError("a prompt has no tokens; the chat template must produce at least one")
-        longest = max(len(i) for i in ids)
+        prefix = self.prefix(ids)
+        start = 0 if prefix is None else len(prefix.ids)
+        longest = max(len(i) for i in ids) - start
+        if self.captures is not None:
+            longest = bucket(longest)
         device = self.network.embed_tokens.weight.device
-        padded = torch.tensor([i + [0] * (longest - len(i)) for i in ids], device=device)
-        return PromptEmbeds(self.kept(self.network(padded)), lengths)
+        padded = torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=device)
+        return PromptEmbeds(self.kept(self._states(padded, prefix)), lengths)
+
+    def _states(self, ids: Tensor, prefix: Prefix | None) -> Tensor:
+        """The model's states of whole prompts, of which ids [B, L] come after `prefix`."""
+
+        def run(ids: Tensor) -> Tensor:
+            return self.network(ids) if prefix is None else self.network(ids, prefix.past)
+
+        if prefix is None:
+            return self.captured("text", run, ids)
+        states = self.captured("text after prefix", run, ids, owner=prefix)
+        return torch.cat((prefix.states.expand(len(states), -1, -1), states), 1)
+
+    def prefix(self, ids: Sequence[list[int]]) -> Prefix | None:
+        """What the template puts before every prompt, read on first use; None where it is short, or where
+        one of these token lists begins otherwise or has nothing behind it."""
+        fixed = self.prefix_ids
+        if len(fixed) < self.least_prefix or not all(len(i) > len(fixed) and i[: len(fixed)] == fixed for i in ids):
+            return None
+        if self._prefix is None:
+            device = self.network.embed_tokens.weight.device
+            self._prefix = Prefix(fixed, *self.network.read(torch.tensor([fixed], device=device)))
+        return self._prefix
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """The tokens that all prompts begin with, as far as `PROBES` tell; `prefix` compares every prompt."""
+        probes = self.tokenizer(PROBES, self.max_tokens + self.dropped)
+        same = (len(set(column)) == 1 for column in zip(*probes, strict=False))
+        return probes[0][: sum(1 for _ in takewhile(bool, same))]
 
     def kept(self, states: Tensor) -> Tensor:
         """Of the model's states [B, dropped + L, width], those that are embeddings."""
@@ -106,8 +166,11 @@ class TextEncoder(Stage):
 
     def probe(self, tokens: int) -> PromptEmbeds:
         """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""
-        ids = torch.zeros(1, self.dropped + tokens, dtype=torch.int64, device="meta")
-        return PromptEmbeds(self.kept(self.parts[0].shadow()(ids)), (tokens,))
+        shadow, start = self.parts[0].shadow(), len(self.prefix_ids)
+        start = start if self.least_prefix <= start < self.dropped + tokens else 0
+        ids = torch.zeros(1, self.dropped + tokens - start, dtype=torch.int64, device="meta")
+        states = shadow(ids, shadow.blank_past(start)) if start else shadow(ids)
+        return PromptEmbeds(self.kept(F.pad(states, (0, 0, start, 0))), (tokens,))
 
 
 def check_vocabulary(tokenizer: Tokenizer, encoder: Part) -> None:

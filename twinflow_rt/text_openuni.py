@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .capture import bucket
 from .errors import CheckpointError
 from .models import openuni
 from .text import PromptEmbeds, TextEncoder
@@ -54,8 +55,15 @@ class OpenUniText(TextEncoder):
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         ids, device = self.tokenizer(prompts, self.max_tokens), self.network.embed_tokens.weight.device
         longest = max(len(i) for i in ids)
+        if self.captures is not None:
+            longest = bucket(longest)
         padded = torch.tensor([i + [0] * (longest - len(i)) for i in ids], device=device)
-        return self._embed(self.network, self.connector, padded, torch.tensor([len(i) for i in ids], device=device))
+        lengths = torch.tensor([len(i) for i in ids], device=device)
+
+        def run(ids: Tensor, lengths: Tensor) -> PromptEmbeds:
+            return self._embed(self.network, self.connector, ids, lengths)
+
+        return self.captured("text", run, padded, lengths)
 
     def probe(self, tokens: int) -> PromptEmbeds:
         """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""

@@ -47,7 +47,11 @@ class SD3Text(Stage):
             torch.tensor(tokenizer(prompts, length), device=device)
             for tokenizer, length in zip(self.tokenizers, lengths, strict=False)
         ]
-        return self._embed([part.network for part in self.parts], ids)
+
+        def run(*ids: Tensor) -> PromptEmbeds:
+            return self._embed([part.network for part in self.parts], ids)
+
+        return self.captured("text", run, *ids)
 
     def probe(self, tokens: int) -> PromptEmbeds:
         """The stage's work for one prompt, which is the same at any length, on the meta device: to be counted."""

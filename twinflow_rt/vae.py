@@ -59,7 +59,7 @@ class VaeDecoder(Stage):
         raw = latents.float() / self._divisor + self._offset
         raw = raw.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if self.tile is None:
-            return self.network(raw)
+            return self.captured("decode", self.network, raw)
         return tiles.decode(self.network, raw, self.tile, check)
 
     def decode_uint8(self, latents: Tensor, *, check: Callable[[], None] = lambda: None) -> Tensor:

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.load import Layout
 from ..stage import Model
-from .language_model import FUSED, FeedForward, Weight, rotate_halves
+from .language_model import FUSED, FeedForward, Past, Weight, after, rotate_halves
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
@@ -64,16 +64,24 @@ class Attention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split), bias=False)
         self.o_proj = nn.Linear(self.split[0], config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """mask: [L, L], True where a key comes later than its query."""
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None,
+        kept: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:  # fmt: skip
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(self.split, -1))
         q, k = rotate_halves(q, *rope), rotate_halves(k, *rope)
         q = q.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, kv heads, queries per key, L, D]
-        k, v = (y.transpose(1, 2)[:, :, None] for y in (k, v))
+        k, v = (y.transpose(1, 2) for y in (k, v))
+        if kept is not None:
+            kept.append((k.contiguous(), v.contiguous()))
+        k, v, seen = after(past, k, v)
+        if seen is None:
+            seen = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril()
+        k, v = k[:, :, None], v[:, :, None]
         scores = (q @ k.transpose(-1, -2)).float() * self.scale
         if self.cap is not None:
             scores = self.cap * (scores / self.cap).tanh()
-        weights = scores.masked_fill(mask, float("-inf")).softmax(-1).to(v.dtype)
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1).to(v.dtype)
         return self.o_proj((weights @ v).permute(0, 3, 1, 2, 4).flatten(2))
 
 
@@ -85,13 +93,14 @@ class Layer(nn.Module):
             setattr(self, name, Weight(config.hidden_size))
 
     def forward(
-        self, x: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, after: Tensor, eps: float, ops
-    ) -> tuple[Tensor, Tensor]:
-        """h: x under this layer's first norm; after: the weight of the norm that reads the output."""
+        self, x: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], following: Tensor, eps: float, ops: Any,
+        past: tuple[Tensor, Tensor] | None, kept: list[tuple[Tensor, Tensor]] | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """h: x under this layer's first norm; following: the weight of the norm that reads the output."""
         _, post_a, pre_f, post_f = (1 + getattr(self, name).weight.float() for name in NORMS)
-        x, h = ops.residual_norm(x, self.self_attn(h, rope, mask), post_a, pre_f, eps)
+        x, h = ops.residual_norm(x, self.self_attn(h, rope, past, kept), post_a, pre_f, eps)
         gate, up = self.mlp.gate_up_proj(h).chunk(2, -1)
-        return ops.residual_norm(x, self.mlp.down_proj(ops.gelu_tanh(gate) * up), post_f, after, eps)
+        return ops.residual_norm(x, self.mlp.down_proj(ops.gelu_tanh(gate) * up), post_f, following, eps)
 
 
 class Gemma2(nn.Module):
@@ -104,20 +113,38 @@ class Gemma2(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = Weight(config.hidden_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        config, length, device = self.config, ids.shape[1], ids.device
+    def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
+        """past: of the P tokens before these, which then have positions P, P + 1, ..."""
+        return self._run(ids, past, None)
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Past]:
+        """States [1, P, hidden_size] of a beginning, ids [1, P], and what those who come after it take from it."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        return self._run(ids, None, kept), tuple(kept)
+
+    def blank_past(self, length: int) -> Past:
+        """A past of `length` tokens without values, on the weights' device: to be counted with."""
+        config, weight = self.config, self.embed_tokens.weight
+        return tuple(
+            (weight.new_empty(shape), weight.new_empty(shape))
+            for shape in [(1, config.num_key_value_heads, length, config.head_dim)] * config.num_hidden_layers
+        )
+
+    def _run(self, ids: Tensor, past: Past | None, kept: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        config, device = self.config, ids.device
+        start = past[0][0].shape[2] if past else 0
+        length = start + ids.shape[1]
         if length > config.sliding_window:
             raise ConfigError(f"a prompt of {length} tokens exceeds the window of {config.sliding_window}; shorten it")
         weight = self.embed_tokens.weight
         x = F.embedding(ids, weight) * torch.tensor(config.hidden_size**0.5, dtype=weight.dtype).item()
         exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-        angles = torch.arange(length, device=device).float()[:, None] / config.rope_theta**exponents
+        angles = torch.arange(start, length, device=device).float()[:, None] / config.rope_theta**exponents
         rope = angles.cos()[:, None], angles.sin()[:, None]
-        mask = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
         firsts = [1 + layer.input_layernorm.weight.float() for layer in self.layers] + [1 + self.norm.weight.float()]
         h = self.ops.rms_norm(x, firsts[0], config.rms_norm_eps)
-        for layer, after in zip(self.layers, firsts[1:], strict=True):
-            x, h = layer(x, h, rope, mask, after, config.rms_norm_eps, self.ops)
+        for i, (layer, following) in enumerate(zip(self.layers, firsts[1:], strict=True)):
+            x, h = layer(x, h, rope, following, config.rms_norm_eps, self.ops, past[i] if past else None, kept)
         return h
 
 

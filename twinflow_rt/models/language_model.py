@@ -1,8 +1,9 @@
 """Causal language models as prompt encoders: no cache, no head, no layer that nothing reads.
 
 Prompts are padded on the right and attention is causal, so a real token never sees padding: no
-mask is needed, and a prompt's embedding does not depend on what it is batched with. Modules have the
-names that transformers gives them.
+mask is needed, and a prompt's embedding does not depend on what it is batched with. For the same reason a
+beginning that all prompts share need be read once only: what later tokens take from it are its keys and
+values in every layer (`Past`). Modules have the names that transformers gives them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.load import Layout
+from .linear import with_residual, with_swiglu
 
 FUSED = {
     "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "self_attn.qkv_proj.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 }
+
+# keys and values of tokens that came before, per layer, each [1, heads, P, head_dim], rotated
+Past = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,16 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
+def after(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values [B, H, P + L, D] with those of `past` in front, and the causal mask [L, P + L] that
+    says so (True: is seen); without a past k and v as they are, and None: the plain causal mask."""
+    if past is None:
+        return k, v, None
+    before, new = past[0].shape[2], k.shape[2]
+    k, v = (torch.cat((p.expand(len(x), -1, -1, -1), x), 2) for p, x in zip(past, (k, v), strict=True))
+    return k, v, torch.ones(new, before + new, dtype=torch.bool, device=k.device).tril(before)
+
+
 class Weight(nn.Module):
     """One parameter, `weight`, to be loaded: a norm's or an embedding's, under the checkpoint's name.
 
@@ -88,6 +103,8 @@ class Weight(nn.Module):
 
 
 class Attention(nn.Module):
+    """Without `o_proj`, which the layer applies as it adds to the residual stream."""
+
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.split = tuple(h * config.head_dim for h in (config.heads, config.kv_heads, config.kv_heads))
@@ -96,14 +113,20 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.split[0], config.hidden_size, bias=False)
         self.q_norm, self.k_norm = (Weight(config.head_dim) if config.qk_norm else None for _ in range(2))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], ops) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: Any, past: tuple[Tensor, Tensor] | None,
+        kept: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:  # fmt: skip
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(self.split, -1))
         if self.q_norm is not None:
             q = ops.rms_norm(q, self.q_norm.weight.float(), self.eps)
             k = ops.rms_norm(k, self.k_norm.weight.float(), self.eps)
         q, k, v = (y.transpose(1, 2) for y in (rotate_halves(q, *rope), rotate_halves(k, *rope), v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        if kept is not None:
+            kept.append((k.contiguous(), v.contiguous()))
+        k, v, mask = after(past, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return out.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -122,10 +145,14 @@ class Layer(nn.Module):
         self.input_layernorm = Weight(config.hidden_size)
         self.post_attention_layernorm = Weight(config.hidden_size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], ops) -> Tensor:
-        x = x + self.self_attn(ops.rms_norm(x, self.input_layernorm.weight.float(), self.eps), rope, ops)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: Any, past: tuple[Tensor, Tensor] | None,
+        kept: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:  # fmt: skip
+        h = ops.rms_norm(x, self.input_layernorm.weight.float(), self.eps)
+        x = with_residual(x, self.self_attn.o_proj, self.self_attn(h, rope, ops, past, kept), ops)
         h = ops.rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
-        return x + self.mlp.down_proj(ops.swiglu(self.mlp.gate_up_proj(h)))
+        return with_residual(x, self.mlp.down_proj, with_swiglu(self.mlp.gate_up_proj, h, ops), ops)
 
 
 class LanguageModel(nn.Module):
@@ -138,16 +165,34 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = Weight(config.hidden_size) if config.state == -1 else None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.encode(F.embedding(ids, self.embed_tokens.weight))
+    def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
+        """past: of the P tokens before these, which then have positions P, P + 1, ..."""
+        return self.encode(F.embedding(ids, self.embed_tokens.weight), past)
 
-    def encode(self, x: Tensor) -> Tensor:
+    def read(self, ids: Tensor) -> tuple[Tensor, Past]:
+        """States [1, P, hidden_size] of a beginning, ids [1, P], and what those who come after it take from it."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        return self.encode(F.embedding(ids, self.embed_tokens.weight), kept=kept), tuple(kept)
+
+    def blank_past(self, length: int) -> Past:
+        """A past of `length` tokens without values, on the weights' device: to be counted with."""
+        config, weight = self.config, self.embed_tokens.weight
+        return tuple(
+            (weight.new_empty(shape), weight.new_empty(shape))
+            for shape in [(1, config.kv_heads, length, config.head_dim)] * config.layers
+        )
+
+    def encode(
+        self, x: Tensor, past: Past | None = None, kept: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
         """The same from embeddings [B, L, hidden_size]: of tokens, or of anything that stands for them."""
+        start = past[0][0].shape[2] if past else 0
         exponents = torch.arange(0, self.config.head_dim, 2, device=x.device).float() / self.config.head_dim
-        angles = torch.arange(x.shape[1], device=x.device).float()[:, None] / self.config.rope_theta**exponents
+        positions = torch.arange(start, start + x.shape[1], device=x.device).float()[:, None]
+        angles = positions / self.config.rope_theta**exponents
         rope = angles.cos()[:, None], angles.sin()[:, None]
-        for layer in self.layers:
-            x = layer(x, rope, self.ops)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, self.ops, past[i] if past else None, kept)
         return x if self.norm is None else self.ops.rms_norm(x, self.norm.weight.float(), self.config.eps)
 
 

@@ -1,0 +1,217 @@
+"""Recorded stages. A fake recorder stands for CUDA: what it recorded is run again into the same outputs."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from twinflow_rt.capture import BUCKET, Captures, bucket, open_captures
+from twinflow_rt.errors import DeviceError
+
+CPU = torch.device("cpu")
+
+
+class FakeGraphs:
+    """Keeps to the rules of CUDA graphs: outputs are buffers that every replay overwrites, the pool grows
+    to what the largest graph needs (`needs(outputs)` bytes) and shrinks as a whole."""
+
+    def __init__(self, needs=lambda outputs: sum(x.nbytes for x in tensors(outputs))):
+        self.needs, self.pool, self.inside, self.resets = needs, 0, False, 0
+
+    def record(self, run):
+        outputs = run()
+        grown = max(self.needs(outputs) - self.pool, 0)
+        self.pool += grown
+        return (run, outputs), outputs, grown
+
+    def enter(self):
+        assert not self.inside
+        self.inside = True
+
+    def replay(self, graph):
+        assert self.inside
+        run, outputs = graph
+        for old, new in zip(tensors(outputs), tensors(run()), strict=True):
+            old.copy_(new)
+
+    def leave(self):
+        self.inside = False
+
+    def reset(self):
+        self.pool, self.resets = 0, self.resets + 1
+
+
+def tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else [x for item in value for x in tensors(item)]
+
+
+@dataclass(frozen=True)
+class Pair:
+    first: torch.Tensor
+    name: str
+    second: torch.Tensor | None = None
+
+
+def test_a_shape_is_recorded_once_and_results_are_the_callers_own():
+    graphs, calls = Captures(FakeGraphs()), []
+
+    def f(x, pair, step):
+        calls.append(tuple(x.shape))
+        return x * pair.first + step, (x + 1,)
+
+    x = torch.arange(3.0)
+    kept = [graphs("s", f, f, x + k, Pair(x, "a"), 2) for k in range(3)]
+    for k, (a, (b,)) in enumerate(kept):
+        assert torch.equal(a, (x + k) * x + 2) and torch.equal(b, x + k + 1)
+    assert graphs.stats()["s"].recorded == 1 and graphs.stats()["s"].replayed == 3
+    for other in ((x, Pair(x, "b"), 2), (x, Pair(x, "a", x), 2), (x, Pair(x, "a"), 3), (x[:2], Pair(x[:1], "a"), 2)):
+        a, _ = graphs("s", f, f, *other)
+        assert torch.equal(a, other[0] * other[1].first + other[2])
+    assert graphs.stats()["s"].recorded == graphs.stats()["s"].kept == 5
+
+
+def test_strides_of_inputs_do_not_leak_into_results():
+    graphs, x = Captures(FakeGraphs()), torch.arange(12.0).view(3, 4)
+    f = lambda a: a * 2
+    for given in (x, x.t(), x[:, ::2], x[:1].expand(5, 4)):
+        for k in (0, 1):
+            assert torch.equal(graphs("s", f, f, given + 0 if k else given), given * 2)
+
+
+def test_another_owner_forgets_a_stages_graphs():
+    graphs, weight = Captures(FakeGraphs()), [torch.tensor(2.0)]
+    f = lambda x: x * weight[0]
+    other = lambda x: x + 1
+    assert graphs("s", weight[0], f, torch.ones(2)).sum() == 4
+    graphs("t", other, other, torch.ones(2))
+    weight[0] = torch.tensor(5.0)
+    assert graphs("s", weight[0], f, torch.ones(2)).sum() == 10
+    stats = graphs.stats()
+    assert (stats["s"].recorded, stats["s"].kept, stats["t"].kept) == (2, 1, 1)
+
+
+def test_the_least_recently_used_goes_first():
+    graphs = Captures(FakeGraphs(), entries=2)
+    f = lambda x: x + 1
+    for n in (1, 2, 1, 3, 1, 2):  # 3 drives out 2, 2 then 3
+        assert torch.equal(graphs("s", f, f, torch.zeros(n)), torch.ones(n))
+    stats = graphs.stats()["s"]
+    assert (stats.kept, stats.recorded, stats.evicted, stats.replayed) == (2, 4, 2, 6)
+
+
+def test_the_pool_is_bounded():
+    """Graphs share what the largest needs; beyond the budget all go and one is recorded again."""
+    backend = FakeGraphs(needs=lambda outputs: outputs.nbytes)
+    graphs = Captures(backend, budget=100)
+    f = lambda x: x + 1
+    run = lambda n: graphs("s", f, f, torch.zeros(n))
+    for n in (10, 5, 20):
+        run(n)
+    assert graphs.pool_bytes == backend.pool == 80 and graphs.nbytes == 80 + 4 * 35
+    run(25)
+    assert graphs.pool_bytes == backend.pool == 100 and graphs.stats()["s"].kept == 4
+    assert torch.equal(run(26), torch.ones(26))  # too large for any budget: runs without
+    assert backend.resets == 2 and graphs.pool_bytes == backend.pool == 0 == graphs.stats()["s"].kept
+    assert "beyond the budget" in graphs.stats()["s"].refused and "beyond the budget" in "".join(graphs.notes())
+    assert torch.equal(run(26), torch.ones(26)) and backend.resets == 2
+    assert torch.equal(run(10), torch.ones(10)) and graphs.pool_bytes == 40
+
+
+def test_room_is_made_where_others_fill_the_pool():
+    backend = FakeGraphs(needs=lambda outputs: outputs.nbytes)
+    grow = backend.record
+    backend.record = lambda run: (*grow(run)[:2], 60)  # every graph adds to the pool
+    graphs = Captures(backend, budget=100)
+    f = lambda x: x + 1
+    for n in (1, 2, 1):
+        assert torch.equal(graphs("s", f, f, torch.zeros(n)), torch.ones(n))
+    assert graphs.stats()["s"].kept == 1 and backend.resets == 2 and graphs.pool_bytes == 60
+
+
+def failing(run):
+    raise RuntimeError("operation not permitted when stream is capturing\nlong story")
+
+
+def test_what_cannot_be_recorded_runs_without_or_raises():
+    backend = FakeGraphs()
+    backend.record = failing
+    f = lambda x: x + 1
+    graphs = Captures(backend)
+    for _ in range(2):
+        assert torch.equal(graphs("s", f, f, torch.zeros(3)), torch.ones(3))
+    refused = graphs.stats()["s"].refused
+    assert "not permitted" in refused and "long story" not in refused
+    with pytest.raises(DeviceError, match="stage s: recording failed"):
+        Captures(backend, strict=True)("s", f, f, torch.zeros(3))
+
+
+def test_threads_get_their_own_results():
+    graphs, wrong = Captures(FakeGraphs(), entries=3), []
+
+    def f(x):
+        return x.cumsum(0)
+
+    def work(seed):
+        for n in range(60):
+            x = torch.full((1 + (n + seed) % 5,), float(seed))
+            if not torch.equal(graphs("s", f, f, x), f(x)):
+                wrong.append((seed, n))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and graphs.stats()["s"].replayed == 240
+
+
+def test_clear_gives_everything_back():
+    backend = FakeGraphs()
+    graphs = Captures(backend)
+    f = lambda x: x + 1
+    graphs("s", f, f, torch.zeros(3))
+    graphs.clear()
+    assert graphs.nbytes == backend.pool == 0 and graphs.stats()["s"].evicted == 1
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, BUCKET, BUCKET + 1, 100)] == [BUCKET, BUCKET, 2 * BUCKET, 128]
+
+
+def test_modes():
+    assert open_captures("off", CPU) is None and open_captures("auto", CPU) is None
+    with pytest.raises(DeviceError, match="capture='graphs' records CUDA graphs"):
+        open_captures("graphs", CPU)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_replay_on_any_stream():
+    from twinflow_rt.capture import CudaGraphs
+
+    device = torch.device("cuda")
+    weight = torch.randn(512, 512, device=device)
+    graphs = Captures(CudaGraphs(device), strict=True)
+    f = lambda x: (x @ weight).relu() @ weight
+    inputs = [torch.randn(64, 512, device=device) for _ in range(8)]
+    expected, results = [f(x) for x in inputs], [None] * 8
+    torch.cuda.synchronize()
+
+    def work(k):
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            for _ in range(20):
+                results[k] = graphs("s", f, f, inputs[k])
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+    assert graphs.stats()["s"].recorded == 1 and graphs.pool_bytes > 0
+    graphs.clear()
+    assert graphs.nbytes == 0

@@ -1,0 +1,128 @@
+"""The template's beginning, read once, against reading whole prompts; and buckets of lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import factory, qwen_image_factory, sana_factory
+from tests.test_capture import FakeGraphs
+from twinflow_rt.capture import BUCKET, Captures
+from twinflow_rt.text import QwenImageText, ZImageText
+from twinflow_rt.text_sana import SanaText
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red square", "", "日本の\n火山 🌋", "x" * 90]
+STAGES = {
+    "qwen3": (factory.make_model, ZImageText),
+    "qwen2.5-vl": (qwen_image_factory.make_model, QwenImageText),
+    "gemma2": (sana_factory.make_model, SanaText),
+}
+
+
+@pytest.fixture(scope="module", params=list(STAGES))
+def text(request, tmp_path_factory):
+    make, kind = STAGES[request.param]
+    stage = kind.load(make(tmp_path_factory.mktemp(request.param) / "m"), CPU, torch.float32)
+    stage.least_prefix = 1  # Qwen3's is three tokens, not worth it but for this test
+    return stage
+
+
+@torch.inference_mode()
+def rows(text, prompts):
+    out = text(prompts)
+    return [row[:n] for row, n in zip(out.embeds, out.lengths, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def whole(text):
+    """Without a prefix."""
+    text.least_prefix = 10**9
+    try:
+        return rows(text, PROMPTS)
+    finally:
+        text.least_prefix = 1
+
+
+def seen(text, prompts):
+    """Tokens per row of each run of the network."""
+    lengths = []
+    handle = text.network.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
+    try:
+        return rows(text, prompts), lengths
+    finally:
+        handle.remove()
+
+
+def test_embeddings_are_those_of_the_whole_prompt(text, whole):
+    ours, lengths = seen(text, PROMPTS)
+    for a, b in zip(ours, whole, strict=True):
+        assert a.shape == b.shape and (a - b).abs().max() < 1e-5 * b.abs().max()
+    fixed = len(text.prefix_ids)
+    assert fixed >= 3 and lengths == [max(len(b) for b in whole) + text.dropped - fixed]
+
+
+def test_the_beginning_is_read_once(text):
+    read, calls = text.network.read, []
+    text._prefix, text.network.read = None, lambda ids: calls.append(ids.shape) or read(ids)
+    try:
+        for prompts in (PROMPTS[:1], PROMPTS[1:], PROMPTS[:2]):
+            rows(text, prompts)
+    finally:
+        del text.network.read
+    assert calls == [(1, len(text.prefix_ids))]
+
+
+def test_prompts_that_begin_otherwise_are_read_whole(text, whole):
+    class Other(type(text.tokenizer)):
+        def __call__(self, prompts, max_tokens):
+            ids = super().__call__(prompts, max_tokens)
+            return [[i[0] + 1, *i[1:]] if p == "" else i for p, i in zip(prompts, ids, strict=True)]
+
+    plain = text.tokenizer.__class__
+    text.tokenizer.__class__ = Other
+    try:
+        ours, lengths = seen(text, PROMPTS)
+    finally:
+        text.tokenizer.__class__ = plain
+    assert (ours[0] - whole[0]).abs().max() < 1e-5 * whole[0].abs().max()
+    assert lengths == [max(len(b) for b in whole) + text.dropped]
+
+
+def test_other_weights_forget_it(text, whole):
+    text.release()
+    assert all(p.is_meta for p in text.network.parameters())
+    text.materialize(CPU, torch.float32)
+    for a, b in zip(rows(text, PROMPTS), whole, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_what_is_counted_leaves_the_beginning_out(text):
+    from twinflow_rt.plan import count_flops
+
+    tokens = len(text.prefix_ids) + 8
+    assert text.probe(tokens).embeds.shape == (1, tokens, text.width)
+    with_prefix = count_flops(lambda: text.probe(tokens))
+    text.least_prefix = 10**9
+    try:
+        assert text.probe(tokens).embeds.shape == (1, tokens, text.width)
+        assert with_prefix < count_flops(lambda: text.probe(tokens))
+    finally:
+        text.least_prefix = 1
+
+
+def test_lengths_in_a_bucket_share_a_graph(text, whole):
+    """Padding to the bucket changes no embedding."""
+    graphs = text.captures = Captures(FakeGraphs())
+    try:
+        for prompt, expected in zip(PROMPTS, whole, strict=True):
+            (row,) = rows(text, [prompt])
+            assert (row - expected).abs().max() < 1e-5 * expected.abs().max()
+        together = rows(text, PROMPTS)
+    finally:
+        text.captures = None
+    for a, b in zip(together, whole, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    lengths = {-(-(len(row) + text.dropped - len(text.prefix_ids)) // BUCKET) for row in whole}
+    assert graphs.stats()["text after prefix"].recorded == len(lengths) + 1
+    assert graphs.stats()["text after prefix"].replayed == len(PROMPTS) + 1
