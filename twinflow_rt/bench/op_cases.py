@@ -174,7 +174,9 @@ def _ropes(s: Sizes, draw: _Draw, b: int) -> list[Case]:
         angle = 6 * draw(1, n, s.head_dim // 2, dtype=torch.float32)
         return angle.cos(), angle.sin()
 
-    def single(qkv: Tensor, qw: Tensor, kw: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float) -> tuple[Tensor, ...]:
+    def single(
+        qkv: Tensor, qw: Tensor, kw: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    ) -> tuple[Tensor, ...]:
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
         return exact_rope(q, qw, cos, sin, eps), exact_rope(k, kw, cos, sin, eps), v.double()
 

@@ -180,7 +180,8 @@ class Engine:
             self._queue.clear()
         return False
 
-    def _kind(self, prompt: str, width: int | None, height: int | None, num_images: int, nfe: int | None
+    def _kind(
+        self, prompt: str, width: int | None, height: int | None, num_images: int, nfe: int | None
     ) -> tuple[Any, ...]:
         limits = self.limits
         resolve_prompts(prompt)
