@@ -34,6 +34,7 @@ from ..passes.load import Layout
 from ..text import QwenImageText
 from ..vae import QwenImageDecoder
 from . import Family, must_equal
+from .containers import ModuleDict, ModuleList
 from .context import Context as PromptContext
 from .context import host_lengths
 from .mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack, unpack
@@ -115,6 +116,7 @@ class QwenImageTransformer(nn.Module):
     Raises ConfigError when `absorbed` is asked for with other than one step."""
 
     prompt_modules = ("txt_norm", "txt_in")
+    norm_out_table: Tensor
 
     def __init__(
         self, config: QwenImageConfig, *, folded_steps: int | None = None, absorbed: bool = False
@@ -132,13 +134,13 @@ class QwenImageTransformer(nn.Module):
         self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
         self.txt_in = nn.Linear(config.joint_attention_dim, dim)
         # the closing block's prompt output is read by nothing: only the checkpoint's layout has it
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks = ModuleList(
             Block(heads, head_dim, rows, not folded or i + 1 < config.num_layers)
             for i in range(config.num_layers)
         )
         self.proj_out = nn.Linear(dim, config.in_channels)
         if rows is None:
-            self.norm_out = nn.ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
+            self.norm_out = ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
             self.time_text_embed, self.time_text_embed_2 = TimeEmbedding(dim), TimeEmbedding(dim)
         elif rows:
             self.register_buffer("norm_out_table", torch.empty(rows, 2, dim))
@@ -164,7 +166,7 @@ class QwenImageTransformer(nn.Module):
         return modulation_rows(self.norm_out["linear"], temb, scales=(0,)).flip(1)
 
     def fold(
-        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager]
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
 

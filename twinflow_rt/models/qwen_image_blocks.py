@@ -38,6 +38,9 @@ class Block(nn.Module):
     `prompt_output=False` leaves out what only a later block would read.
     """
 
+    img_table: Tensor
+    txt_table: Tensor
+
     def __init__(self, heads: int, head_dim: int, steps: int | None, prompt_output: bool) -> None:
         super().__init__()
         dim = heads * head_dim

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ from ..text_openuni import OpenUniText
 from ..text_sana import SanaText
 from ..vae import DeepDecoder
 from . import Family, must_equal
+from .containers import ModuleDict, ModuleList
 from .context import Context as PromptContext
 from .context import host_lengths
 from .linear import with_gelu
@@ -107,7 +108,7 @@ class SanaConfig(NetworkConfig):
             raise ConfigError(f"num_layers is {self.num_layers}; check transformer/config.json")
 
     @classmethod
-    def from_dict(cls, raw: dict) -> Self:
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
         """As `NetworkConfig.from_dict`; out_channels null means in_channels."""
         if raw.get("out_channels", 0) is None:
             raw = {**raw, "out_channels": raw.get("in_channels", cls.in_channels)}
@@ -158,6 +159,8 @@ class SanaTransformer(nn.Module):
 
     Raises ConfigError when `absorbed` is asked for with other than one step."""
 
+    table: Tensor
+
     def __init__(self, config: SanaConfig, *, folded_steps: int | None = None, absorbed: bool = False) -> None:
         super().__init__()
         if absorbed and folded_steps != 1:
@@ -168,12 +171,12 @@ class SanaTransformer(nn.Module):
         self.config, self.folded_steps, self.absorbed, self.ops = config, folded_steps, absorbed, EAGER
         dim, guided, rows = config.dim, config.guidance_embeds, 0 if absorbed else folded_steps
         cross = config.num_cross_attention_heads, config.cross_attention_head_dim
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(config.in_channels, dim, 1)})
-        self.caption_projection = nn.ModuleDict(
+        self.patch_embed = ModuleDict({"proj": nn.Conv2d(config.in_channels, dim, 1)})
+        self.caption_projection = ModuleDict(
             {"linear_1": nn.Linear(config.caption_channels, dim), "linear_2": nn.Linear(dim, dim)}
         )
         self.caption_norm = nn.RMSNorm(dim, eps=QK_EPS)
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks = ModuleList(
             Block(dim, config.num_attention_heads, cross, config.hidden, config.qk_norm is not None, rows)
             for _ in range(config.num_layers)
         )
@@ -216,7 +219,7 @@ class SanaTransformer(nn.Module):
         return effective(self.scale_shift_table, condition[:, None], scales=(1,))
 
     def fold(
-        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager]
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N]; see `passes.fold`."""
         with resident("time_embed", "time_embed_2"):

@@ -102,6 +102,8 @@ class Block(nn.Module):
     """One block. steps: None has the table that the shared constants are added to, N > 0 a table of N
     rows of their sum, 0 neither (the constants are inside the weights)."""
 
+    table: Tensor
+
     def __init__(
         self, dim: int, heads: int, cross: tuple[int, int], hidden: int, normed: bool, steps: int | None
     ) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from ..passes.load import Layout
 from ..text_sd3 import SD3Text
 from ..vae import KLDecoder
 from . import Family, mmdit, must_equal
+from .containers import ModuleDict, ModuleList
 from .context import Context as PromptContext
 from .mmdit import EPS, Constants, modulation_rows, pack, unpack
 from .network_config import NetworkConfig, second_embedder
@@ -85,7 +86,7 @@ class SD3Config(NetworkConfig):
             )
 
     @classmethod
-    def from_dict(cls, raw: dict) -> Self:
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
         """As `NetworkConfig.from_dict`; SD3's own files leave out what SD3.5 added."""
         return super().from_dict({"qk_norm": None, "dual_attention_layers": (), **raw})
 
@@ -113,6 +114,8 @@ class Context(PromptContext):
 class PatchEmbed(nn.Module):
     """2x2 patches with absolute positions, a table of which the middle is used."""
 
+    pos_embed: Tensor
+
     def __init__(self, config: SD3Config) -> None:
         super().__init__()
         self.size = config.pos_embed_max_size
@@ -136,6 +139,9 @@ class PatchEmbed(nn.Module):
 class SD3Transformer(nn.Module):
     """F(x_t, t, tt, prompt), the velocity z - x. `folded_steps=N` builds the compiled layout."""
 
+    time_table: Tensor
+    gap_table: Tensor
+
     def __init__(self, config: SD3Config, *, folded_steps: int | None = None) -> None:
         super().__init__()
         self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
@@ -144,16 +150,16 @@ class SD3Transformer(nn.Module):
         self.time_text_embed = TimeTextEmbedding(pooled, dim, timed)
         self.time_text_embed_2 = TimeTextEmbedding(pooled, dim, timed)
         self.context_embedder = nn.Linear(config.joint_attention_dim, dim)
-        self.transformer_blocks = nn.ModuleList(
+        self.transformer_blocks = ModuleList(
             Block(
                 config.num_attention_heads, config.attention_head_dim,
                 i in config.dual_attention_layers, i + 1 < config.num_layers,
             )
             for i in range(config.num_layers)
         )  # fmt: skip
-        self.norm_out = nn.ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
+        self.norm_out = ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
         self.proj_out = nn.Linear(dim, 4 * config.out_channels)
-        if not timed:
+        if folded_steps is not None:
             self.register_buffer("time_table", torch.empty(folded_steps, dim))
             self.register_buffer("gap_table", torch.empty(folded_steps, 1))
 
@@ -184,7 +190,7 @@ class SD3Transformer(nn.Module):
         return torch.cat((*rows, modulation_rows(self.norm_out["linear"], temb, (0,)).flip(1)), 1)
 
     def fold(
-        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager]
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N]; see `passes.fold`."""
         with resident("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder"):
@@ -222,7 +228,10 @@ class SD3Transformer(nn.Module):
 
         modulation: of `modulate`, or of `step_modulation` on a folded network.
         """
-        rows = context.constants[:, modulation] if isinstance(modulation, int) else modulation
+        if isinstance(modulation, int):
+            assert context.constants is not None, "a folded network's context has its constants"
+            modulation = context.constants[:, modulation]
+        rows = modulation
         *parts, closing = rows.split([*(block.rows for block in self.transformer_blocks), 2], 1)
         now = [block.read(part) for block, part in zip(self.transformer_blocks, parts, strict=True)]
         x, c = self.pos_embed(latents), context.tokens.to(latents.dtype)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import OpTable, into
+from .containers import ModuleDict
 from .mmdit import (
     EPS,
     Constants,
@@ -84,8 +85,8 @@ class Block(nn.Module):
         dim = heads * head_dim
         self.dual, self.prompt_output = dual, prompt_output
         self.rows = (9 if dual else 6) + (6 if prompt_output else 2)
-        self.norm1 = nn.ModuleDict({"linear": nn.Linear(dim, (9 if dual else 6) * dim)})
-        self.norm1_context = nn.ModuleDict({"linear": nn.Linear(dim, (6 if prompt_output else 2) * dim)})
+        self.norm1 = ModuleDict({"linear": nn.Linear(dim, (9 if dual else 6) * dim)})
+        self.norm1_context = ModuleDict({"linear": nn.Linear(dim, (6 if prompt_output else 2) * dim)})
         self.attn = JointAttention(heads, head_dim, prompt_output)
         self.ff = FeedForward(dim)
         if dual:

@@ -30,6 +30,7 @@ from ..passes.load import Layout
 from ..text import ZImageText
 from ..vae import KLDecoder
 from . import Family, must_equal
+from .containers import ModuleDict, ModuleList
 from .context import Context as PromptContext
 from .mmdit import linear32
 from .network_config import NetworkConfig, second_embedder
@@ -123,26 +124,27 @@ class ZImageTransformer(nn.Module):
 
     prompt_modules = ("cap_embedder", "context_refiner")
     prompt_multiple = SEQ_MULTIPLE
+    norm_table: Tensor
 
     def __init__(self, config: ZImageConfig, *, folded_steps: int | None = None) -> None:
         super().__init__()
         self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
-        dim, folded = config.dim, folded_steps is not None
-        self.all_x_embedder = nn.ModuleDict({"2-1": nn.Linear(4 * config.in_channels, dim)})
-        self.all_final_layer = nn.ModuleDict({"2-1": FinalLayer(config, folded)})
+        dim = config.dim
+        self.all_x_embedder = ModuleDict({"2-1": nn.Linear(4 * config.in_channels, dim)})
+        self.all_final_layer = ModuleDict({"2-1": FinalLayer(config, folded_steps is not None)})
         self.cap_embedder = nn.Sequential(
             nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, dim)
         )
         self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
 
-        def stack(depth: int, modulated: bool) -> nn.ModuleList:
-            return nn.ModuleList(Block(config, modulated, folded_steps) for _ in range(depth))
+        def stack(depth: int, modulated: bool) -> ModuleList[Block]:
+            return ModuleList(Block(config, modulated, folded_steps) for _ in range(depth))
 
         self.noise_refiner = stack(config.n_refiner_layers, True)
         self.context_refiner = stack(config.n_refiner_layers, False)
         self.layers = stack(config.n_layers, True)
-        if folded:
+        if folded_steps is not None:
             self.register_buffer("norm_table", torch.empty(folded_steps, dim))
         else:
             self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
@@ -170,7 +172,7 @@ class ZImageTransformer(nn.Module):
         return 1 + linear32(self.all_final_layer["2-1"].adaLN_modulation[1], F.silu(temb))
 
     def fold(
-        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager]
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
     ) -> Iterator[tuple[str, Tensor]]:
         """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
 
@@ -234,8 +236,9 @@ class ZImageTransformer(nn.Module):
         (as in the reference), so the context's lengths are such.
         """
         device, ragged = prompt_embeds.device, None
+        padded: tuple[int, ...] = ()
         if isinstance(lengths, Tensor):
-            counts, padded, longest = lengths, (), prompt_embeds.shape[1]
+            counts, longest = lengths, prompt_embeds.shape[1]
             ragged = (counts + SEQ_MULTIPLE - 1) // SEQ_MULTIPLE * SEQ_MULTIPLE
         else:
             counts = torch.tensor([int(n) for n in lengths], device=device)
@@ -268,17 +271,17 @@ class ZImageTransformer(nn.Module):
         x = self._run(self.noise_refiner, modulation.blocks[:refiners], x, rope, None)
         lengths = None if context.ragged is None else context.ragged + x.shape[1]
         text_rope = self._context_rope(longest, device)
-        rope = tuple(
+        cos, sin = (
             torch.cat((image, text.expand(image.shape[0], -1, -1)), 1)
             for image, text in zip(rope, text_rope, strict=True)
         )
         x = torch.cat((x, context.tokens.to(x.dtype)), 1)
-        x = self._run(self.layers, modulation.blocks[refiners:], x, rope, lengths, rows=n)
+        x = self._run(self.layers, modulation.blocks[refiners:], x, (cos, sin), lengths, rows=n)
         x = self.ops.layer_norm(x, modulation.final[:, None], FINAL_NORM_EPS)
         return -self._unpatchify(self.all_final_layer["2-1"].linear(x), height, width)
 
     def _run(
-        self, blocks: nn.ModuleList, norms: Sequence[Tensor], x: Tensor, rope: tuple[Tensor, Tensor],
+        self, blocks: ModuleList[Block], norms: Sequence[Tensor], x: Tensor, rope: tuple[Tensor, Tensor],
         lengths: Tensor | None, rows: int | None = None,
     ) -> Tensor:  # fmt: skip
         """All blocks of one stack; the last one computes only its first `rows` rows."""

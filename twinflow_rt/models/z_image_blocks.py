@@ -69,6 +69,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One sandwich-norm block; `steps` = N holds N rows of folded norm weights instead of what makes them."""
 
+    norm_table: Tensor
+
     def __init__(self, config: ZImageConfig, modulated: bool, steps: int | None) -> None:
         super().__init__()
         dim = config.dim
