@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ from .norm import (
 if TYPE_CHECKING:
     from .select import OpTable
 
+Op = Callable[..., Any]  # of `OpTable`: gives tensors, or `QuantizedRows` where a quantized layer reads them
+
 
 class QuantizedRows(NamedTuple):
     """About values * scales. values: int8 or float8_e4m3fn [..., D]; scales: float32 [..., 1]; dtype: the storage
@@ -44,14 +46,14 @@ class QuantizedRows(NamedTuple):
 class RowTable:
     """The callables of quantized networks; the signatures are those of the eager references."""
 
-    quantize_rows: Callable
-    linear_quantized: Callable
-    rms_norm_quantized: Callable
+    quantize_rows: Callable[..., tuple[Tensor, Tensor]]
+    linear_quantized: Callable[..., Tensor]
+    rms_norm_quantized: Callable[..., tuple[Tensor, Tensor]]
     layer_norm_quantized: Callable
-    residual_norm_quantized: Callable
-    residual_layer_norm_quantized: Callable
-    swiglu_quantized: Callable
-    gelu_tanh_quantized: Callable
+    residual_norm_quantized: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    residual_layer_norm_quantized: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    swiglu_quantized: Callable[..., tuple[Tensor, Tensor]]
+    gelu_tanh_quantized: Callable[..., tuple[Tensor, Tensor]]
 
 
 EAGER_ROWS = RowTable(
@@ -69,7 +71,8 @@ EAGER_ROWS = RowTable(
 def into(reader: nn.Module | None, ops: OpTable) -> OpTable:
     """The table whose norms and activations return what `reader` multiplies: `ops`, or, for a quantized layer,
     the one that `producing` made of it."""
-    return getattr(reader, "producers", ops)
+    table: OpTable = getattr(reader, "producers", ops)
+    return table
 
 
 def producing(ops: OpTable, rows: RowTable, to: torch.dtype) -> OpTable:
@@ -87,14 +90,14 @@ def producing(ops: OpTable, rows: RowTable, to: torch.dtype) -> OpTable:
     def residual_norm(
         x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float
     ) -> tuple[Tensor, QuantizedRows]:
-        total, *normed = rows.residual_norm_quantized(x, branch, post, pre, eps, to)
-        return total, QuantizedRows(*normed, x.dtype)
+        total, values, scales = rows.residual_norm_quantized(x, branch, post, pre, eps, to)
+        return total, QuantizedRows(values, scales, x.dtype)
 
     def residual_layer_norm(
         x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, QuantizedRows]:
-        total, *normed = rows.residual_layer_norm_quantized(x, branch, gate, weight, bias, eps, to)
-        return total, QuantizedRows(*normed, x.dtype)
+        total, values, scales = rows.residual_layer_norm_quantized(x, branch, gate, weight, bias, eps, to)
+        return total, QuantizedRows(values, scales, x.dtype)
 
     return replace(
         ops, rms_norm=rms_norm, layer_norm=layer_norm, residual_norm=residual_norm,
