@@ -51,7 +51,8 @@ class Recipe:
 
     def unfolded(self) -> nn.Module:
         """The network as the checkpoint has it, on the meta device."""
-        return self.family.build(self.family.config.from_dict(self.source.config))
+        network: nn.Module = self.family.build(self.family.config.from_dict(self.source.config))
+        return network
 
     def tables(
         self, unfolded: nn.Module, schedule: Schedule, seen: Callable[[str], None] | None = None

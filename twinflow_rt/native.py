@@ -16,6 +16,8 @@ from . import library
 from .errors import DeviceError
 from .library import KINDS
 
+Function = Callable[..., Any]
+
 _torch_library = torch.library.Library("twinflow", "DEF")
 
 
@@ -66,21 +68,22 @@ def _weight(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
     return weight, weight.data_ptr(), 0 if shared else weight.stride(0)
 
 
-def _op(schema: str) -> Callable:
+def _op(schema: str) -> Callable[[Function], Function]:
     """Registers a function as `twinflow::<schema>` for both devices."""
     name = schema.split("(")[0]
     _torch_library.define(schema)
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         for device in ("CPU", "CUDA"):
             _torch_library.impl(name, function, device)
-        return getattr(torch.ops.twinflow, name).default
+        op: Function = getattr(torch.ops.twinflow, name).default
+        return op
 
     return register
 
 
-def _fake(*names: str) -> Callable:
-    def register(function: Callable) -> Callable:
+def _fake(*names: str) -> Callable[[Function], Function]:
+    def register(function: Function) -> Function:
         for name in names:
             torch.library.register_fake(f"twinflow::{name}", function, lib=_torch_library)
         return function
@@ -213,7 +216,8 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ops/rope.py; writes q and k in place."""
     _qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
-    return qkv.unflatten(-1, (3, heads, -1)).unbind(-3)  # type: ignore[return-value]
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
+    return q, k, v
 
 
 def joint_qk_norm_rope(
@@ -222,7 +226,8 @@ def joint_qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See ops/rope.py; the results are views of one joint buffer."""
     joint = _joint_qk_norm_rope(list(qkv), list(q_weights), list(k_weights), cos, sin, heads, eps)
-    return joint.unflatten(-1, (3, heads, -1)).unbind(-3)  # type: ignore[return-value]
+    q, k, v = joint.unflatten(-1, (3, heads, -1)).unbind(-3)
+    return q, k, v
 
 
 # -- mlp, sample, decode ------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def count_flops(run: Callable[[], object]) -> int:
 
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         run()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def parameter_bytes(module: nn.Module) -> int:

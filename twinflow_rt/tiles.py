@@ -46,7 +46,7 @@ def reach(convs: Sequence[int]) -> int:
 
 def cell(network: Any) -> int:
     """Pixels along each axis that one cell of a network's features becomes."""
-    return 2 ** (len(network.tail_convs) - 1)
+    return 1 << (len(network.tail_convs) - 1)
 
 
 def margin(network: Any) -> int:
@@ -86,7 +86,8 @@ def _decode_one(network: Any, latents: Tensor, core: int, check: Callable[[], No
     size, blend, far = cell(network), BLEND if blends(network) else 0, margin(network)
     rows, columns = (cuts(n, core) for n in features.shape[2:])
     if len(rows) == len(columns) == 1:
-        return network.tail(features)
+        whole: Tensor = network.tail(features)
+        return whole
     image: Tensor | None = None
     for top, bottom in rows:
         for left, right in columns:

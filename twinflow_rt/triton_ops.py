@@ -8,6 +8,7 @@ ops/; outputs are contiguous, views are made outside of the ops.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from .kernels import decode, mlp, norm, rope, sample
 _library = torch.library.Library("twinflow", "FRAGMENT")
 
 
-def _op(schema: str, launch: Callable, fake: Callable) -> Callable:
+def _op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     name = schema.partition("(")[0]
     _library.define(schema)
     # every device: Triton's own interpreter runs these on the CPU
     _library.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"twinflow::{name}", fake, lib=_library)
-    return getattr(torch.ops.twinflow, name).default
+    op: Callable[..., Any] = getattr(torch.ops.twinflow, name).default
+    return op
 
 
 def _like(x: Tensor, *_: object) -> Tensor:
@@ -48,6 +50,7 @@ def _launch_joint(
     qkv: list[Tensor], q_weights: list[Tensor], k_weights: list[Tensor], cos: Tensor, sin: Tensor, heads: int,
     eps: float,
 ) -> Tensor:  # fmt: skip
+    q: Tensor
     q, _, _ = rope.joint_qk_norm_rope(qkv, q_weights, k_weights, cos, sin, heads, eps)
     batch, seq, row = q.shape[0], q.shape[1], 3 * q.shape[2] * q.shape[3]
     return q.as_strided((batch, seq, row), (seq * row, row, 1))  # the buffer q, k and v are views of
@@ -60,7 +63,8 @@ def _launch_rope(
 
 
 def _launch_alone(x: Tensor, branch: Tensor, post: Tensor, eps: float) -> Tensor:
-    return norm.residual_norm(x, branch, post, None, eps)[0]
+    total: Tensor = norm.residual_norm(x, branch, post, None, eps)[0]
+    return total
 
 
 rms_norm = _op("triton_rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", norm.rms_norm, _like)
@@ -113,7 +117,8 @@ def residual_norm(
     """See ops/norm.py."""
     if pre is None:
         return _residual_norm_alone(x, branch, post, eps), None
-    return _residual_norm(x, branch, post, pre, eps)
+    x, h = _residual_norm(x, branch, post, pre, eps)
+    return x, h
 
 
 def qk_norm_rope(

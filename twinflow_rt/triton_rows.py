@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ def _rows(x: Tensor, dtype: torch.dtype, width: int | None = None) -> Rows:
     return x.new_empty(shape, dtype=dtype), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _quantizing(schema: str, launch: Callable, width: Callable[[Tensor], int] = lambda x: x.shape[-1]) -> Callable:
+def _quantizing(
+    schema: str, launch: Callable[..., Any], width: Callable[[Tensor], int] = lambda x: x.shape[-1]
+) -> Callable[..., Any]:
     """An op whose last argument is the dtype, and whose results are rows of `width(x)` elements."""
     return _op(f"{schema} -> (Tensor, Tensor)", launch, lambda x, *rest: _rows(x, rest[-1], width(x)))
 
 
-def _closing(schema: str, launch: Callable) -> Callable:
+def _closing(schema: str, launch: Callable[..., Any]) -> Callable[..., Any]:
     """The same with the residual stream before the rows."""
     fake = lambda x, *rest: (x.new_empty(x.shape), *_rows(x, rest[-1]))
     return _op(f"{schema} -> (Tensor, Tensor, Tensor)", launch, fake)

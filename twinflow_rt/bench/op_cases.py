@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Drawing = Callable[..., Tensor]
+
 EPS = 1e-5
 
 
@@ -144,7 +146,8 @@ def exact_bytes(image: Tensor) -> Tensor:
 
 def _norms(s: Sizes, draw: _Draw, b: int) -> list[Case]:
     shape, one = (b, s.tokens, s.width), b * s.tokens * s.width * draw.item
-    w, bias = (lambda seed=1: draw.weight(1, 1, s.width, seed=seed)), (lambda: draw.weight(1, 1, s.width, seed=3) - 1)
+    w: Drawing = lambda seed=1: draw.weight(1, 1, s.width, seed=seed)
+    bias = lambda: w(3) - 1
     x, branch = (lambda: draw(*shape)), (lambda: draw(*shape, seed=5))
 
     def residual(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -167,8 +170,8 @@ def _norms(s: Sizes, draw: _Draw, b: int) -> list[Case]:
 
 def _ropes(s: Sizes, draw: _Draw, b: int) -> list[Case]:
     one, table = b * s.tokens * s.width * draw.item, s.tokens * s.head_dim * 4
-    qkv = lambda n, seed=0: draw(b, n, 3 * s.width, seed=seed)
-    w = lambda seed: draw.weight(s.head_dim, seed=seed)
+    qkv: Drawing = lambda n, seed=0: draw(b, n, 3 * s.width, seed=seed)
+    w: Drawing = lambda seed: draw.weight(s.head_dim, seed=seed)
 
     def angles(n: int) -> tuple[Tensor, Tensor]:
         angle = 6 * draw(1, n, s.head_dim // 2, dtype=torch.float32)
@@ -251,7 +254,7 @@ def judge(got: Any, eager: Any, exact: Sequence[Tensor]) -> str | None:
     for i, (y, reference, truth) in enumerate(zip(got, eager, exact, strict=True)):
         if (y.shape, y.dtype) != (reference.shape, reference.dtype):
             return f"output {i} is {y.dtype} {tuple(y.shape)}, not {reference.dtype} {tuple(reference.shape)}"
-        worst = lambda x, truth=truth: (x.double() - truth).abs().max().item()
+        worst: Callable[..., float] = lambda x, truth=truth: (x.double() - truth).abs().max().item()
         if not y.dtype.is_floating_point:
             allowed = 0.5 + 1e-4
         elif not y.isfinite().all():

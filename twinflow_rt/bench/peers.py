@@ -82,7 +82,8 @@ def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
     twin: Any = copy.copy(pipe)
     twin.program = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
     twin.text, twin.vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
-    return twin
+    pair: Pipeline = twin
+    return pair
 
 
 def _network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Family]:

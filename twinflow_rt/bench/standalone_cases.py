@@ -16,19 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from ..ops.rows import Op
 from ..ops.select import IMPLEMENTATIONS, ROW_OPS, Target, triton_refuses
-from .op_cases import EPS, Case, Sizes, _Draw, exact_gelu, exact_layer, exact_rms
+from .op_cases import EPS, Case, Drawing, Sizes, _Draw, exact_gelu, exact_layer, exact_rms
 
 STEMS = {"group_norm_silu": "decode", "x0_to_vae": "decode"}  # op in no table -> the module of kernels/ that has it
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
-def launcher(op: str) -> Callable:
+def launcher(op: str) -> Op:
     """The Triton launcher of an op in no table; imports triton."""
-    return getattr(import_module(f"twinflow_rt.kernels.{STEMS[op]}"), op)
+    found: Op = getattr(import_module(f"twinflow_rt.kernels.{STEMS[op]}"), op)
+    return found
 
 
-def implementations(case: Case, target: Target) -> tuple[dict[str, Callable], dict[str, str]]:
+def implementations(case: Case, target: Target) -> tuple[dict[str, Op], dict[str, str]]:
     """The implementations that serve the case on `target` here, and why the others do not."""
     if case.op in STEMS:
         reason = triton_refuses(target)
@@ -67,7 +69,7 @@ def _quantizing(s: Sizes, draw: _Draw, kind: str) -> list[Case]:
     quantized = QUANTIZED[kind]
     shape, count = (1, s.tokens, s.width), s.tokens * s.width
     x, branch = (lambda: draw(*shape)), (lambda: draw(*shape, seed=5))
-    w = lambda seed=1: draw.weight(1, 1, s.width, seed=seed)
+    w: Drawing = lambda seed=1: draw.weight(1, 1, s.width, seed=seed)
     bias = lambda: w(3) - 1
 
     def residual(
@@ -87,7 +89,7 @@ def _quantizing(s: Sizes, draw: _Draw, kind: str) -> list[Case]:
         return (a / (1 + (-a).exp()) * g,)
 
     hidden = s.tokens * s.hidden
-    wide = lambda n: 2 * draw(1, s.tokens, n)
+    wide: Drawing = lambda n: 2 * draw(1, s.tokens, n)
     table: list[tuple[str, Callable[[], tuple[Any, ...]], Callable[..., tuple[Tensor, ...]], int]] = [
         ("quantize_rows", lambda: (x(), quantized), lambda x, _: (x.double(),), count * (draw.item + 1)),
         ("rms_norm_quantized", lambda: (x(), w(), EPS, quantized), lambda x, w, e, _: (exact_rms(x, w, e),),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -62,10 +62,11 @@ class Slot:
             raise CheckpointError(f"{folder / 'config.json'} names no _class_name or model_type; download it again")
         with reading(str(folder / "config.json")):
             self.rules: Names = RULES.get(kind, unchanged)(config)
+        self.strip: tuple[str, ...] = ()
         if self.name == "transformer":
             family = family_of(config)
             network = family.build(family.config.from_dict(config))
-            self.layout, self.strip = family.layout, ()
+            self.layout = family.layout
         elif kind in MODELS:
             network, self.layout = MODELS[kind].declare(config)
             self.strip = MODELS[kind].strip
@@ -91,7 +92,7 @@ class Slot:
         known = self.known(shapes)
         own = ((self.bare(t), shape) for key, shape in shapes.items() for t in self.rules.targets(key)[:1])
         agree = sum(name in known & self.expected.keys() and self.expected[name].shape == shape for name, shape in own)
-        return len(known) - (len(self.wanted) - len(known)) + agree
+        return 2 * len(known) - len(self.wanted) + int(agree)
 
 
 class Converted:
@@ -108,7 +109,7 @@ class Converted:
         self.swapped = {t for k in keys if k.swapped for t in k.targets}
         self.names = {slot.bare(target): target for target in self.where}
 
-    def keys(self):
+    def keys(self) -> KeysView[str]:
         return self.names.keys()
 
     def __iter__(self) -> Iterator[str]:

@@ -41,10 +41,11 @@ class Source:
 
     def dtype(self, key: str) -> str:
         """As safetensors names it, e.g. BF16."""
-        return self._where[key].get_slice(key).get_dtype()
+        return str(self._where[key].get_slice(key).get_dtype())
 
     def get(self, key: str) -> Tensor:
-        return self._where[key].get_tensor(key)
+        tensor: Tensor = self._where[key].get_tensor(key)
+        return tensor
 
 
 def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
@@ -106,7 +107,7 @@ def write_shards(folder: Path, stem: str, network: Any) -> None:
             size = 0
         shards[-1].append(target)
         size, total = size + count, total + count
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, targets in enumerate(shards):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file({t: network.get(t).contiguous() for t in targets}, folder / name, metadata={"format": "pt"})

@@ -85,4 +85,5 @@ def family_of(config: dict[str, Any]) -> Family:
             f"transformer/config.json says _class_name {name!r}, which is none of the supported families: "
             + ", ".join(FAMILIES)
         )
-    return import_module(f".{FAMILIES[name]}", __name__).FAMILY
+    family: Family = import_module(f".{FAMILIES[name]}", __name__).FAMILY
+    return family

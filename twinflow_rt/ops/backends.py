@@ -100,25 +100,25 @@ def _first(function: Callable[..., Any]) -> Attention:
 
 
 def _flash2() -> Attention:
-    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn import flash_attn_func
 
     return _first(flash_attn_func)
 
 
 def _flash3() -> Attention:
-    from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn_interface import flash_attn_func
 
     return _first(flash_attn_func)
 
 
 def _flash4() -> Attention:
-    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+    from flash_attn.cute import flash_attn_func
 
     return _first(flash_attn_func)
 
 
 def _xformers() -> Attention:
-    from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
+    from xformers.ops import memory_efficient_attention
 
     return _first(memory_efficient_attention)
 

@@ -54,12 +54,14 @@ def pack(weight: Tensor) -> Tensor:
     An opaque tensor of the same shape and size: `linear_packed` takes it, `.to_dense()` gives it back.
     A plain weight is arranged anew in every call (`benches/bench_linear.py` has both).
     """
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    return packed
 
 
 def linear_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y = x weight^T + bias with a weight from `pack`; x: [..., K] of its dtype. Returns [..., N]."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
 
 
 def linear_upcast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ class RowTable:
     quantize_rows: Callable[..., tuple[Tensor, Tensor]]
     linear_quantized: Callable[..., Tensor]
     rms_norm_quantized: Callable[..., tuple[Tensor, Tensor]]
-    layer_norm_quantized: Callable
+    layer_norm_quantized: Callable[..., tuple[Tensor, Tensor]]
     residual_norm_quantized: Callable[..., tuple[Tensor, Tensor, Tensor]]
     residual_layer_norm_quantized: Callable[..., tuple[Tensor, Tensor, Tensor]]
     swiglu_quantized: Callable[..., tuple[Tensor, Tensor]]

@@ -170,7 +170,7 @@ class Checkpoint:
         """The tensor on `device` in `dtype` (None: as stored). On the CPU in the stored dtype it is
         a view of the mapped file: nothing is copied, pages come in on first use."""
         file, key = self._where[name]
-        tensor = self._files[file].get_tensor(key).to(device).to(dtype or self.dtype(name))
+        tensor: Tensor = self._files[file].get_tensor(key).to(device).to(dtype or self.dtype(name))
         self.meter.add(self.nbytes(name))
         return tensor
 
