@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-MODULES = ("attention", "decode", "linear", "mlp", "norm", "rope", "sample")
+MODULES = ("attention", "attention_fp8", "decode", "linear", "mlp", "norm", "rope", "sample")
 
 
 def _interpret(monkeypatch, module) -> None:

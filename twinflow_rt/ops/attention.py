@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .linear import SMALLEST, quantize_rows
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -19,6 +23,25 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) ->
         mask = (torch.arange(k.shape[1], device=k.device) < lengths[:, None])[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def attention_fp8(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """`attention` with scores of float8 operands: softmax((Q K^T) * s_q * s_k^T / sqrt(D)) v per head, where
+    (Q, s_q) and (K, s_k) are `quantize_rows` of q and k to float8_e4m3fn, a scale per token and head.
+
+    Shapes as `attention`; returns q's dtype; a sample without keys gives zeros. v is not quantized. float32 inside;
+    exp(score - largest) is rounded to q's dtype before it meets v (their sum is not), and the result once.
+    """
+    values, scales = zip(*(quantize_rows(x, torch.float8_e4m3fn) for x in (q, k)), strict=True)
+    q32, k32 = (x.float() * s for x, s in zip(values, scales, strict=True))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q32, k32) / math.sqrt(q.shape[-1])
+    if lengths is not None:
+        live = (torch.arange(k.shape[1], device=k.device) < lengths[:, None])[:, None, None, :]
+        scores = scores.masked_fill(~live, -math.inf)
+    top = scores.amax(-1, keepdim=True) if k.shape[1] else scores.new_zeros(())
+    p = (scores - top.nan_to_num(neginf=0.0)).exp()
+    y = torch.einsum("bhqk,bkhd->bqhd", p.to(q.dtype).float(), v.float())
+    return (y / p.sum(-1).transpose(1, 2).unsqueeze(-1).clamp_min(SMALLEST)).flatten(2).to(q.dtype)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         raise ConfigError(f"quantize_rows: rows quantize to float8_e4m3fn or int8, got {dtype}")
     v = x.float()
     top = v.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-    values = v * (LIMITS[dtype] / top)
+    values = v * (torch.full_like(top, LIMITS[dtype]) / top)  # number / tensor would round twice
     return (values.round() if dtype == torch.int8 else values).to(dtype), top / LIMITS[dtype]
 
 
