@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from twinflow_rt.capture import BUCKET, Captures, bucket, open_captures
+from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from twinflow_rt.capture import BUCKET, Captures, _shape, bucket, open_captures
 from twinflow_rt.errors import DeviceError
+from twinflow_rt.pipeline import load
 
 CPU = torch.device("cpu")
 
@@ -45,7 +47,9 @@ class FakeGraphs:
 
 
 def tensors(value):
-    return [value] if isinstance(value, torch.Tensor) else [x for item in value for x in tensors(item)]
+    leaves = []
+    _shape(value, leaves)
+    return leaves
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,85 @@ def test_modes():
     assert open_captures("off", CPU) is None and open_captures("auto", CPU) is None
     with pytest.raises(DeviceError, match="capture='graphs' records CUDA graphs"):
         open_captures("graphs", CPU)
+
+
+FAMILIES = {
+    "z-image": factory.make_model,
+    "qwen-image": qwen_image_factory.make_model,
+    "sd3": sd3_factory.make_model,
+    "sana": sana_factory.make_model,
+}
+CALLS = [["a red circle"], ["two"], ["a", "a blue square above a green one"], ["a red circle", "b"]]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pipes(request, tmp_path_factory):
+    """Without graphs, and with."""
+    folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "m")
+    plain, recorded = load(folder, device="cpu"), load(folder, device="cpu")
+    recorded.record(Captures(FakeGraphs(), strict=True))
+    return plain, recorded
+
+
+def both(pipes, prompts, **changes):
+    size = 2 * pipes[0].sizes.multiple
+    args = {"height": size, "width": size, "seed": 3, "output": "pt"} | changes
+    expected, ours = (pipe(prompts, **args).images for pipe in pipes)
+    assert ours.shape == expected.shape and (ours - expected).abs().max() < 1e-4
+    return {name: stats.recorded for name, stats in pipes[1].captures.stats().items()}
+
+
+def test_prompts_of_one_bucket_share_the_graphs_of_every_stage(pipes):
+    """Images are those of the plain pipeline, padding or not."""
+    made = [both(pipes, prompts) for prompts in CALLS]
+    text = next(name for name in made[0] if name.startswith("text"))
+    assert {*made[0]} == {text, "velocity", "decode"}
+    assert made[0]["velocity"] == made[1]["velocity"] == 1 == made[1]["decode"]
+    assert made[2]["decode"] == made[3]["decode"] == 2  # one per batch size
+    before = dict(made[-1])
+    assert both(pipes, CALLS[0], seed=9) == before  # nothing new
+    assert "graphs of velocity" in str(pipes[1].plan)
+
+
+def test_another_schedule_forgets_the_networks_graphs(pipes):
+    for nfe in (2, 1, 2):
+        before = both(pipes, CALLS[0], nfe=nfe)["velocity"]
+        assert both(pipes, CALLS[1], nfe=nfe, seed=7)["velocity"] == before
+    assert pipes[1].captures.stats()["velocity"].kept == 2  # one per evaluation
+
+
+def test_an_adapter_forgets_them_too(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = factory.make_model(tmp_path / "m")
+    name, g = "transformer.layers.0.attention.to_k", torch.Generator().manual_seed(0)
+    factors = {"A": torch.randn(2, 48, generator=g), "B": torch.randn(48, 2, generator=g)}
+    save_file({f"{name}.lora_{k}.weight": v for k, v in factors.items()}, tmp_path / "a.safetensors")
+    pipes = load(folder, device="cpu"), load(folder, device="cpu")
+    pipes[1].record(Captures(FakeGraphs(), strict=True))
+    both(pipes, CALLS[0])
+    for pipe in pipes:
+        pipe.set_loras([tmp_path / "a.safetensors"])
+    assert both(pipes, CALLS[0])["velocity"] == 2
+
+
+def test_large_images_are_left_alone_unless_asked_for(pipes, monkeypatch):
+    monkeypatch.setattr("twinflow_rt.pipeline.AUTO_POSITIONS", 1)
+    graphs = pipes[1].captures
+    monkeypatch.setattr(graphs, "strict", False)
+    before = dict(graphs.stats())
+    both(pipes, CALLS[0])
+    assert graphs.stats()["velocity"] == before["velocity"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_recorded_pipelines_on_a_gpu(family, tmp_path):
+    folder = FAMILIES[family](tmp_path / "m")
+    pipes = load(folder, device="cuda", capture="off"), load(folder, device="cuda", capture="graphs")
+    for prompts in CALLS:
+        both(pipes, prompts)
+    assert both(pipes, CALLS[0], seed=9)["velocity"] == 2 + (family == "sana")  # SANA's cross attention: ragged too
 
 
 @pytest.mark.gpu

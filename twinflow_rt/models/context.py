@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,11 +28,26 @@ class Context:
 
     tokens: [B, L, dim]. lengths: tokens that count, per prompt; () where the device alone knows. Every
     field is a tensor whose first axis is the prompt (or of size 1: the same for all), a tuple with one
-    entry per prompt, or None.
+    entry per prompt, or None. prompt_axes: the axis of L in fields that have it.
     """
+
+    prompt_axes: ClassVar[dict[str, int]] = {"tokens": 1}
 
     tokens: Tensor
     lengths: tuple[int, ...]
+
+    def in_bucket(self, bucket: Callable[[int], int]) -> Self:
+        """For a recorded network: prompts padded to bucket(L) tokens under the mask `ragged`, and no length left
+        on the host, so that shapes alone tell two contexts apart. A family without `ragged` has one length."""
+        length, names = self.tokens.shape[1], {f.name for f in fields(self)}
+        changed: dict[str, Any] = {"lengths": ()}
+        if "ragged" in names and (more := bucket(length) - length):
+            for name, axis in self.prompt_axes.items():
+                value = getattr(self, name)
+                changed[name] = F.pad(value, (0, 0) * (value.ndim - 1 - axis) + (0, more))
+            if vars(self)["ragged"] is None:
+                changed["ragged"] = torch.tensor(self.lengths, device=self.tokens.device)
+        return replace(self, **changed)
 
     def select(self, rows: Sequence[int]) -> Self:
         """The context of prompts `rows`, in that order and repeated as often as named: one per image."""

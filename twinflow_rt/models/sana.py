@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +149,8 @@ class Context(PromptContext):
     keys_values: [B, layers, L, 2, heads, head_dim]. ragged: `lengths` as int64 [B] on the device where
     they differ, else None: no mask is needed.
     """
+
+    prompt_axes: ClassVar[dict[str, int]] = {"tokens": 1, "keys_values": 2}
 
     keys_values: Tensor
     ragged: Tensor | None = None
