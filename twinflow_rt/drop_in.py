@@ -33,6 +33,7 @@ from .errors import CheckpointError, ConfigError
 from .models import FAMILIES, Family, family_of
 from .ops.select import Target, select
 from .passes.load import Checkpoint, materialize, some
+from .passes.upsample import fold_upsampling
 from .plan import Plan
 from .stand_ins import CALLS, Compiled, CompiledDecoder
 
@@ -122,7 +123,8 @@ def _decoder(vae: Any, stage: Any) -> CompiledDecoder:
         network = model.network(config)
     weights = model.read.of(vae.state_dict(), _config(vae), f"{type(vae).__name__}/weights")
     materialize(network, weights, model.layout(config), vae.device, vae.dtype)
-    network.ops, _ = select(Target.of(vae.device, vae.dtype))
+    network.ops, choices = select(Target.of(vae.device, vae.dtype))
+    fold_upsampling(network, choices)
     if getattr(network, "post_quant_conv", None) is not None:
         network.post_quant_conv = nn.Identity()  # diffusers applies its own before the decoder
     return CompiledDecoder(network.to(memory_format=torch.channels_last))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import library
@@ -258,6 +259,12 @@ def x0_project(x: Tensor, velocity: Tensor, t: float = 1.0) -> Tensor:
     out = x.new_empty(x.shape)
     _call("x0_project", x, x.data_ptr(), velocity.data_ptr(), out.data_ptr(), x.numel(), t)
     return out
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See ops/decode.py; the norm, rounded, then torch's SiLU in place."""
+    rows = x.permute(0, 2, 3, 1).contiguous()  # already so where memory is channels-last
+    return F.silu(rms_norm(rows, weight, eps), inplace=True).permute(0, 3, 1, 2)
 
 
 @_op("to_uint8(Tensor image) -> Tensor")

@@ -15,8 +15,10 @@ from .models.network_config import check_fields, reading
 from .ops import EAGER
 from .ops.select import OpTable, Target, select
 from .passes.fuse import sources
-from .passes.load import Checkpoint, Layout, LoadReport, Progress, assign, materialize
+from .passes.load import Checkpoint, Layout, Progress, materialize
 from .passes.quantize import convert
+from .passes.upsample import fold_upsampling
+from .report import LoadReport
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Part:
 
     name: str
     checkpoint: Checkpoint
-    network: nn.Module
+    network: Any  # an nn.Module with `config` and `ops`
     layout: Layout
 
     def load(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> LoadReport:
@@ -63,11 +65,7 @@ class Part:
 
     def release(self) -> None:
         """Leaves the network without weights, as it was before `load`."""
-        blank = self.shadow()
-        for name, tensor in blank.state_dict().items():
-            assign(self.network, name, tensor)
-        for layer, plain in zip(self.network.modules(), blank.modules(), strict=True):
-            layer.__class__ = type(plain)  # `convert` had exchanged some
+        vars(self.network).update(vars(self.shadow()))
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors in use under the checkpoint's names, merged ones cut as the files have them."""
@@ -78,7 +76,7 @@ class Part:
             out.update(zip(names, tensor.split(rows) if len(names) > 1 else (tensor,), strict=True))
         return out
 
-    def shadow(self) -> nn.Module:
+    def shadow(self) -> Any:
         """The same network without weights, for counting."""
         with torch.device("meta"):
             return type(self.network)(self.network.config)
@@ -106,9 +104,10 @@ class Stage:
     def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
         """Reads all parts and gives them the ops of `device`; `reports` tells what reading took, part by part."""
         self.reports = tuple(part.load(device, dtype, progress) for part in self.parts)
-        self.ops, _ = select(Target.of(device, dtype))
+        self.ops, choices = select(Target.of(device, dtype))
         for part in self.parts:
             part.network.ops = self.ops
+            fold_upsampling(part.network, choices)
 
     def captured(self, name: str, run: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
         """run(*args), by a graph where there are any. owner: what else but the weights the graph reads, if anything."""

@@ -2,7 +2,7 @@
 one opaque call each, with its outputs' shapes and its mutations declared.
 
 Importing this module imports triton. Every function has the signature of its eager reference in
-ops/; outputs are contiguous, views are made outside of the ops.
+ops/; outputs are contiguous (of the VAE's ops, channels last), views are made outside of the ops.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ def _two_like(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 def _halved(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+def _channels_last(x: Tensor, dtype: torch.dtype) -> Tensor:
+    b, c, h, w = x.shape
+    return x.new_empty((b, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _joint(qkv: list[Tensor], *_: object) -> Tensor:
@@ -109,6 +114,24 @@ to_uint8 = _op(
     decode.to_uint8,
     lambda x: x.new_empty((x.shape[0], x.shape[2], x.shape[3], x.shape[1]), dtype=torch.uint8),
 )
+linear_swiglu = _op(
+    "triton_linear_swiglu(Tensor x, Tensor weight) -> Tensor",
+    mlp.linear_swiglu,
+    lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0] // 2)),
+)
+x0_to_vae = _op(
+    "triton_x0_to_vae(Tensor x, Tensor velocity, float t, Tensor std, Tensor mean, ScalarType dtype) -> Tensor",
+    decode.x0_to_vae,
+    lambda x, velocity, t, std, mean, dtype: _channels_last(x, dtype),
+)
+group_norm_silu = _op(
+    "triton_group_norm_silu(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
+    decode.group_norm_silu, lambda x, *_: _channels_last(x, x.dtype),
+)  # fmt: skip
+rms_norm_silu = _op(
+    "triton_rms_norm_silu(Tensor x, Tensor weight, float eps) -> Tensor",
+    decode.rms_norm_silu, lambda x, *_: _channels_last(x, x.dtype),
+)  # fmt: skip
 
 
 def residual_norm(

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops import EAGER, OpTable
 from ..passes.load import Layout
+from ..passes.upsample import UpsampleConv
 from ..stage import Model
+from .containers import ModuleList
 from .sana_blocks import MixFeedForward
 
 EPS = 1e-5
@@ -44,7 +46,7 @@ class DCConfig:
         try:
             channels = tuple(raw["decoder_block_out_channels"])
 
-            def each(key: str) -> tuple:
+            def each(key: str) -> tuple[Any, ...]:
                 return tuple(raw[key]) if not isinstance(raw[key], str) else (raw[key],) * len(channels)
 
             kinds = each("decoder_block_types")
@@ -71,7 +73,7 @@ class DCConfig:
     @property
     def scale(self) -> int:
         """Pixels per latent, along each axis."""
-        return 2 ** (len(self.channels) - 1)
+        return 1 << (len(self.channels) - 1)
 
     @property
     def local_levels(self) -> int:
@@ -169,13 +171,13 @@ class Upsample(nn.Module):
 
     def __init__(self, inner: int, outer: int, interpolate: bool) -> None:
         super().__init__()
-        self.interpolate, self.repeats = interpolate, 4 * outer // inner
-        self.conv = nn.Conv2d(inner, outer if interpolate else 4 * outer, 3, padding=1)
+        self.repeats = 4 * outer // inner
+        self.conv = UpsampleConv(inner, outer) if interpolate else nn.Conv2d(inner, 4 * outer, 3, padding=1)
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         image = x.permute(0, 3, 1, 2)
-        if self.interpolate:
-            h = self.conv(F.interpolate(image, scale_factor=2, mode="nearest"))
+        if isinstance(self.conv, UpsampleConv):
+            h = self.conv.enlarged(image, ops)
         else:
             h = F.pixel_shuffle(self.conv(image), 2)
         shortcut = F.pixel_shuffle(image.repeat_interleave(self.repeats, 1), 2)
@@ -189,13 +191,13 @@ class Decoder(nn.Module):
         self.split = config.local_levels
         self.repeats = channels[-1] // config.latent_channels
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks: ModuleList[ModuleList[Any]] = ModuleList()
         for i, (width, depth) in enumerate(zip(channels, config.depths, strict=True)):
-            level = [] if i == last else [Upsample(channels[i + 1], width, config.interpolate)]
+            level: list[nn.Module] = [] if i == last else [Upsample(channels[i + 1], width, config.interpolate)]
             for _ in range(depth):
                 attentive = config.attentive[i]
                 level.append(AttentiveBlock(width, config.head_dim, config.scales[i]) if attentive else ResBlock(width))
-            self.up_blocks.append(nn.ModuleList(level))
+            self.up_blocks.append(ModuleList(level))
         self.norm_out = Norm(channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
@@ -207,7 +209,7 @@ class Decoder(nn.Module):
         x = self._run(self.up_blocks[: self.split], features.permute(0, 2, 3, 1), ops)
         return self.conv_out(F.relu(self.norm_out(x, ops)).permute(0, 3, 1, 2))
 
-    def _run(self, levels: nn.ModuleList, x: Tensor, ops: OpTable) -> Tensor:
+    def _run(self, levels: ModuleList[ModuleList[Any]], x: Tensor, ops: OpTable) -> Tensor:
         for level in reversed(levels):
             for layer in level:
                 x = layer(x, ops)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..ops import EAGER, OpTable
 from ..passes.load import Layout
+from ..passes.upsample import UpsampleConv
 from ..stage import Model
 
 EPS = 1e-6
@@ -30,7 +33,7 @@ class AutoencoderConfig:
     mid_attention: bool
 
     @classmethod
-    def from_dict(cls, raw: dict) -> AutoencoderConfig:
+    def from_dict(cls, raw: dict[str, Any]) -> AutoencoderConfig:
         """Builds from config.json's content, with diffusers' defaults; other block types are refused."""
         name = raw.get("_class_name", "AutoencoderKL")
         if name != "AutoencoderKL":
@@ -52,7 +55,7 @@ class AutoencoderConfig:
     @property
     def scale(self) -> int:
         """Pixels per latent, along each axis."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return 1 << (len(self.block_out_channels) - 1)
 
     @property
     def offset(self) -> float:
@@ -64,6 +67,10 @@ class AutoencoderConfig:
         return self.scaling_factor
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor, ops: OpTable) -> Tensor:
+    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+
+
 class Resnet(nn.Module):
     def __init__(self, inner: int, outer: int, groups: int) -> None:
         super().__init__()
@@ -73,9 +80,9 @@ class Resnet(nn.Module):
         self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        h = self.conv1(norm_silu(self.norm1, x, ops))
+        h = self.conv2(norm_silu(self.norm2, h, ops))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -100,20 +107,20 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(Resnet(channels, channels, groups) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialAttention(channels, groups)] if attention else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.resnets[0](x)
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        x = self.resnets[0](x, ops)
         for attention in self.attentions:
             x = attention(x)
-        return self.resnets[1](x)
+        return self.resnets[1](x, ops)
 
 
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = UpsampleConv(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.conv.enlarged(x, ops)
 
 
 class UpBlock(nn.Module):
@@ -122,9 +129,9 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(Resnet(inner if i == 0 else outer, outer, groups) for i in range(depth))
         self.upsamplers = nn.ModuleList([Upsample(outer)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+            x = layer(x, ops)
         return x
 
 
@@ -141,13 +148,13 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
-    def trunk(self, x: Tensor) -> Tensor:
-        return self.mid_block(self.conv_in(x))
+    def trunk(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.mid_block(self.conv_in(x), ops)
 
-    def tail(self, x: Tensor) -> Tensor:
+    def tail(self, x: Tensor, ops: OpTable) -> Tensor:
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x), inplace=True))
+            x = block(x, ops)
+        return self.conv_out(norm_silu(self.conv_norm_out, x, ops))
 
 
 class AutoencoderDecoder(nn.Module):
@@ -155,7 +162,7 @@ class AutoencoderDecoder(nn.Module):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, EAGER
         channels = config.latent_channels
         self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.post_quant else None
         self.decoder = Decoder(config)
@@ -169,11 +176,11 @@ class AutoencoderDecoder(nn.Module):
         """What must see all positions, through the attention: features at the latents' resolution."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
-        return self.decoder.trunk(latents)
+        return self.decoder.trunk(latents, self.ops)
 
     def tail(self, features: Tensor) -> Tensor:
         """The rest: a pixel depends on features nearby, and on all by the statistics of the group norms."""
-        return self.decoder.tail(features)
+        return self.decoder.tail(features, self.ops)
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.tail(self.trunk(latents))

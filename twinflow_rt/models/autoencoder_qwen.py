@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops import EAGER, OpTable
 from ..passes.load import Checkpoint, Layout
+from ..passes.upsample import UpsampleConv
 from ..stage import Model
 
 
@@ -37,7 +39,7 @@ class QwenAutoencoderConfig:
     latents_std: tuple[float, ...]
 
     @classmethod
-    def from_dict(cls, raw: dict) -> QwenAutoencoderConfig:
+    def from_dict(cls, raw: dict[str, Any]) -> QwenAutoencoderConfig:
         """Builds from config.json's content, which must be complete: diffusers writes every field."""
         name = raw.get("_class_name")
         if name != "AutoencoderKLQwenImage":
@@ -60,7 +62,7 @@ class QwenAutoencoderConfig:
     @property
     def scale(self) -> int:
         """Pixels per latent, along each axis."""
-        return 2 ** (len(self.dim_mult) - 1)
+        return 1 << (len(self.dim_mult) - 1)
 
     @property
     def latent_channels(self) -> int:
@@ -88,6 +90,10 @@ class Norm(nn.Module):
         rows = x.permute(0, 2, 3, 1).contiguous()  # already so where memory is channels-last
         return ops.rms_norm(rows, self.gamma.flatten(), self.eps).permute(0, 3, 1, 2)
 
+    def silu(self, x: Tensor, ops: OpTable) -> Tensor:
+        """SiLU of the norm."""
+        return ops.rms_norm_silu(x, self.gamma.flatten(), self.eps)
+
 
 class Resnet(nn.Module):
     def __init__(self, inner: int, outer: int) -> None:
@@ -98,8 +104,8 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x, ops), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h, ops), inplace=True))
+        h = self.conv1(self.norm1.silu(x, ops))
+        h = self.conv2(self.norm2.silu(h, ops))
         return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -133,10 +139,10 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels // 2, 3, padding=1)})
+        self.resample = nn.ModuleDict({"1": UpsampleConv(channels, channels // 2)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resample["1"](F.interpolate(x, scale_factor=2.0, mode="nearest-exact"))
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.resample["1"].enlarged(x, ops)
 
 
 class UpBlock(nn.Module):
@@ -149,7 +155,7 @@ class UpBlock(nn.Module):
         for resnet in self.resnets:
             x = resnet(x, ops)
         for upsampler in self.upsamplers:
-            x = upsampler(x)
+            x = upsampler(x, ops)
         return x
 
 
@@ -173,7 +179,7 @@ class Decoder(nn.Module):
     def tail(self, x: Tensor, ops: OpTable) -> Tensor:
         for block in self.up_blocks:
             x = block(x, ops)
-        return self.conv_out(F.silu(self.norm_out(x, ops), inplace=True))
+        return self.conv_out(self.norm_out.silu(x, ops))
 
 
 class QwenAutoencoderDecoder(nn.Module):

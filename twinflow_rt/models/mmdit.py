@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import OpTable
+from ..ops import OpTable, into
+from .containers import ModuleDict
+from .linear import with_gelu
 
 EPS = 1e-6  # of every norm
 FREQUENCY_DIM = 256
@@ -25,6 +27,7 @@ MLP_RATIO = 4
 ROWS = 6  # constants per stream and block
 
 Stream = tuple[Tensor, Tensor]  # residual stream x, and x under the norm that reads it next
+Readers = tuple[nn.Module | None, nn.Module | None]  # the layers that read an image's and a prompt's stream next
 
 # merged tensor -> the checkpoint's names, row blocks in this order (within a block's prefix)
 FUSED = {
@@ -128,12 +131,12 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         hidden = MLP_RATIO * dim
-        self.net = nn.ModuleDict(
-            {"0": nn.ModuleDict({"proj": nn.Linear(dim, hidden)}), "2": nn.Linear(hidden, dim)}
+        self.net: ModuleDict[Any] = ModuleDict(
+            {"0": ModuleDict({"proj": nn.Linear(dim, hidden)}), "2": nn.Linear(hidden, dim)}
         )
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        return self.net["2"](ops.gelu_tanh(self.net["0"]["proj"](x)))
+        return self.net["2"](with_gelu(self.net["0"]["proj"], x, into(self.net["2"], ops)))
 
 
 def add_branch(x: Tensor, branch: Tensor, gate: Tensor | None, ops: OpTable) -> Tensor:
@@ -142,11 +145,13 @@ def add_branch(x: Tensor, branch: Tensor, gate: Tensor | None, ops: OpTable) -> 
 
 
 def finish(
-    x: Tensor, branch: Tensor, mlp: FeedForward, now: Constants, after: Constants, ops: OpTable
-) -> Stream:
-    """Adds attention's branch to x, then the MLP's, and opens the next reader's norm."""
-    x, h = ops.residual_layer_norm(x, branch, now.gate_a, now.scale_f, now.shift_f, EPS)
-    return ops.residual_layer_norm(x, mlp(h, ops), now.gate_f, after.scale_a, after.shift_a, EPS)
+    x: Tensor, branch: Tensor, mlp: FeedForward, now: Constants, after: Constants, reader: nn.Module | None,
+    ops: OpTable,
+) -> Stream:  # fmt: skip
+    """Adds attention's branch to x, then the MLP's, and opens the norm of `reader`, whose constants are `after`."""
+    first = into(mlp.net["0"]["proj"], ops)
+    x, h = first.residual_layer_norm(x, branch, now.gate_a, now.scale_f, now.shift_f, EPS)
+    return into(reader, ops).residual_layer_norm(x, mlp(h, ops), now.gate_f, after.scale_a, after.shift_a, EPS)
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.load import Layout
 from ..stage import Model
+from .containers import ModuleDict, ModuleList
 from .language_model import Weight
+from .linear import with_residual
 
 FUSED = {
     "SelfAttention.qkv.weight": ("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight"),
@@ -61,10 +63,10 @@ class SelfAttention(nn.Module):
             self.relative_attention_bias = Weight(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """bias: [1, heads, L, L], added to the scores."""
+        """bias: [1, heads, L, L], added to the scores. Without `o`, which the block applies as it adds."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-        return self.o(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
@@ -76,17 +78,18 @@ class Block(nn.Module):
             "wo": nn.Linear(config.d_ff, config.d_model, bias=False),
         }
         first = {"SelfAttention": SelfAttention(config, biased), "layer_norm": Weight(config.d_model)}
-        second = {"DenseReluDense": nn.ModuleDict(dense), "layer_norm": Weight(config.d_model)}
-        self.layer = nn.ModuleList((nn.ModuleDict(first), nn.ModuleDict(second)))
+        second = {"DenseReluDense": ModuleDict(dense), "layer_norm": Weight(config.d_model)}
+        self.layer: ModuleList[ModuleDict[Any]] = ModuleList((ModuleDict(first), ModuleDict(second)))
 
     def forward(self, x: Tensor, bias: Tensor, ops) -> Tensor:
         """x may be wider than the weights: see `_dtype_of`."""
         attention, norm = self.layer[0].values()
         dtype = attention.qkv.weight.dtype
-        x = x + attention(ops.rms_norm(x, norm.weight.float(), self.eps).to(dtype), bias)
+        out = attention(ops.rms_norm(x, norm.weight.float(), self.eps).to(dtype), bias)
+        x = with_residual(x, attention.o, out, ops)
         dense, norm = self.layer[1].values()
         gate, up = dense["wi"](ops.rms_norm(x, norm.weight.float(), self.eps).to(dtype)).chunk(2, -1)
-        return x + dense["wo"]((ops.gelu_tanh(gate) * up).to(dense["wo"].weight.dtype))
+        return with_residual(x, dense["wo"], (ops.gelu_tanh(gate) * up).to(dense["wo"].weight.dtype), ops)
 
 
 class T5Encoder(nn.Module):
@@ -96,7 +99,7 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.config, self.ops = config, EAGER
         self.shared = Weight(config.vocab_size, config.d_model)
-        self.block = nn.ModuleList(Block(config, i == 0) for i in range(config.num_layers))
+        self.block = ModuleList(Block(config, i == 0) for i in range(config.num_layers))
         self.final_layer_norm = Weight(config.d_model)
 
     def forward(self, ids: Tensor) -> Tensor:

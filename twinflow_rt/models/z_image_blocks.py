@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops import OpTable
+from ..ops import OpTable, into
+from .linear import with_swiglu
 from .mmdit import FREQUENCY_DIM, linear32, sinusoids
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        return self.w2(ops.swiglu(self.w13(x)))
+        return self.w2(with_swiglu(self.w13, x, into(self.w2, ops)))
 
 
 class Block(nn.Module):
@@ -95,14 +96,14 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, h: Tensor, norms: Tensor, next_pre: Tensor | None, rope: tuple[Tensor, Tensor],
-        lengths: Tensor | None, ops: OpTable, rows: int | None = None,
+        lengths: Tensor | None, ops: OpTable, rows: int | None = None, reader: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x: residual stream; h: x under this block's first norm. Returns the same pair for the next
-        block. `rows` keeps only the first rows of the output: where nothing reads the others."""
+        """x: residual stream; h: x under this block's first norm. Returns the same pair for `reader`, the first
+        layer of the next block. `rows` keeps only the first rows of the output: where nothing reads the others."""
         _, post_a, pre_f, post_f = norms.unsqueeze(2).unbind(1)
         branch = self.attention(h, rope, lengths, rows, ops)
-        x, h = ops.residual_norm(x[:, :rows], branch, post_a, pre_f, self.eps)
-        return ops.residual_norm(x, self.feed_forward(h, ops), post_f, next_pre, self.eps)
+        x, h = into(self.feed_forward.w13, ops).residual_norm(x[:, :rows], branch, post_a, pre_f, self.eps)
+        return into(reader, ops).residual_norm(x, self.feed_forward(h, ops), post_f, next_pre, self.eps)
 
 
 class FinalLayer(nn.Module):

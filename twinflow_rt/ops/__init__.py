@@ -1,9 +1,17 @@
 """The op vocabulary: one stem per op, the eager reference being its specification."""
 
-from .attention import attention, linear_attention
-from .decode import fold_upsample, group_norm_silu, to_uint8, upsample_conv, x0_to_vae
+from .attention import attention, attention_fp8, linear_attention
+from .decode import fold_upsample, group_norm_silu, rms_norm_silu, to_uint8, upsample_conv, x0_to_vae
 from .linear import linear_quantized, quantize_rows
-from .mlp import gelu_tanh, gelu_tanh_quantized, linear_swiglu, swiglu, swiglu_quantized
+from .mlp import (
+    gelu_tanh,
+    gelu_tanh_quantized,
+    linear_gelu,
+    linear_residual,
+    linear_swiglu,
+    swiglu,
+    swiglu_quantized,
+)
 from .norm import (
     layer_norm,
     layer_norm_quantized,
@@ -15,14 +23,15 @@ from .norm import (
     rms_norm_quantized,
 )
 from .rope import joint_qk_norm_rope, qk_norm_rope, rotate
+from .rows import QuantizedRows, into
 from .sample import x0_project
 from .select import EAGER, OpTable, Target, select
 
 __all__ = [
-    "EAGER", "OpTable", "Target", "attention", "fold_upsample", "gelu_tanh", "gelu_tanh_quantized",
-    "group_norm_silu", "joint_qk_norm_rope", "layer_norm", "layer_norm_quantized", "linear_attention",
-    "linear_quantized", "linear_swiglu", "qk_norm_rope", "quantize_rows", "residual_layer_norm",
-    "residual_layer_norm_quantized", "residual_norm", "residual_norm_quantized", "rms_norm",
-    "rms_norm_quantized", "rotate", "select", "swiglu", "swiglu_quantized", "to_uint8", "upsample_conv",
-    "x0_project", "x0_to_vae",
+    "EAGER", "OpTable", "QuantizedRows", "Target", "attention", "attention_fp8", "fold_upsample", "gelu_tanh",
+    "gelu_tanh_quantized", "group_norm_silu", "into", "joint_qk_norm_rope", "layer_norm", "layer_norm_quantized",
+    "linear_attention", "linear_gelu", "linear_quantized", "linear_residual", "linear_swiglu", "qk_norm_rope",
+    "quantize_rows", "residual_layer_norm", "residual_layer_norm_quantized", "residual_norm",
+    "residual_norm_quantized", "rms_norm", "rms_norm_quantized", "rms_norm_silu", "rotate", "select", "swiglu",
+    "swiglu_quantized", "to_uint8", "upsample_conv", "x0_project", "x0_to_vae",
 ]  # fmt: skip

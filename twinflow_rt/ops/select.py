@@ -9,28 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, optional
 from .attention import attention, linear_attention
-from .decode import to_uint8
-from .mlp import gelu_tanh, swiglu
+from .decode import group_norm_silu, rms_norm_silu, to_uint8, upsample_conv, x0_to_vae
+from .mlp import gelu_tanh, linear_gelu, linear_residual, linear_swiglu, swiglu
 from .norm import layer_norm, residual_layer_norm, residual_norm, rms_norm
 from .rope import joint_qk_norm_rope, qk_norm_rope
+from .rows import EAGER_ROWS, Op, RowTable
 from .sample import x0_project
 
 TRITON = (3, 6)
 OLDEST_ARCH = 80
+FLOAT8_ARCH = 89  # the first compute capability that stores and multiplies float8
 RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of several lengths
 
 
 @dataclass(frozen=True)
 class Target:
     """What a program is compiled for. arch: compute capability, 90 for 9.0; None on a CPU or where
-    unknown. head_dim, linear_head_dim: of softmax and of linear attention; None where unknown."""
+    unknown. head_dim, linear_head_dim: of softmax and of linear attention; None where unknown. rows: what
+    quantized layers multiply, int8 or float8_e4m3fn; None where there are none, or unknown."""
 
     device: str
     dtype: torch.dtype
@@ -38,11 +44,12 @@ class Target:
     arch: int | None = None
     head_dim: int | None = None
     linear_head_dim: int | None = None
+    rows: torch.dtype | None = None
 
     @classmethod
     def of_network(cls, config: object, device: torch.device, dtype: torch.dtype) -> Target:
         """The target of a network with this config on `device` of this machine."""
-        dims = {name: getattr(config, name, None) for name in ("head_dim", "linear_head_dim")}
+        dims: dict[str, Any] = {name: getattr(config, name, None) for name in ("head_dim", "linear_head_dim")}
         return replace(cls.of(device, dtype), **dims)
 
     @classmethod
@@ -60,7 +67,7 @@ class Implementation:
     """One way to run an op; `refuses(target)` gives the reason why it cannot, or None."""
 
     name: str
-    load: Callable[[], Callable]
+    load: Callable[[], Op]
     refuses: Callable[[Target], str | None] = lambda target: None
 
 
@@ -68,18 +75,25 @@ class Implementation:
 class OpTable:
     """The callables a compiled network runs on; the signatures are those of the eager references."""
 
-    rms_norm: Callable
-    layer_norm: Callable
-    residual_norm: Callable
-    qk_norm_rope: Callable
-    attention: Callable
-    swiglu: Callable
-    x0_project: Callable
-    to_uint8: Callable
-    residual_layer_norm: Callable
-    joint_qk_norm_rope: Callable
-    gelu_tanh: Callable
-    linear_attention: Callable
+    rms_norm: Op
+    layer_norm: Op
+    residual_norm: Op
+    qk_norm_rope: Op
+    attention: Op
+    swiglu: Op
+    x0_project: Op
+    to_uint8: Op
+    residual_layer_norm: Op
+    joint_qk_norm_rope: Op
+    gelu_tanh: Op
+    linear_attention: Op
+    linear_swiglu: Op
+    linear_gelu: Op
+    linear_residual: Op
+    x0_to_vae: Op
+    group_norm_silu: Op
+    rms_norm_silu: Op
+    upsample_conv: Op
 
 
 EAGER = OpTable(
@@ -95,6 +109,13 @@ EAGER = OpTable(
     joint_qk_norm_rope=joint_qk_norm_rope,
     gelu_tanh=gelu_tanh,
     linear_attention=linear_attention,
+    linear_swiglu=linear_swiglu,
+    linear_gelu=linear_gelu,
+    linear_residual=linear_residual,
+    x0_to_vae=x0_to_vae,
+    group_norm_silu=group_norm_silu,
+    rms_norm_silu=rms_norm_silu,
+    upsample_conv=upsample_conv,
 )
 
 
@@ -103,14 +124,23 @@ NATIVE = (
     "rms_norm", "layer_norm", "residual_norm", "residual_layer_norm", "qk_norm_rope", "joint_qk_norm_rope", "swiglu",
     "gelu_tanh", "x0_project", "to_uint8",
 )  # fmt: skip
+# a product and what follows it -> the op that follows: "separate" is torch's product, then that op as chosen
+SEPARATE = {"linear_swiglu": "swiglu", "linear_gelu": "gelu_tanh"}
+
+
+ROW_OPS = tuple(f.name for f in fields(RowTable))
 
 
 def rank(op: str, target: Target) -> tuple[str, ...]:
     """Names of the implementations of `op` to try for `target`, best first; `eager` follows them all.
 
-    op: a field of `OpTable`, or `RAGGED`. On a GPU the library compiled ahead of time (`cuda`) leads
+    op: a field of `OpTable` or `RowTable`, or `RAGGED`. On a GPU the library compiled ahead of time (`cuda`) leads
     over Triton, which does the same work but compiles it on first use.
     """
+    if op in _RANKS:
+        return _RANKS[op](target) if target.device in ("cpu", "cuda") else ()
+    if op == "linear_quantized":
+        return {"cpu": ("int8-mm",), "cuda": ("scaled-mm",)}.get(target.device, ())
     if target.device == "cpu":
         return ("native",) if op in NATIVE else ()
     if target.device != "cuda":
@@ -118,6 +148,40 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
     if op == "attention":
         return backends.order(target.arch)
     return ("cuda", "triton") if op in NATIVE else ("triton",)
+
+
+def _rank_linear_swiglu(target: Target) -> tuple[str, ...]:
+    """The pass that the fused product saves is 6 to 7 % of cuBLAS's time at Z-Image's sizes. Where products go
+    through mma.sync (8.x, 12.x) a Triton product is about level with cuBLAS, so that is a gain; on 9.0 and 10.x,
+    whose tensor cores the vendor's library feeds better, it is not. To be measured: `benches/gpu.sh`."""
+    level = target.device == "cuda" and target.arch is not None and not 90 <= target.arch < 120
+    return ("triton", "separate") if level else ("separate",)
+
+
+# ops whose order is their own; only asked for CPUs and NVIDIA GPUs
+_RANKS: dict[str, Callable[[Target], tuple[str, ...]]] = {
+    "linear_swiglu": _rank_linear_swiglu,
+    "linear_gelu": lambda target: ("cublaslt", "separate"),
+    "linear_residual": lambda target: ("cublas",),
+    "upsample_conv": lambda target: ("folded",),
+    "rms_norm_silu": lambda target: ("native",) if target.device == "cpu" else ("triton",),
+}
+
+
+def _cublas_refuses(target: Target) -> str | None:
+    if target.device != "cuda":
+        return f"runs on NVIDIA GPUs, not on {target.device}"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _folded_refuses(target: Target) -> str | None:
+    return "its weights are sums of the trained ones" if target.training else None
+
+
+def _triton_linear_refuses(target: Target) -> str | None:
+    if target.dtype not in backends.DTYPES:
+        return f"takes bfloat16 or float16, not {str(target.dtype).removeprefix('torch.')}"
+    return triton_refuses(target)
 
 
 def triton_refuses(target: Target) -> str | None:
@@ -152,7 +216,35 @@ def _triton_linear_attention_refuses(target: Target) -> str | None:
     return triton_refuses(target)
 
 
-def _from(module: str, op: str) -> Callable[[], Callable]:
+def _float8_refuses(target: Target) -> str | None:
+    if target.rows == torch.float8_e4m3fn and target.arch is not None and target.arch < FLOAT8_ARCH:
+        return f"float8 needs compute capability 8.9, this GPU has {target.arch / 10:.1f}"
+    return None
+
+
+def _triton_rows_refuses(target: Target) -> str | None:
+    return _float8_refuses(target) or triton_refuses(target)
+
+
+def _int8_mm_refuses(target: Target) -> str | None:
+    if target.device != "cpu":
+        return f"runs on the CPU, not on {target.device}"
+    return "multiplies int8, not float8_e4m3fn" if target.rows == torch.float8_e4m3fn else None
+
+
+def _scaled_mm_refuses(target: Target) -> str | None:
+    if target.device != "cuda":
+        return f"runs on NVIDIA GPUs, not on {target.device}"
+    if target.rows == torch.int8:
+        return "multiplies float8_e4m3fn, not int8"
+    if target.dtype != torch.bfloat16:
+        return f"gives bfloat16, not {str(target.dtype).removeprefix('torch.')}"
+    if reason := _float8_refuses(target):
+        return reason
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _from(module: str, op: str) -> Callable[[], Op]:
     """Loads `op` of a module of this package, which is imported only then."""
     return lambda: getattr(import_module(f"twinflow_rt.{module}"), op)
 
@@ -161,11 +253,32 @@ def _library(function: str) -> Callable[[Target], str | None]:
     return lambda target: _from("library", function)()(target)
 
 
+# op -> what its Triton kernel refuses beyond `triton_refuses`
+_TRITON_REFUSES = {
+    "attention": _triton_attention_refuses,
+    "linear_attention": _triton_linear_attention_refuses,
+    "linear_swiglu": _triton_linear_refuses,
+}
+# what is neither Triton's nor of csrc/
+_OTHERS = {
+    "linear_swiglu": [Implementation("separate", _from("ops.mlp", "linear_swiglu"))],
+    "linear_gelu": [
+        Implementation("cublaslt", _from("ops.mlp", "linear_gelu_epilogue"), _cublas_refuses),
+        Implementation("separate", _from("ops.mlp", "linear_gelu")),
+    ],
+    "linear_residual": [Implementation("cublas", _from("ops.mlp", "linear_residual_epilogue"), _cublas_refuses)],
+    "upsample_conv": [Implementation("folded", _from("ops.decode", "upsample_conv"), _folded_refuses)],
+    "rms_norm_silu": [Implementation("native", _from("native", "rms_norm_silu"), _library("refuses"))],
+    "attention": [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()],
+}
+NO_TRITON = ("linear_gelu", "linear_residual", "upsample_conv")
+
+
 def _implementations(op: str) -> dict[str, Implementation]:
-    special = {"attention": _triton_attention_refuses, "linear_attention": _triton_linear_attention_refuses}
-    found = [Implementation("triton", _from("triton_ops", op), special.get(op, triton_refuses))]
-    if op == "attention":
-        found += [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()]
+    found = []
+    if op not in NO_TRITON:
+        found.append(Implementation("triton", _from("triton_ops", op), _TRITON_REFUSES.get(op, triton_refuses)))
+    found += _OTHERS.get(op, [])
     if op in NATIVE:
         found.append(Implementation("native", _from("native", op), _library("refuses")))
         refuses = _library("cuda_rope_refuses" if "rope" in op else "cuda_refuses")
@@ -174,9 +287,21 @@ def _implementations(op: str) -> dict[str, Implementation]:
     return {i.name: i for i in found}
 
 
+def _row_implementations(op: str) -> dict[str, Implementation]:
+    found = [Implementation("triton", _from("triton_rows", op), _triton_rows_refuses)]
+    if op == "linear_quantized":
+        found = [
+            Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm_refuses),
+            Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm_refuses),
+        ]
+    found.append(Implementation("eager", lambda: getattr(EAGER_ROWS, op)))
+    return {i.name: i for i in found}
+
+
 # op -> name -> implementation
 IMPLEMENTATIONS = {f.name: _implementations(f.name) for f in fields(OpTable)}
 IMPLEMENTATIONS[RAGGED] = {name: IMPLEMENTATIONS["attention"][name] for name in ("triton", "eager")}
+IMPLEMENTATIONS |= {op: _row_implementations(op) for op in ROW_OPS}
 
 
 @dataclass(frozen=True)
@@ -203,18 +328,37 @@ def choose(op: str, target: Target, prefer: str | None = None) -> Choice:
 
 def select(target: Target, prefer: str | None = None) -> tuple[OpTable, tuple[Choice, ...]]:
     """Picks an implementation per op for `target` (see `choose`); pure but for asking what the machine has."""
-    choices = [choose(op, target, prefer) for op in IMPLEMENTATIONS]
+    choices = [choose(op, target, prefer) for op in IMPLEMENTATIONS if op not in ROW_OPS]
     table = {c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}
     ragged = table.pop(RAGGED)
     if ragged is not table["attention"]:
         table["attention"] = _by_lengths(table["attention"], ragged)
+    for choice in choices:
+        if choice.chosen == "separate":
+            table[choice.op] = _separately(table[SEPARATE[choice.op]])
     return OpTable(**table), tuple(choices)
 
 
-def _by_lengths(dense: Callable, ragged: Callable) -> Callable:
+def select_rows(target: Target, prefer: str | None = None) -> tuple[RowTable, tuple[Choice, ...]]:
+    """`select` for the ops of quantized layers that multiply `target.rows`."""
+    choices = [choose(op, target, prefer) for op in ROW_OPS]
+    return RowTable(**{c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}), tuple(choices)
+
+
+@cache
+def _separately(activation: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A linear layer and an activation, one after the other."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return activation(F.linear(x, weight, bias))
+
+    return linear
+
+
+def _by_lengths(dense: Op, ragged: Op) -> Op:
     """Attention of two implementations: most backends serve dense batches only."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Any:
         return dense(q, k, v) if lengths is None else ragged(q, k, v, lengths)
 
     return attention
