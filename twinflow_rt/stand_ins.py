@@ -127,7 +127,7 @@ class ZImage(Compiled):
 
     def forward(
         self, x: list[Tensor], t: Tensor, cap_feats: list[Tensor], return_dict: bool = True, *,
-        joint_attention_kwargs: dict | None = None, **others: Any,
+        joint_attention_kwargs: dict[str, Any] | None = None, **others: Any,
     ) -> Any:  # fmt: skip
         _refuse(joint_attention_kwargs=joint_attention_kwargs, **others)
         if not isinstance(x[0], Tensor) or any(image.shape != x[0].shape or image.shape[1] != 1 for image in x):
@@ -149,7 +149,7 @@ class QwenImage(Compiled):
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, *, timestep: Tensor, img_shapes: Any,
-        encoder_hidden_states_mask: Tensor | None = None, attention_kwargs: dict | None = None,
+        encoder_hidden_states_mask: Tensor | None = None, attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True, **others: Any,
     ) -> Any:  # fmt: skip
         _refuse(attention_kwargs=attention_kwargs, **others)
@@ -173,7 +173,7 @@ class SD3(Compiled):
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor, timestep: Tensor, *,
-        joint_attention_kwargs: dict | None = None, return_dict: bool = True, **others: Any,
+        joint_attention_kwargs: dict[str, Any] | None = None, return_dict: bool = True, **others: Any,
     ) -> Any:  # fmt: skip
         _refuse(joint_attention_kwargs=joint_attention_kwargs, **others)
         lengths = _lengths(None, encoder_hidden_states)
@@ -190,8 +190,8 @@ class Sana(Compiled):
 
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor, *,
-        encoder_attention_mask: Tensor | None = None, attention_kwargs: dict | None = None, return_dict: bool = True,
-        **others: Any,
+        encoder_attention_mask: Tensor | None = None, attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True, **others: Any,
     ) -> Any:  # fmt: skip
         _refuse(attention_kwargs=attention_kwargs, **others)
         lengths = _lengths(encoder_attention_mask, encoder_hidden_states)
@@ -206,7 +206,9 @@ class CompiledDecoder(nn.Module):
         self.network = network
 
     @torch.no_grad()
-    def forward(self, sample: Tensor, feat_cache: list | None = None, feat_idx: Any = None, **others: Any) -> Tensor:
+    def forward(
+        self, sample: Tensor, feat_cache: list[Any] | None = None, feat_idx: Any = None, **others: Any
+    ) -> Tensor:
         _refuse(**others)
         if sample.ndim == 4:
             return self.network(sample.contiguous(memory_format=torch.channels_last))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .capture import bucket
 from .errors import CheckpointError
@@ -70,7 +71,7 @@ class OpenUniText(TextEncoder):
         ids, lengths = (torch.zeros(*shape, dtype=torch.int64, device="meta") for shape in ((1, tokens), (1,)))
         return self._embed(*(part.shadow() for part in self.parts), ids, lengths)
 
-    def _embed(self, language: nn.Module, connector: nn.Module, ids: Tensor, lengths: Tensor) -> PromptEmbeds:
+    def _embed(self, language: Any, connector: Any, ids: Tensor, lengths: Tensor) -> PromptEmbeds:
         """ids: [B, L], prompt b's first lengths[b] count."""
         queries, count = connector.meta_queries, connector.config.num_queries
         x = F.pad(F.embedding(ids, language.embed_tokens.weight), (0, 0, 0, count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class SD3Text(Stage):
         ids = [torch.zeros(1, n, dtype=torch.int64, device="meta") for n in lengths[: len(self.parts)]]
         return self._embed([part.shadow() for part in self.parts], ids)
 
-    def _embed(self, networks: Sequence, ids: Sequence[Tensor]) -> PromptEmbeds:
+    def _embed(self, networks: Sequence[Any], ids: Sequence[Tensor]) -> PromptEmbeds:
         states, pooled = zip(*(network(i) for network, i in zip(networks[:2], ids[:2], strict=True)), strict=True)
         clip = F.pad(torch.cat(states, -1), (0, self.width - self.clip_width))
         far = networks[2](ids[2]) if self.has_t5 else clip.new_zeros(len(clip), self.max_tokens, self.width)

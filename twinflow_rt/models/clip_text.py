@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.load import Layout
 from ..stage import Model
+from .containers import ModuleDict, ModuleList
 from .language_model import Weight
 
 FUSED = {
@@ -91,7 +92,7 @@ class Layer(nn.Module):
         self.eps, self.act = config.layer_norm_eps, ACTIVATIONS[config.hidden_act]
         self.self_attn = Attention(config, causal)
         self.layer_norm1, self.layer_norm2 = Norm(width), Norm(width)
-        self.mlp = nn.ModuleDict(
+        self.mlp = ModuleDict(
             {"fc1": nn.Linear(width, config.intermediate_size), "fc2": nn.Linear(config.intermediate_size, width)}
         )
 
@@ -106,13 +107,13 @@ class ClipText(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config, self.ops = config, EAGER
-        self.embeddings = nn.ModuleDict(
+        self.embeddings = ModuleDict(
             {
                 "token_embedding": Weight(config.vocab_size, config.hidden_size),
                 "position_embedding": Weight(config.max_position_embeddings, config.hidden_size),
             }
         )
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        self.encoder = ModuleDict({"layers": ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
         self.final_layer_norm = Norm(config.hidden_size)
         self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.load import Layout
 from ..stage import Model
+from .containers import ModuleList
 from .language_model import FUSED, FeedForward, Past, Weight, after, rotate_halves
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -110,7 +111,7 @@ class Gemma2(nn.Module):
         super().__init__()
         self.config, self.ops = config, EAGER
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = Weight(config.hidden_size)
 
     def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops import EAGER
 from ..passes.load import Layout
+from .containers import ModuleList
 from .linear import with_residual, with_swiglu
 
 FUSED = {
@@ -162,7 +163,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.ops = config, EAGER
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.layers = ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = Weight(config.hidden_size) if config.state == -1 else None
 
     def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from ..ops import EAGER
 from ..passes.load import Layout
 from ..stage import Model
 from .clip_text import FUSED, Layer
+from .containers import ModuleDict, ModuleList
 from .language_model import LanguageConfig, LanguageModel, layout
 
 
@@ -51,8 +52,8 @@ class Connector(nn.Module):
         super().__init__()
         self.config, self.ops = config, EAGER
         self.meta_queries = nn.Parameter(torch.empty(config.num_queries, config.hidden_size))
-        layers = nn.ModuleList(Layer(config, causal=False) for _ in range(config.num_hidden_layers))
-        self.connector = nn.ModuleDict({"layers": layers})
+        layers = ModuleList(Layer(config, causal=False) for _ in range(config.num_hidden_layers))
+        self.connector = ModuleDict({"layers": layers})
         self.projector = nn.Linear(config.hidden_size, config.caption_channels)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ class InternVLConfig(LanguageConfig):
     """text_encoder/config.json: of InternVL3, whose language model stands in `llm_config`, or of that alone."""
 
     @classmethod
-    def from_dict(cls, raw: dict) -> LanguageConfig:
+    def from_dict(cls, raw: dict[str, Any]) -> LanguageConfig:
         if raw.get("model_type") == "internvl_chat":
             raw = raw.get("llm_config") or {}
         if raw.get("model_type") != "qwen2":

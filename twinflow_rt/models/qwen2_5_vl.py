@@ -6,6 +6,8 @@ The vision tower and the head stay in the files.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import ConfigError
 from ..stage import Model
 from .language_model import LanguageConfig, LanguageModel, layout
@@ -18,7 +20,7 @@ class Qwen25VLConfig(LanguageConfig):
     """text_encoder/config.json of transformers' Qwen2_5_VLForConditionalGeneration."""
 
     @classmethod
-    def from_dict(cls, raw: dict) -> LanguageConfig:
+    def from_dict(cls, raw: dict[str, Any]) -> LanguageConfig:
         """Builds from config.json's content: fields of the language model stand in `text_config`, or,
         in older files, beside it. Variants that this encoder lacks are refused."""
         if raw.get("model_type") not in ("qwen2_5_vl", "qwen2_5_vl_text"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import ConfigError
 from ..stage import Model
 from .language_model import LanguageConfig, LanguageModel, layout
@@ -11,7 +13,7 @@ class Qwen3Config(LanguageConfig):
     """text_encoder/config.json of transformers' Qwen3Model."""
 
     @classmethod
-    def from_dict(cls, raw: dict) -> LanguageConfig:
+    def from_dict(cls, raw: dict[str, Any]) -> LanguageConfig:
         """Builds from config.json's content; variants that this encoder lacks are refused."""
         if raw.get("model_type", "qwen3") != "qwen3":
             raise ConfigError(f"text_encoder/config.json says model_type {raw['model_type']!r}, not 'qwen3'")
