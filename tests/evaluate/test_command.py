@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 
 from tests.factory import make_model
 from twinflow_rt import cli
+from twinflow_rt.errors import ConfigError
+from twinflow_rt.evaluate import plot
 from twinflow_rt.training.scenes import KINDS
 
 pytest.importorskip("scipy")
@@ -30,6 +33,8 @@ def test_json_has_every_setting_and_both_kinds_of_captions(model, tmp_path, caps
         assert row["images"] == 2 * len(KINDS)
         assert row["mean"] == pytest.approx(sum(row[kind] for kind in KINDS) / len(KINDS))
     assert rows[1]["diversity_of_data"] > 0
+    shapes = drawn["confusion"]["shape"]
+    assert all(asked == shown for asked, shown, _ in shapes) and sum(n for *_, n in shapes) == 4
     assert sheet.stat().st_size > 1000
 
 
@@ -50,7 +55,25 @@ def test_guidance_extrapolates_from_the_empty_prompt(model):
 
 
 def test_table(model, capsys):
-    assert cli.main(["eval", "--model", model, "--device", "cpu", "--per-kind", "1"]) == 0
-    header, train, heldout = capsys.readouterr().out.splitlines()
+    assert cli.main(["eval", "--model", model, "--device", "cpu", "--per-kind", "1", "--confusion"]) == 0
+    table, confusions = [], []
+    for line in capsys.readouterr().out.splitlines():
+        (confusions if line.startswith("     ") else table).append(line)
+    header, train, heldout = table
+    assert sum(line.split()[0] == "color" for line in confusions) == 2  # one image of kind "colors" a split
     assert header.split() == ["nfe", "captions", "mean", *KINDS]
     assert train.split()[:2] == ["1", "train"] and heldout.split()[:2] == ["1", "heldout"]
+
+
+def test_plot_joins_files_of_one_name_and_refuses_others(tmp_path):
+    rows = lambda *points: [{"nfe": n, "captions": "heldout", "mean": s} for n, s in points]
+    for name, points in {"a": [(8, 0.5), (1, 0.25)], "b": [(50, 0.75)]}.items():
+        (tmp_path / name).write_text(json.dumps({"schema": 1, "rows": rows(*points)}))
+    out = tmp_path / "scores.svg"
+    assert plot.main([str(out), f"flow={tmp_path / 'a'}", f"flow={tmp_path / 'b'}", f"one={tmp_path / 'a'}"]) == 0
+    tips = [e.text for e in ET.parse(out).iter() if e.tag.endswith("title")]
+    assert tips == ["flow, 1: 0.25", "flow, 8: 0.50", "flow, 50: 0.75", "one, 1: 0.25", "one, 8: 0.50"]
+    (tmp_path / "c").write_text("{}")
+    with pytest.raises(ConfigError, match="schema 1"):
+        plot.read([("x", tmp_path / "c")])
+    assert plot.main([str(out)]) == 2

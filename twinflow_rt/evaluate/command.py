@@ -33,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", action="store_true", help="first score the data itself, drawn and through the VAE (extra: train)"
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="write prompts, images and verdicts as one picture")
-    parser.add_argument("--json", action="store_true", help="print scores as JSON")
+    parser.add_argument("--confusion", action="store_true", help="also print what was shown where another was asked")
+    parser.add_argument("--json", action="store_true", help="print scores as JSON, with the confusions")
 
 
 class Generator:
@@ -91,9 +92,13 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
     rows: list[dict[str, Any]] = []
 
     def add(of: dict[str, Any], scores: Scores) -> None:
-        rows.append({**of, "images": scores.images, "mean": scores.mean, **scores.per_kind})
+        confusion = {what: [[*pair, n] for pair, n in counts.items()] for what, counts in scores.confusion.items()}
+        row = {**of, "images": scores.images, "mean": scores.mean, **scores.per_kind, "confusion": confusion}
+        rows.append(row)
         if not args.json:
-            print(_line(rows[-1], header=len(rows) == 1), flush=True)
+            print(_line(row, header=len(rows) == 1), flush=True)
+            if args.confusion:
+                print(_confusions(scores), flush=True)
 
     if args.data:
         for kind, scores in score_data(pipe.folder / "vae", args.per_kind, args.seed).items():
@@ -130,3 +135,14 @@ def _line(row: dict[str, Any], header: bool) -> str:
     names = ("mean", *KINDS)
     line = f"{row['nfe']:>4} {row['captions']:<8}" + "".join(f"{row[n]:>12.3f}" for n in names)
     return f"{'nfe':>4} {'captions':<8}" + "".join(f"{n:>12}" for n in names) + "\n" + line if header else line
+
+
+def _confusions(scores: Scores) -> str:
+    """One line for each thing that was asked for, with what was found instead, most often first."""
+    lines = []
+    for of, counts in scores.confusion.items():
+        for asked in sorted({str(a) for a, _ in counts}):
+            shown = {s: n for (a, s), n in counts.items() if str(a) == asked}
+            ranked = sorted(shown.items(), key=lambda pair: -pair[1])
+            lines.append(f"     {of} {asked}: " + ", ".join(f"{'nothing' if s is None else s} {n}" for s, n in ranked))
+    return "\n".join(lines)

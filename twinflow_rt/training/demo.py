@@ -46,7 +46,7 @@ class Recipe:
     flow_batch: int = 32
     flow_shift: float = 2.0  # t -> s t / (1 + (s-1) t): more of the budget where the prompt decides, at high noise
     drop_prompt: float = 0.1
-    last_steps: int = 1_500
+    last_steps: int = 1_200
     last_batch: int = 48
     objective: ObjectiveConfig | None = field(default_factory=ObjectiveConfig)  # of the last stage; None: flow
 
@@ -60,7 +60,7 @@ RECIPES = {
     "twinflow": Recipe("twinflow"),
     "rcgm": Recipe("rcgm", objective=ObjectiveConfig(parts=(1, 1, 1, 0), rectify=0.0)),
     # the same wall time spent on flow matching alone: one step of TwinFlow costs about two of these
-    "flow": Recipe("flow", last_steps=3_000, objective=None),
+    "flow": Recipe("flow", last_steps=2_400, objective=None),
 }
 
 
