@@ -27,6 +27,7 @@ _PUBLIC = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DeviceError": "errors",
+    "OutOfMemoryError": "errors",
     "CancelledError": "errors",
 }
 __all__ = ["__version__", *_PUBLIC]

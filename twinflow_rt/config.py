@@ -14,6 +14,7 @@ from .schedule import PRESETS, SamplerConfig, preset
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": None, "fp8": None}
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
+ON_OOM = ("raise", "split")
 OUTPUTS = ("pil", "np", "pt", "latent")
 MAX_PROMPT = 100_000  # characters; models read at most some thousand tokens of a prompt
 
@@ -104,7 +105,7 @@ def resolve_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
         try:
             p.encode()
         except UnicodeEncodeError:
-            raise ConfigError(f"prompt {p!r:.80} holds half a surrogate pair, which is no text") from None
+            raise ConfigError(f"prompt {p!r:.80} holds half a surrogate pair, which is no text; remove it") from None
     return tuple(prompts)
 
 

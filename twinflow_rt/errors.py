@@ -23,5 +23,10 @@ class DeviceError(TwinFlowError):
     """The asked-for hardware or backend is absent on this machine."""
 
 
+class OutOfMemoryError(DeviceError):
+    """The device, or the host, has too little free memory. What was begun is undone and its memory given
+    back: whatever raised this can be called again."""
+
+
 class CancelledError(TwinFlowError):
     """The caller's `cancel` callback asked a running generation to stop."""

@@ -35,14 +35,18 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        if self.cancel is not None and self.cancel():
-            raise CancelledError(f"generation was cancelled before its {name} stage")
+        self.check(f"before its {name} stage")
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         begin = self._mark()
         yield
         self._marks[name] = (begin, self._mark())
         self.memory[name] = self._peak()
+
+    def check(self, where: str) -> None:
+        """Raises CancelledError, which says where, if the caller has asked to stop."""
+        if self.cancel is not None and self.cancel():
+            raise CancelledError(f"generation was cancelled {where}")
 
     def timings(self) -> dict[str, float]:
         """Seconds per stage, and `total` in wall time. Waits for the device."""
