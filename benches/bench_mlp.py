@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from benches.op_suite import suite
 
-test_mlp = suite("swiglu", "gelu_tanh")
+test_mlp = suite("swiglu", "gelu_tanh", "linear_swiglu", "linear_gelu", "linear_residual")

@@ -12,12 +12,14 @@ from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
 from twinflow_rt.bench.standalone_cases import implementations, standalone
 from twinflow_rt.ops import EAGER
-from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, ROW_OPS, Target
+from twinflow_rt.ops.backends import BACKENDS
+from twinflow_rt.ops.select import FP8, IMPLEMENTATIONS, RAGGED, ROW_OPS, Target
 
 pytestmark = pytest.mark.gpu
-TABLE = {op: some for op, some in IMPLEMENTATIONS.items() if op not in ROW_OPS}
+TABLE = {op: some for op, some in IMPLEMENTATIONS.items() if op not in (*ROW_OPS, FP8)}
 PAIRS = [(op, name) for op, some in TABLE.items() for name in some if name not in ("eager", "native")]
 STANDALONE = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu")]
+THIRD_PARTY = [name for name, backend in BACKENDS.items() if backend.module]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -63,7 +65,7 @@ def test_in_a_cuda_graph(op, name):
 @pytest.mark.parametrize("op, name", PAIRS)
 def test_under_torch_compile(op, name):
     case, call = prepared(op, name, "tiny", torch.bfloat16)
-    compiled = torch.compile(lambda *args: call(*args), fullgraph=name in ("cuda", "triton", "cudnn", "torch-flash"))
+    compiled = torch.compile(lambda *args: call(*args), fullgraph=name not in THIRD_PARTY)
     problem = judge(compiled(*case.inputs()), getattr(EAGER, case.op)(*case.inputs()), case.exact(*case.inputs()))
     assert problem is None, problem
 

@@ -63,6 +63,7 @@ def test_ops_keep_torchs_rules(table):
     streams, weights = [torch.randn(1, 1, 48), torch.randn(1, 2, 48)], [torch.rand(8), torch.rand(8)]
     check(o.triton_joint_qk_norm_rope.default, streams, weights, weights, *tables[2:], 2, EPS)
     check(o.triton_attention.default, q, k, v, torch.tensor([3]))
+    check(o.triton_attention_fp8.default, q, k, v, torch.tensor([3]))
     check(o.triton_linear_attention.default, q, k, v)
     check(o.triton_swiglu.default, x)
     check(o.triton_gelu_tanh.default, x)
@@ -76,6 +77,12 @@ def test_ops_keep_torchs_rules(table):
         check(o.triton_swiglu_quantized.default, x, to)
         check(o.triton_gelu_tanh_quantized.default, x, to)
     check(o.triton_to_uint8.default, torch.randn(1, 3, 4, 4))
+    image, latents = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 4, 6)
+    tokens = torch.randn(2, 2, 3, 2, 2, 4).permute(0, 5, 1, 3, 2, 4)
+    check(o.triton_x0_to_vae.default, latents, tokens, -1.0, w[:4], w[4:8], torch.bfloat16)
+    check(o.triton_group_norm_silu.default, image, 2, w[:4], w[4:8], EPS)
+    check(o.triton_rms_norm_silu.default, image, w[:4], EPS)
+    check(o.triton_linear_swiglu.default, torch.randn(2, 3, 64).half(), torch.randn(10, 64).half())
 
 
 def test_one_graph_under_torch_compile(table):

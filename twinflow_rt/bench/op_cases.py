@@ -71,11 +71,11 @@ class Case:
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str, batch: int = 1) -> list[Case]:
     """One case or more per op of the table; inputs are drawn in float32 and rounded to `dtype`."""
+    from .layer_cases import decoding, products  # which builds on this module
+
     draw = _Draw(dtype, torch.device(device))
-    return [
-        *_norms(sizes, draw, batch), *_ropes(sizes, draw, batch), *_attentions(sizes, draw, batch),
-        *_pointwise(sizes, draw, batch),
-    ]  # fmt: skip
+    kinds = (_norms, _ropes, _attentions, _pointwise, products, decoding)
+    return [case for kind in kinds for case in kind(sizes, draw, batch)]
 
 
 class _Draw:
