@@ -1,0 +1,83 @@
+"""`twinflow-rt encode`: prompts to a file of embeddings; only the text encoder is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .atomic import check_target
+from .config import resolve_device, resolve_dtype, resolve_prompts
+from .embeds_file import write
+from .errors import ConfigError
+from .models import family_of
+from .passes.load import Checkpoint, model_folder
+from .text import PromptEmbeds
+
+BATCH = 16  # prompts encoded at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="*", help="prompts")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="more prompts, one a line of this file")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("prompts.safetensors"), metavar="FILE",
+        help="file to write (default %(default)s); generate takes it as --prompt-embeds",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace, folder: Path) -> int:
+    """Encodes the prompts of `args` with the model at `folder`."""
+    prompts = resolve_prompts([*args.prompt, *_lines(args.file)])
+    check_target(args.output, "--output")
+    began = time.perf_counter()
+    family, text = open_text(folder, args.device, args.dtype)
+    loaded = time.perf_counter()
+    embeds = encode(text, prompts)
+    write(args.output, embeds, model=args.model, family=family, text=text, prompts=prompts)
+    report = {
+        "file": str(args.output), "prompts": len(prompts), "tokens": list(embeds.lengths),
+        "bytes": args.output.stat().st_size,
+        "seconds": {"load": loaded - began, "encode": time.perf_counter() - loaded},
+    }  # fmt: skip
+    size, seconds = report["bytes"] / 1e6, report["seconds"]["encode"]  # type: ignore[index,operator]
+    line = f"wrote {args.output}: {len(prompts)} prompts, {sum(embeds.lengths)} tokens, {size:,.2f} MB; {seconds:.2f} s"
+    print(json.dumps(report, indent=1) if args.json else line)
+    return 0
+
+
+def open_text(folder: Path, device: str | None, dtype: str | None) -> tuple[str, Any]:
+    """A model's family and its text stage, loaded; of the other parts configs and headers are read."""
+    target = resolve_device(device)
+    transformer = Checkpoint(model_folder(folder) / "transformer", quantized=True)
+    family = family_of(transformer.config)
+    text, _, _ = family.open(folder, transformer.config)
+    with torch.no_grad():
+        text.materialize(target, resolve_dtype(dtype, target, transformer.main_dtype()))
+    return family.name, text
+
+
+@torch.inference_mode()
+def encode(text: Any, prompts: Sequence[str]) -> PromptEmbeds:
+    """Embeddings of any number of prompts, `BATCH` at a time, in one tensor padded with zeros."""
+    made = [text(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+    longest = max(m.embeds.shape[1] for m in made)
+    embeds = torch.cat([F.pad(m.embeds, (0, 0, 0, longest - m.embeds.shape[1])) for m in made])
+    extras = {name: torch.cat([m.extras[name] for m in made]) for name in made[0].extras}
+    return PromptEmbeds(embeds, tuple(n for m in made for n in m.lengths), extras)
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--file {path} cannot be read as UTF-8 text ({error}); give another file") from None
