@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from benches.gpu import build, kernels, kit, report
+from twinflow_rt.bench.layer_cases import LAYERS
 from twinflow_rt.bench.op_cases import SIZES, cases
-from twinflow_rt.ops import EAGER
+from twinflow_rt.bench.standalone_cases import standalone
+from twinflow_rt.ops import EAGER, OpTable
 
 
 def script(name, code, **options):
@@ -35,8 +38,9 @@ def test_parts():
     for dry in (False, True):
         names = [part.name for part in kit.parts(Path("out"), dry)]
         assert names == [
-            "build", "env", "checks", "tests", "sanitizer", "kernels-z-image", "kernels-qwen-image", "z-image",
-            "sd3.5-m", "sana", "qwen-image", "report",
+            "build", "env", "checks", "tests", "sanitizer", "kernels-z-image", "layers-z-image", "rows-z-image",
+            "kernels-qwen-image", "layers-qwen-image", "rows-qwen-image", "z-image", "sd3.5-m", "sana", "qwen-image",
+            "report",
         ]  # fmt: skip
         words = {word for part in kit.parts(Path("out"), dry) for command in part.commands for word in command}
         assert ("cuda" in words, "cpu" in words, "--dry" in words) == (not dry, dry, dry)
@@ -97,6 +101,20 @@ def test_kernels_records_and_reports(tmp_path, capsys):
     assert report.main(str(tmp_path)) == 0
     text = (tmp_path / "report.txt").read_text()
     assert "rms_norm" in text and "native" in text
+
+
+def test_every_case_has_a_kind_and_layers_meet_their_rivals(tmp_path):
+    everything = (*cases(SIZES["tiny"], torch.float32, "cpu"), *standalone(SIZES["tiny"], torch.float32, "cpu"))
+    kinds = {case.op: kernels.kind_of(case) for case in everything}
+    assert set(kinds.values()) == set(kernels.KINDS)
+    assert {op for op, kind in kinds.items() if kind != "rows"} == {f.name for f in fields(OpTable)}
+    out = tmp_path / "layers-z-image.json"
+    options = ["--device", "cpu", "--sizes", "tiny", "--dtypes", "float32", "--kinds", "layers", "--repeats", "2"]
+    assert kernels.main([str(out), *options, "--without", "compile"]) == 0
+    record = {c["case"]: c for c in json.loads(out.read_text())["cases"]}
+    assert set(record) == set(LAYERS) and not any(c["wrong"] for c in record.values())
+    assert set(record["upsample_conv"]["times"]) == {"folded", "eager", "torch"}  # whose kernel is unfolded again
+    assert "not slower than torch's own" in record["group_norm_silu"]["targets"]
 
 
 def test_targets():

@@ -1,7 +1,7 @@
 """Every op at its networks' sizes: each implementation checked against float64 arithmetic, then timed against
 its ceiling and its rivals. An implementation that fails its check is reported and not timed.
 
-    python -m benches.gpu.kernels OUT.json [--device cuda] [--dtypes ...] [--sizes ...] [--check-only]
+    python -m benches.gpu.kernels OUT.json [--device cuda] [--dtypes ...] [--sizes ...] [--kinds ...] [--check-only]
 
 The record is written anew after every case, so that a time limit costs only what was not reached.
 """
@@ -20,13 +20,22 @@ import torch
 from benches.gpu import rivals
 from twinflow_rt import ops
 from twinflow_rt.bench import ceilings, facts
+from twinflow_rt.bench.layer_cases import LAYERS
 from twinflow_rt.bench.op_cases import SIZES, Case, cases, judge, outputs
 from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.bench.timing import interleave
 from twinflow_rt.ops.select import Target, choose
 
 COPY_SHARE = 0.8  # of the copy bandwidth, what an op that moves data should reach
-ATTENTION_SHARE = 0.95  # of the fastest backend, what ours should reach to be chosen
+FASTEST_SHARE = 0.95  # of the fastest implementation of an op with products, what the chosen one should reach
+KINDS = ("ops", "layers", "rows")  # of cases: the table's elementwise ops, norms and attention; whole layers; 8 bits
+
+
+def kind_of(case: Case) -> str:
+    """One of `KINDS`."""
+    if case.op in LAYERS:
+        return "layers"
+    return "ops" if hasattr(ops.EAGER, case.op) else "rows"
 
 
 def check(case: Case, contenders: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
@@ -87,13 +96,15 @@ def verdict(
     if chosen not in times:
         return {}
     mine, found = times[chosen]["median"], {}
-    if case.op.startswith("attention"):
+    if case.flops:
         best = min(times[name]["median"] for name in (*ours, "eager") if name in times)
-        found["chosen reaches 0.95x of the fastest backend"] = best / mine >= ATTENTION_SHARE
-    elif "share" in shares[chosen] and not case.flops:
+        found["chosen reaches 0.95x of the fastest backend"] = best / mine >= FASTEST_SHARE
+    elif "share" in shares[chosen]:
         found["80 % of copy bandwidth"] = shares[chosen]["share"] >= COPY_SHARE
     if "compile" in times:
         found["not slower than torch.compile"] = mine <= times["compile"]["median"]
+    if "torch" in times:
+        found["not slower than torch's own"] = mine <= times["torch"]["median"]
     return found
 
 
@@ -107,8 +118,7 @@ def one(
     mine, refused = rivals.ours(case, target)
     others = {} if options.check_only else rivals.others(case.op, case.inputs(), options.without)
     right, wrong = check(case, {**mine, **others})
-    beside = case.op in rivals.STEMS  # of the tables: Triton wherever it runs
-    chosen = next(iter(mine), "eager") if beside else choose(rivals.table_name(case), aimed(case, target)).chosen
+    chosen = choose(rivals.table_name(case), aimed(case, target)).chosen
     entry: dict[str, Any] = {
         "op": case.op, "case": case.name, "size": size, "dtype": name, "bytes": case.bytes, "flops": case.flops,
         "chosen": chosen, "right": sorted(right), "wrong": wrong, "refused": refused,
@@ -128,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     floats = ["bfloat16", "float16", "float32"]
     parser.add_argument("--dtypes", nargs="+", default=floats, choices=floats)
     parser.add_argument("--sizes", nargs="+", default=[n for n in SIZES if n != "tiny"], choices=list(SIZES))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--ops", nargs="+", help="default: all")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--without", nargs="+", default=[], metavar="RIVAL", help="eager, compile, torch or liger")
@@ -144,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for dtype in options.dtypes:
             where = SIZES[size], getattr(torch, dtype), device
             for case in (*cases(*where), *standalone(*where)):
-                if options.ops and case.op not in options.ops:
+                if kind_of(case) not in options.kinds or (options.ops and case.op not in options.ops):
                     continue
                 with torch.inference_mode():
                     entry = one(case, size, getattr(torch, dtype), device, options, ceiling)

@@ -46,7 +46,11 @@ def parts(out: Path, dry: bool) -> list[Part]:
     """What each part runs. `dry`: on the CPU, tiny."""
     python, device = (sys.executable, "-P", "-m"), ("--device", "cpu" if dry else "cuda")
     sizes = {"z-image": "z-image 1024x1024", "qwen-image": "qwen-image 1328x1328"}
-    timed = {f"kernels-{model}": "tiny" if dry else size for model, size in sizes.items()}
+    timed = {
+        f"{part}-{model}": ("tiny" if dry else size, kind)
+        for model, size in sizes.items()
+        for part, kind in (("kernels", "ops"), ("layers", "layers"), ("rows", "rows"))
+    }
     quick = ("--without", "compile", "--repeats", "3") if dry else ()
 
     def kernels(name: str, *arguments: str) -> tuple[str, ...]:
@@ -70,7 +74,10 @@ def parts(out: Path, dry: bool) -> list[Part]:
         Part("checks", (kernels("checks", "--check-only", "--sizes", "tiny", *(() if dry else sizes.values())),)),
         Part("tests", (pytest("-m", "not gpu" if dry else "gpu", "-k", "not emulated", "tests/gpu", native),)),
         Part("sanitizer", tuple((*watch, tool, *watched) for tool in ("memcheck", "racecheck")), "compute-sanitizer"),
-        *(Part(n, (kernels(n, "--dtypes", "bfloat16", "--sizes", size, *quick),)) for n, size in timed.items()),
+        *(
+            Part(n, (kernels(n, "--dtypes", "bfloat16", "--sizes", size, "--kinds", kind, *quick),))
+            for n, (size, kind) in timed.items()
+        ),
         *(
             Part(model, (bench(model, model, "--size", "1024", "--peers", "eager,compile"),))
             for model in ("z-image", "sd3.5-m", "sana")

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-KERNELS = ("checks", "kernels-z-image", "kernels-qwen-image")
+MODELS = ("z-image", "qwen-image")
+KERNELS = ("checks", *(f"{kind}-{model}" for model in MODELS for kind in ("kernels", "layers", "rows")))
 PARTS = ("kit", "env", *KERNELS, "z-image", "sd3.5-m", "sana", "qwen-image", "qwen-image-shallow")
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import Case
-from twinflow_rt.bench.standalone_cases import STEMS, implementations
+from twinflow_rt.bench.standalone_cases import implementations
 from twinflow_rt.ops.optional import find
-from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, ROW_OPS, Target
+from twinflow_rt.ops.select import RAGGED, Target
 
 NAMES = ("eager", "compile", "torch", "liger")
 LIGER = "liger_kernel.transformers.functional"
@@ -21,17 +21,7 @@ LIGER = "liger_kernel.transformers.functional"
 
 def ours(case: Case, target: Target) -> tuple[dict[str, Callable], dict[str, str]]:
     """The implementations that serve `target` here, and why the others do not."""
-    if case.op in STEMS or case.op in ROW_OPS:
-        return implementations(case, target)
-    usable, refused = {}, {}
-    for name, implementation in IMPLEMENTATIONS[table_name(case)].items():
-        if name == "eager":
-            continue
-        if reason := implementation.refuses(target):
-            refused[name] = reason
-        else:
-            usable[name] = implementation.load()
-    return usable, refused
+    return implementations(case, target, table_name(case))
 
 
 def table_name(case: Case) -> str:
@@ -59,9 +49,25 @@ def others(op: str, args: tuple[Any, ...], without: Sequence[str] = ()) -> dict[
         found["torch"] = fused[op]
     if op == "gelu_tanh":
         found["torch"] = lambda x: F.gelu(x, approximate="tanh")
+    if op == "group_norm_silu":
+        low, shift = (x.to(args[0].dtype) for x in args[2:4])
+        found["torch"] = lambda x, groups, w, b, eps: F.silu(F.group_norm(x, groups, low, shift, eps))
+    if op == "upsample_conv":
+        plain = _unfolded(args[1]).contiguous(memory_format=torch.channels_last)
+        found["torch"] = lambda x, _, b: ops.upsample_conv(x, plain, b)
     if op in ("rms_norm", "swiglu") and find(LIGER, "liger-kernel").problem is None:
         found["liger"] = _liger(op, args)
     return {name: call for name, call in found.items() if name not in without}
+
+
+def _unfolded(weight: Tensor) -> Tensor:
+    """The 3x3 kernel [O, I, 3, 3] that `ops.fold_upsample` made `weight` [I, O, 4, 4] of: of three taps w, its
+    rows are w2, w1 + w2, w0 + w1, w0."""
+    w = weight.float()
+    for axis in (2, 3):
+        a, b, _, d = w.unbind(axis)
+        w = torch.stack((d, b - a, a), axis)
+    return w.transpose(0, 1).to(weight.dtype)
 
 
 def _liger(op: str, args: tuple[Any, ...]) -> Callable:

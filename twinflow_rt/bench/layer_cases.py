@@ -11,6 +11,11 @@ from torch import Tensor
 from ..ops import fold_upsample
 from .op_cases import EPS, Case, Sizes, _Draw, exact_gelu, exact_rms
 
+# the ops of these cases
+LAYERS = (
+    "linear_swiglu", "linear_gelu", "linear_residual", "x0_to_vae", "group_norm_silu", "rms_norm_silu", "upsample_conv",
+)  # fmt: skip
+
 
 def products(s: Sizes, draw: _Draw, b: int) -> list[Case]:
     """Of the feed-forward blocks: up and gate, up, and down into the residual stream."""
