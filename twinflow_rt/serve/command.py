@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -19,6 +20,7 @@ from .engine import Engine, Limits
 
 log = logging.getLogger(__name__)
 MAX_SECONDS = 1_000_000  # that threads can wait
+LOADING = ("device", "dtype", "precision", "nfe", "download")  # options that `load` takes by these names
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OPTIONS = {
     "max_batch": "images of one run",
@@ -32,7 +34,8 @@ OPTIONS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="demo", help="model folder, or 'demo' (default)")
+    parser.add_argument("model", nargs="?", default="demo", help="model folder, hf://owner/name, or 'demo' (default)")
+    parser.add_argument("--download", action="store_true", help="fetch a model hf://owner/name[@revision][/subfolder]")
     parser.add_argument("--name", help="the model's name in the API; default: the folder's")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
@@ -48,10 +51,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain-timeout", type=float, default=30.0, metavar="SECONDS",
         help="after SIGTERM, time to finish what was accepted (default %(default)s)",
     )  # fmt: skip
+    add_ray_arguments(parser)
     for limit in fields(Limits):
         kind = float if isinstance(limit.default, float) else int
         name = "--" + limit.name.replace("_", "-")
         parser.add_argument(name, type=kind, default=limit.default, help=f"{OPTIONS[limit.name]} (default %(default)s)")
+
+
+def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the work goes to a Ray cluster, and how much of one it takes."""
+    parser.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS",
+        help="one worker per GPU of a Ray cluster; default: the one running here, else a new one on this machine",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, help="with --ray, at most; default: GPUs, or nodes where there is none")
+    parser.add_argument("--min-workers", type=int, default=1, help="with --ray, at least (default %(default)s)")
+    parser.add_argument("--worker-cpus", type=float, help="with --ray, cores of a worker; default: 1, or a node's")
 
 
 def run(args: argparse.Namespace, load: Callable[[], Any]) -> int:
@@ -67,19 +82,40 @@ def run(args: argparse.Namespace, load: Callable[[], Any]) -> int:
     for option in ("timeout", "drain_timeout"):
         if not 0 < getattr(args, option) <= MAX_SECONDS:
             raise ConfigError(f"--{option.replace('_', '-')} must be more than 0 seconds, and at most {MAX_SECONDS:,}")
-    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
+    limits = limits_of(args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    with bind(args.host, args.port) as listener:  # before loading: a taken port must not cost minutes
-        engine = Engine(load(), limits)
+    # bound before the model is loaded: a taken port must not cost minutes
+    with bind(args.host, args.port) as listener, open_engine(args, limits, load) as engine:
         warm_up(engine)
         if token is None and args.host not in LOOPBACK:
             log.warning("serving on %s without a token: whoever reaches this address can generate images", args.host)
-        name = args.name or ("demo" if args.model == "demo" else Path(args.model).resolve().name)
+        name = args.name or model_name(args.model)
         app = create_app(engine, name, token=token, timeout=args.timeout)
         listener.listen()
         host, port = listener.getsockname()[:2]
         log.info("serving %s on http://%s:%d", name, f"[{host}]" if ":" in host else host, port)
         return serve(app, engine, listener, args.drain_timeout)
+
+
+def limits_of(args: argparse.Namespace) -> Limits:
+    """The limits among the options. Raises ConfigError."""
+    return Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
+
+
+def model_name(model: str) -> str:
+    """A model's name without the folder it is in."""
+    return "demo" if model == "demo" else Path(model).resolve().name
+
+
+def open_engine(args: argparse.Namespace, limits: Limits, load: Callable[[], Any]) -> AbstractContextManager[Engine]:
+    """The engine in this process, or with --ray the front of a cluster's."""
+    if args.ray is None:
+        return nullcontext(Engine(load(), limits))
+    try:
+        from .ray import open_cluster
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"--ray needs {error.name}: pip install 'twinflow-rt[ray]'") from None
+    return open_cluster(args, limits)
 
 
 def read_token(file: Path | None, variable: str | None) -> str | None:

@@ -1,0 +1,339 @@
+"""The engine on many machines: a Ray Serve deployment with one engine per GPU, and its front.
+
+    Worker    the deployment: a model on one GPU (or some CPU cores) behind the ordinary `Engine`,
+              which batches what reaches it. Ray Serve adds and removes workers with the load.
+    Cluster   an `Engine` to its callers, which has its images made by the workers. An image whose
+              worker is lost is asked of another one: what was accepted is answered.
+    open_cluster   joins or starts a cluster and deploys; the front stays in this process, so that
+              `twinflow-rt serve MODEL --ray` keeps its address, drain and exit status.
+    build     the same with the front deployed too, for `serve run twinflow_rt.serve.ray:build
+              model=MODEL` and the config files of `serve deploy`.
+
+Serve's own HTTP proxy gives up a request whose replica died. So the front has its own deployment
+on the head node, which outlives every worker, and asks again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+from PIL import Image
+from ray import serve
+from ray.exceptions import (
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from ..config import SizeRule
+from ..errors import CancelledError, ConfigError, DeviceError, TwinFlowError
+from ..sample import SamplerConfig
+from .command import LOADING
+from .engine import SMOOTHING, Batch, Engine, Job, Limits
+
+log = logging.getLogger(__name__)
+NAME = "twinflow-worker"
+LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError)
+MAX_LOST = 5  # workers that one image may take down before it is to blame
+RETRY_SECONDS = 0.2
+HEAD = {"node:__internal_head__": 0.001}  # a sliver of the resource that only the head node has
+AUTOSCALING = {"upscale_delay_s": 5, "downscale_delay_s": 300, "look_back_period_s": 15}
+
+
+class Model(NamedTuple):
+    """What the front has to know of a model to check requests."""
+
+    sizes: SizeRule
+    sampler: SamplerConfig
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers, and what each takes: a GPU, or where `gpu` is false CPU cores alone."""
+
+    least: int
+    most: int
+    gpu: bool
+    cpus: float
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """As Ray's actors take them."""
+        return {"num_gpus": int(self.gpu), "num_cpus": self.cpus}
+
+
+def plan_workers(
+    device: str | None = None, *, most: int | None = None, least: int = 1, cpus: float | None = None
+) -> Workers:
+    """Fits workers to the cluster that this process has joined.
+
+    One worker per GPU where the cluster has GPUs, or `device` is a CUDA device; else one per node with
+    CPUs. most: upper bound instead, for clusters that grow. cpus: cores of a worker; by default 1
+    beside a GPU, and on CPUs all cores of the smallest node. Raises ConfigError, DeviceError.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cores = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 1]
+    gpu = device.startswith("cuda") if device else gpus > 0
+    found = gpus if gpu else len(cores)
+    if most is None and not found:
+        raise DeviceError(f"the Ray cluster has no {'GPU' if gpu else 'CPU'} yet; say how many workers to expect")
+    most = found if most is None else most
+    if not 1 <= least <= most:
+        raise ConfigError(f"{least} to {most} workers: the least must be from 1 to the most")
+    if cpus is None:
+        cpus = 1 if gpu else min(cores, default=1)
+    return Workers(least, most, gpu, cpus)
+
+
+# -- workers --------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A model behind an engine. model, options: as `twinflow_rt.load` takes them."""
+
+    def __init__(self, model: str, options: dict[str, Any], limits: Limits) -> None:
+        from ..pipeline import load
+        from .command import warm_up
+
+        self.engine = Engine(load(model, **options), limits)
+        warm_up(self.engine)
+
+    async def describe(self) -> Model:
+        """What requests to this model are checked against."""
+        return Model(self.engine.pipe.sizes, self.engine.pipe.sampler)
+
+    async def generate(self, prompt: str, width: int, height: int, seed: int, nfe: int | None) -> np.ndarray:
+        """One image, uint8 [height, width, 3]. Raises what `Engine.submit` and its jobs raise."""
+        jobs = self.engine.submit(prompt, width=width, height=height, seed=seed, nfe=nfe)
+        try:
+            return np.asarray(await asyncio.wrap_future(jobs[0].future))
+        finally:  # Ray cancels this coroutine when the caller has left
+            self.engine.cancel(jobs)
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a worker for which this raises."""
+        if not self.engine.accepting:
+            raise RuntimeError("the engine's thread has ended")
+
+
+def deployment(model: str, options: dict[str, Any], limits: Limits, workers: Workers) -> serve.Application:
+    """The workers as a Ray Serve application without HTTP. Each holds one batch in work and one waiting."""
+    held = 2 * limits.max_batch
+    settings = serve.deployment(
+        Worker,
+        name=NAME,
+        max_ongoing_requests=held,
+        ray_actor_options=workers.resources,
+        autoscaling_config={
+            "min_replicas": workers.least,
+            "max_replicas": workers.most,
+            "target_ongoing_requests": limits.max_batch,
+            **AUTOSCALING,
+        },
+    )
+    return settings.bind(model, options, replace(limits, max_queue=max(held, limits.max_queue)))
+
+
+# -- the front ------------------------------------------------------------------------------------
+
+
+class Cluster(Engine):
+    """An engine whose images are made by the workers behind `handle`, a Ray Serve deployment handle.
+
+    Every image is a request of its own; `Limits.max_queue` bounds those not finished, wherever they
+    wait, and `waiting` counts them. `observe` is told of each image as a batch of one.
+    """
+
+    def __init__(self, handle: Any, limits: Limits | None = None) -> None:
+        self._handle, self._loop, self._drained = handle, asyncio.new_event_loop(), asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last = time.monotonic()
+        super().__init__(None, limits)
+        self.pipe = asyncio.run_coroutine_threadsafe(self._ask("describe"), self._loop).result()
+
+    def submit(self, prompt: str, *, nfe: int | None = None, **options: Any) -> list[Job]:
+        """As `Engine.submit`."""
+        jobs = super().submit(prompt, nfe=nfe, **options)
+        for job in jobs:
+            self._loop.call_soon_threadsafe(self._start, job, nfe)
+        return jobs
+
+    def close(self) -> None:
+        """As `Engine.close`."""
+        super().close()
+        self._loop.call_soon_threadsafe(self._check_drained)
+
+    def _work(self) -> None:
+        self._loop.run_until_complete(self._drained.wait())
+
+    def _check_drained(self) -> None:
+        with self._changed:
+            if self._draining and not self._queue:
+                self._drained.set()
+
+    def _start(self, job: Job, nfe: int | None) -> None:
+        task = self._loop.create_task(self._finish(job, nfe))
+        self._tasks.add(task)  # the loop itself keeps no task alive
+        task.add_done_callback(self._tasks.discard)
+        job.future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(task.cancel))
+
+    async def _finish(self, job: Job, nfe: int | None) -> None:
+        """Has the image made and settles its future, unless the job was given up meanwhile."""
+        height, width, _ = job.kind
+        outcome: Any = CancelledError("Ray gave this image up")
+        try:
+            outcome = Image.fromarray(await self._ask("generate", job.prompt, width, height, job.seed, nfe))
+        except Exception as error:
+            if not isinstance(error, TwinFlowError):
+                log.error("generating failed", exc_info=error)
+            outcome = error
+        finally:
+            self._settle(job, outcome)
+            self._check_drained()
+
+    def _settle(self, job: Job, outcome: Any) -> None:
+        with self._changed:
+            if job not in self._queue:
+                return
+            self._queue.remove(job)
+            now = time.monotonic()
+            spacing, self._last = now - max(self._last, job.queued), now
+            self._seconds_per_image += SMOOTHING * (spacing - self._seconds_per_image)
+        failed = isinstance(outcome, Exception)
+        if failed:
+            job.future.set_exception(outcome)
+        else:
+            job.future.set_result(outcome)
+        if self.observe is not None:
+            seconds = now - job.queued
+            self.observe(Batch(1, seconds, 0.0, {} if failed else {"total": seconds}))
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        """Calls a worker's method; asks another worker where one is lost."""
+        lost = 0
+        while True:
+            response = getattr(self._handle, method).remote(*args)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except RayTaskError as error:
+                raise error.cause from None
+            except LOST as error:
+                lost += not isinstance(error, ActorUnavailableError)  # that may be the network, and pass
+                log.warning("a worker was lost (%s); another one is asked", type(error).__name__)
+                if lost >= MAX_LOST:
+                    raise DeviceError(f"{lost} workers were lost over this request; see Ray's logs") from None
+            await asyncio.sleep(RETRY_SECONDS)
+
+
+@contextmanager
+def open_cluster(args: argparse.Namespace, limits: Limits) -> Iterator[Cluster]:
+    """The engine for `twinflow-rt serve --ray`: joins the cluster and deploys the workers, which go in the end."""
+    from .command import model_name
+
+    with session(args.ray):
+        serve.start(proxy_location="Disabled")
+        name = f"twinflow-{args.name or model_name(args.model)}"
+        try:
+            handle = serve.run(_deployment(args, limits), name=name, route_prefix=None)
+            yield Cluster(handle, limits)
+        except RuntimeError as error:  # all that Ray makes of what a worker raised
+            raise DeviceError(f"Ray could not start the workers: {error}") from None
+        finally:
+            serve.delete(name)
+
+
+@contextmanager
+def session(address: str) -> Iterator[None]:
+    """This process as a driver of the cluster at `address` ("": the one that RAY_ADDRESS names or that runs
+    here, else a new one on this machine, which ends with the session). One already joined is used as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as error:
+        raise DeviceError(f"no Ray cluster at {address!r}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def model_path(model: str) -> str:
+    """A model's name as the workers, which run elsewhere, are to open it."""
+    return model if model == "demo" or model.startswith("hf://") else str(Path(model).resolve())
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The whole server as a Ray Serve application.
+
+    args: the options of `twinflow-rt serve`, with underscores: {"model": "demo", "max_batch": 4}; not host,
+    port, drain_timeout and ray, which are Ray Serve's to set. The token's file or variable is read by the
+    front, on the head node. Raises ConfigError.
+    """
+    from .command import limits_of
+
+    options = _parsed(args)
+    limits = limits_of(options)
+    front = serve.deployment(
+        serve.ingress(_front(options, limits))(),
+        name="twinflow-http",
+        max_ongoing_requests=limits.max_queue + 1000,  # more than the engine takes: the refusal is its own
+        ray_actor_options={"num_cpus": 0, "resources": HEAD},
+    )
+    return front.bind(_deployment(options, limits))
+
+
+def _front(options: argparse.Namespace, limits: Limits) -> Any:
+    """What makes the HTTP application, inside the front's replica."""
+
+    def front() -> Any:
+        from .app import create_app
+        from .command import model_name, read_token
+
+        handle = serve.get_deployment_handle(NAME, serve.get_replica_context().app_name)
+        token = read_token(options.token_file, options.token_env)
+        name = options.name or model_name(options.model)
+        return create_app(Cluster(handle, limits), name, token=token, timeout=options.timeout)
+
+    return front
+
+
+def _deployment(args: argparse.Namespace, limits: Limits) -> serve.Application:
+    workers = plan_workers(args.device, most=args.workers, least=args.min_workers, cpus=args.worker_cpus)
+    options = {name: getattr(args, name) for name in LOADING}
+    return deployment(model_path(args.model), options, limits, workers)
+
+
+def _parsed(args: dict[str, Any]) -> argparse.Namespace:
+    """The options of the command line, from names and values."""
+    from .command import add_arguments
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise ConfigError(f"{message}; the options are those of `twinflow-rt serve`")
+
+    parser = Parser("build", add_help=False, allow_abbrev=False)
+    add_arguments(parser)
+    refused = {"host", "port", "drain_timeout", "ray"} & set(args)
+    if refused:
+        raise ConfigError(f"{', '.join(sorted(refused))}: set by Ray Serve itself, in its http_options")
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in args.items() if name != "model"]
+    return parser.parse_args([*words, str(args.get("model", "demo"))])

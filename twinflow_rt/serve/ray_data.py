@@ -1,0 +1,69 @@
+"""A file of prompts made by the workers of a Ray cluster, with Ray Data.
+
+Workers give files back instead of writing them, so machines need no folder in common. A batch whose
+worker is lost runs again on another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import ray
+import ray.data
+from ray.exceptions import RayTaskError
+
+from ..batch import Request, Written, paint
+from ..errors import DeviceError, TwinFlowError
+from .ray import model_path, plan_workers, session
+
+MAX_BLOCKS = 10_000  # Ray's driver keeps a reference to each
+
+
+class Painter:
+    """A worker: loads the model once, then makes batch after batch."""
+
+    def __init__(self, model: str, options: dict[str, Any]) -> None:
+        from ..pipeline import load
+
+        self.pipe = load(model, **options)
+
+    def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        requests = [Request(**request) for request in row["requests"]]
+        return [{"file": file, "content": content} for file, content in paint(self.pipe, requests)]
+
+
+@contextmanager
+def painted(
+    groups: list[list[Request]], options: dict[str, Any], args: argparse.Namespace
+) -> Iterator[Iterator[Written]]:
+    """The images of all groups as workers finish them. Raises the TwinFlowError that a worker raised,
+    DeviceError for what else becomes of it."""
+    with session(args.ray):
+        workers = plan_workers(args.device, most=args.workers, least=args.min_workers, cpus=args.worker_cpus)
+        rows = [{"requests": [asdict(request) for request in requests]} for requests in groups]
+        dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).flat_map(
+            Painter,
+            fn_constructor_args=(model_path(args.model), options),
+            compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=min(workers.most, len(rows))),
+            **workers.resources,
+        )
+        yield _files(dataset)
+
+
+def _files(dataset: ray.data.Dataset) -> Iterator[Written]:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts images
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    try:
+        for row in dataset.iter_rows():
+            yield row["file"], row["content"]
+    except RayTaskError as error:
+        reason: BaseException | None = error
+        while reason is not None and not isinstance(reason, TwinFlowError):
+            reason = getattr(reason, "cause", None) or reason.__cause__
+        raise reason or DeviceError(f"a Ray worker failed: {error}") from None
