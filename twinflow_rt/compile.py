@@ -39,7 +39,8 @@ MAX_EVALUATIONS = 100
 @dataclass(frozen=True)
 class Recipe:
     """What a program was compiled from; `absorb`: whether its constants may go into the weights.
-    precision, exempt: of the linear layers, see `passes.quantize.convert`."""
+    precision, exempt: of the linear layers, see `passes.quantize.convert`. fp8_attention: whether attention's
+    scores are float8 products (`ops.attention_fp8`)."""
 
     source: Checkpoint
     family: Family
@@ -48,6 +49,7 @@ class Recipe:
     absorb: bool = True
     precision: str | None = None
     exempt: tuple[str, ...] = ()
+    fp8_attention: bool = False
 
     def unfolded(self) -> nn.Module:
         """The network as the checkpoint has it, on the meta device."""
@@ -93,7 +95,9 @@ class Program:
         if self.network is None or self.plan.absorbed:
             return self._replace(recipe, schedule)
         device = next(self.network.parameters()).device
-        for name, table in recipe.tables(recipe.unfolded(), schedule).items():
+        tables = recipe.tables(recipe.unfolded(), schedule)
+        self.schedule = ()  # until all of them are there: what stops in between is begun again by the next call
+        for name, table in tables.items():
             assign(self.network, name, table.to(device))
         self.network.folded_steps = len(schedule)
         self.schedule = schedule
@@ -119,7 +123,7 @@ class Program:
         self.network, self.schedule, self.recipe = None, (), recipe
         fresh = compile_network(
             recipe.source, recipe.family, schedule, device=recipe.device, dtype=recipe.dtype, absorb=recipe.absorb,
-            precision=recipe.precision, exempt=recipe.exempt,
+            precision=recipe.precision, exempt=recipe.exempt, fp8_attention=recipe.fp8_attention,
         )  # fmt: skip
         self.network, self.schedule, self.plan = fresh.network, fresh.schedule, fresh.plan
 
@@ -127,18 +131,19 @@ class Program:
 def compile_network(
     source: Checkpoint, family: Family, schedule: Schedule, *, device: torch.device, dtype: torch.dtype,
     progress: Progress | None = None, absorb: bool = True, precision: str | None = None, exempt: Sequence[str] = (),
+    fp8_attention: bool = False,
 ) -> Program:  # fmt: skip
     """Compiles a network for the (t, tt) pairs of `schedule` (1 to 100 of them).
 
     source: an open checkpoint, or one with adapters merged in (`passes.lora.Merged`). absorb: whether
     the constants of a single evaluation go into the weights, where the family declares that they can
     (`absorptions`): exact in float32, and in bfloat16 within 1.1x of the unfolded network's error.
-    precision, exempt: of the linear layers, see `passes.quantize.convert`.
+    precision, exempt: of the linear layers, see `passes.quantize.convert`. fp8_attention: see `Recipe`.
     Raises CheckpointError for anything about the files, ConfigError for the schedule or the precision.
     """
     schedule = _checked(schedule)
     quantize.require(precision, device, dtype)
-    recipe = Recipe(source, family, device, dtype, absorb, precision, tuple(exempt))
+    recipe = Recipe(source, family, device, dtype, absorb, precision, tuple(exempt), fp8_attention)
     source.meter.start()
     unfolded = recipe.unfolded()
     check(unfolded.state_dict(), source, family.layout)
@@ -153,7 +158,7 @@ def compile_network(
         quantize.arrived(network, name, device, precision, exempt)
     layers = quantize.convert(network, device, precision, exempt)
     network.eval()
-    choices = _select(network, device, dtype)
+    choices = _select(network, device, dtype, fp8_attention)
     report = source.meter.report(len(expected), source.total_bytes())
     away = folded_away(unfolded, network)
     folded, pruned = (group_parameters({k: n for k, n in away.items() if (k in into) is yes}) for yes in (True, False))
@@ -163,6 +168,7 @@ def compile_network(
         schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
         bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
         absorbed=_is_absorbed(network), loras=source.loras, precision=precision, exempt=recipe.exempt, layers=layers,
+        fp8_attention=fp8_attention,
         notes=(f"transformer {report}", *quantize.converted(source.main_dtype(), dtype, device)),
     )  # fmt: skip
     return Program(network, schedule, plan, recipe)
@@ -188,7 +194,7 @@ def load_program(
     report = materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
     quantize.check_quantized(network, device, dtype, plan.precision)
     layers = quantize.convert(network, device)
-    choices = _select(network, device, dtype)
+    choices = _select(network, device, dtype, plan.fp8_attention)
     notes = (f"compiled for {plan.dtype} on {plan.device} and saved", f"transformer {report}")
     plan = replace(plan, device=str(device), dtype=_short(dtype), choices=choices, layers=layers, notes=notes)
     return Program(network, plan.schedule, plan)
@@ -222,9 +228,9 @@ def _tensors(recipe: Recipe, network: Any, tables: dict[str, Tensor]) -> Iterato
             yield name, fetch(name, expected[name], source, layout, device, recipe.dtype)
 
 
-def _select(network: Any, device: torch.device, dtype: torch.dtype) -> tuple[Choice, ...]:
+def _select(network: Any, device: torch.device, dtype: torch.dtype, fp8_attention: bool) -> tuple[Choice, ...]:
     """Gives the network and its quantized layers their implementations."""
-    target = Target.of_network(network.config, device, dtype)
+    target = replace(Target.of_network(network.config, device, dtype), fp8_attention=fp8_attention)
     network.ops, choices = select(target)
     return choices + quantize.attach(network, target)
 

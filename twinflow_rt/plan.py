@@ -20,7 +20,7 @@ from .errors import CheckpointError
 from .ops.select import Choice
 from .typed import typed
 
-SCHEMA = 3
+SCHEMA = 4
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,28 @@ class Layers:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Linear layers of one kind (block numbers dropped from their names) and the error of quantizing them alone:
+    |F_quantized - F| / |F| of one evaluation (`sensitivity`)."""
+
+    name: str
+    layers: int
+    parameters: int
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.error:.2e}  {self.layers:>4} layers  {_count(self.parameters):>8}  {self.name}"
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a compiled program can tell about itself; `str(plan)` prints it.
 
     folded, pruned: parameters that became constants, and those whose output nothing reads, by kind.
     absorbed: the constants of the one evaluation are inside the weights; else they are tables.
-    precision, exempt: "int8" or None, and names kept out of it. layers: what linear layers became.
+    precision, exempt: "int8", "fp8" or None, and names kept out of it. sensitivity: the errors that were
+    measured of quantizing each kind of layer alone, if the choice was made by them. layers: what linear layers
+    became. fp8_attention: whether attention's scores are float8 products.
     """
 
     family: str
@@ -104,7 +120,9 @@ class Plan:
     loras: tuple[Lora, ...] = ()
     precision: str | None = None
     exempt: tuple[str, ...] = ()
+    sensitivity: tuple[Group, ...] = ()
     layers: tuple[Layers, ...] = ()
+    fp8_attention: bool = False
     stages: tuple[Stage, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -116,6 +134,8 @@ class Plan:
     def from_dict(cls, raw: dict[str, Any]) -> Plan:
         """Raises CheckpointError for another schema, other fields, or a field that is not what it should be."""
         schema = raw.get("schema") if isinstance(raw, dict) else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise CheckpointError(f"plan of schema {schema}, newer than this version, which reads {SCHEMA}: upgrade")
         if schema != SCHEMA or set(raw) != {"schema", *(f.name for f in fields(cls))}:
             raise CheckpointError(f"plan of schema {schema!r:.40}; this version reads {SCHEMA}: compile again")
         try:
@@ -144,6 +164,9 @@ class Plan:
             refusals = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused)
             lines.append(f"op           {choice.op:<20} {choice.chosen}" + (f"  ({refusals})" if refusals else ""))
         lines += [f"linear       {group}" for group in self.layers]
+        exempt = {group.name for group in self.sensitivity if group.name in self.exempt}
+        for group in self.sensitivity:
+            lines.append(f"sensitivity  {group}" + ("  exempt" if group.name in exempt else ""))
         for stage in self.stages:
             floors = ", ".join(f"{name} {stage.seconds(c) * 1e3:.3g} ms" for name, c in CEILINGS.items())
             work = f"{stage.flops / 1e9:,.2f} GFLOP  {_bytes(stage.weight_bytes)} of weights"

@@ -1,4 +1,4 @@
-"""The Triton launchers that quantize rows as torch ops `twinflow::triton_*_quantized`; see triton_ops.py."""
+"""The Triton launchers of 8-bit networks as torch ops `twinflow::triton_*`; see triton_ops.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels import attention_fp8 as _attention
 from .kernels import linear, mlp, norm  # type: ignore[import-not-found]
 from .triton_ops import _op
 
@@ -54,3 +55,7 @@ swiglu_quantized = _quantizing(
     "triton_swiglu_quantized(Tensor x, ScalarType dtype)", mlp.swiglu_quantized, lambda x: x.shape[-1] // 2
 )
 gelu_tanh_quantized = _quantizing("triton_gelu_tanh_quantized(Tensor x, ScalarType dtype)", mlp.gelu_tanh_quantized)
+attention_fp8 = _op(
+    "triton_attention_fp8(Tensor q, Tensor k, Tensor v, Tensor? lengths=None) -> Tensor",
+    _attention.attention_fp8, lambda q, k, v, lengths=None: q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3])),
+)  # fmt: skip

@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 from compiler import SHARED_LIMIT, build, record
-from twinflow_rt.kernels import attention, decode, launch, linear, mlp, norm, rope, sample
+from twinflow_rt.kernels import attention, attention_fp8, decode, launch, linear, mlp, norm, rope, sample
 
 ARCHS = tuple(SHARED_LIMIT)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -138,6 +138,29 @@ def test_attention(monkeypatch, tmp_path, arch, d, queries, lengths):
     assert arch != 90 or ".target sm_90a" in built.ptx  # without the "a" there is neither wgmma nor setmaxnreg
     if arch == 90 and queries > 64 and d <= 128:  # loads by the accelerator, registers moved between warp groups
         assert "cp.async.bulk.tensor" in built.ptx and "setmaxnreg" in built.ptx
+
+
+FP8_UNIT = {  # of the scores; the probabilities meet v in bfloat16
+    89: "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3", 90: "k32.f32.e4m3.e4m3", 100: "kind::f8f6f4",
+    120: "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3",
+}  # fmt: skip
+
+
+def _fp8_cases():
+    for arch in FP8_UNIT:
+        for d in (128, 64, 96, 48, 256):
+            for queries, lengths in ((4224, False), (4224, True), (64, True)):
+                shown = d == 128 and queries == 4224 and not lengths and arch in (89, 90)
+                yield pytest.param(arch, d, queries, lengths, marks=() if shown else pytest.mark.full)
+
+
+@pytest.mark.parametrize("arch, d, queries, lengths", list(_fp8_cases()))
+def test_attention_fp8(monkeypatch, tmp_path, arch, d, queries, lengths):
+    q, k, v = meta(2, 4224, 3, 30, d, dtype=torch.bfloat16).unbind(2)
+    count = meta(2, dtype=torch.int64) if lengths else None
+    call = lambda: attention_fp8.attention_fp8(q[:, :queries], k, v, count)
+    *_, built = check(monkeypatch, tmp_path, attention_fp8, arch, call)
+    assert MATRIX_UNIT[arch] in built.ptx and FP8_UNIT[arch] in built.ptx
 
 
 @pytest.mark.parametrize("arch, d, dtype", matrix((32, 5), DTYPES))

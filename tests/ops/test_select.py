@@ -8,13 +8,17 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from twinflow_rt import ops
-from twinflow_rt.ops import backends, optional
+from twinflow_rt.ops import backends, mlp, optional
 from twinflow_rt.ops.select import (
     IMPLEMENTATIONS,
     NATIVE,
+    NO_TRITON,
     RAGGED,
+    ROW_OPS,
+    SEPARATE,
     OpTable,
     Target,
     choose,
@@ -50,7 +54,7 @@ def test_rank():
     assert rank("rms_norm", Target("cpu", torch.float32)) == ("native",)
     assert rank("attention", Target("cpu", torch.float32)) == ()
     assert all(rank(op, H100) == ("cuda", "triton") for op in NATIVE)
-    assert all("triton" in rank(op, H100) for op in (*OPS, RAGGED))
+    assert all("triton" in rank(op, H100) for op in (*OPS, RAGGED) if op not in (*NO_TRITON, "linear_swiglu"))
     assert all(rank(op, Target("mps", torch.float32)) == () for op in OPS)
     assert set(NATIVE) <= set(OPS)
 
@@ -103,11 +107,85 @@ def test_triton_refusals():
         assert "no CUDA device" in refuses(H100)
 
 
+def test_float8_attention_is_chosen_only_where_asked_for():
+    asked = replace(H100, fp8_attention=True)
+    table, choices = select(asked)
+    chosen = {c.op: c.chosen for c in choices}
+    assert "attention_fp8" in chosen and "attention" not in chosen and RAGGED not in chosen
+    if chosen["attention_fp8"] == "eager":
+        assert table.attention is ops.attention_fp8
+    assert "attention_fp8" not in {c.op for c in select(H100)[1]}
+    refuses = IMPLEMENTATIONS["attention_fp8"]["triton"].refuses
+    assert "8.9" in refuses(replace(asked, arch=86)) and "not float32" in refuses(replace(asked, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("op", ROW_OPS)
+def test_rows_of_float8_need_a_chip_that_stores_them(op):
+    float8 = replace(H100, rows=torch.float8_e4m3fn)
+    name = "scaled-mm" if op == "linear_quantized" else "triton"
+    refuses = IMPLEMENTATIONS[op][name].refuses
+    assert rank(op, float8) == (name,)
+    assert "8.9" in refuses(replace(float8, arch=86)) and "8.9" not in (refuses(replace(float8, arch=89)) or "")
+
+
+def test_products_of_rows_say_what_they_multiply():
+    refuses = {name: i.refuses for name, i in IMPLEMENTATIONS["linear_quantized"].items()}
+    assert "not int8" in refuses["scaled-mm"](replace(H100, rows=torch.int8))
+    assert "gives bfloat16, not float16" in refuses["scaled-mm"](replace(H100, dtype=torch.float16))
+    cpu = Target("cpu", torch.float32, rows=torch.float8_e4m3fn)
+    assert "not float8" in refuses["int8-mm"](cpu) and "not on cpu" in refuses["scaled-mm"](cpu)
+    assert refuses["int8-mm"](replace(cpu, rows=torch.int8)) is None
+
+
 def test_every_refusal_is_stated_and_eager_remains():
     _, choices = select(Target("cuda", torch.float64, arch=90))
-    assert [c.op for c in choices] == [*OPS, RAGGED] and {c.chosen for c in choices} == {"eager"}
+    assert [c.op for c in choices] == [*OPS, RAGGED]
+    torchs = {**dict.fromkeys(SEPARATE, "separate"), "upsample_conv": "folded"}  # what torch does in any dtype
     for choice in choices:
-        assert set(reasons(choice)) == set(rank(choice.op, H100)) and all(reasons(choice).values())
+        assert choice.chosen == torchs.get(choice.op, "eager")
+        target = Target("cuda", torch.float64, arch=90)
+        assert set(reasons(choice)) == set(rank(choice.op, target)) - {choice.chosen} and all(reasons(choice).values())
+
+
+def test_products_and_what_follows():
+    """Fused where the saved pass is worth more than the vendor's product; tanh-GELU and the residual go into
+    cuBLAS's epilogue wherever there is one."""
+    target = lambda arch: Target("cuda", torch.bfloat16, arch=arch)
+    for arch, first in {80: "triton", 89: "triton", 90: "separate", 100: "separate", 120: "triton"}.items():
+        assert rank("linear_swiglu", target(arch))[0] == first
+        assert rank("linear_gelu", target(arch)) == ("cublaslt", "separate")
+        assert rank("linear_residual", target(arch)) == ("cublas",)
+    assert rank("linear_swiglu", target(None)) == rank("linear_swiglu", Target("cpu", torch.float32)) == ("separate",)
+    assert "not float32" in IMPLEMENTATIONS["linear_swiglu"]["triton"].refuses(Target("cuda", torch.float32, arch=89))
+    for op in ("linear_gelu", "linear_residual"):
+        for name in {"cublaslt", "cublas"} & set(IMPLEMENTATIONS[op]):
+            assert "not on cpu" in IMPLEMENTATIONS[op][name].refuses(Target("cpu", torch.float32))
+
+
+def test_a_separate_product_is_followed_by_the_op_that_was_chosen():
+    table, choices = select(Target("cpu", torch.float32))
+    assert {c.op: c.chosen for c in choices}["linear_swiglu"] == "separate"
+    x, weight, bias = torch.randn(2, 3, 8), torch.randn(10, 8), torch.randn(10)
+    assert torch.equal(table.linear_swiglu(x, weight), table.swiglu(F.linear(x, weight)))
+    assert torch.equal(table.linear_gelu(x, weight, bias), table.gelu_tanh(F.linear(x, weight, bias)))
+    assert table == select(Target("cpu", torch.float32))[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_epilogues_of_cublas(dtype):
+    """The operators exist and mean this. (A CPU's `_addmm_activation` has the exact GELU: 5e-4 from the tanh form.)"""
+    x, weight, bias = torch.randn(2, 3, 8).to(dtype), torch.randn(10, 8).to(dtype), torch.randn(10).to(dtype)
+    exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+    got = mlp.linear_gelu_epilogue(x, weight, bias)
+    assert got.shape == exact.shape and got.dtype == dtype
+    assert (got.double() - exact).abs().max() < 6e-4 + torch.finfo(dtype).eps * exact.abs().max()
+    residual = torch.randn(2, 3, 10).to(dtype)
+    exact = residual.double() + x.double() @ weight.double().t()
+    got = mlp.linear_residual_epilogue(residual, x, weight)
+    assert got.shape == exact.shape and got.dtype == dtype
+    assert (got.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+    assert mlp.linear_residual_epilogue(residual[:, ::2], x[:, ::2], weight).equal(got[:, ::2])
+    assert mlp.linear_gelu_epilogue(x[:0], weight, bias).shape == (0, 3, 10)
 
 
 def fake(folder, name, text):

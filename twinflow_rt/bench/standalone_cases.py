@@ -1,42 +1,27 @@
-"""Ops beside `OpTable`, at their networks' sizes: those of quantized rows, and the VAE's.
-
-As `op_cases`, for functions of `twinflow_rt.ops` that networks reach through `RowTable`, or not through a table.
-"""
+"""The ops of 8-bit networks, at their networks' sizes: as `op_cases`, for `RowTable` and float8 attention."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
 from ..ops.rows import Op
-from ..ops.select import IMPLEMENTATIONS, ROW_OPS, Target, triton_refuses
-from .op_cases import EPS, Case, Drawing, Sizes, _Draw, exact_gelu, exact_layer, exact_rms
+from ..ops.select import IMPLEMENTATIONS, ROW_OPS, Target
+from .op_cases import EPS, Case, Drawing, Sizes, _Draw, exact_attention, exact_gelu, exact_layer, exact_rms
 
-STEMS = {"group_norm_silu": "decode", "x0_to_vae": "decode"}  # op in no table -> the module of kernels/ that has it
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
-def launcher(op: str) -> Op:
-    """The Triton launcher of an op in no table; imports triton."""
-    found: Op = getattr(import_module(f"twinflow_rt.kernels.{STEMS[op]}"), op)
-    return found
-
-
-def implementations(case: Case, target: Target) -> tuple[dict[str, Op], dict[str, str]]:
-    """The implementations that serve the case on `target` here, and why the others do not."""
-    if case.op in STEMS:
-        reason = triton_refuses(target)
-        return ({}, {"triton": reason}) if reason else ({"triton": launcher(case.op)}, {})
+def implementations(case: Case, target: Target, key: str | None = None) -> tuple[dict[str, Op], dict[str, str]]:
+    """The implementations that serve the case on `target` here, and why the others do not. key: the case's in
+    `IMPLEMENTATIONS`, if not its op."""
     usable, refused = {}, {}
-    for name, implementation in IMPLEMENTATIONS[case.op].items():
+    for name, implementation in IMPLEMENTATIONS[key or case.op].items():
         if name == "eager":
             continue
         if reason := implementation.refuses(aimed(case, target)):
@@ -56,7 +41,7 @@ def standalone(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> 
     """A case per op, the quantizing ones for float8 and int8."""
     draw = _Draw(dtype, torch.device(device))
     rows = [c for kind in QUANTIZED for c in (*_quantizing(sizes, draw, kind), _product(sizes, draw, kind))]
-    return rows + _vae(sizes, draw)
+    return [*rows, _attention(sizes, draw)]
 
 
 def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -120,27 +105,13 @@ def _product(s: Sizes, draw: _Draw, kind: str) -> Case:
     return Case("linear_quantized", f"linear_quantized, {kind}", inputs, exact, moved, 2 * s.tokens * s.width**2)
 
 
-def _vae(s: Sizes, draw: _Draw) -> list[Case]:
-    channels, edge, latents = 128, s.pixels, math.prod(s.latents)
+def _attention(s: Sizes, draw: _Draw) -> Case:
+    """Judged against its definition: float64 attention of the quantized queries and keys."""
 
-    def image() -> tuple[Any, ...]:
-        x = draw(1, channels, edge, edge).contiguous(memory_format=torch.channels_last)
-        return x, 32, draw.weight(channels), draw.weight(channels, seed=1) - 1, 1e-6
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+        rows = (ops.quantize_rows(x, QUANTIZED["float8"]) for x in (q, k))
+        return (exact_attention(*(values.double() * scales.double() for values, scales in rows), v),)
 
-    def latent() -> tuple[Any, ...]:
-        c, h, w = s.latents
-        tokens = draw(1, h // 2, w // 2, 2, 2, c)
-        std = draw.weight(c)
-        return draw(1, c, h, w), tokens.permute(0, 5, 1, 3, 2, 4), 1.0, std, std - 1, draw.dtype
-
-    def group(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor]:
-        return (F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), eps)),)
-
-    def unpacked(x: Tensor, velocity: Tensor, t: float, std: Tensor, mean: Tensor, _: torch.dtype) -> tuple[Tensor]:
-        x0 = x.double() - t * velocity.double().reshape(x.shape)
-        return (x0 * std.double().view(-1, 1, 1) + mean.double().view(-1, 1, 1),)
-
-    return [
-        Case("group_norm_silu", "group_norm_silu", image, group, 3 * channels * edge**2 * draw.item),
-        Case("x0_to_vae", "x0_to_vae", latent, unpacked, 3 * latents * draw.item),
-    ]
+    inputs = lambda: draw(1, s.tokens, 3, s.heads, s.head_dim).unbind(2)
+    moved, flops = 4 * s.tokens * s.width * draw.item, 4 * s.tokens**2 * s.width
+    return Case("attention_fp8", "attention_fp8", inputs, exact, moved, flops)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, optional
-from .attention import attention, linear_attention
+from .attention import attention, attention_fp8, linear_attention
 from .decode import group_norm_silu, rms_norm_silu, to_uint8, upsample_conv, x0_to_vae
 from .mlp import gelu_tanh, linear_gelu, linear_residual, linear_swiglu, swiglu
 from .norm import layer_norm, residual_layer_norm, residual_norm, rms_norm
@@ -30,13 +30,15 @@ TRITON = (3, 6)
 OLDEST_ARCH = 80
 FLOAT8_ARCH = 89  # the first compute capability that stores and multiplies float8
 RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of several lengths
+FP8 = "attention_fp8"  # attention with float8 scores, where the target asks for it
 
 
 @dataclass(frozen=True)
 class Target:
     """What a program is compiled for. arch: compute capability, 90 for 9.0; None on a CPU or where
     unknown. head_dim, linear_head_dim: of softmax and of linear attention; None where unknown. rows: what
-    quantized layers multiply, int8 or float8_e4m3fn; None where there are none, or unknown."""
+    quantized layers multiply, int8 or float8_e4m3fn; None where there are none, or unknown. fp8_attention:
+    whether softmax attention may be `attention_fp8`."""
 
     device: str
     dtype: torch.dtype
@@ -45,6 +47,7 @@ class Target:
     head_dim: int | None = None
     linear_head_dim: int | None = None
     rows: torch.dtype | None = None
+    fp8_attention: bool = False
 
     @classmethod
     def of_network(cls, config: object, device: torch.device, dtype: torch.dtype) -> Target:
@@ -134,8 +137,8 @@ ROW_OPS = tuple(f.name for f in fields(RowTable))
 def rank(op: str, target: Target) -> tuple[str, ...]:
     """Names of the implementations of `op` to try for `target`, best first; `eager` follows them all.
 
-    op: a field of `OpTable` or `RowTable`, or `RAGGED`. On a GPU the library compiled ahead of time (`cuda`) leads
-    over Triton, which does the same work but compiles it on first use.
+    op: a field of `OpTable` or `RowTable`, `RAGGED` or `FP8`. On a GPU the library compiled ahead of time (`cuda`)
+    leads over Triton, which does the same work but compiles it on first use.
     """
     if op in _RANKS:
         return _RANKS[op](target) if target.device in ("cpu", "cuda") else ()
@@ -210,20 +213,25 @@ def _triton_attention_refuses(target: Target) -> str | None:
     return triton_refuses(target)
 
 
+def _triton_fp8_refuses(target: Target) -> str | None:
+    return _float8_refuses(target.arch) or _triton_attention_refuses(target)
+
+
 def _triton_linear_attention_refuses(target: Target) -> str | None:
     if target.linear_head_dim is not None and target.linear_head_dim > 32:
         return f"takes head dims up to 32, not {target.linear_head_dim}"
     return triton_refuses(target)
 
 
-def _float8_refuses(target: Target) -> str | None:
-    if target.rows == torch.float8_e4m3fn and target.arch is not None and target.arch < FLOAT8_ARCH:
-        return f"float8 needs compute capability 8.9, this GPU has {target.arch / 10:.1f}"
+def _float8_refuses(arch: int | None) -> str | None:
+    if arch is not None and arch < FLOAT8_ARCH:
+        return f"float8 needs compute capability 8.9, this GPU has {arch / 10:.1f}"
     return None
 
 
 def _triton_rows_refuses(target: Target) -> str | None:
-    return _float8_refuses(target) or triton_refuses(target)
+    reason = _float8_refuses(target.arch) if target.rows == torch.float8_e4m3fn else None
+    return reason or triton_refuses(target)
 
 
 def _int8_mm_refuses(target: Target) -> str | None:
@@ -239,7 +247,7 @@ def _scaled_mm_refuses(target: Target) -> str | None:
         return "multiplies float8_e4m3fn, not int8"
     if target.dtype != torch.bfloat16:
         return f"gives bfloat16, not {str(target.dtype).removeprefix('torch.')}"
-    if reason := _float8_refuses(target):
+    if reason := _float8_refuses(target.arch):
         return reason
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
@@ -301,6 +309,10 @@ def _row_implementations(op: str) -> dict[str, Implementation]:
 # op -> name -> implementation
 IMPLEMENTATIONS = {f.name: _implementations(f.name) for f in fields(OpTable)}
 IMPLEMENTATIONS[RAGGED] = {name: IMPLEMENTATIONS["attention"][name] for name in ("triton", "eager")}
+IMPLEMENTATIONS[FP8] = {
+    "triton": Implementation("triton", _from("triton_rows", "attention_fp8"), _triton_fp8_refuses),
+    "eager": Implementation("eager", lambda: attention_fp8),
+}
 IMPLEMENTATIONS |= {op: _row_implementations(op) for op in ROW_OPS}
 
 
@@ -328,10 +340,12 @@ def choose(op: str, target: Target, prefer: str | None = None) -> Choice:
 
 def select(target: Target, prefer: str | None = None) -> tuple[OpTable, tuple[Choice, ...]]:
     """Picks an implementation per op for `target` (see `choose`); pure but for asking what the machine has."""
-    choices = [choose(op, target, prefer) for op in IMPLEMENTATIONS if op not in ROW_OPS]
+    others = {*ROW_OPS, "attention", RAGGED} if target.fp8_attention else {*ROW_OPS, FP8}
+    choices = [choose(op, target, prefer) for op in IMPLEMENTATIONS if op not in others]
     table = {c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}
-    ragged = table.pop(RAGGED)
-    if ragged is not table["attention"]:
+    if target.fp8_attention:
+        table["attention"] = table.pop(FP8)
+    elif (ragged := table.pop(RAGGED)) is not table["attention"]:
         table["attention"] = _by_lengths(table["attention"], ragged)
     for choice in choices:
         if choice.chosen == "separate":

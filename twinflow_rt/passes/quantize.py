@@ -176,6 +176,12 @@ def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = No
     return None if torch.backends.mkldnn.is_available() else "needs a torch built with oneDNN"
 
 
+def require_fp8_attention(precision: str | None) -> None:
+    """Raises ConfigError where float8 attention is asked for beside another precision than "fp8"."""
+    if precision != "fp8":
+        raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision or 'a dtype'}")
+
+
 def require(precision: str | None, device: torch.device, dtype: torch.dtype | None = None) -> None:
     """Raises ConfigError where `refuses` has a reason."""
     if precision is not None and (reason := refuses(precision, device, dtype)):
