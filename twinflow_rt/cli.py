@@ -351,6 +351,18 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     return sensitivity.run(args, pipe)
 
 
+def add_batch(parser: Parser) -> None:
+    from . import batch
+
+    batch.add_arguments(parser)
+
+
+def run_batch(args: argparse.Namespace) -> int:
+    from . import batch
+
+    return batch.run(args)
+
+
 def add_bench(parser: Parser) -> None:
     from .bench import command
 
@@ -369,6 +381,7 @@ COMMANDS = {
     "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
     "kernels": Command("List every op's implementations and what speaks against each here.", add_kernels, run_kernels),
     "sensitivity": Command("Measure which layers int8 hurts.", add_sensitivity, run_sensitivity),
+    "batch": Command("Make the images of a file of prompts.", add_batch, run_batch),
     "bench": Command("Measure a model; compare two measurements.", add_bench, run_bench),
     "eval": Command("Score a model of coloured shapes with a program.", add_eval, run_eval),
     "serve": Command("Serve a model over HTTP (OpenAI's images API).", add_serve, run_serve),
