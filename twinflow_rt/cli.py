@@ -105,12 +105,17 @@ def add_generate(parser: Parser) -> None:
 
 def add_model(parser: Parser) -> None:
     """Options that every command loading a model shares."""
-    parser.add_argument("--model", default="demo", help="model folder (diffusers layout), or 'demo' (default)")
+    parser.add_argument("--model", default="demo", help="model folder, hf://owner/name, or 'demo' (default)")
+    add_download(parser)
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
     parser.add_argument(
         "--precision", help="fp32, fp16 or bf16, as --dtype; int8: 8-bit linear layers (CPU); auto: the default"
     )
+
+
+def add_download(parser: Parser) -> None:
+    parser.add_argument("--download", action="store_true", help="fetch a model hf://owner/name[@revision][/subfolder]")
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -138,6 +143,7 @@ def run_generate(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     with loading(args.model) as progress:
         options = {"device": args.device, "dtype": args.dtype, "precision": args.precision, "loras": args.lora}
+        options["download"] = args.download
         pipe = load(args.model, sampler=chosen_sampler(args), progress=progress, **options)
     load_seconds = time.perf_counter() - start
     width, height = args.size or (None, None)
@@ -243,15 +249,16 @@ def loading(model: str) -> Iterator[Callable[[str, int], None]]:
 
 
 def add_inspect(parser: Parser) -> None:
-    parser.add_argument("model", help="model folder (diffusers layout), or 'demo'")
+    parser.add_argument("model", help="model folder (diffusers layout), hf://owner/name, or 'demo'")
+    add_download(parser)
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     from .describe import describe
-    from .pipeline import DEMO
+    from .pipeline import model_path
 
-    description = describe(DEMO if args.model == "demo" else Path(args.model))
+    description = describe(model_path(args.model, args.download))
     print(json.dumps(description.to_dict(), indent=1) if args.json else description)
     return 0
 
@@ -313,7 +320,8 @@ def run_eval(args: argparse.Namespace) -> int:
     from .pipeline import load
 
     with loading(args.model) as progress:
-        pipe = load(args.model, device=args.device, dtype=args.dtype, precision=args.precision, progress=progress)
+        options = {"precision": args.precision, "progress": progress, "download": args.download}
+        pipe = load(args.model, device=args.device, dtype=args.dtype, **options)
     return command.run(args, pipe)
 
 
@@ -330,7 +338,9 @@ def run_serve(args: argparse.Namespace) -> int:
         from .pipeline import load
 
         with loading(args.model) as progress:
-            options = {"precision": args.precision, "nfe": args.nfe, "progress": progress}
+            options = {
+                "precision": args.precision, "nfe": args.nfe, "progress": progress, "download": args.download,
+            }  # fmt: skip
             return load(args.model, device=args.device, dtype=args.dtype, **options)
 
     return command.run(args, load_model)

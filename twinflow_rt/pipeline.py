@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import hub
 from .compile import Program, compile_network, load_program
 from .config import (
     DTYPES,
@@ -206,9 +207,10 @@ def load(
     path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
     nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
     progress: Callable[[str, int], None] | None = None, precision: str | None = None, exempt: Sequence[str] = (),
-    prompt_cache: int = 0,
+    prompt_cache: int = 0, download: bool = False,
 ) -> Pipeline:  # fmt: skip
-    """Loads and compiles a model folder in diffusers' layout, or "demo", the miniature that ships along.
+    """Loads and compiles a model folder in diffusers' layout, "demo", the miniature that ships along, or
+    hf://owner/name[@revision][/subfolder] from the cache of the Hugging Face hub.
 
     device: default the GPU if there is one. dtype: default the checkpoint's, or float32 where the
     device cannot compute in that at full rate. nfe: evaluations per image the network is folded for
@@ -219,11 +221,12 @@ def load(
     parts of layer names kept out of int8, because they measured sensitive (`twinflow-rt sensitivity`).
     prompt_cache: bytes of device memory to keep prompts in that were seen before, as the network reads them
     (`Pipeline.prompts` counts hits); 0: none.
+    download: fetch a hf:// model (`hub`); nothing else ever opens a connection.
     Raises CheckpointError, ConfigError, DeviceError.
     """
     asked, target = resolve_sampler(nfe, sampler), resolve_device(device)
     quantized, dtype = resolve_precision(precision, dtype)
-    folder = model_folder(DEMO if str(path) == "demo" else Path(path))
+    folder = model_folder(model_path(path, download))
     saved = artifact.read(folder) if artifact.is_artifact(folder) else None
     config = asked or (saved["sampler"] if saved else preset(1))
 
@@ -255,6 +258,11 @@ def load(
             program = compile_network(checkpoint, family, times, **to, **how)
         vae.materialize(target, kind, part("vae"))
     return Pipeline(text, program, vae, sizes, config, target, kind, folder, prompt_cache)
+
+
+def model_path(path: str | Path, download: bool = False) -> Path:
+    """The local folder that `load` takes for `path`."""
+    return DEMO if str(path) == "demo" else hub.folder(path, download)
 
 
 def _transformer(folder: Path, plan: Plan | None) -> Checkpoint:

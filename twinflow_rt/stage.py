@@ -40,7 +40,7 @@ class Model:
         Raises ConfigError; where: what its message calls the file."""
         with reading(where), torch.device("meta"):
             config = self.config.from_dict(raw)
-            check_fields(config, where)
+            check_fields(type(config), vars(config), where)
             return self.network(config), self.layout(config)
 
     def open(self, folder: Path) -> Part:

@@ -121,7 +121,7 @@ class Converted:
         shape = self.source.shape(stored)
         if parts > 1:
             if not shape or shape[0] % parts:
-                raise CheckpointError(f"{self.folder}: {stored} is of shape {shape}, whose rows do not split in {parts}")
+                raise CheckpointError(f"{self.folder}: {stored} has rows that do not split in {parts}: {shape}")
             shape = (shape[0] // parts, *shape[1:])
         return shape[:2] if self._is_matrix(target, shape) else shape
 

@@ -73,14 +73,14 @@ def must_equal(*pairs: tuple[str, int, str, int]) -> None:
     for name, value, other, wanted in pairs:
         if value != wanted:
             raise CheckpointError(
-                f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models"
+                f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models; download one whole"
             )
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a transformer's config.json content; raises CheckpointError for any other."""
     name = config.get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
             f"transformer/config.json says _class_name {name!r}, which is none of the supported families: "
             + ", ".join(FAMILIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
@@ -28,12 +28,13 @@ def reading(where: str) -> Iterator[None]:
         ) from error
 
 
-def check_fields(config: Any, where: str) -> None:
-    """Raises ConfigError unless every field of a config dataclass has its declared type and a size that
-    networks have: a typo must not build a billion layers."""
-    for name, hint in hints_of(type(config)).items():
+def check_fields(kind: type, given: Mapping[str, Any], where: str) -> None:
+    """Raises ConfigError unless the values given for fields of the config dataclass `kind` have their
+    declared types and sizes that networks have: a typo must not build a billion layers."""
+    hints = hints_of(kind)
+    for name in given:
         try:
-            value = typed(getattr(config, name), hint, name)
+            value = typed(given[name], hints[name], name)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}; download it again") from None
         most = MOST_LAYERS if any(word in name for word in ("layers", "depth", "res_blocks")) else MOST
@@ -63,12 +64,12 @@ class NetworkConfig:
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         skipped = {*known, *cls.variants, *cls.unread}
         if unknown := [k for k, v in raw.items() if k not in skipped and not k.startswith("_") and v is not None]:
-            raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}")
+            raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}; remove them")
         where = "transformer/config.json"
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+        check_fields(cls, given, where)
         with reading(where):
-            config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known})
-        check_fields(config, where)
-        return config
+            return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content, loadable by diffusers' class of that name."""

@@ -61,6 +61,8 @@ class Checkpoint:
                 if bare in self._where:
                     raise CheckpointError(f"{self.folder}: {bare} stands twice, with and without {prefix}; keep one")
                 self._where[bare] = (file, name)
+        if not self._where:
+            raise CheckpointError(f"{self.folder} has files without any tensor; download them again")
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Self:
@@ -89,7 +91,7 @@ class Checkpoint:
         for file, keys in listing.items():
             # by name, not by resolved path: download caches link shards to files elsewhere
             if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index} names {file!r}, not a .safetensors file of its own folder")
+                raise CheckpointError(f"{index} names {file!r:.200}, not a .safetensors file of its own folder; download it again")
             absent = sorted(set(keys) - set(self._open(file).keys()))
             if absent:
                 raise CheckpointError(f"{index} places {some(absent)} in {file}, which lacks it; download both again")
@@ -149,8 +151,6 @@ class Checkpoint:
 
     def main_dtype(self) -> torch.dtype:
         """The dtype that most of the bytes are stored in."""
-        if not self._where:
-            raise CheckpointError(f"{self.folder} has files without any tensor; download them again")
         sizes: dict[torch.dtype, int] = {}
         for name in self._where:
             sizes[self.dtype(name)] = sizes.get(self.dtype(name), 0) + self.nbytes(name)
