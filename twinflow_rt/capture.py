@@ -85,7 +85,7 @@ class CudaGraphs:
             torch.cuda.empty_cache()
             before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
             # other threads may allocate meanwhile: only this one's calls are recorded
-            mode = {"pool": self._pool, "stream": self._side, "capture_error_mode": "thread_local"}
+            mode: dict[str, Any] = {"pool": self._pool, "stream": self._side, "capture_error_mode": "thread_local"}
             with torch.cuda.graph(graph, **mode):
                 outputs = run()
             return graph, outputs, max(torch.cuda.memory_reserved() - before, 0)
@@ -230,7 +230,8 @@ class Captures:
                 reason = f"recording failed ({str(error).splitlines()[0]})"
                 if self.strict:
                     raise DeviceError(f"stage {stage}: {reason}; capture='off' runs without graphs") from error
-                return self._refuse(key, reason)
+                self._refuse(key, reason)
+                return None
             self._count(stage, recorded=1)
             self.pool_bytes += grown
             if self.pool_bytes <= self.budget:
@@ -242,7 +243,8 @@ class Captures:
             self._clear()  # then once more, in a pool of its own
         needed = self.pool_bytes
         self._clear()
-        return self._refuse(key, f"its graph alone needs {needed / 1e6:,.1f} MB, beyond the budget")
+        self._refuse(key, f"its graph alone needs {needed / 1e6:,.1f} MB, beyond the budget")
+        return None
 
     def _refuse(self, key: Hashable, reason: str) -> None:
         self._plain[key] = reason
@@ -264,7 +266,8 @@ def _shape(value: Any, leaves: list[Tensor]) -> Hashable:
         return tuple((name, _shape(item, leaves)) for name, item in value.items())
     if is_dataclass(value):
         return type(value), tuple(_shape(item, leaves) for item in _values(value))
-    return value
+    known: Hashable = value
+    return known
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -42,12 +42,12 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     loaded = time.perf_counter()
     embeds = encode(text, prompts)
     write(args.output, embeds, model=args.model, family=family, text=text, prompts=prompts)
-    report = {
+    report: dict[str, Any] = {
         "file": str(args.output), "prompts": len(prompts), "tokens": list(embeds.lengths),
         "bytes": args.output.stat().st_size,
         "seconds": {"load": loaded - began, "encode": time.perf_counter() - loaded},
     }  # fmt: skip
-    size, seconds = report["bytes"] / 1e6, report["seconds"]["encode"]  # type: ignore[index,operator]
+    size, seconds = report["bytes"] / 1e6, report["seconds"]["encode"]
     line = f"wrote {args.output}: {len(prompts)} prompts, {sum(embeds.lengths)} tokens, {size:,.2f} MB; {seconds:.2f} s"
     print(json.dumps(report, indent=1) if args.json else line)
     return 0

@@ -22,7 +22,8 @@ import torch
 from .errors import OutOfMemoryError
 from .report import release_free_memory
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ONEDNN = "could not create a primitive"
 ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", ONEDNN)

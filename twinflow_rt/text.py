@@ -114,7 +114,7 @@ class TextEncoder(Stage):
     @property
     def width(self) -> int:
         """Features of an embedding."""
-        return self.network.config.hidden_size
+        return int(self.network.config.hidden_size)
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embeddings [B, L, width] in the weights' dtype, L the longest prompt's token count."""
@@ -135,10 +135,13 @@ class TextEncoder(Stage):
         """The model's states of whole prompts, of which ids [B, L] come after `prefix`."""
 
         def run(ids: Tensor) -> Tensor:
-            return self.network(ids) if prefix is None else self.network(ids, prefix.past)
+            states: Tensor = self.network(ids) if prefix is None else self.network(ids, prefix.past)
+            return states
 
+        states: Tensor
         if prefix is None:
-            return self.captured("text", run, ids)
+            states = self.captured("text", run, ids)
+            return states
         states = self.captured("text after prefix", run, ids, owner=prefix)
         return torch.cat((prefix.states.expand(len(states), -1, -1), states), 1)
 

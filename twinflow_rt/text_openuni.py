@@ -51,7 +51,7 @@ class OpenUniText(TextEncoder):
     @property
     def width(self) -> int:
         """Features of an embedding."""
-        return self.connector.config.caption_channels
+        return int(self.connector.config.caption_channels)
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         ids, device = self.tokenizer(prompts, self.max_tokens), self.network.embed_tokens.weight.device
@@ -64,12 +64,14 @@ class OpenUniText(TextEncoder):
         def run(ids: Tensor, lengths: Tensor) -> PromptEmbeds:
             return self._embed(self.network, self.connector, ids, lengths)
 
-        return self.captured("text", run, padded, lengths)
+        embeds: PromptEmbeds = self.captured("text", run, padded, lengths)
+        return embeds
 
     def probe(self, tokens: int) -> PromptEmbeds:
         """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""
         ids, lengths = (torch.zeros(*shape, dtype=torch.int64, device="meta") for shape in ((1, tokens), (1,)))
-        return self._embed(*(part.shadow() for part in self.parts), ids, lengths)
+        language, connector = (part.shadow() for part in self.parts)
+        return self._embed(language, connector, ids, lengths)
 
     def _embed(self, language: Any, connector: Any, ids: Tensor, lengths: Tensor) -> PromptEmbeds:
         """ids: [B, L], prompt b's first lengths[b] count."""

@@ -52,7 +52,8 @@ class SD3Text(Stage):
         def run(*ids: Tensor) -> PromptEmbeds:
             return self._embed([part.network for part in self.parts], ids)
 
-        return self.captured("text", run, *ids)
+        embeds: PromptEmbeds = self.captured("text", run, *ids)
+        return embeds
 
     def probe(self, tokens: int) -> PromptEmbeds:
         """The stage's work for one prompt, which is the same at any length, on the meta device: to be counted."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import attention as _attention  # type: ignore[import-not-found]
+from .kernels import attention as _attention
 from .kernels import decode, mlp, norm, rope, sample
 
 _library = torch.library.Library("twinflow", "FRAGMENT")

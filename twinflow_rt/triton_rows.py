@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kernels import attention_fp8 as _attention
-from .kernels import linear, mlp, norm  # type: ignore[import-not-found]
+from .kernels import linear, mlp, norm
 from .triton_ops import _op
 
 Rows = tuple[Tensor, Tensor]

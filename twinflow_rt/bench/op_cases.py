@@ -147,8 +147,9 @@ def exact_bytes(image: Tensor) -> Tensor:
 def _norms(s: Sizes, draw: _Draw, b: int) -> list[Case]:
     shape, one = (b, s.tokens, s.width), b * s.tokens * s.width * draw.item
     w: Drawing = lambda seed=1: draw.weight(1, 1, s.width, seed=seed)
-    bias = lambda: w(3) - 1
-    x, branch = (lambda: draw(*shape)), (lambda: draw(*shape, seed=5))
+    bias: Drawing = lambda: w(3) - 1
+    x: Drawing = lambda: draw(*shape)
+    branch: Drawing = lambda: draw(*shape, seed=5)
 
     def residual(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float) -> tuple[Tensor, ...]:
         total = x.double() + exact_rms(branch, post, eps)

@@ -53,9 +53,10 @@ def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _quantizing(s: Sizes, draw: _Draw, kind: str) -> list[Case]:
     quantized = QUANTIZED[kind]
     shape, count = (1, s.tokens, s.width), s.tokens * s.width
-    x, branch = (lambda: draw(*shape)), (lambda: draw(*shape, seed=5))
+    x: Drawing = lambda: draw(*shape)
+    branch: Drawing = lambda: draw(*shape, seed=5)
     w: Drawing = lambda seed=1: draw.weight(1, 1, s.width, seed=seed)
-    bias = lambda: w(3) - 1
+    bias: Drawing = lambda: w(3) - 1
 
     def residual(
         x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float, _: torch.dtype

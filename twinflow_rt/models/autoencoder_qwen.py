@@ -24,6 +24,7 @@ from ..ops import EAGER, OpTable
 from ..passes.load import Checkpoint, Layout
 from ..passes.upsample import UpsampleConv
 from ..stage import Model
+from .containers import ModuleDict
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.resample = nn.ModuleDict({"1": UpsampleConv(channels, channels // 2)})
+        self.resample = ModuleDict({"1": UpsampleConv(channels, channels // 2)})
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         return self.resample["1"].enlarged(x, ops)

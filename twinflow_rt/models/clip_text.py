@@ -7,6 +7,7 @@ counts, as in the reference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import EAGER
+from ..ops import EAGER, OpTable
 from ..passes.load import Layout
 from ..stage import Model
 from .containers import ModuleDict, ModuleList
@@ -25,7 +26,7 @@ FUSED = {
     f"self_attn.qkv_proj.{leaf}": tuple(f"self_attn.{part}_proj.{leaf}" for part in "qkv")
     for leaf in ("weight", "bias")
 }
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -67,7 +68,7 @@ class Norm(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(width)), nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor, eps: float, ops) -> Tensor:
+    def forward(self, x: Tensor, eps: float, ops: OpTable) -> Tensor:
         return ops.layer_norm(x, self.weight.float(), eps, self.bias.float())
 
 
@@ -96,7 +97,7 @@ class Layer(nn.Module):
             {"fc1": nn.Linear(width, config.intermediate_size), "fc2": nn.Linear(config.intermediate_size, width)}
         )
 
-    def forward(self, x: Tensor, ops) -> Tensor:
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x, self.eps, ops))
         return x + self.mlp["fc2"](self.act(self.mlp["fc1"](self.layer_norm2(x, self.eps, ops))))
 

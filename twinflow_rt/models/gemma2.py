@@ -87,6 +87,8 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
+    input_layernorm: Weight
+
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         self.self_attn, self.mlp = Attention(config), FeedForward(config)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import EAGER
+from ..ops import EAGER, OpTable
 from ..passes.load import Layout
 from .containers import ModuleList
 from .linear import with_residual, with_swiglu
@@ -115,11 +115,11 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (Weight(config.head_dim) if config.qk_norm else None for _ in range(2))
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: Any, past: tuple[Tensor, Tensor] | None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
         kept: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:  # fmt: skip
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(self.split, -1))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q = ops.rms_norm(q, self.q_norm.weight.float(), self.eps)
             k = ops.rms_norm(k, self.k_norm.weight.float(), self.eps)
         q, k, v = (y.transpose(1, 2) for y in (rotate_halves(q, *rope), rotate_halves(k, *rope), v))
@@ -131,7 +131,9 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: LanguageConfig) -> None:
+    """config: anything with these two sizes."""
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
@@ -147,7 +149,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = Weight(config.hidden_size)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: Any, past: tuple[Tensor, Tensor] | None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
         kept: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:  # fmt: skip
         h = ops.rms_norm(x, self.input_layernorm.weight.float(), self.eps)

@@ -28,7 +28,7 @@ def reading(where: str) -> Iterator[None]:
         ) from error
 
 
-def check_fields(kind: type, given: Mapping[str, Any], where: str) -> None:
+def check_fields(kind: Any, given: Mapping[str, Any], where: str) -> None:
     """Raises ConfigError unless the values given for fields of the config dataclass `kind` have their
     declared types and sizes that networks have: a typo must not build a billion layers."""
     hints = hints_of(kind)

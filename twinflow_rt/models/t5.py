@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import EAGER
+from ..ops import EAGER, OpTable
 from ..passes.load import Layout
 from ..stage import Model
 from .containers import ModuleDict, ModuleList
@@ -81,7 +81,7 @@ class Block(nn.Module):
         second = {"DenseReluDense": ModuleDict(dense), "layer_norm": Weight(config.d_model)}
         self.layer: ModuleList[ModuleDict[Any]] = ModuleList((ModuleDict(first), ModuleDict(second)))
 
-    def forward(self, x: Tensor, bias: Tensor, ops) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, ops: OpTable) -> Tensor:
         """x may be wider than the weights: see `_dtype_of`."""
         attention, norm = self.layer[0].values()
         dtype = attention.qkv.weight.dtype

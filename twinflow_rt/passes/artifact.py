@@ -140,7 +140,7 @@ def source_hash(folder: Path) -> str:
     """SHA-256 over the names and contents of a network folder's weight files, in order; of an artifact's
     network, that of the files it was compiled from."""
     if is_artifact(folder.parent):
-        return read_json(folder.parent / MANIFEST)["source"]
+        return str(read_json(folder.parent / MANIFEST)["source"])
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.name.encode())

@@ -111,7 +111,7 @@ def arrived(
 def attach(network: Any, target: Target) -> tuple[Choice, ...]:
     """Gives the quantized layers of `network`, whose `ops` are chosen, their implementations for `target`.
     Returns the choices: none where there is no such layer."""
-    layers = [m for m in network.modules() if isinstance(m, QuantizedLinear)]
+    layers: list[Any] = [m for m in network.modules() if isinstance(m, QuantizedLinear)]
     choices: tuple[Choice, ...] = ()
     for to in {layer.weight.dtype for layer in layers}:  # one, of the networks made here
         rows, choices = select_rows(replace(target, rows=to))

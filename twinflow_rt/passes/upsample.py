@@ -22,7 +22,8 @@ class UpsampleConv(nn.Conv2d):
 
     def enlarged(self, x: Tensor, ops: OpTable) -> Tensor:
         """[B, inner, H, W] -> [B, outer, 2H, 2W]."""
-        return ops.upsample_conv(x, self.weight if self.folded is None else self.folded, self.bias)
+        y: Tensor = ops.upsample_conv(x, self.weight if self.folded is None else self.folded, self.bias)
+        return y
 
 
 def fold_upsampling(network: nn.Module, choices: Sequence[Choice]) -> None:
