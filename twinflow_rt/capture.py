@@ -23,6 +23,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -223,9 +224,9 @@ class Captures:
         for alone in (False, True):
             static = [x.clone() for x in leaves]
             supply = iter(static)
-            inputs = _map(args, lambda x, supply=supply: next(supply))
+            inputs = _map(args, partial(_taken, supply))
             try:
-                graph, outputs, grown = self.backend.record(lambda inputs=inputs: function(*inputs))
+                graph, outputs, grown = self.backend.record(partial(function, *inputs))
             except RuntimeError as error:
                 reason = f"recording failed ({str(error).splitlines()[0]})"
                 if self.strict:
@@ -268,6 +269,10 @@ def _shape(value: Any, leaves: list[Tensor]) -> Hashable:
         return type(value), tuple(_shape(item, leaves) for item in _values(value))
     known: Hashable = value
     return known
+
+
+def _taken(supply: Iterator[Tensor], _: Tensor) -> Tensor:
+    return next(supply)
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from ..training.scenes import KINDS, prompts
+from ..training.scenes import KINDS, Split, prompts
 from .check import Scores, examine
 from .data import score_data
 from .diversity import diversity
 from .sheet import contact_sheet
 
 BATCH = 32
-SPLITS = ("train", "heldout")
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

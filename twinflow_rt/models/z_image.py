@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -169,7 +170,8 @@ class ZImageTransformer(nn.Module):
         return Modulation(tuple(b.norm_weights(temb) for b in blocks), self._final_weight(temb))
 
     def _final_weight(self, temb: Tensor) -> Tensor:
-        return 1 + linear32(self.all_final_layer["2-1"].adaLN_modulation[1], F.silu(temb))
+        layer: Any = self.all_final_layer["2-1"].adaLN_modulation[1]
+        return 1 + linear32(layer, F.silu(temb))
 
     def fold(
         self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]

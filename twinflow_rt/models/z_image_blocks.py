@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,8 @@ class Block(nn.Module):
         weights = torch.stack([getattr(self, name).weight.float() for name in BLOCK_NORMS])[None]
         if temb is None:
             return weights
-        scale_a, gate_a, scale_f, gate_f = linear32(self.adaLN_modulation[0], temb).chunk(4, -1)
+        layer: Any = self.adaLN_modulation[0]
+        scale_a, gate_a, scale_f, gate_f = linear32(layer, temb).chunk(4, -1)
         return weights * torch.stack((1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()), 1)
 
     def forward(

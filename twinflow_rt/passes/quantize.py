@@ -157,8 +157,9 @@ def unpack(network: nn.Module) -> None:
     """Gives packed layers their plain weights back: for tracers, which cannot see into oneDNN's layout."""
     for _, layer in list(_linears(network)):
         if isinstance(layer, PackedLinear):
-            layer.__class__, weight = nn.Linear, layer.weight.detach().to_dense()
-            layer.weight = nn.Parameter(weight, requires_grad=False)
+            plain: Any = layer
+            plain.__class__, weight = nn.Linear, layer.weight.detach().to_dense()
+            plain.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
