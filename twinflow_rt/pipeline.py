@@ -28,7 +28,7 @@ from .config import (
 from .errors import ConfigError, DeviceError
 from .models import family_of
 from .models.context import Context
-from .noise import initial_noise, resolve_seeds, step_noise
+from .noise import check_batch, initial_noise, resolve_seeds, step_noise
 from .passes import artifact
 from .passes.fold import Schedule
 from .passes.load import Checkpoint, model_folder
@@ -105,6 +105,7 @@ class Pipeline:
         else:
             prompts = resolve_prompts(prompt)
         size = self.sizes.resolve(height, width)
+        check_batch(len(prompts) * num_images)
         seeds = resolve_seeds(seed, len(prompts) * num_images)
         config = resolve_sampler(nfe, sampler) or self.sampler
         stages = Stages(self.device, cancel)

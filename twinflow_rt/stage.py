@@ -94,6 +94,9 @@ class Stage:
     ops: OpTable = EAGER
     captures: Captures | None = None
 
+    def __init__(self, folder: Path) -> None:
+        raise NotImplementedError
+
     @classmethod
     def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> Self:
         """The stage of a model folder, ready to run."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -190,7 +190,17 @@ class Layout:
     absent: Callable[[set[str]], str | None] = lambda missing: None
 
 
-def check(expected: Mapping[str, Tensor], checkpoint: Checkpoint, layout: Layout) -> None:
+class Described(Protocol):
+    """Names and shapes of tensors, and where they come from."""
+
+    folder: Path
+
+    def __iter__(self) -> Iterator[str]: ...
+    def keys(self) -> Iterable[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+
+def check(expected: Mapping[str, Tensor], checkpoint: Described, layout: Layout) -> None:
     """Compares the module's tensors (meta is enough) with the checkpoint's, names and shapes."""
     wanted = {part for name in expected for part in sources(name, layout.fused)}
     found = {k for k in checkpoint if not k.startswith(layout.unused)}
