@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import fold_upsample
-from .op_cases import EPS, Case, Sizes, _Draw, exact_gelu, exact_rms
+from .op_cases import EPS, Case, Drawing, Sizes, _Draw, exact_gelu, exact_rms
 
 # the ops of these cases
 LAYERS = (
@@ -20,10 +21,10 @@ LAYERS = (
 def products(s: Sizes, draw: _Draw, b: int) -> list[Case]:
     """Of the feed-forward blocks: up and gate, up, and down into the residual stream."""
     count, one = b * s.tokens, b * s.tokens * s.width * s.hidden
-    x = lambda: draw(b, s.tokens, s.width)
+    x: Drawing = lambda: draw(b, s.tokens, s.width)
 
     def weight(rows: int, columns: int) -> Tensor:
-        return draw(rows, columns, seed=9) * columns**-0.5
+        return draw(rows, columns, seed=9).mul(columns**-0.5)
 
     def swiglu(x: Tensor, weight: Tensor) -> tuple[Tensor]:
         a, g = (x.double() @ weight.double().t()).chunk(2, -1)
@@ -71,14 +72,14 @@ def decoding(s: Sizes, draw: _Draw, b: int) -> list[Case]:
         return (F.silu(exact_rms(x.permute(0, 2, 3, 1), weight, eps)).permute(0, 3, 1, 2),)
 
     def kernel() -> Tensor:
-        return draw(channels, channels, 3, 3) * (9 * channels) ** -0.5
+        return draw(channels, channels, 3, 3).mul((9 * channels) ** -0.5)
 
     def enlarged(x: Tensor, _: Tensor, bias: Tensor) -> tuple[Tensor]:
         large = F.interpolate(x.double(), scale_factor=2.0, mode="nearest")
         return (F.conv2d(large, kernel().double(), bias.double(), padding=1),)
 
     whole, small = b * channels * edge**2, b * channels * half**2
-    weights = lambda: (draw.weight(channels), draw.weight(channels, seed=1) - 1)
+    weights: Callable[[], tuple[Tensor, ...]] = lambda: (draw.weight(channels), draw.weight(channels, seed=1) - 1)
     return [
         Case("x0_to_vae", "x0_to_vae", latent, unpacked, 3 * latents * draw.item),
         Case("group_norm_silu", "group_norm_silu", lambda: (image(edge), groups, *weights(), EPS), group,

@@ -111,7 +111,8 @@ def _attention(s: Sizes, draw: _Draw) -> Case:
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
         rows = (ops.quantize_rows(x, QUANTIZED["float8"]) for x in (q, k))
-        return (exact_attention(*(values.double() * scales.double() for values, scales in rows), v),)
+        q, k = (values.double() * scales.double() for values, scales in rows)
+        return (exact_attention(q, k, v),)
 
     inputs = lambda: draw(1, s.tokens, 3, s.heads, s.head_dim).unbind(2)
     moved, flops = 4 * s.tokens * s.width * draw.item, 4 * s.tokens**2 * s.width

@@ -152,7 +152,7 @@ class GatedConvolution(MixFeedForward):
         super().__init__(channels, FFN_RATIO * channels)
         self.norm = Norm(channels)
 
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:  # type: ignore[override]
         return x + self.norm(super().forward(x), ops)
 
 

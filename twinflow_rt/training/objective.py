@@ -98,8 +98,8 @@ class TwinFlowObjective:
 
     def _split(self, batch: int, device: torch.device) -> list[Tensor]:
         """Boolean masks [B] of the four parts, contiguous, in order."""
-        edges = torch.tensor(self.config.parts).cumsum(0)
-        edges = [0, *(edges / edges[-1] * batch).round().int().tolist()]
+        ends = torch.tensor(self.config.parts).cumsum(0)
+        edges = [0, *(ends / ends[-1] * batch).round().int().tolist()]
         index = torch.arange(batch, device=device)
         return [(index >= a) & (index < b) for a, b in pairwise(edges)]
 
