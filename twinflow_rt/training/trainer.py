@@ -54,7 +54,8 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.config.seed)
         self._resume()
-        start, first, window = time.monotonic(), self.step, {}
+        start, first = time.monotonic(), self.step
+        window: dict[str, list[Tensor]] = {}
         while self.step < self.config.steps:
             parts = self._one_step()
             for key, value in parts.items():
