@@ -20,6 +20,7 @@ class VaeDecoder(Stage):
     Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
     `divisor` (numbers, or one per channel). Its network maps raw latents to images.
 
+    std, mean: float32 [C], of raw latents: z * std + mean, as `ops.x0_to_vae` takes them.
     tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); None: images whole.
     """
 
@@ -39,6 +40,8 @@ class VaeDecoder(Stage):
         self._offset, self._divisor = (
             torch.tensor(value, device=device).view(-1, 1, 1) for value in (self.config.offset, self.config.divisor)
         )
+        each = torch.ones(self.channels, device=device)
+        self.std, self.mean = each / self._divisor.flatten(), each * self._offset.flatten()
 
     @property
     def scale(self) -> int:
@@ -50,21 +53,22 @@ class VaeDecoder(Stage):
         """Channels of a latent."""
         return self.config.latent_channels
 
-    def decode(self, latents: Tensor, *, check: Callable[[], None] = lambda: None) -> Tensor:
+    def decode(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
         """Normalised latents [B, C, h, w] -> float images [B, 3, h*scale, w*scale], nominally in [-1, 1].
 
-        Denormalised in float32, then computed in the weights' dtype, which the result has. check(): called
-        before each tile, if there are tiles; it may raise.
+        Denormalised in float32, unless they are raw already, then computed in the weights' dtype, which the
+        result has. check(): called before each tile, if there are tiles; it may raise.
         """
-        raw = latents.float() / self._divisor + self._offset
-        raw = raw.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if not raw:
+            latents = latents.float() / self._divisor + self._offset
+        latents = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if self.tile is None:
-            return self.captured("decode", self.network, raw)
-        return tiles.decode(self.network, raw, self.tile, check)
+            return self.captured("decode", self.network, latents)
+        return tiles.decode(self.network, latents, self.tile, check)
 
-    def decode_uint8(self, latents: Tensor, *, check: Callable[[], None] = lambda: None) -> Tensor:
+    def decode_uint8(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
         """Normalised latents -> uint8 pixels [B, H, W, 3]."""
-        return self.ops.to_uint8(self.decode(latents, check=check))
+        return self.ops.to_uint8(self.decode(latents, raw=raw, check=check))
 
     def probe(self, height: int, width: int) -> Tensor:
         """The stage's work for one image, on the meta device: to be counted."""

@@ -20,14 +20,8 @@ from tests.qwen_image_factory import (
     save,
 )
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.models.qwen_image import (
-    FAMILY,
-    FUSED,
-    QwenImageConfig,
-    QwenImageTransformer,
-    pack,
-    unpack,
-)
+from twinflow_rt.models.mmdit import pack, unpack
+from twinflow_rt.models.qwen_image import FAMILY, FUSED, QwenImageConfig, QwenImageTransformer
 from twinflow_rt.passes.fuse import merge, split
 from twinflow_rt.passes.load import Checkpoint, materialize
 

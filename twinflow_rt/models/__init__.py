@@ -6,6 +6,7 @@ then. The networks have in common:
     encode_context(embeds, lengths, **extras) -> Context    the prompts' side, once per prompt
     step_modulation(step)                                   the folded constants of one evaluation
     network(latents, modulation, context) -> velocity       in latent space, as the VAE has it
+    network.patches(...) -> (velocity's patches, sign)      the same before unpacking, for `ops.x0_to_vae`
     prompt_modules                                          names of the modules encode_context runs
 
 `encode_context` takes lengths on the host, or as a tensor on the device, where they shape nothing (`export`).

@@ -37,8 +37,9 @@ from . import Family, must_equal
 from .containers import ModuleDict, ModuleList
 from .context import Context as PromptContext
 from .context import host_lengths
-from .mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack, unpack
+from .mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack
 from .network_config import NetworkConfig, second_embedder
+from .patches import channels_first, joined
 from .qwen_image_blocks import Block, TimeEmbedding
 
 ROPE_THETA = 10000.0
@@ -230,6 +231,11 @@ class QwenImageTransformer(nn.Module):
         The joint sequence is image | prompt. Positions travel with the tokens, so the reference's
         opposite order gives the same; this one leaves the padding of ragged prompts at the end.
         """
+        return joined(*self.patches(latents, modulation, context))
+
+    def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
+        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
+        the sign they take."""
         height, width = (n // 2 for n in latents.shape[2:])
         x, c = self.img_in(pack(latents)), context.tokens.to(latents.dtype)
         rope = self._rope(height, width, c.shape[1], x.device)
@@ -242,7 +248,7 @@ class QwenImageTransformer(nn.Module):
         each = zip(self.transformer_blocks, modulation.blocks, *following, strict=True)
         for block, now, after, next_readers in each:
             image, prompt = block(image, prompt, now, after, rope, lengths, self.ops, next_readers)
-        return unpack(self.proj_out(image[1]), height, width)
+        return channels_first(self.proj_out(image[1]), height, width, 2), 1.0
 
     def _rope(self, height: int, width: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos, sin [1, height*width + length, head_dim/2] float32.

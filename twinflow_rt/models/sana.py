@@ -51,6 +51,7 @@ from .context import host_lengths
 from .linear import with_gelu
 from .mmdit import EPS, PLAIN, Constants
 from .network_config import NetworkConfig, second_embedder
+from .patches import channels_last, joined
 from .sana_blocks import QK_EPS, Block, TimeModulation, effective
 
 TIME_SCALE = 1000.0
@@ -271,6 +272,11 @@ class SanaTransformer(nn.Module):
 
     def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
         """Velocity [B, C, H, W] of latents [B, C, H, W]. Computes in latents' dtype."""
+        return joined(*self.patches(latents, modulation, context))
+
+    def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
+        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
+        the sign they take."""
         height, proj = latents.shape[2], self.patch_embed["proj"]
         x = F.linear(latents.flatten(2).transpose(1, 2), proj.weight.flatten(1), proj.bias)
         first = modulation.blocks[0]
@@ -281,7 +287,7 @@ class SanaTransformer(nn.Module):
         each = zip(self.transformer_blocks, prompts, modulation.blocks, *following, strict=True)
         for block, prompt, now, after, reader in each:
             image = block(image, prompt, context.ragged, now, after, height, self.ops, reader)
-        return self.proj_out(image[1]).transpose(1, 2).unflatten(2, (height, -1))
+        return channels_last(self.proj_out(image[1]), height, latents.shape[3], 1), 1.0
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:

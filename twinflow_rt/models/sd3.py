@@ -30,8 +30,9 @@ from ..vae import KLDecoder
 from . import Family, mmdit, must_equal
 from .containers import ModuleDict, ModuleList
 from .context import Context as PromptContext
-from .mmdit import EPS, Constants, modulation_rows, pack, unpack
+from .mmdit import EPS, Constants, modulation_rows, pack
 from .network_config import NetworkConfig, second_embedder
+from .patches import channels_last, joined
 from .sd3_blocks import Block, TimeTextEmbedding
 
 TIME_SCALE = 1000.0
@@ -228,6 +229,11 @@ class SD3Transformer(nn.Module):
 
         modulation: of `modulate`, or of `step_modulation` on a folded network.
         """
+        return joined(*self.patches(latents, modulation, context))
+
+    def patches(self, latents: Tensor, modulation: Tensor | int, context: Context) -> tuple[Tensor, float]:
+        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
+        the sign they take."""
         if isinstance(modulation, int):
             assert context.constants is not None, "a folded network's context has its constants"
             modulation = context.constants[:, modulation]
@@ -243,9 +249,7 @@ class SD3Transformer(nn.Module):
         following = constants, (*readers[1:], (self.proj_out, None))
         for block, own, after, next_readers in zip(self.transformer_blocks, now, *following, strict=True):
             image, prompt = block(image, prompt, own, after, rope, self.ops, next_readers)
-        # features ordered (row, column, channel)
-        out = self.proj_out(image[1]).unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)
-        return unpack(out, latents.shape[2] // 2, latents.shape[3] // 2)
+        return channels_last(self.proj_out(image[1]), latents.shape[2] // 2, latents.shape[3] // 2, 2), 1.0
 
     def _no_rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos, sin of no rotation at all: positions are in the tokens, the ops are those of rotary networks."""

@@ -35,6 +35,7 @@ from .containers import ModuleDict, ModuleList
 from .context import Context as PromptContext
 from .mmdit import linear32
 from .network_config import NetworkConfig, second_embedder
+from .patches import channels_last, joined
 from .z_image_blocks import ADALN_DIM, BLOCK_NORMS, Block, FinalLayer, TimestepEmbedder
 
 SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
@@ -260,6 +261,11 @@ class ZImageTransformer(nn.Module):
 
     def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
         """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype."""
+        return joined(*self.patches(latents, modulation, context))
+
+    def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
+        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
+        the sign they take."""
         x = self._patchify(latents)
         n, device, longest = x.shape[1], x.device, context.tokens.shape[1]
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
@@ -280,7 +286,7 @@ class ZImageTransformer(nn.Module):
         x = torch.cat((x, context.tokens.to(x.dtype)), 1)
         x = self._run(self.layers, modulation.blocks[refiners:], x, (cos, sin), lengths, rows=n)
         x = self.ops.layer_norm(x, modulation.final[:, None], FINAL_NORM_EPS)
-        return -self._unpatchify(self.all_final_layer["2-1"].linear(x), height, width)
+        return channels_last(self.all_final_layer["2-1"].linear(x), height, width, 2), -1.0
 
     def _run(
         self, blocks: ModuleList[Block], norms: Sequence[Tensor], x: Tensor, rope: tuple[Tensor, Tensor],
@@ -300,10 +306,6 @@ class ZImageTransformer(nn.Module):
         b, c, h, w = latents.shape
         x = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)
         return x.reshape(b, (h // 2) * (w // 2), 4 * c)
-
-    def _unpatchify(self, x: Tensor, height: int, width: int) -> Tensor:
-        x = x.view(x.shape[0], height, width, 2, 2, -1).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(x.shape[0], -1, 2 * height, 2 * width)
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
