@@ -1,0 +1,214 @@
+"""Ray on this machine: a head and two workers' nodes. A node killed in the middle of its work costs nothing.
+
+Runs where ray is installed (extra: ray); the whole file shares one cluster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("ray", reason="needs ray: pip install 'twinflow-rt[ray]'")
+
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster as LocalCluster
+
+from twinflow_rt import batch, cli
+from twinflow_rt.errors import ConfigError, DeviceError
+from twinflow_rt.pipeline import load
+from twinflow_rt.serve import command
+from twinflow_rt.serve import ray as on_ray
+from twinflow_rt.serve.engine import DrainingError, Limits, QueueFullError
+
+ROUTE = "/v1/images/generations"
+PATIENCE = 300
+KINDS = 6
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    local = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        local.add_node(num_cpus=1)
+    ray.init(address=local.address, log_to_driver=False, logging_level=logging.WARNING)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    local.url = f"http://127.0.0.1:{port}"
+    yield local
+    serve.shutdown()
+    ray.shutdown()
+    local.shutdown()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What the model makes of each kind of request on its own."""
+    pipe = load("demo", device="cpu")
+    return [pipe(f"a red circle, {k}", seed=k, output="np").images[0].astype(int) for k in range(KINDS)]
+
+
+def eventually(condition, what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come about"
+        time.sleep(0.3)
+
+
+def kill_a_node(cluster) -> None:
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+
+
+def options(*words: str) -> argparse.Namespace:
+    return cli.build_parser(["serve"]).parse_args(["serve", "demo", "--device", "cpu", "--ray", "", *words])
+
+
+def running() -> int:
+    """Workers of the application that take requests."""
+    deployments = serve.status().applications["served"].deployments
+    return deployments[on_ray.NAME].replica_states.get("RUNNING", 0)
+
+
+def test_the_front_in_this_process(cluster, alone):
+    """`twinflow-rt serve --ray`: the engine it opens takes, refuses, gives up and drains like the local one."""
+    limits = Limits(max_batch=2, max_wait=0, max_queue=8, max_images=4)
+    with command.open_engine(options("--workers", "1"), limits, load) as engine:
+        jobs = [job for k in range(KINDS) for job in engine.submit(f"a red circle, {k}", seed=k)]
+        with pytest.raises(QueueFullError) as caught:
+            engine.submit("too many", num_images=4)
+        assert caught.value.retry_after >= 1
+        for job, want in zip(jobs, alone, strict=True):
+            assert np.abs(np.asarray(job.future.result(PATIENCE)) - want).max() <= 1
+        with pytest.raises(ConfigError, match="nearest is 64"):
+            engine.submit("a", width=65)
+        given_up = engine.submit("a", nfe=8, num_images=4)
+        engine.cancel(given_up)
+        assert engine.waiting == 0 and all(job.future.cancelled() for job in given_up)
+        (job,) = engine.submit("a red circle, 3", seed=3, width=64, height=64)
+        assert engine.drain(PATIENCE) and np.abs(np.asarray(job.future.result(0)) - alone[3]).max() <= 1
+        with pytest.raises(DrainingError):
+            engine.submit("late")
+    assert not serve.status().applications
+
+
+def test_a_worker_that_cannot_start(cluster):
+    with pytest.raises(DeviceError, match="Ray could not start the workers"):  # noqa: SIM117
+        with command.open_engine(options("--dtype", "int4", "--workers", "1"), Limits(), load):
+            pass
+
+
+def test_a_killed_node_loses_no_request(cluster, alone, monkeypatch):
+    """HTTP through Ray Serve: under load a second worker appears; its node or the first one's is killed; every
+    request is answered, with its own image."""
+    monkeypatch.setattr(on_ray, "AUTOSCALING", {"upscale_delay_s": 0, "look_back_period_s": 11})
+    application = on_ray.build({"device": "cpu", "max_batch": 2, "max_wait": 0, "timeout": PATIENCE})
+    serve.run(application, name="served", route_prefix="/")
+    answers, stop = Counter(), threading.Event()
+    client = httpx.Client(base_url=cluster.url, timeout=PATIENCE)
+
+    def ask(k: int) -> None:
+        answer = client.post(ROUTE, json={"prompt": f"a red circle, {k}", "seed": k, "model": "demo"})
+        assert answer.status_code == 200, answer.text
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))))
+        assert np.abs(image - alone[k]).max() <= 1
+        answers[k] += 1
+
+    def keep_asking(k: int) -> None:
+        while not stop.is_set():
+            ask(k)
+
+    with client, ThreadPoolExecutor(KINDS) as pool:
+        callers = [pool.submit(keep_asking, k) for k in range(KINDS)]
+        try:
+            eventually(lambda: running() == 2, "a second worker")
+            kill_a_node(cluster)
+            eventually(lambda: running() == 1, "the loss of a worker")
+            before = answers.copy()
+            eventually(lambda: len(answers - before) == KINDS, "more answers to each caller")
+        finally:
+            stop.set()
+        for caller in callers:
+            caller.result(PATIENCE)
+        same_as_without_ray(client)
+    serve.delete("served")
+
+
+def same_as_without_ray(client: httpx.Client) -> None:
+    assert client.get("/health").json() == {"status": "ready", "waiting": 0, "running": 0}
+    wrong = client.post(ROUTE, json={"prompt": "a", "size": "65x64"})
+    assert wrong.status_code == 400 and "nearest is 64" in wrong.json()["error"]["message"]
+    assert client.post(ROUTE, json={"prompt": "a", "model": "other"}).status_code == 404
+    text = client.get("/metrics").text
+    assert float(re.search(r"^twinflow_images_total (.+)$", text, re.M)[1]) >= 2 * KINDS
+
+
+def test_a_killed_node_loses_no_prompt(cluster, alone, tmp_path):
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=1)
+    rows = [{"prompt": f"a red circle, {k % KINDS}", "seed": k % KINDS} for k in range(24)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["batch", "demo", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--ray", "", "--device", "cpu"]
+    argv += ["--min-workers", "2", "--batch-size", "2"]
+    args = cli.build_parser(argv).parse_args(argv)
+    groups = batch.group(batch.plan_requests(batch.read_rows(args.prompts), args), args.batch_size)
+    names = set()
+    with batch.painted(groups, args) as images:
+        for name, _ in images:
+            names.add(name)
+            if len(names) == 3:
+                kill_a_node(cluster)
+    assert len(names) == len(rows)
+
+    (tmp_path / "out").mkdir()
+    (kept,) = batch.paint(load("demo", device="cpu"), groups[0][:1])
+    (tmp_path / "out" / kept[0]).write_bytes(kept[1])
+    argv[argv.index("--min-workers") + 1] = "1"
+    assert cli.main([*argv, "--resume"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [row["seed"] for row in rows]
+    for line in lines:
+        image = np.asarray(Image.open(tmp_path / "out" / line["file"]))
+        assert np.abs(image - alone[line["seed"]]).max() <= 1
+
+
+def test_what_a_worker_refuses_is_told(cluster, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a", "width": 65}')
+    argv = ["batch", "demo", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--ray", "", "--device", "cpu"]
+    assert cli.main(argv) == 2
+    assert "width 65 must be a multiple" in capsys.readouterr().err
+
+
+def test_workers_fit_the_cluster(cluster, monkeypatch):
+    plan = on_ray.plan_workers
+    nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}}])
+    assert plan() == on_ray.Workers(1, 2, True, 1) and plan().resources == {"num_gpus": 1, "num_cpus": 1}
+    assert plan("cpu") == on_ray.Workers(1, 2, False, 4.0)
+    assert plan("cuda", most=8, least=2, cpus=3) == on_ray.Workers(2, 8, True, 3)
+    with pytest.raises(ConfigError, match="3 to 2 workers"):
+        plan(least=3)
+    nodes[0]["Resources"] = {}
+    with pytest.raises(DeviceError, match="no GPU yet"):
+        plan("cuda")
+
+
+def test_options_of_an_application(cluster):
+    with pytest.raises(ConfigError, match="port: set by Ray Serve"):
+        on_ray.build({"port": 8000})
+    with pytest.raises(ConfigError, match=r"--max-bach.*options are those"):
+        on_ray.build({"max_bach": 4})
