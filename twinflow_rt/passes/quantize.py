@@ -14,7 +14,6 @@ its dtype, device and size; `state_dict` has it as it was loaded (packed) or in 
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..errors import CheckpointError, ConfigError
 from ..ops.linear import int8_limit, linear_packed, linear_upcast, pack, quantize_weight
 from ..ops.rows import EAGER_ROWS, QuantizedRows, RowTable, producing
 from ..ops.select import FLOAT8_ARCH, Choice, Target, select_rows
-from ..plan import Layers
+from ..plan import Group, Layers
 from ..report import TRIM_EVERY, release_free_memory
 
 ROWS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # precision -> what its layers multiply
@@ -136,21 +135,46 @@ def groups(network: nn.Module, precision: str = "int8") -> dict[str, list[nn.Lin
     return found
 
 
-@contextmanager
-def quantized(layers: Sequence[nn.Linear], precision: str = "int8") -> Iterator[None]:
-    """These layers in `precision` for as long as it is entered; both forms are held meanwhile."""
-    kept = [(layer, type(layer), layer.weight) for layer in layers]
-    for layer in layers:
-        weight = layer.weight.detach()
-        _quantize(layer, weight.to_dense() if weight.is_mkldnn else weight, ROWS[precision])
-    try:
-        yield
-    finally:
-        for layer, kind, weight in kept:
+class Trial:
+    """These layers in `precision` for as long as it is entered, as often as it is; both forms are held throughout.
+
+        with Trial(layers, "fp8"):
+            network(...)
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], precision: str) -> None:
+        self._kept = [(layer, type(layer), layer.weight) for layer in layers]
+        weights = (layer.weight.detach() for layer in layers)
+        plain = (weight.to_dense() if weight.is_mkldnn else weight for weight in weights)
+        self._quantized = [_values(weight, ROWS[precision]) for weight in plain]
+
+    def __enter__(self) -> None:
+        for (layer, *_), form in zip(self._kept, self._quantized, strict=True):
+            _become(layer, *form)
+
+    def __exit__(self, *_: object) -> None:
+        for layer, kind, weight in self._kept:
             layer.__class__, layer.weight = kind, weight
             del layer._parameters[SCALE]
             for name in ("rows", "producers"):  # of `attach`
                 layer.__dict__.pop(name, None)
+
+
+def check_names(network: nn.Module, exempt: Sequence[str], measured: Sequence[Group] = ()) -> None:
+    """Raises ConfigError unless `network` has layers of the names in `exempt`, and the kinds that were measured."""
+    have: dict[str, list[int]] = {}
+    for name, layer in _linears(network):
+        have.setdefault(group_of(name), []).append(layer.weight.numel())
+    whole = [name for name, _ in _linears(network)]
+    if strangers := [part for part in exempt if not any(part in name for name in (*whole, *have))]:
+        raise ConfigError(f"exempt: no linear layer is called {', '.join(strangers)}; the kinds are {', '.join(have)}")
+    for group in measured:
+        sizes = have.get(group.name, [])
+        if (len(sizes), sum(sizes)) != (group.layers, group.parameters):
+            raise ConfigError(
+                f"the measurement is of another network: it has {group.layers} layers {group.name} of "
+                f"{group.parameters} parameters, this one {len(sizes)} of {sum(sizes)}; measure this one"
+            )
 
 
 def unpack(network: nn.Module) -> None:
@@ -175,12 +199,6 @@ def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = No
     if device.type != "cpu":
         return f"runs on the CPU, not on {device}; use fp8 or bf16 there"
     return None if torch.backends.mkldnn.is_available() else "needs a torch built with oneDNN"
-
-
-def require_fp8_attention(precision: str | None) -> None:
-    """Raises ConfigError where float8 attention is asked for beside another precision than "fp8"."""
-    if precision != "fp8":
-        raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision or 'a dtype'}")
 
 
 def require(precision: str | None, device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -244,6 +262,8 @@ def _kind(
     network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None, exempt: Sequence[str]
 ) -> tuple[str, str]:
     """What becomes of one layer, and the reason."""
+    if layer.weight.is_meta:
+        return "plain", "its weight comes and goes with its block"
     if isinstance(layer, QuantizedLinear):
         kind = next(k for k, dtype in ROWS.items() if dtype == layer.weight.dtype)
         return kind, _how(kind, device) if precision == kind else "as saved"
@@ -294,8 +314,15 @@ def _exchange(layer: nn.Linear, kind: str) -> None:
 
 def _quantize(layer: nn.Linear, weight: Tensor, to: torch.dtype) -> None:
     """Makes `layer` a QuantizedLinear of `weight`, which may be on the meta device."""
-    limit = int8_limit(torch.cpu.get_capabilities()) if to == torch.int8 else None
-    values, scales = quantize_weight(weight, to, limit)
+    _become(layer, *_values(weight, to))
+
+
+def _values(weight: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values and scales that a QuantizedLinear on this machine may have."""
+    return quantize_weight(weight, to, int8_limit(torch.cpu.get_capabilities()) if to == torch.int8 else None)
+
+
+def _become(layer: nn.Linear, values: Tensor, scales: Tensor) -> None:
     layer.__class__ = QuantizedLinear
     layer.weight = nn.Parameter(values, requires_grad=False)
     layer.register_parameter(SCALE, nn.Parameter(scales, requires_grad=False))
