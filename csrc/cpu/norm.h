@@ -146,7 +146,7 @@ int c_residual_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const v
       const T *a = old.at(b, s), *c = add.at(b, s);
       const float* g = gates.at(b);
       T* sum = static_cast<T*>(x_out) + r * dim;
-      if (g)
+      if (g)  // NOLINT(bugprone-branch-clone): the check does not look into directives
 #pragma omp simd
         for (int64_t i = 0; i < dim; ++i) store(sum + i, load(a[i]) + load(c[i]) * g[i]);
       else

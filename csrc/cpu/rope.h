@@ -47,11 +47,10 @@ void qk_norm_rope(const T* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_
   }
 }
 
-
-int c_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part, void* out,
-                   int64_t out_batch, int64_t out_row, int64_t out_part, const float* q_weight, const float* k_weight,
-                   const float* cos, const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch,
-                   int64_t seq, int64_t heads, int64_t dim, int parts, float eps, int dtype, int threads) {
+int c_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part, void* out, int64_t out_batch,
+                   int64_t out_row, int64_t out_part, const float* q_weight, const float* k_weight, const float* cos,
+                   const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads,
+                   int64_t dim, int parts, float eps, int dtype, int threads) {
   if (batch < 0 || seq < 0 || heads < 1 || dim < 2 || dim % 2 || parts < 2 || parts > 3) return TWINFLOW_BAD_SHAPE;
   if (batch * seq && !(qkv && out && q_weight && k_weight && cos && sin)) return TWINFLOW_NULL_POINTER;
   return typed(dtype, [&](auto t) {

@@ -189,16 +189,16 @@ int launch_norm(const void* x, int64_t x_batch, int64_t x_row, Affine affine, bo
     const bool wide = whole_groups(in, shape.dim) && whole_groups(to, shape.dim) && whole_groups(affine.weight) &&
                       whole_groups(affine.bias);
     return with_config<T>(wide, shape.dim, [&](auto config, int threads) {
-      return launch(norm<T, config.group, config.per, CENTER>, shape.batch * shape.seq, threads, stream, in, affine,
-                    to, static_cast<int>(shape.seq), static_cast<int>(shape.dim), eps);
+      return launch(norm<T, config.group, config.per, CENTER>, shape.batch * shape.seq, threads, stream, in, affine, to,
+                    static_cast<int>(shape.seq), static_cast<int>(shape.dim), eps);
     });
   });
 }
 
 template <bool LAYER>
 int launch_residual(const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch,
-                    int64_t branch_row, Weights gate, Affine next, bool complete, void* x_out, void* h_out,
-                    Shape shape, float eps, int dtype, void* stream) {
+                    int64_t branch_row, Weights gate, Affine next, bool complete, void* x_out, void* h_out, Shape shape,
+                    float eps, int dtype, void* stream) {
   if (shape.error()) return shape.error();
   if (shape.empty()) return TWINFLOW_OK;
   if (!(complete && x && branch && x_out)) return TWINFLOW_NULL_POINTER;
@@ -224,21 +224,21 @@ using namespace twinflow;
 
 int twinflow_cuda_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
                            void* out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, void* stream) {
-  return launch_norm<false>(x, x_batch, x_row, {{weight, weight_batch}, {}}, weight, out, {batch, seq, dim}, eps,
-                            dtype, stream);
+  return launch_norm<false>(x, x_batch, x_row, {{weight, weight_batch}, {}}, weight, out, {batch, seq, dim}, eps, dtype,
+                            stream);
 }
 
 int twinflow_cuda_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
-                             const float* bias, int64_t bias_batch, void* out, int64_t batch, int64_t seq,
-                             int64_t dim, float eps, int dtype, void* stream) {
+                             const float* bias, int64_t bias_batch, void* out, int64_t batch, int64_t seq, int64_t dim,
+                             float eps, int dtype, void* stream) {
   return launch_norm<true>(x, x_batch, x_row, {{weight, weight_batch}, {bias, bias_batch}}, true, out,
                            {batch, seq, dim}, eps, dtype, stream);
 }
 
-int twinflow_cuda_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
-                                int64_t branch_batch, int64_t branch_row, const float* post, int64_t post_batch,
-                                const float* pre, int64_t pre_batch, void* x_out, void* h_out, int64_t batch,
-                                int64_t seq, int64_t dim, float eps, int dtype, void* stream) {
+int twinflow_cuda_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch,
+                                int64_t branch_row, const float* post, int64_t post_batch, const float* pre,
+                                int64_t pre_batch, void* x_out, void* h_out, int64_t batch, int64_t seq, int64_t dim,
+                                float eps, int dtype, void* stream) {
   return launch_residual<false>(x, x_batch, x_row, branch, branch_batch, branch_row, {post, post_batch},
                                 {{pre, pre_batch}, {}}, post && !pre == !h_out, x_out, h_out, {batch, seq, dim}, eps,
                                 dtype, stream);
@@ -246,9 +246,9 @@ int twinflow_cuda_residual_norm(const void* x, int64_t x_batch, int64_t x_row, c
 
 int twinflow_cuda_residual_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
                                       int64_t branch_batch, int64_t branch_row, const float* gate, int64_t gate_batch,
-                                      const float* weight, int64_t weight_batch, const float* bias,
-                                      int64_t bias_batch, void* x_out, void* h_out, int64_t batch, int64_t seq,
-                                      int64_t dim, float eps, int dtype, void* stream) {
+                                      const float* weight, int64_t weight_batch, const float* bias, int64_t bias_batch,
+                                      void* x_out, void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps,
+                                      int dtype, void* stream) {
   return launch_residual<true>(x, x_batch, x_row, branch, branch_batch, branch_row, {gate, gate_batch},
                                {{weight, weight_batch}, {bias, bias_batch}}, h_out, x_out, h_out, {batch, seq, dim},
                                eps, dtype, stream);

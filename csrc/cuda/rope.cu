@@ -27,8 +27,8 @@ struct Token {
 // lane of a warp takes part in every shuffle: a block walks its heads in step and idle lanes hold 0.
 template <class T, int N, int PER>
 __global__ void __launch_bounds__(THREADS)
-    qk_norm_rope(Token<const T> from, Token<T> to, const float* q_weight, const float* k_weight, Angles angles,
-                 int seq, int heads, int dim, int parts, int lanes, float eps) {
+    qk_norm_rope(Token<const T> from, Token<T> to, const float* q_weight, const float* k_weight, Angles angles, int seq,
+                 int heads, int dim, int parts, int lanes, float eps) {
   const int64_t b = blockIdx.x / seq, s = blockIdx.x % seq;
   const int lane = threadIdx.x % lanes, step = blockDim.x / lanes;
   const float* cos = angles.cos + b * angles.batch + s * angles.row;
@@ -110,8 +110,8 @@ int twinflow_cuda_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_r
     const int lanes = power_of_two(groups < 32 ? groups : 32);
     if (groups > lanes * MAX_PER) return static_cast<int>(TWINFLOW_TOO_WIDE);
     const auto run = [&](auto kernel) {
-      return launch(kernel, batch * seq, THREADS, stream, from, to, q_weight, k_weight, angles,
-                    static_cast<int>(seq), static_cast<int>(heads), static_cast<int>(dim), parts, lanes, eps);
+      return launch(kernel, batch * seq, THREADS, stream, from, to, q_weight, k_weight, angles, static_cast<int>(seq),
+                    static_cast<int>(heads), static_cast<int>(dim), parts, lanes, eps);
     };
     return wide ? run(qk_norm_rope<T, WIDE<T>, 1>) : run(qk_norm_rope<T, 2, MAX_PER>);
   });

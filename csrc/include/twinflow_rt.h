@@ -78,8 +78,7 @@ TWINFLOW_API int twinflow_cpu_residual_layer_norm(const void* x, int64_t x_batch
 TWINFLOW_API int twinflow_cpu_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads);
 
 /* out = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).   x, out: [rows, width], contiguous. */
-TWINFLOW_API int twinflow_cpu_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype,
-                                        int threads);
+TWINFLOW_API int twinflow_cpu_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype, int threads);
 
 /* From q | k | v of every token to attention's operands: rms_norm of every head of q and k by q_weight or
  * k_weight (float32 [dim]), rounded to storage, then (x[2i] + j x[2i+1]) * (cos[i] + j sin[i]).
@@ -111,8 +110,8 @@ TWINFLOW_API int twinflow_cuda_rms_norm(const void* x, int64_t x_batch, int64_t 
 TWINFLOW_API int twinflow_cuda_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
                                              int64_t branch_batch, int64_t branch_row, const float* post,
                                              int64_t post_batch, const float* pre, int64_t pre_batch, void* x_out,
-                                             void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps,
-                                             int dtype, void* stream);
+                                             void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
+                                             void* stream);
 
 TWINFLOW_API int twinflow_cuda_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
                                           int64_t weight_batch, const float* bias, int64_t bias_batch, void* out,
@@ -138,8 +137,8 @@ TWINFLOW_API int twinflow_cuda_swiglu(const void* x, void* out, int64_t rows, in
 TWINFLOW_API int twinflow_cuda_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype,
                                          void* stream);
 
-TWINFLOW_API int twinflow_cuda_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t,
-                                          int dtype, void* stream);
+TWINFLOW_API int twinflow_cuda_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t, int dtype,
+                                          void* stream);
 
 TWINFLOW_API int twinflow_cuda_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch,
                                         int64_t channels, int64_t height, int64_t width, int dtype, void* stream);

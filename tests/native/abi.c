@@ -8,12 +8,12 @@
 
 #include "twinflow_rt.h"
 
-#define EXPECT(condition)                                                \
-  do {                                                                   \
-    if (!(condition)) {                                                  \
-      printf("line %d: %s\n", __LINE__, #condition);                     \
-      exit(1);                                                           \
-    }                                                                    \
+#define EXPECT(condition)                            \
+  do {                                               \
+    if (!(condition)) {                              \
+      printf("line %d: %s\n", __LINE__, #condition); \
+      exit(1);                                       \
+    }                                                \
   } while (0)
 
 static float* numbers(int64_t n, unsigned seed) {
