@@ -199,26 +199,3 @@ def test_page_in_a_browser(tiny, tmp_path):
     assert "&lt;b&gt;abc · 32x24 · seed 5" in shown and "said: 2 images in" in shown
     assert '<span id="model">tiny</span>' in shown
     assert re.search(r"said: width 33 must be .* the nearest is 32", shown)
-
-
-@pytest.mark.full
-def test_load(process, tiny):
-    """Sustained requests at several concurrencies: every image is its seed's, memory stays where it was."""
-    _, address, _ = process("--max-queue", "64")
-    alone = [tiny(f"prompt {k}", width=16, height=16, seed=k, output="np").images[0].astype(int) for k in range(8)]
-    memory = []
-    with httpx.Client(base_url=address, timeout=300, limits=httpx.Limits(max_connections=32)) as client:
-
-        def ask(i: int) -> None:
-            body = {"prompt": f"prompt {i % 8}", "size": "16x16", "seed": i % 8}
-            answer = client.post(ROUTE, json=body)
-            assert answer.status_code == 200, answer.text
-            assert np.abs(pixels(answer.json()["data"][0]["b64_json"]) - alone[i % 8]).max() <= 1
-
-        for concurrency in (16, 1, 4, 16):
-            with ThreadPoolExecutor(concurrency) as pool:
-                list(pool.map(ask, range(200)))
-            text = client.get("/metrics").text
-            memory.append(float(re.search(r"^process_resident_memory_bytes (.+)$", text, re.M)[1]))
-        assert 'status="200"} 800.0' in text and "twinflow_waiting_images 0.0" in text
-    assert memory[-1] < memory[0] + 32e6
