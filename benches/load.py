@@ -222,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benches.load", description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", default="demo", help="model folder, or 'demo' (default)")
     parser.add_argument("--requests", type=int, default=1000, help="of each turn (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=600, help="a turn begins none after them (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=600, help="of a turn, at most (default %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16], help="turns (default 1 4 16)")
     parser.add_argument(

@@ -70,6 +70,7 @@ def pixels(prompt: str) -> np.ndarray:
 def test_long_load(tmp_path):
     """The documented command."""
     file = tmp_path / "load.json"
-    assert bench.main(["demo", "--device", "cpu", "--requests", "1000", "--json", str(file), "--", "--max-batch", "4"]) == 0
+    options = ["--device", "cpu", "--requests", "1000", "--json", str(file)]
+    assert bench.main(["demo", *options, "--", "--max-batch", "4"]) == 0
     report = json.loads(file.read_text())
     assert report["passed"] and [turn["sent"] for turn in report["turns"]] == [1000] * 4

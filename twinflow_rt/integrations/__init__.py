@@ -1,0 +1,1 @@
+"""This runtime inside other programs."""

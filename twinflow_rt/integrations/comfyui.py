@@ -1,0 +1,170 @@
+"""Nodes for ComfyUI: load, encode, sample, decode. How to install them: docs/comfyui.md.
+
+A LATENT holds raw latents of the model's VAE, as ComfyUI's own nodes pass them on, so its VAE Decode, previews
+and latent operations fit; the pipeline's are normalised, z = (raw - offset) * divisor. An IMAGE is float32
+[B, H, W, 3] in [0, 1]. Both are on the CPU between nodes. Nothing of ComfyUI is imported: when it runs, its
+module that knows of interrupts is there already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..pipeline import Pipeline, load
+from ..text import PromptEmbeds
+
+MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else
+MAX_BATCH = 64
+MAX_SEED = 2**63 - MAX_BATCH  # image k of a batch has seed + k
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+PRECISIONS = ["auto", "int8", "fp8"]
+Inputs = dict[str, dict[str, tuple[Any, ...]]]
+
+
+class Load:
+    """A model folder, compiled. ComfyUI keeps it until an input changes."""
+
+    RETURN_TYPES: ClassVar = (MODEL,)
+    RETURN_NAMES: ClassVar = ("model",)
+    FUNCTION, CATEGORY = "load", "TwinFlow"
+    DESCRIPTION = "Loads a TwinFlow model folder (diffusers layout) and compiles it."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {
+            "required": {"path": ("STRING", {"default": "demo", "tooltip": "model folder, hf://owner/name, or demo"})},
+            "optional": {
+                "device": ("STRING", {"default": "auto", "tooltip": "cpu, cuda or cuda:N; auto: the GPU if any"}),
+                "dtype": (DTYPES, {"default": "auto"}),
+                "precision": (PRECISIONS, {"default": "auto", "tooltip": "of linear layers"}),
+            },
+        }
+
+    def load(self, path: str, device: str = "auto", dtype: str = "auto", precision: str = "auto") -> tuple[Pipeline]:
+        """Raises what `twinflow_rt.load` raises."""
+        chosen = {"device": device, "dtype": dtype, "precision": precision}
+        return (load(path, **{name: None if value == "auto" else value for name, value in chosen.items()}),)
+
+
+class Encode:
+    """A prompt as the model reads it."""
+
+    RETURN_TYPES: ClassVar = (PROMPT,)
+    RETURN_NAMES: ClassVar = ("prompt",)
+    FUNCTION, CATEGORY = "encode", "TwinFlow"
+    DESCRIPTION = "Encodes a prompt with the model's own text encoder."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        text = ("STRING", {"multiline": True, "dynamicPrompts": True, "default": "a red circle"})
+        return {"required": {"model": (MODEL,), "text": text}}
+
+    def encode(self, model: Pipeline, text: str) -> tuple[PromptEmbeds]:
+        with torch.inference_mode():
+            return (model.text([text]),)
+
+
+class Sample:
+    """Images of one prompt as latents."""
+
+    RETURN_TYPES: ClassVar = ("LATENT",)
+    FUNCTION, CATEGORY = "sample", "TwinFlow"
+    DESCRIPTION = "Samples a batch; image k depends on seed + k alone."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        pixels = {"default": 0, "min": 0, "max": 4096, "step": 8, "tooltip": "0: the model's own"}
+        seed = {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}
+        nfe = {"default": 0, "min": 0, "max": 100, "tooltip": "network evaluations per image; 0: the model's own"}
+        return {
+            "required": {
+                "model": (MODEL,),
+                "prompt": (PROMPT,),
+                "seed": ("INT", seed),
+                "width": ("INT", pixels),
+                "height": ("INT", pixels),
+                "batch_size": ("INT", {"default": 1, "min": 1, "max": MAX_BATCH}),
+                "nfe": ("INT", nfe),
+            }
+        }
+
+    def sample(
+        self, model: Pipeline, prompt: PromptEmbeds, seed: int, width: int = 0, height: int = 0, batch_size: int = 1,
+        nfe: int = 0,
+    ) -> tuple[dict[str, Tensor]]:  # fmt: skip
+        """{"samples": raw latents float32 [batch_size, C, h, w]}. Raises what the pipeline raises."""
+        result = model(
+            prompt, width=width or None, height=height or None, seed=seed, num_images=batch_size, nfe=nfe or None,
+            output="latent", cancel=_interrupted(),
+        )  # fmt: skip
+        offset, divisor = _normalisation(model)
+        return ({"samples": result.images.float().cpu() / divisor + offset},)
+
+
+class Decode:
+    """Latents to images, by the model's VAE."""
+
+    RETURN_TYPES: ClassVar = ("IMAGE",)
+    FUNCTION, CATEGORY = "decode", "TwinFlow"
+    DESCRIPTION = "Decodes latents with the model's VAE."
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:
+        return {"required": {"model": (MODEL,), "samples": ("LATENT",)}}
+
+    def decode(self, model: Pipeline, samples: dict[str, Tensor]) -> tuple[Tensor]:
+        """float32 [B, h * scale, w * scale, 3] in [0, 1], from raw latents [B, C, h, w], or [B, C, 1, h, w] as
+        ComfyUI has them for video VAEs. Raises ConfigError for latents of another model."""
+        raw = samples["samples"]
+        if raw.ndim == 5 and raw.shape[2] == 1:
+            raw = raw[:, :, 0]
+        if raw.ndim != 4 or raw.shape[1] != model.vae.channels:
+            raise ConfigError(
+                f"latents of shape {tuple(raw.shape)} are not this model's: its VAE decodes images of "
+                f"[batch, {model.vae.channels}, height, width]; connect the sampler of the same model"
+            )
+        offset, divisor = _normalisation(model)
+        with torch.inference_mode():
+            latents = ((raw.float().cpu() - offset) * divisor).to(model.device)
+            images = model.vae.decode(latents).float() / 2 + 0.5
+        return (images.clamp(0, 1).permute(0, 2, 3, 1).contiguous().cpu(),)
+
+
+def _normalisation(model: Pipeline) -> tuple[Tensor, Tensor]:
+    """The VAE's offset and divisor, float32, that fit [B, C, h, w]."""
+    config = model.vae.config
+    offset, divisor = (torch.tensor(value).view(-1, 1, 1) for value in (config.offset, config.divisor))
+    return offset, divisor
+
+
+def _interrupted() -> Callable[[], bool] | None:
+    """For `cancel`: ComfyUI's own exception when its user has pressed stop. None elsewhere."""
+    comfy = sys.modules.get("comfy.model_management")
+    if comfy is None:
+        return None
+
+    def interrupted() -> bool:
+        comfy.throw_exception_if_processing_interrupted()
+        return False
+
+    return interrupted
+
+
+NODE_CLASS_MAPPINGS = {
+    "TwinFlowLoad": Load,
+    "TwinFlowEncode": Encode,
+    "TwinFlowSample": Sample,
+    "TwinFlowDecode": Decode,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "TwinFlowLoad": "TwinFlow Load",
+    "TwinFlowEncode": "TwinFlow Encode Prompt",
+    "TwinFlowSample": "TwinFlow Sample",
+    "TwinFlowDecode": "TwinFlow Decode",
+}
