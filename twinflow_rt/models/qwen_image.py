@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from ..config import SizeRule
 from ..errors import ConfigError
 from ..ops import EAGER, into
+from ..parallel import WHOLE, TokenSplit
 from ..passes.fold import Absorption
 from ..passes.load import Layout
 from ..text import QwenImageText
@@ -129,6 +130,7 @@ class QwenImageTransformer(nn.Module):
                 "use absorbed=False, or folded_steps=1"
             )
         self.config, self.folded_steps, self.absorbed, self.ops = config, folded_steps, absorbed, EAGER
+        self.sequence: TokenSplit = WHOLE
         dim, folded, rows = config.dim, folded_steps is not None, 0 if absorbed else folded_steps
         heads, head_dim = config.num_attention_heads, config.attention_head_dim
         self.img_in = nn.Linear(config.in_channels, dim)
@@ -237,9 +239,11 @@ class QwenImageTransformer(nn.Module):
         """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
         the sign they take."""
         height, width = (n // 2 for n in latents.shape[2:])
-        x, c = self.img_in(pack(latents)), context.tokens.to(latents.dtype)
-        rope = self._rope(height, width, c.shape[1], x.device)
-        lengths = None if context.ragged is None else context.ragged + x.shape[1]
+        split, n, longest = self.sequence, height * width, context.tokens.shape[1]
+        x, c = self.img_in(split.share(pack(latents), n)), split.share(context.tokens.to(latents.dtype), longest)
+        cos, sin = self._rope(height, width, longest, x.device)
+        rope = split.share(cos, n, longest), split.share(sin, n, longest)
+        lengths = split.keys(None if context.ragged is None else context.ragged + n, n, longest)
         of_x, of_c = modulation.blocks[0]
         readers = [(block.attn.to_qkv, block.attn.add_qkv) for block in self.transformer_blocks]
         image = x, into(readers[0][0], self.ops).layer_norm(x, of_x.scale_a, EPS, of_x.shift_a)
@@ -248,7 +252,7 @@ class QwenImageTransformer(nn.Module):
         each = zip(self.transformer_blocks, modulation.blocks, *following, strict=True)
         for block, now, after, next_readers in each:
             image, prompt = block(image, prompt, now, after, rope, lengths, self.ops, next_readers)
-        return channels_first(self.proj_out(image[1]), height, width, 2), 1.0
+        return channels_first(split.whole(self.proj_out(image[1]), n), height, width, 2), 1.0
 
     def _rope(self, height: int, width: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos, sin [1, height*width + length, head_dim/2] float32.

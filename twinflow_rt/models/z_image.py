@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..config import SizeRule
 from ..errors import ConfigError
 from ..ops import EAGER, into
+from ..parallel import WHOLE, TokenSplit
 from ..passes.load import Layout
 from ..text import ZImageText
 from ..vae import KLDecoder
@@ -131,6 +132,7 @@ class ZImageTransformer(nn.Module):
     def __init__(self, config: ZImageConfig, *, folded_steps: int | None = None) -> None:
         super().__init__()
         self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
+        self.sequence: TokenSplit = WHOLE
         dim = config.dim
         self.all_x_embedder = ModuleDict({"2-1": nn.Linear(4 * config.in_channels, dim)})
         self.all_final_layer = ModuleDict({"2-1": FinalLayer(config, folded_steps is not None)})
@@ -272,21 +274,24 @@ class ZImageTransformer(nn.Module):
         offsets = torch.full((len(x),), longest, device=device) if context.ragged is None else context.ragged
         rope = self._image_rope(height, width, offsets)
         x = self.all_x_embedder["2-1"](x)
-        pad = self.x_pad_token.to(x.dtype).expand(x.shape[0], rope[0].shape[1] - n, -1)
-        x = torch.cat((x, pad), 1)
+        split, padded = self.sequence, rope[0].shape[1]
+        pad = self.x_pad_token.to(x.dtype).expand(x.shape[0], padded - n, -1)
+        x = split.share(torch.cat((x, pad), 1), padded)
 
-        refiners = len(self.noise_refiner)
-        x = self._run(self.noise_refiner, modulation.blocks[:refiners], x, rope, None)
-        lengths = None if context.ragged is None else context.ragged + x.shape[1]
+        refiners, own = len(self.noise_refiner), x.shape[1]
+        shares = split.share(rope[0], padded), split.share(rope[1], padded)
+        x = self._run(self.noise_refiner, modulation.blocks[:refiners], x, shares, split.keys(None, padded))
+        lengths = None if context.ragged is None else context.ragged + padded
         text_rope = self._context_rope(longest, device)
         cos, sin = (
-            torch.cat((image, text.expand(image.shape[0], -1, -1)), 1)
+            split.share(torch.cat((image, text.expand(image.shape[0], -1, -1)), 1), padded, longest)
             for image, text in zip(rope, text_rope, strict=True)
         )
-        x = torch.cat((x, context.tokens.to(x.dtype)), 1)
-        x = self._run(self.layers, modulation.blocks[refiners:], x, (cos, sin), lengths, rows=n)
-        x = self.ops.layer_norm(x, modulation.final[:, None], FINAL_NORM_EPS)
-        return channels_last(self.all_final_layer["2-1"].linear(x), height, width, 2), -1.0
+        x = torch.cat((x, split.share(context.tokens.to(x.dtype), longest)), 1)
+        keys = split.keys(lengths, padded, longest)
+        x = self._run(self.layers, modulation.blocks[refiners:], x, (cos, sin), keys, rows=min(n, own))
+        x = self.all_final_layer["2-1"].linear(self.ops.layer_norm(x, modulation.final[:, None], FINAL_NORM_EPS))
+        return channels_last(split.whole(x, n), height, width, 2), -1.0
 
     def _run(
         self, blocks: ModuleList[Block], norms: Sequence[Tensor], x: Tensor, rope: tuple[Tensor, Tensor],
