@@ -19,6 +19,7 @@ from typing import Any
 
 from .atomic import check_target, replacing, write_text
 from .errors import CheckpointError, ConfigError
+from .files import parse_json
 
 CHUNK = "twinflow_rt"  # the PNG text chunk, as `twinflow-rt generate` writes it
 MANIFEST = "manifest.jsonl"
@@ -124,8 +125,8 @@ def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for where, line in _read_text(path):
         try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
+            yield where, parse_json(line)
+        except ValueError as error:
             raise ConfigError(f"{where} is not JSON: {error}") from None
 
 
@@ -146,6 +147,8 @@ def _lines(path: Path) -> list[str]:
         return path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a file of prompts") from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {

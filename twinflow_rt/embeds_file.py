@@ -24,7 +24,7 @@ import torch
 
 from .atomic import check_target, replacing
 from .errors import CheckpointError, ConfigError
-from .files import open_tensors
+from .files import open_tensors, parse_json
 from .passes.fuse import sources
 from .text import PromptEmbeds
 
@@ -104,7 +104,7 @@ def read(path: str | Path) -> Saved:
             f"{facts.get('version')!r}); `twinflow-rt encode` writes them"
         )
     try:
-        prompts = json.loads(facts["prompts"])
+        prompts = parse_json(facts["prompts"])
         names = set(file.keys())
         if missing := {"prompt_embeds", "lengths"} - names:
             raise ValueError(f"lacks {', '.join(sorted(missing))}")

@@ -98,6 +98,10 @@ def open_tensors(path: Path) -> Any:
 
     require_file(path)
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{str(path)!r:.300}: safetensors opens only names that are UTF-8; rename it") from None
+    try:
         _check_header(path)
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError, ValueError) as error:

@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import ConfigError
 
 MAX_SEED = 2**63 - 1
-MAX_BATCH = 10_000  # images of one call
+MAX_BATCH, MAX_SEEDS = 10_000, 10_000_000  # images of one call, and of a list of them
 _U32, _U64 = 2**32 - 1, 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
 
@@ -36,7 +36,8 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(f"seed count must be a positive integer, got {count!r}")
-    check_batch(count)
+    if count > MAX_SEEDS:
+        raise ConfigError(f"seeds for {count} images; at most {MAX_SEEDS} are made: ask for fewer")
     if seed is None:
         return _consecutive(secrets.randbelow(2**32 - count), count)
     if isinstance(seed, (list, tuple)):

@@ -106,6 +106,7 @@ class Pipeline:
             prompts = resolve_prompts(prompt)
         size = self.sizes.resolve(height, width)
         check_batch(len(prompts) * num_images)
+        check_batch(len(prompts) * num_images)
         seeds = resolve_seeds(seed, len(prompts) * num_images)
         config = resolve_sampler(nfe, sampler) or self.sampler
         stages = Stages(self.device, cancel)

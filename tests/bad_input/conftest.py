@@ -19,7 +19,7 @@ from twinflow_rt.pipeline import load
 REMEDY = re.compile(
     r"download|give|use |choose|make |write |check|remov|convert|save it|compile again|put |shorten|replace|pass |take "
     r"|load |measure|create|keep |fetch|generate|need|must be|at most|supported|expected|name |nearest|asks for"
-    r"|change |only |belongs? to|missing|get the|for another|incomplete|lacks"
+    r"|change |only |writes |belongs? to|missing|get the|for another|incomplete|lacks"
 )
 
 

@@ -15,7 +15,7 @@ import twinflow_rt
 from tests.bad_input.conftest import refused
 from twinflow_rt.config import MAX_PROMPT, SizeRule, resolve_dtype, resolve_prompts
 from twinflow_rt.errors import ConfigError, DeviceError
-from twinflow_rt.noise import MAX_BATCH, resolve_seeds
+from twinflow_rt.noise import MAX_SEEDS, resolve_seeds
 from twinflow_rt.pipeline import load
 from twinflow_rt.schedule import SamplerConfig, preset
 from twinflow_rt.text import PromptEmbeds
@@ -189,7 +189,7 @@ def test_every_seed_inside_is_taken(seed):
     assert resolve_seeds(seed, 1) == [seed]
 
 
-@given(st.one_of(st.integers(MAX_BATCH + 1, 2**70), st.integers(max_value=0), st.floats(), st.booleans()))
+@given(st.one_of(st.integers(MAX_SEEDS + 1, 2**70), st.integers(max_value=0), st.floats(), st.booleans()))
 def test_every_batch_beyond_the_limit_is_refused(count):
     refused(lambda: resolve_seeds(0, count), "positive integer|at most", ConfigError)
 

@@ -7,7 +7,6 @@ A name may be given several files; their evaluations form one line. Held-out cap
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from ..atomic import write_text
 from ..bench.svg import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, apart, dot, frame, line, text
 from ..errors import ConfigError
+from ..files import parse_json
 
 Series = dict[str, list[tuple[int, float]]]
 COLORS = ("#2563c9", "#b4541a", "#2f7d4f", "#8a4fa3", "#66655f")
@@ -29,8 +29,11 @@ def read(pairs: Sequence[tuple[str, Path]]) -> Series:
     """(name, file) -> points (evaluations, mean score) by name, sorted. ConfigError for other files."""
     series: Series = defaultdict(list)
     for name, path in pairs:
-        report = json.loads(path.read_text())
-        if report.get("schema") != 1 or "rows" not in report:
+        try:
+            report = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is not readable JSON ({error}); name a report of `twinflow-rt eval`") from None
+        if not isinstance(report, dict) or report.get("schema") != 1 or "rows" not in report:
             raise ConfigError(f"{path} is no report of `twinflow-rt eval --json` with schema 1")
         series[name] += [(r["nfe"], r["mean"]) for r in report["rows"] if r["nfe"] and r["captions"] == "heldout"]
     return {name: sorted(points) for name, points in series.items()}

@@ -88,7 +88,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {some(strangers)} missing or not part of the artifact; save it again")
     for name, expected in manifest["files"].items():
         if sha256(folder / name) != expected:
-            raise CheckpointError(f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged")
+            raise CheckpointError(f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged: save it again")
     return {**manifest, "sampler": sampler, "plan": plan}
 
 

@@ -258,7 +258,7 @@ def materialize(
 
 def some(names: Iterable[str]) -> str:
     """The first few names, and how many more."""
-    ordered = sorted(names)
+    ordered = [f"{name:.200}" for name in sorted(names)]
     rest = len(ordered) - SHOWN
     return ", ".join(ordered[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

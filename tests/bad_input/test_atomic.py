@@ -1,0 +1,200 @@
+"""Outputs are whole or not there: a failure in the middle leaves no partial file, and the old one intact."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+from PIL import Image
+
+import twinflow_rt
+from tests.bad_input.conftest import refused
+from twinflow_rt import atomic, cli, embeds_file
+from twinflow_rt.bench import html, record
+from twinflow_rt.convert import convert
+from twinflow_rt.errors import ConfigError
+from twinflow_rt.evaluate import command as evaluate
+
+FULL = OSError(28, "No space left on device")
+
+
+def write_image(target: Path, pipe) -> None:
+    cli.save_image(Image.new("RGB", (8, 8)), target.with_suffix(".png"))
+
+
+def write_record(target: Path, pipe) -> None:
+    record.save(json.loads(next(Path("benches/records").glob("demo-cpu.json")).read_text()), target)
+
+
+def write_page(target: Path, pipe) -> None:
+    html.save(json.loads(next(Path("benches/records").glob("demo-cpu.json")).read_text()), target)
+
+
+def write_artifact(target: Path, pipe) -> None:
+    pipe.save(target)
+
+
+def write_conversion(target: Path, pipe) -> None:
+    convert([pipe.folder / "vae"], pipe.folder, target)
+
+
+def write_embeds(target: Path, pipe) -> None:
+    embeds_file.write(target, pipe.text(["a"]), model="m", family="z-image", text=pipe.text)
+
+
+def write_sheet(target: Path, pipe) -> None:
+    evaluate.sheet(evaluate.Generator(pipe, pipe.sampler), target.with_suffix(".png"), columns=1)
+
+
+FILES = [write_image, write_record, write_page, write_embeds]
+FOLDERS = [write_artifact, write_conversion]
+
+
+def break_in_the_middle(monkeypatch) -> None:
+    """Every way to write a file writes half of it and finds the disk full."""
+
+    def half_text(self, text, *args, **kwargs):
+        with open(self, "w", encoding="utf-8") as file:
+            file.write(text[: len(text) // 2])
+        raise FULL
+
+    def half_tensors(tensors, filename, *args, **kwargs):
+        Path(filename).write_bytes(b"half")
+        raise FULL
+
+    def half_image(self, path, *args, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise FULL
+
+    monkeypatch.setattr(Path, "write_text", half_text)
+    monkeypatch.setattr(safetensors.torch, "save_file", half_tensors)
+    monkeypatch.setattr(Image.Image, "save", half_image)
+
+
+@pytest.mark.parametrize("write", FILES)
+@pytest.mark.parametrize("old", [None, b"the old one"])
+def test_files(pipe, tmp_path, monkeypatch, write, old):
+    name = "out.png" if write is write_image else "out"
+    if old is not None:
+        (tmp_path / name).write_bytes(old)
+    with monkeypatch.context() as broken:
+        break_in_the_middle(broken)
+        with pytest.raises(OSError, match="No space"):
+            write(tmp_path / "out", pipe)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({} if old is None else {name: old})
+    write(tmp_path / "out", pipe)
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes() != old
+
+
+@pytest.mark.parametrize("write", FOLDERS)
+def test_folders(pipe, tmp_path, monkeypatch, write):
+    with monkeypatch.context() as broken:
+        break_in_the_middle(broken)
+        with pytest.raises(OSError, match="No space"):
+            write(tmp_path / "out", pipe)
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "out", pipe)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    refused(lambda: write(tmp_path / "out", pipe), "exists")
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+def test_interrupts_leave_nothing(tmp_path):
+    for error in (KeyboardInterrupt, SystemExit, MemoryError):
+        with pytest.raises(error), atomic.replacing(tmp_path / "a") as partial:
+            partial.write_text("half")
+            raise error
+        with pytest.raises(error), atomic.new_folder(tmp_path / "b") as partial:
+            (partial / "c").write_text("half")
+            raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_refused_goes(tmp_path):
+    def verify(partial: Path) -> None:
+        raise ConfigError("no good; make it again")
+
+    with pytest.raises(ConfigError), atomic.new_folder(tmp_path / "a", verify) as partial:
+        (partial / "b").write_text("whole")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_is_not_written_as_json(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        atomic.write_json(tmp_path / "a", {"a": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_threads_that_write_one_file_do_not_mix(tmp_path):
+    """Whoever is last wins; no reader ever sees anything but one whole content."""
+    texts = [str(i) * 100_000 for i in range(8)]
+    atomic.write_text(tmp_path / "a", texts[0])
+    threads = [threading.Thread(target=atomic.write_text, args=(tmp_path / "a", text)) for text in texts]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert (tmp_path / "a").read_text() in texts
+    assert (tmp_path / "a").read_text() in texts and os.listdir(tmp_path) == ["a"]
+
+
+def test_the_longest_name_can_be_written(tmp_path):
+    atomic.write_text(tmp_path / ("x" * 255), "a")
+    assert os.listdir(tmp_path) == ["x" * 255]
+
+
+@pytest.mark.parametrize("name", ["folder", "none/a", "file/a", "x" * 256, "a\0b", "loop/a"])
+def test_targets_that_cannot_be(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    refused(lambda: atomic.check_target(tmp_path / name, "--output"), "--output", ConfigError)
+
+
+# what writes in place, and why that is right
+IN_PLACE = {
+    "atomic.py": "the helper itself",
+    "batch.py": "to the name that `replacing` gives",
+    "bench/memory.py": "a switch in /proc",
+    "bench/probe.py": "a pipe to perf",
+    "bench/random_weights.py": "a temporary model for one measurement",
+    "cli.py": "to the name that `replacing` gives",
+    "convert/files.py": "inside `new_folder`",
+    "embeds_file.py": "to the name that `replacing` gives",
+    "evaluate/command.py": "sheets go through cli.save_image",
+    "passes/artifact.py": "inside `new_folder`",
+    "passes/random.py": "a declaration for benchmarks, in a folder being made",
+    "serve/app.py": "to memory",
+    "training/autoencoder.py": "under another name, renamed",
+    "training/demo.py": "under another name, renamed",
+    "training/export.py": "under another name, renamed",
+    "training/trainer.py": "under another name, renamed",
+}
+METHODS = {"write_text", "write_bytes", "save_pretrained", "save_file", "save", "dump", "tofile"}
+OF_OURS = {"html", "precisions", "record"}  # modules whose `save` is atomic
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call writes a file in place."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if name == "open":
+        modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+        return any(isinstance(mode, str) and re.fullmatch("[wax][bt+]*", mode) for mode in modes)
+    method = isinstance(call.func, ast.Attribute)
+    ours = method and getattr(call.func.value, "id", "") in OF_OURS
+    return (method and not ours and name in METHODS) or name == "save_file"
+
+
+def test_no_other_module_writes_files():
+    """A new writer has to use `atomic`, or say here why not."""
+    root = Path(twinflow_rt.__file__).parent
+    trees = {str(p.relative_to(root)): ast.parse(p.read_text()) for p in root.rglob("*.py")}
+    found = {name for name, tree in trees.items() if any(isinstance(n, ast.Call) and writes(n) for n in ast.walk(tree))}
+    known = {name for name in found if name in IN_PLACE or name.startswith(("export/",))}
+    assert found == known, f"{sorted(found - known)} write files in a way of their own"
