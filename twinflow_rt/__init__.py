@@ -19,6 +19,8 @@ _PUBLIC = {
     "Pipeline": "pipeline",
     "Result": "pipeline",
     "accelerate": "drop_in",
+    "export_model": "export.program",
+    "load_exported": "export.runtime",
     "PromptEmbeds": "text",
     "SamplerConfig": "schedule",
     "PRESETS": "schedule",

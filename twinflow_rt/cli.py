@@ -373,6 +373,18 @@ def run_batch(args: argparse.Namespace) -> int:
     return batch.run(args)
 
 
+def add_export(parser: Parser) -> None:
+    from .export import command
+
+    command.add_arguments(parser)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    from .export import command
+
+    return command.run(args)
+
+
 def add_bench(parser: Parser) -> None:
     from .bench import command
 
@@ -392,6 +404,7 @@ COMMANDS = {
     "kernels": Command("List every op's implementations and what speaks against each here.", add_kernels, run_kernels),
     "sensitivity": Command("Measure which layers int8 hurts.", add_sensitivity, run_sensitivity),
     "batch": Command("Make the images of a file of prompts.", add_batch, run_batch),
+    "export": Command("Compile a model into a file that runs without Python.", add_export, run_export),
     "bench": Command("Measure a model; compare two measurements.", add_bench, run_bench),
     "eval": Command("Score a model of coloured shapes with a program.", add_eval, run_eval),
     "serve": Command("Serve a model over HTTP (OpenAI's images API).", add_serve, run_serve),
