@@ -1,0 +1,143 @@
+"""The file that `export` writes: a PyTorch .pt2 archive (a zip file, nothing compressed).
+
+    data/aotinductor/NAME/   compiled code of one program, as AOTInductor's loader wants it; no weights
+    data/twinflow/KEY        the bytes of one weight, in the order of its strides, at a multiple of 64 bytes
+    extra/tokenizer.json     where the text encoder is exported
+    extra/manifest.json      written last: what the programs take and give, SHA-256 of every other record
+
+Weights lie beside the programs, once, so programs of several sizes share them, and a reader maps them
+from the file instead of copying them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "extra/manifest.json"
+TOKENIZER = "extra/tokenizer.json"
+PROGRAMS, WEIGHTS = "data/aotinductor/", "data/twinflow/"
+ARCHIVE = {"archive_format": "pt2", "archive_version": "0"}
+FIELDS = ("device", "dtype", "prompt", "latent", "noise", "sizes", "programs", "weights", "files")
+
+
+class Writer:
+    """Writes the records of one archive; `close` adds the manifest, without which nothing loads."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = torch._C.PyTorchFileWriter(str(path))
+        self._file.set_min_version(6)
+        self.files: dict[str, dict[str, Any]] = {}
+        self.weights: dict[str, dict[str, Any]] = {}
+        self.programs: dict[str, dict[str, Any]] = {}
+        for name, content in ARCHIVE.items():
+            self._file.write_record(name, content.encode(), len(content))
+
+    def add(self, name: str, content: bytes) -> None:
+        self._file.write_record(name, content, len(content))
+        self.files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+    def add_program(self, name: str, files: Sequence[Path], constants: Mapping[str, Tensor]) -> None:
+        """One compiled program: its files and, under the names it gives them, its constants, whose values and
+        strides it relies on."""
+        for file in files:
+            self.add(f"{PROGRAMS}{name}/{file.name}", file.read_bytes())
+        keys = {constant: self._add_weight(tensor) for constant, tensor in constants.items()}
+        self.programs[name] = {"constants": keys}
+
+    def _add_weight(self, tensor: Tensor) -> str:
+        """Stores a tensor unless an equal one is stored; returns its key."""
+        storage = torch.as_strided(tensor, (span(tensor.shape, tensor.stride()),), (1,)).cpu()
+        content = storage.view(torch.uint8).numpy()
+        digest = hashlib.sha256(content.data).hexdigest()
+        what = {
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(tensor.shape),
+            "strides": list(tensor.stride()),
+        }
+        key = hashlib.sha256(f"{digest} {what}".encode()).hexdigest()[:32]
+        if key not in self.weights:
+            name = WEIGHTS + key
+            self._file.write_record(name, storage.untyped_storage(), storage.nbytes)  # type: ignore[arg-type]
+            self.weights[key], self.files[name] = what, {"bytes": storage.nbytes, "sha256": digest}
+        return key
+
+    def close(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the manifest of `facts` and of what was added, and completes the file."""
+        manifest = {
+            "format": FORMAT, **facts, "programs": self.programs, "weights": self.weights, "files": self.files,
+        }  # fmt: skip
+        content = json.dumps(manifest, indent=1, allow_nan=False).encode()
+        self._file.write_record(MANIFEST, content, len(content))
+        self._file.write_end_of_file()
+        return manifest
+
+
+def span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements of storage from a tensor's first to its last."""
+    return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+
+
+class Reader:
+    """An archive that was written whole; its file is mapped, not read."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing or no file; write one with `twinflow-rt export`")
+        self.path = path
+        try:
+            self._file = torch._C.PyTorchFileReader(str(path))
+            self.names = set(self._file.get_all_records())
+            manifest = json.loads(self._file.get_record(MANIFEST))
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} is no exported model, or a part of one ({reason}); export again") from None
+        self.manifest: dict[str, Any] = _checked(manifest, path)
+        self._storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+    def verify(self) -> None:
+        """Raises CheckpointError unless every record has the hash that the manifest states."""
+        known = self.manifest["files"]
+        for name, facts in known.items():
+            if name not in self.names:
+                raise CheckpointError(f"{self.path}: {name} is missing; export again")
+            if hashlib.sha256(self._bytes(name, facts["bytes"]).numpy().data).hexdigest() != facts["sha256"]:
+                raise CheckpointError(f"{self.path}: {name} does not match its hash; it was changed or damaged")
+
+    def weight(self, key: str) -> Tensor:
+        """A weight, mapped from the file."""
+        what = self.manifest["weights"][key]
+        dtype, shape, strides = getattr(torch, what["dtype"]), what["shape"], what["strides"]
+        flat = self._bytes(WEIGHTS + key, span(shape, strides) * dtype.itemsize).view(dtype)
+        return torch.as_strided(flat, shape, strides)
+
+    def text(self, name: str) -> str:
+        return bytes(self._file.get_record(name)).decode()
+
+    def _bytes(self, name: str, size: int) -> Tensor:
+        try:
+            start = self._file.get_record_offset(name)  # type: ignore[attr-defined]
+        except RuntimeError:
+            raise CheckpointError(f"{self.path}: {name} is missing; export again") from None
+        if start + size > self._storage.nbytes():
+            raise CheckpointError(f"{self.path}: {name} reaches beyond the end of the file; export again")
+        return torch.empty(0, dtype=torch.uint8).set_(self._storage, start, (size,), (1,))  # type: ignore[arg-type]
+
+
+def _checked(manifest: Any, path: Path) -> dict[str, Any]:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}; export it again")
+    if absent := [field for field in FIELDS if field not in manifest]:
+        raise CheckpointError(f"{path}: the manifest lacks {', '.join(absent)}; export it again")
+    known: dict[str, Any] = manifest
+    return known

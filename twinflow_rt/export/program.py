@@ -1,0 +1,294 @@
+"""What is exported: plain torch programs of a loaded model, compiled by AOTInductor.
+
+Every network runs on the eager references of its ops, which are plain torch and so become generated code
+or torch's own kernels; no custom op, packed weight or Triton kernel of this package is left in the file.
+Shapes: any number of images, prompts of any length (a multiple of the family's `prompt_multiple`), and
+one program per image size. The sampler is unrolled into it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..config import resolve_device
+from ..errors import ConfigError, TwinFlowError
+from ..ops import EAGER
+from ..passes.lora import Loras
+from ..passes.quantize import unpack
+from ..pipeline import Pipeline, load
+from ..sample import SamplerConfig, sample, schedule
+from ..schedule import steps
+from ..text import TextEncoder
+from . import archive
+from .runtime import Exported
+
+MAX_EVALUATIONS = 8  # each is a copy of the network in the program
+TOLERANCE = 1  # of 255 levels
+COMPILER = {
+    "aot_inductor.package": True,
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+    "cpp.dynamic_threads": True,  # as many as the machine that runs it has, not as this one
+}
+
+
+class Generate(nn.Module):
+    """noise [B, C, h, w], embeds [B, L, D], lengths int64 [B], then the streams' noise [N - 1, B, C, h, w] float32 if
+    the sampler injects any, then the family's extra inputs by name -> pixels uint8 [B, H, W, 3]."""
+
+    def __init__(self, pipe: Pipeline, config: SamplerConfig) -> None:
+        super().__init__()
+        self.network, self.decoder = pipe.program.network, pipe.vae.network
+        self.vae, self.config = pipe.vae, config
+        self.extras, self.injects = tuple(sorted(extras_of(pipe))), injected(config, pipe.dtype) > 0
+
+    def forward(self, noise: Tensor, embeds: Tensor, lengths: Tensor, *rest: Tensor) -> Tensor:
+        streams, extras = rest[: self.injects], dict(zip(self.extras, rest[self.injects :], strict=True))
+        context = self.network.encode_context(embeds, lengths, **extras)
+        latents = sample(
+            lambda x, step: self.network(x, self.network.step_modulation(step), context), noise, self.config,
+            noise_fn=lambda step: streams[0][step - 1], project=EAGER.x0_project,
+        )  # fmt: skip
+        images: Tensor = self.vae.decode_uint8(latents)
+        return images
+
+
+class Encode(nn.Module):
+    """Token ids int64 [B, T] of prompts as the tokenizer renders them, padded on the right by anything ->
+    embeddings [B, T - dropped, D]."""
+
+    def __init__(self, text: TextEncoder) -> None:
+        super().__init__()
+        self.network, self.text = text.network, text
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.text.kept(self.network(ids))
+
+
+def injected(config: SamplerConfig, dtype: torch.dtype) -> int:
+    """Noise tensors that the sampler takes between its steps; all of them if any."""
+    plan = steps(config, dtype)
+    return len(plan) - 1 if any(step.inject for step in plan[:-1]) else 0
+
+
+def extras_of(pipe: Pipeline) -> dict[str, int]:
+    """Names and widths of what the family's network takes of a prompt beside its embeddings."""
+    return {name: tensor.shape[-1] for name, tensor in pipe.text.probe(1).extras.items()}
+
+
+def export_model(
+    model: str | Path, output: str | Path, *, sizes: Sequence[tuple[int, int]] = (), device: str | None = None,
+    dtype: str | torch.dtype | None = None, nfe: int | None = None, sampler: SamplerConfig | str | None = None,
+    loras: Loras | None = None, text_encoder: bool = False, options: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Compiles a model for use without Python and writes it to `output`; returns the manifest.
+
+    model, device, dtype, nfe, sampler, loras: as for `load`; at most 8 evaluations. sizes: (height, width) in
+    pixels, one program each; default: the model's own size. text_encoder: whether to export that, too.
+    options: settings of torch._inductor. progress(doing) is called before each slow part.
+
+    The code is for the kind of processor it is compiled on. Each program is run once beside the model itself
+    and must agree with it (at most 1 of 255 levels). The file is there whole or not at all.
+    Raises ConfigError for arguments that cannot work, what `load` raises, TwinFlowError where torch cannot
+    compile the model or compiles it wrongly.
+    """
+    output = Path(output)
+    check_output(output)
+    resolve_device(device)
+    progress("loading")
+    pipe = load(model, device=device, dtype=dtype, nfe=nfe, sampler=sampler, loras=loras)
+    plain(pipe)
+    if len(pipe.program.schedule) > MAX_EVALUATIONS:
+        raise ConfigError(
+            f"{len(pipe.program.schedule)} evaluations would be that many copies of the network in one program; "
+            f"export at most {MAX_EVALUATIONS}"
+        )
+    if text_encoder and not isinstance(pipe.text, TextEncoder):
+        raise ConfigError(
+            f"{type(pipe.text).__name__} is more than one language model and cannot be exported yet: leave the text "
+            "encoder out and export prompts with `twinflow-rt encode`"
+        )
+    chosen = tuple(dict.fromkeys(pipe.sizes.resolve(*size) for size in sizes or ((None, None),)))
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder, torch.no_grad():
+        partial = Path(folder) / "twinflow.pt2"
+        writer = archive.Writer(partial)
+        for height, width in chosen:
+            progress(f"compiling {width}x{height}")
+            inputs, shapes = image_inputs(pipe, (height, width))
+            compile_into(writer, image_name(height, width), Generate(pipe, pipe.sampler), inputs, shapes, options)
+        if text_encoder:
+            progress("compiling the text encoder")
+            compile_into(writer, TEXT, Encode(pipe.text), *text_inputs(pipe), options)
+            writer.add(archive.TOKENIZER, pipe.text.tokenizer.core.to_str().encode())
+        manifest = writer.close(facts(pipe, model, chosen, text_encoder))
+        progress("comparing")
+        compare(pipe, Exported(partial), chosen, text_encoder)
+        os.replace(partial, output)
+    return manifest
+
+
+TEXT = "text"
+
+
+def image_name(height: int, width: int) -> str:
+    """The name of the program for images of one size."""
+    return f"image_{height}x{width}"
+
+
+def check_output(output: Path) -> None:
+    if output.suffix != ".pt2":
+        raise ConfigError(f"output {output}: the name must end in .pt2")
+    if output.is_dir() or not output.parent.is_dir():
+        raise ConfigError(f"output {output}: must be a file in a folder that exists")
+
+
+def plain(pipe: Pipeline) -> None:
+    """Gives every network of a loaded pipeline the eager ops and plain weights, in place."""
+    networks = [pipe.program.network, *(part.network for stage in (pipe.text, pipe.vae) for part in stage.parts)]
+    for network in networks:
+        network.ops = EAGER
+        unpack(network)
+    pipe.text.ops = pipe.vae.ops = EAGER
+    pipe.vae.tile = None
+
+
+def image_inputs(
+    pipe: Pipeline, size: tuple[int, int], images: int = 2, seed: int = 0
+) -> tuple[tuple[Tensor, ...], Any]:
+    """Example inputs of `Generate` for random prompts of two lengths, and which of their axes are free."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, multiple = torch.export.Dim("batch", min=1), prompt_multiple(pipe)
+    most = max(pipe.text.max_tokens // multiple, 2)
+    blocks = min(2, most) if multiple > 1 else min(7, most)
+    if has_lengths(pipe):
+        tokens: Any = torch.export.Dim("blocks", min=1, max=most)
+        tokens = multiple * tokens if multiple > 1 else tokens
+        length = multiple * blocks
+    else:
+        tokens, length = None, pipe.text.probe(1).embeds.shape[1]
+    shape = (images, pipe.vae.channels, size[0] // pipe.vae.scale, size[1] // pipe.vae.scale)
+    lengths = [length - k if has_lengths(pipe) else length for k in range(images)]
+
+    def normal(*shape: int, dtype: torch.dtype = pipe.dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(pipe.device, dtype)
+
+    streams = injected(pipe.sampler, pipe.dtype)
+    rest = [(normal(streams, *shape, dtype=torch.float32), {1: batch})] if streams else []
+    rest += [(normal(images, width), {0: batch}) for _, width in sorted(extras_of(pipe).items())]
+    inputs = (
+        normal(*shape), normal(images, length, pipe.text.width), torch.tensor(lengths, device=pipe.device),
+        *(tensor for tensor, _ in rest),
+    )  # fmt: skip
+    free = {0: batch} if tokens is None else {0: batch, 1: tokens}
+    return inputs, ({0: batch}, free, {0: batch}, *([tuple(axes for _, axes in rest)] if rest else []))
+
+
+def text_inputs(pipe: Pipeline) -> tuple[tuple[Tensor, ...], Any]:
+    """Example inputs of `Encode`, and which of their axes are free."""
+    dropped = pipe.text.dropped
+    tokens = torch.export.Dim("tokens", min=dropped + 1, max=dropped + pipe.text.max_tokens)
+    ids = torch.arange(2 * (dropped + 5), device=pipe.device).view(2, -1) % pipe.text.network.config.vocab_size
+    return (ids,), ({0: torch.export.Dim("batch", min=1), 1: tokens},)
+
+
+def prompt_multiple(pipe: Pipeline) -> int:
+    """The rows of prompt embeddings must be a multiple of this."""
+    return getattr(pipe.program.network, "prompt_multiple", 1)
+
+
+def has_lengths(pipe: Pipeline) -> bool:
+    """Whether prompts have lengths of their own; SD3.5 reads all rows of a fixed number."""
+    return isinstance(pipe.text, TextEncoder) or not extras_of(pipe)
+
+
+def compile_into(
+    writer: archive.Writer, name: str, module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any,
+    options: Mapping[str, Any] | None,
+) -> None:  # fmt: skip
+    """Traces and compiles `module` and adds it to the archive."""
+    module.eval()
+    module(*inputs)  # fills tables and caches with values; traced first, they would hold none
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {**COMPILER, "aot_inductor.output_path": folder, **(options or {})}
+        try:
+            traced = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
+            made: Any = torch._inductor.aot_compile(traced.module(), inputs, options=settings)
+        except Exception as error:  # whatever the compiler raises
+            reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+            raise TwinFlowError(f"torch {torch.__version__} cannot compile {name}: {reason}") from error
+        files = [Path(file) for file in made if isinstance(file, str) and file]
+        (weights,) = (entry for entry in made if not isinstance(entry, str))
+        constants = {}
+        for constant, (tensor, properties) in weights.items():
+            laid_out = torch.empty_strided(properties.shape, properties.stride, dtype=tensor.dtype)
+            constants[constant] = laid_out.copy_(tensor.detach())
+        writer.add_program(name, files, constants)
+
+
+def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], text_encoder: bool) -> dict[str, Any]:
+    """The manifest but for what the archive's writer knows."""
+    dtype, text = str(pipe.dtype).removeprefix("torch."), pipe.text
+    multiple = prompt_multiple(pipe)
+    fixed = None if has_lengths(pipe) else text.probe(1).embeds.shape[1]
+    return {
+        "twinflow_rt": __version__,
+        "torch": torch.__version__,
+        "model": "demo" if str(model) == "demo" else Path(model).resolve().name,
+        "family": pipe.program.plan.family,
+        "loras": [str(lora) for lora in pipe.program.plan.loras],
+        "device": pipe.device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "dtype": dtype,
+        "sampler": asdict(pipe.sampler),
+        "nfe": len(schedule(pipe.sampler, pipe.dtype)),
+        "sizes": [list(size) for size in sizes],
+        "latent": {"channels": pipe.vae.channels, "scale": pipe.vae.scale},
+        "noise": {"generator": "torch-cpu-per-image", "streams": injected(pipe.sampler, pipe.dtype)},
+        "prompt": {
+            "width": text.width, "multiple": multiple, "fixed": fixed,
+            "max_tokens": fixed or text.max_tokens // multiple * multiple,
+            "extras": [[name, width] for name, width in sorted(extras_of(pipe).items())],
+        },
+        "output": {"dtype": "uint8", "layout": "NHWC", "channels": 3},
+        "text": text_facts(text) if text_encoder else None,
+    }  # fmt: skip
+
+
+def text_facts(text: TextEncoder) -> dict[str, Any]:
+    """What the program for token ids takes. prefix, suffix: what a prompt is written between before it is
+    tokenized; None where the family does more than that to it."""
+    mark = "\ue000"
+    before, found, after = text.tokenizer.render(mark).partition(mark)
+    return {
+        "vocabulary": text.network.config.vocab_size,
+        "dropped": text.dropped,
+        "max_tokens": text.dropped + text.max_tokens,
+        "prefix": before if found else None,
+        "suffix": after if found else None,
+    }
+
+
+def compare(pipe: Pipeline, exported: Exported, sizes: Sequence[tuple[int, int]], text_encoder: bool) -> None:
+    """Raises TwinFlowError unless the exported programs agree with the model they were made from."""
+    for size in sizes:
+        for images in (1, 3):
+            inputs, _ = image_inputs(pipe, size, images, seed=images)
+            ours, theirs = Generate(pipe, pipe.sampler)(*inputs), exported.run(image_name(*size), inputs)
+            if (worst := int((ours.int() - theirs.int()).abs().max())) > TOLERANCE:
+                raise TwinFlowError(f"the compiled program for {size[1]}x{size[0]} is off by {worst} of 255 levels")
+    if text_encoder:
+        inputs, _ = text_inputs(pipe)
+        ours, theirs = Encode(pipe.text)(*inputs).float(), exported.run(TEXT, inputs).float()
+        bar = 1e-4 if pipe.dtype == torch.float32 else 3e-2
+        if (error := float((ours - theirs).norm() / ours.norm())) > bar:
+            raise TwinFlowError(f"the compiled text encoder is off by {error:.1e}, more than {bar:.0e}")

@@ -1,0 +1,140 @@
+"""Runs an exported file from Python: the same steps as `csrc/embed` in C++, without this package's networks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import check_count, resolve_device
+from ..errors import CheckpointError, ConfigError
+from ..noise import initial_noise, resolve_seeds, step_noise
+from ..text import PromptEmbeds
+from .archive import Reader
+
+CPUS = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
+
+
+def load_exported(path: str | Path, *, verify: bool = True) -> Exported:
+    """Opens a file written by `twinflow-rt export`. verify: compare every part with its hash first.
+
+    Programs are loaded when first used; weights are mapped from the file, which must stay.
+    Raises CheckpointError for a file that is not whole, was changed, or was compiled for another torch or
+    processor; DeviceError where its device is absent.
+    """
+    exported = Exported(Path(path))
+    if verify:
+        exported.archive.verify()
+    return exported
+
+
+class Exported:
+    """A loaded file. `manifest`: what it holds and takes (docs/embedding.md)."""
+
+    def __init__(self, path: Path) -> None:
+        self.archive = Reader(path)
+        self.manifest = self.archive.manifest
+        check_machine(self.manifest, path)
+        self.device = resolve_device(self.manifest["device"])
+        self.dtype: torch.dtype = getattr(torch, self.manifest["dtype"])
+        self.sizes = [(height, width) for height, width in self.manifest["sizes"]]
+        self._programs: dict[str, Any] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def __call__(
+        self, prompt: PromptEmbeds, *, height: int | None = None, width: int | None = None,
+        seed: int | Sequence[int] | None = None, num_images: int = 1,
+    ) -> Tensor:  # fmt: skip
+        """Pixels uint8 [B, H, W, 3] on the device, `num_images` per prompt, prompt-major.
+
+        prompt: embeddings as `Pipeline.text` or `encode` gives them. height, width: one of `sizes`; default the
+        first. seed: as for `Pipeline`. Raises ConfigError for what the file cannot do.
+        """
+        check_count("num_images", num_images)
+        size = (height or self.sizes[0][0], width or self.sizes[0][1])
+        if size not in self.sizes:
+            have = ", ".join(f"{w}x{h}" for h, w in self.sizes)
+            raise ConfigError(f"no program for {size[1]}x{size[0]} was exported; this file has {have}")
+        embeds, lengths = self._padded(prompt)
+        seeds = resolve_seeds(seed, len(prompt) * num_images)
+        latent, streams = self.manifest["latent"], self.manifest["noise"]["streams"]
+        shape = (latent["channels"], size[0] // latent["scale"], size[1] // latent["scale"])
+        rest = [self._extra(prompt, *entry) for entry in self.manifest["prompt"]["extras"]]
+        inputs = [tensor.repeat_interleave(num_images, 0) for tensor in (embeds, lengths, *rest)]
+        if streams:
+            noise = torch.stack([step_noise(seeds, i + 1, shape, device=self.device) for i in range(streams)])
+            inputs.insert(2, noise)
+        noise = initial_noise(seeds, shape, self.dtype, self.device)
+        return self.run(f"image_{size[0]}x{size[1]}", (noise, *inputs))
+
+    def encode(self, ids: Sequence[Sequence[int]]) -> PromptEmbeds:
+        """Embeddings of prompts given as token ids, each as long as it is."""
+        text = self.manifest["text"]
+        if text is None:
+            raise ConfigError("this file has no text encoder; export it with --text-encoder")
+        most, dropped = text["max_tokens"], text["dropped"]
+        if not ids or any(not dropped < len(row) <= most for row in ids):
+            raise ConfigError(f"prompts must be {dropped + 1} to {most} token ids long, got {list(map(len, ids))}")
+        if any(not 0 <= i < text["vocabulary"] for row in ids for i in row):
+            raise ConfigError(f"token ids must be from 0 to {text['vocabulary'] - 1}")
+        longest = max(len(row) for row in ids)
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)
+        return PromptEmbeds(self.run("text", (padded,)), tuple(len(row) - dropped for row in ids))
+
+    def run(self, program: str, inputs: Sequence[Tensor]) -> Tensor:
+        """The output of one program, whose inputs are those of `program.Generate` or `program.Encode`. Nothing
+        is checked here, nor inside."""
+        if program not in self._programs:
+            self._programs[program] = self._load(program)
+        output: Tensor
+        (output,) = self._programs[program].boxed_run([x.contiguous() for x in inputs])
+        return output
+
+    def _load(self, name: str) -> Any:
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(self.archive.path), name, False, 1, -1)
+        constants = {}
+        for constant, key in self.manifest["programs"][name]["constants"].items():
+            if key not in self._weights:
+                self._weights[key] = self.archive.weight(key).to(self.device)
+            constants[constant] = self._weights[key]
+        loader.load_constants(constants, False, True, True)  # checked to be all; borrowed, not copied
+        return loader
+
+    def _padded(self, prompt: PromptEmbeds) -> tuple[Tensor, Tensor]:
+        """Embeddings with as many rows as the programs take, and lengths."""
+        rule = self.manifest["prompt"]
+        rows, width = prompt.embeds.shape[1:]
+        lengths, longest = prompt.lengths, max(prompt.lengths, default=0)
+        if width != rule["width"] or len(lengths) != len(prompt.embeds) or not 0 < longest <= rows:
+            raise ConfigError(
+                f"prompt embeddings of shape {tuple(prompt.embeds.shape)} and lengths {lengths} do not fit: this model "
+                f"takes [B, L, {rule['width']}] and B lengths from 1 to L"
+            )
+        if longest > rule["max_tokens"] or min(lengths) < (rule["fixed"] or 1):
+            wanted = f"exactly {rule['fixed']}" if rule["fixed"] else f"1 to {rule['max_tokens']}"
+            raise ConfigError(f"prompts of {min(lengths)} to {longest} rows; this model takes {wanted}")
+        wanted = -(-longest // rule["multiple"]) * rule["multiple"]
+        embeds = prompt.embeds.to(self.device, self.dtype)[:, :wanted]
+        return F.pad(embeds, (0, 0, 0, wanted - embeds.shape[1])), torch.tensor(lengths, device=self.device)
+
+    def _extra(self, prompt: PromptEmbeds, name: str, width: int) -> Tensor:
+        if name not in prompt.extras or prompt.extras[name].shape != (len(prompt), width):
+            raise ConfigError(f"this model takes prompts with {name!r} of shape [B, {width}]")
+        return prompt.extras[name].to(self.device, self.dtype)
+
+
+def check_machine(manifest: dict[str, Any], path: Path) -> None:
+    """Raises CheckpointError where this torch or processor cannot run the compiled code."""
+    made, here = (".".join(re.findall(r"\d+", v)[:2]) for v in (manifest["torch"], torch.__version__))
+    if made != here:
+        raise CheckpointError(f"{path} was compiled by torch {made}, this is {here}; export it again here")
+    needs, has = manifest["cpu"], torch.backends.cpu.get_cpu_capability()
+    if manifest["device"] == "cpu" and needs != has and not (
+        needs in CPUS and has in CPUS and CPUS.index(needs) < CPUS.index(has)
+    ):  # fmt: skip
+        raise CheckpointError(f"{path} was compiled for processors with {needs}, this one has {has}; export it here")
