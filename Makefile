@@ -16,7 +16,7 @@ OUT    ?= demo.png
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: build demo test bench lint asan check-packaging clean
+.PHONY: build demo test bench lint lint-cpp lock audit asan check-packaging check-bounds clean
 build: $(VENV)/.built
 
 demo: $(VENV)/.built
@@ -28,12 +28,38 @@ test: $(VENV)/.built $(VENV)/.test
 bench: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest benches --benchmark-only -o testpaths=benches -o python_files='bench_*.py' --benchmark-max-time=0.5
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint $(VENV)/.test lint-cpp
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
+TIDY := csrc/cpu/dispatch.cpp csrc/cpu/kernels.cpp csrc/bindings.cpp
+X86  := $(if $(filter x86_64,$(shell uname -m)),-DTWINFLOW_X86)
+INCLUDES = $(shell $(BIN)/python -c "import pybind11, sysconfig; \
+  print('-isystem', pybind11.get_include(), '-isystem', sysconfig.get_path('include'))")
+
+lint-cpp: $(VENV)/.lint
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-tidy --quiet $(TIDY) -- -std=c++17 -fopenmp -Icsrc/include -Icsrc/cpu $(INCLUDES) \
+	  $(X86) -DTWINFLOW_ISA=twinflow_kernels_baseline
 
 # The kernels under the address and undefined-behaviour sanitizers, driven through the C interface.
 asan:
 	sh tests/native/sanitize.sh
+
+# The versions that tests run with; UPGRADE=--upgrade takes the newest, else only what pyproject.toml asks for changes.
+lock: $(VENV)/.lint
+	echo "$(TORCH)" | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes $(UPGRADE) \
+	  $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX)) --extra test \
+	  --no-emit-package torch --custom-compile-command "make lock" pyproject.toml - --output-file requirements/test.lock
+
+# Known vulnerabilities of those versions, as PyPI's advisories have them; a package it knows nothing about fails.
+audit: $(VENV)/.lint
+	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements/test.lock
+
+# The lowest and the newest versions that pyproject.toml allows, each in a fresh environment; downloads gigabytes.
+check-bounds: $(VENV)/.built $(VENV)/.lint
+	$(BIN)/python tests/check_bounds.py
 
 # Every way to install the package, each in a fresh environment; minutes, so not part of `test`.
 check-packaging: $(VENV)/.built $(VENV)/.test
@@ -56,9 +82,14 @@ $(VENV)/.built: $(VENV)/.torch $(NATIVE)
 	@$(PIP) --editable .
 	@touch $@
 
-# The extras' packages without another build of the project.
-$(VENV)/.test $(VENV)/.lint: $(VENV)/.%: $(VENV)/.torch pyproject.toml
-	@echo "installing what '$*' needs"
-	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['$*'], sep='\n')" > $@.txt
+# What an extra needs, without another build of the project: the tests' from the lock, which names all but torch.
+$(VENV)/.test: $(VENV)/.torch requirements/test.lock
+	@echo "installing what 'test' needs"
+	@$(PIP) --no-deps --require-hashes --requirement requirements/test.lock
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	@echo "installing what 'lint' needs"
+	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'], sep='\n')" > $@.txt
 	@$(PIP) --requirement $@.txt
 	@touch $@
