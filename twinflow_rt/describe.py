@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import stage
 from .models import family_of
+from .passes import quantize
 from .passes.fold import folded_away
-from .passes.load import Checkpoint, check, model_folder
+from .passes.load import Checkpoint, Layout, check, model_folder
 from .plan import group_parameters
 
-PRECISIONS = {"float32": 4, "bfloat16": 2}  # float16 as bfloat16
+# the transformer's linear layers, the rest; float16 as bfloat16. int8 stands beside float32 on a CPU
+PRECISIONS = {
+    "float32": (None, torch.float32), "bfloat16": (None, torch.bfloat16), "int8": ("int8", torch.float32),
+    "fp8": ("fp8", torch.bfloat16),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,31 @@ def describe(path: Path) -> Description:
         _part(stage.Part("transformer", transformer, network, family.layout), folded),
         *(_part(p, p.network) for p in vae.parts),
     )
-    stored = network.state_dict()
-    tables = sum(b.numel() for name, b in folded.named_buffers() if name not in stored) * 4
-    memory = {name: sum(p.needed for p in parts) * size + tables for name, size in PRECISIONS.items()}
+    others = sum(p.needed for p in parts if p.name != "transformer")
+    memory = {
+        name: others * dtype.itemsize + resident_bytes(folded, family.layout, dtype, precision)
+        for name, (precision, dtype) in PRECISIONS.items()
+    }
     away = group_parameters(folded_away(network, folded))
     return Description(family.name, str(path), parts, away, memory)
+
+
+def resident_bytes(
+    network: nn.Module, layout: Layout, dtype: torch.dtype, precision: str | None = None, exempt: Sequence[str] = ()
+) -> int:
+    """Bytes of a folded network's weights and tables on its device; the network may be on the meta device.
+
+    precision, exempt: "int8" or "fp8", and kinds of layers kept out of it, as `passes.quantize.groups` calls them.
+    """
+    tables = {name for name, _ in network.named_buffers()}
+    total = sum(
+        tensor.numel() * (4 if name in tables else (layout.dtype_of(name, dtype) or dtype).itemsize)
+        for name, tensor in network.state_dict().items()
+    )
+    kinds = {} if precision is None else quantize.groups(network, precision)
+    for layer in (layer for kind, some in kinds.items() if kind not in exempt for layer in some):
+        total -= layer.weight.numel() * (dtype.itemsize - 1) - 4 * layer.out_features  # a byte each, and a scale a row
+    return total
 
 
 def _part(part: stage.Part, resident: nn.Module) -> Part:

@@ -122,8 +122,9 @@ def attach(network: Any, target: Target) -> tuple[Choice, ...]:
 
 
 def group_of(name: str) -> str:
-    """A layer's name without the numbers of blocks: what its like in other blocks is called, too."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
+    """A layer's name without the number of its block: what its like in other blocks is called, too."""
+    parts = name.split(".")
+    return ".".join((parts[0], *parts[2:])) if len(parts) > 1 and parts[1].isdigit() else name
 
 
 def groups(network: nn.Module, precision: str = "int8") -> dict[str, list[nn.Linear]]:
@@ -262,8 +263,6 @@ def _kind(
     network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None, exempt: Sequence[str]
 ) -> tuple[str, str]:
     """What becomes of one layer, and the reason."""
-    if layer.weight.is_meta:
-        return "plain", "its weight comes and goes with its block"
     if isinstance(layer, QuantizedLinear):
         kind = next(k for k, dtype in ROWS.items() if dtype == layer.weight.dtype)
         return kind, _how(kind, device) if precision == kind else "as saved"
@@ -279,6 +278,8 @@ def _kind(
             why = f"inputs or outputs are no multiple of {FP8_MULTIPLE}: kept out of fp8"
         else:
             return precision, _how(precision, device)
+    if layer.weight.is_meta:  # never in a network of some precision
+        return "plain", "its weight comes and goes with its block"
     stored = layer.weight.dtype
     if reason := packing_refuses(device, stored):
         return "plain", reason if precision is None else why
