@@ -69,7 +69,10 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 
 
 def add_generate(parser: Parser) -> None:
-    parser.add_argument("prompt", nargs="+", help="one or more prompts")
+    parser.add_argument("prompt", nargs="*", help="one or more prompts")
+    parser.add_argument(
+        "--prompt-embeds", type=Path, metavar="FILE", help="in place of prompts: embeddings that `encode` wrote"
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -110,8 +113,22 @@ def add_model(parser: Parser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
     parser.add_argument(
-        "--precision", help="fp32, fp16 or bf16, as --dtype; int8: 8-bit linear layers (CPU); auto: the default"
+        "--precision",
+        help="fp32, fp16 or bf16, as --dtype; int8 (CPU) or fp8 (GPU): 8-bit linear layers; auto: int8 or fp8 if it "
+        "measured faster and accurate here (see sensitivity)",
     )
+    parser.add_argument(
+        "--exempt", nargs="+", default=[], metavar="NAME",
+        help="layers kept out of int8 or fp8: parts of their names, or one .json file of `sensitivity --save`",
+    )  # fmt: skip
+    parser.add_argument("--fp8-attention", action="store_true", help="with fp8: attention's scores in float8, too")
+
+
+def precision_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `load` that say in how many bits to compute."""
+    one = args.exempt[0] if len(args.exempt) == 1 and args.exempt[0].endswith(".json") else None
+    exempt = args.exempt if one is None else Path(one)
+    return {"precision": args.precision, "exempt": exempt, "fp8_attention": args.fp8_attention}
 
 
 def add_download(parser: Parser) -> None:
@@ -137,24 +154,33 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    paths = output_paths(args.output, len(args.prompt) * args.num_images)
+    if bool(args.prompt) == (args.prompt_embeds is not None):
+        raise ConfigError("give prompts, or a file of them encoded (--prompt-embeds), and not both")
+    saved = None
+    if args.prompt_embeds is not None:
+        from .embeds_file import read
+
+        saved = read(args.prompt_embeds)
+    names = list(saved.names()) if saved is not None else args.prompt
+    paths = output_paths(args.output, len(names) * args.num_images)
     from .pipeline import load
 
     start = time.perf_counter()
     with loading(args.model) as progress:
-        options = {"device": args.device, "dtype": args.dtype, "precision": args.precision, "loras": args.lora}
+        options = {"device": args.device, "dtype": args.dtype, "loras": args.lora, **precision_options(args)}
         options["download"] = args.download
         pipe = load(args.model, sampler=chosen_sampler(args), progress=progress, **options)
     load_seconds = time.perf_counter() - start
     width, height = args.size or (None, None)
-    result = pipe(args.prompt, width=width, height=height, seed=args.seed, num_images=args.num_images)
-    prompts, nfe = [p for p in args.prompt for _ in range(args.num_images)], len(pipe.program.schedule)
+    given = args.prompt if saved is None else pipe.accept(saved, args.prompt_embeds)
+    result = pipe(given, width=width, height=height, seed=args.seed, num_images=args.num_images)
+    prompts, nfe = [p for p in names for _ in range(args.num_images)], len(pipe.program.schedule)
     loras = [str(lora) for lora in pipe.program.plan.loras]
     for path, image, prompt, seed in zip(paths, result.images, prompts, result.seeds, strict=False):
         facts = {"prompt": prompt, "seed": seed, "model": args.model, "nfe": nfe}
         save_image(image, path, facts | ({"loras": loras} if loras else {}))
     if len(result.images) > 1:
-        save_image(grid(result.images, args.num_images if len(args.prompt) > 1 else None), paths[-1])
+        save_image(grid(result.images, args.num_images if len(names) > 1 else None), paths[-1])
     report = {
         "files": [str(p) for p in paths],
         "seeds": result.seeds,
@@ -263,6 +289,20 @@ def run_inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_encode(parser: Parser) -> None:
+    from . import encode
+
+    add_model(parser)
+    encode.add_arguments(parser)
+
+
+def run_encode(args: argparse.Namespace) -> int:
+    from . import encode
+    from .pipeline import model_path
+
+    return encode.run(args, model_path(args.model, args.download))
+
+
 def add_convert(parser: Parser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors files, or folders of them")
     parser.add_argument("target", type=Path, metavar="TARGET", help="the model folder to write")
@@ -320,7 +360,7 @@ def run_eval(args: argparse.Namespace) -> int:
     from .pipeline import load
 
     with loading(args.model) as progress:
-        options = {"precision": args.precision, "progress": progress, "download": args.download}
+        options = {**precision_options(args), "progress": progress, "download": args.download}
         pipe = load(args.model, device=args.device, dtype=args.dtype, **options)
     return command.run(args, pipe)
 
@@ -357,7 +397,7 @@ def run_sensitivity(args: argparse.Namespace) -> int:
     from .pipeline import load
 
     with loading(args.model) as progress:
-        pipe = load(args.model, device="cpu", progress=progress)
+        pipe = load(args.model, device=args.device, dtype=args.dtype, progress=progress)
     return sensitivity.run(args, pipe)
 
 
@@ -399,10 +439,11 @@ def run_bench(args: argparse.Namespace) -> int:
 
 COMMANDS = {
     "generate": Command("Generate images from prompts.", add_generate, run_generate),
+    "encode": Command("Encode prompts into a file.", add_encode, run_encode),
     "convert": Command("Write a model folder from weight files under other names.", add_convert, run_convert),
     "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
     "kernels": Command("List every op's implementations and what speaks against each here.", add_kernels, run_kernels),
-    "sensitivity": Command("Measure which layers int8 hurts.", add_sensitivity, run_sensitivity),
+    "sensitivity": Command("Measure what int8 or fp8 hurts and gains.", add_sensitivity, run_sensitivity),
     "batch": Command("Make the images of a file of prompts.", add_batch, run_batch),
     "export": Command("Compile a model into a file that runs without Python.", add_export, run_export),
     "bench": Command("Measure a model; compare two measurements.", add_bench, run_bench),

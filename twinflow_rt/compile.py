@@ -15,7 +15,7 @@ merged into the checkpoint's tensors as these passes read them (`passes.lora`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from .errors import ConfigError
 from .models import Family
 from .ops.select import Choice, Target, select
+from .parallel import Ulysses
 from .passes import fold as folding
 from .passes import quantize
 from .passes.fold import Schedule, fold, folded_away
 from .passes.load import Checkpoint, Layout, Progress, assign, check, fetch, materialize
 from .passes.lora import Merged
-from .plan import Plan, group_parameters, parameter_bytes
+from .plan import Group, Plan, group_parameters, parameter_bytes
+from .streaming import Streaming
 
 MAX_EVALUATIONS = 100
 
@@ -40,7 +42,9 @@ MAX_EVALUATIONS = 100
 class Recipe:
     """What a program was compiled from; `absorb`: whether its constants may go into the weights.
     precision, exempt: of the linear layers, see `passes.quantize.convert`. fp8_attention: whether attention's
-    scores are float8 products (`ops.attention_fp8`)."""
+    scores are float8 products (`ops.attention_fp8`). sensitivity: what `exempt` was measured by, if it was.
+    notes: on the choice of all this, for the plan.
+    streamed: how many of the last blocks come and go as they run."""
 
     source: Checkpoint
     family: Family
@@ -50,6 +54,9 @@ class Recipe:
     precision: str | None = None
     exempt: tuple[str, ...] = ()
     fp8_attention: bool = False
+    sensitivity: tuple[Group, ...] = ()
+    notes: tuple[str, ...] = ()
+    streamed: int = 0
 
     def unfolded(self) -> nn.Module:
         """The network as the checkpoint has it, on the meta device."""
@@ -80,6 +87,19 @@ class Program:
     schedule: tuple[tuple[float, float], ...]
     plan: Plan
     recipe: Recipe | None = None
+    sequence: Ulysses | None = None
+
+    def parallelize(self, sequence: Ulysses) -> None:
+        """Spreads each image's tokens over the processes of `sequence`, now and after every recompilation.
+
+        Raises ConfigError for a family whose network does not split, or heads that do not divide."""
+        if not hasattr(self.network, "sequence"):
+            raise ConfigError(f"{self.plan.family} networks do not run sequence-parallel; Z-Image and Qwen-Image do")
+        if self.sequence is not None:
+            raise ConfigError("this pipeline is sequence-parallel already")
+        sequence.require(self.network.config.dim // self.network.config.head_dim)
+        self.sequence, self.network.sequence = sequence, sequence
+        self.network.ops = replace(self.network.ops, attention=sequence.attention(self.network.ops.attention))
 
     def refold(self, schedule: Schedule) -> None:
         """Switches to another schedule: tables are folded anew, absorbed weights read anew.
@@ -124,33 +144,54 @@ class Program:
         fresh = compile_network(
             recipe.source, recipe.family, schedule, device=recipe.device, dtype=recipe.dtype, absorb=recipe.absorb,
             precision=recipe.precision, exempt=recipe.exempt, fp8_attention=recipe.fp8_attention,
+            sensitivity=recipe.sensitivity, notes=recipe.notes, streamed=recipe.streamed,
         )  # fmt: skip
         self.network, self.schedule, self.plan = fresh.network, fresh.schedule, fresh.plan
+        if (sequence := self.sequence) is not None:
+            self.sequence = None
+            self.parallelize(sequence)
 
 
 def compile_network(
     source: Checkpoint, family: Family, schedule: Schedule, *, device: torch.device, dtype: torch.dtype,
     progress: Progress | None = None, absorb: bool = True, precision: str | None = None, exempt: Sequence[str] = (),
-    fp8_attention: bool = False,
+    fp8_attention: bool = False, sensitivity: Sequence[Group] = (), notes: Sequence[str] = (), streamed: int = 0,
 ) -> Program:  # fmt: skip
     """Compiles a network for the (t, tt) pairs of `schedule` (1 to 100 of them).
 
     source: an open checkpoint, or one with adapters merged in (`passes.lora.Merged`). absorb: whether
     the constants of a single evaluation go into the weights, where the family declares that they can
     (`absorptions`): exact in float32, and in bfloat16 within 1.1x of the unfolded network's error.
-    precision, exempt: of the linear layers, see `passes.quantize.convert`. fp8_attention: see `Recipe`.
+    precision, exempt: of the linear layers, see `passes.quantize.convert`. fp8_attention, sensitivity, notes: see
+    `Recipe`.
+    streamed: how many of the last blocks come and go as they run (see `streaming`); on a CPU they are read from
+    the checkpoint then, so no constants go into weights. Excludes a precision.
     Raises CheckpointError for anything about the files, ConfigError for the schedule or the precision.
     """
     schedule = _checked(schedule)
     quantize.require(precision, device, dtype)
-    recipe = Recipe(source, family, device, dtype, absorb, precision, tuple(exempt), fp8_attention)
+    if streamed and precision is not None:
+        raise ConfigError(f"blocks that stream have no precision {precision}: give a larger memory_budget, or neither")
+    absorb = absorb and not (streamed and device.type == "cpu")
+    recipe = Recipe(
+        source, family, device, dtype, absorb, precision, tuple(exempt), fp8_attention, tuple(sensitivity),
+        tuple(notes), streamed,
+    )  # fmt: skip
     source.meter.start()
     unfolded = recipe.unfolded()
     check(unfolded.state_dict(), source, family.layout)
     network = _folded(family, unfolded.config, len(schedule), absorb)
+    quantize.check_names(network, exempt, sensitivity)
     expected = network.state_dict()
     into: set[str] = set()
-    for name, tensor in _tensors(recipe, network, recipe.tables(unfolded, schedule, into.add)):
+    streaming = Streaming(
+        network, streamed, device, lambda name: fetch(name, expected[name], source, family.layout, device, dtype)
+    )
+    tables = recipe.tables(unfolded, schedule, into.add)
+    for name, tensor in _tensors(recipe, network, tables, streaming.names if streaming.mapped else ()):
+        if name in streaming.names:
+            streaming.put(name, tensor)
+            continue
         assign(network, name, tensor)
         if progress is not None:
             progress(tensor.nbytes)
@@ -158,6 +199,7 @@ def compile_network(
         quantize.arrived(network, name, device, precision, exempt)
     layers = quantize.convert(network, device, precision, exempt)
     network.eval()
+    streaming.start()
     choices = _select(network, device, dtype, fp8_attention)
     report = source.meter.report(len(expected), source.total_bytes())
     away = folded_away(unfolded, network)
@@ -168,8 +210,8 @@ def compile_network(
         schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
         bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
         absorbed=_is_absorbed(network), loras=source.loras, precision=precision, exempt=recipe.exempt, layers=layers,
-        fp8_attention=fp8_attention,
-        notes=(f"transformer {report}", *quantize.converted(source.main_dtype(), dtype, device)),
+        fp8_attention=fp8_attention, sensitivity=recipe.sensitivity,
+        notes=(f"transformer {report}", *recipe.notes, *quantize.converted(source.main_dtype(), dtype, device)),
     )  # fmt: skip
     return Program(network, schedule, plan, recipe)
 
@@ -207,8 +249,10 @@ def _folded(family: Family, config: Any, steps: int, absorb: bool) -> Any:
         return family.network(config, folded_steps=steps, **absorbed)
 
 
-def _tensors(recipe: Recipe, network: Any, tables: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the compiled `network`, on the device, made one at a time."""
+def _tensors(
+    recipe: Recipe, network: Any, tables: dict[str, Tensor], without: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the compiled `network` but those named in `without`, on the device, made one at a time."""
     source, layout, device, expected = recipe.source, recipe.family.layout, recipe.device, network.state_dict()
     done = set()
     if _is_absorbed(network):
@@ -221,7 +265,7 @@ def _tensors(recipe: Recipe, network: Any, tables: dict[str, Tensor]) -> Iterato
             tensor = tensor.to(layout.dtype_of(name, recipe.dtype))
             yield name, tensor
             del tensor  # before the next one is read
-    for name in (name for name in expected if name not in done):
+    for name in (name for name in expected if name not in done and name not in without):
         if name in tables:
             yield name, tables[name].to(device)
         else:
