@@ -27,6 +27,7 @@ from .errors import CheckpointError, ConfigError
 from .files import open_tensors, parse_json
 from .passes.fuse import sources
 from .text import PromptEmbeds
+from .versions import refusal
 
 FORMAT, VERSION = "twinflow_rt.prompt_embeds", "1"
 SMALL = 1 << 15  # numbers: tensors up to this size, norm weights mostly, are read for the fingerprint
@@ -98,11 +99,13 @@ def read(path: str | Path) -> Saved:
     """Reads such a file. Raises CheckpointError for any other."""
     file = open_tensors(Path(path))
     facts = file.metadata() or {}
-    if facts.get("format") != FORMAT or facts.get("version") != VERSION:
+    if facts.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} holds no prompt embeddings of version {VERSION} (format {facts.get('format')!r}, version "
-            f"{facts.get('version')!r}); `twinflow-rt encode` writes them"
+            f"{path} holds no prompt embeddings (format {facts.get('format')!r:.80}); `twinflow-rt encode` writes them"
         )
+    if (found := facts.get("version", "")) != VERSION:
+        found = int(found) if found.isdecimal() else found
+        raise CheckpointError(refusal(path, found, int(VERSION), "encode the prompts again"))
     try:
         prompts = parse_json(facts["prompts"])
         names = set(file.keys())

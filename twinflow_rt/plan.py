@@ -19,6 +19,7 @@ from .config import DTYPES, PRECISIONS
 from .errors import CheckpointError
 from .ops.select import Choice
 from .typed import typed
+from .versions import refusal
 
 SCHEMA = 4
 
@@ -134,10 +135,10 @@ class Plan:
     def from_dict(cls, raw: dict[str, Any]) -> Plan:
         """Raises CheckpointError for another schema, other fields, or a field that is not what it should be."""
         schema = raw.get("schema") if isinstance(raw, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise CheckpointError(f"plan of schema {schema}, newer than this version, which reads {SCHEMA}: upgrade")
-        if schema != SCHEMA or set(raw) != {"schema", *(f.name for f in fields(cls))}:
-            raise CheckpointError(f"plan of schema {schema!r:.40}; this version reads {SCHEMA}: compile again")
+        if schema != SCHEMA:
+            raise CheckpointError(refusal("the plan", schema, SCHEMA, "compile again"))
+        if strange := set(raw) ^ {"schema", *(f.name for f in fields(cls))}:
+            raise CheckpointError(f"the plan lacks or does not know {sorted(strange)!r:.200}: compile again")
         try:
             plan: Plan = typed({k: v for k, v in raw.items() if k != "schema"}, cls, "plan")
         except ValueError as error:

@@ -20,10 +20,11 @@ import torch
 from .atomic import write_json
 from .config import resolve_precision
 from .errors import CheckpointError, ConfigError
-from .passes.load import read_json
+from .files import read_json
 from .passes.quantize import ROWS, refuses
 from .plan import Group, Plan
 from .typed import typed
+from .versions import refusal
 
 SCHEMA = 1
 FASTER = 1.03  # by less than this factor, a gain may be noise
@@ -69,8 +70,7 @@ def read(path: str | Path) -> Measurement:
         raise ConfigError(f"{error}; `twinflow-rt sensitivity MODEL --save FILE` writes one") from None
     schema = raw.pop("schema", None)
     if schema != SCHEMA or set(raw) != {f.name for f in fields(Measurement)}:
-        newer = ", newer than this version" if isinstance(schema, int) and schema > SCHEMA else ""
-        raise ConfigError(f"{path} has schema {schema!r:.40}{newer}, which reads {SCHEMA}: measure again")
+        raise ConfigError(refusal(path, schema, SCHEMA, "measure again"))
     try:
         found: Measurement = typed(raw, Measurement, str(path))
     except ValueError as error:

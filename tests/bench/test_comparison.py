@@ -152,7 +152,7 @@ def test_records_round_trip_and_damage_is_named(steady, tmp_path):
     path = records.save(steady, tmp_path / "r.json")
     assert records.load(path) == steady and [p.name for p in tmp_path.iterdir()] == ["r.json"]
     for damage, message in (
-        (lambda r: r.update(schema=2), "record.schema is 2"),
+        (lambda r: r.update(schema=2), "record has schema 2"),
         (lambda r: r.pop("stages"), "lacks stages"),
         (lambda r: r["stages"]["total"].update(median="fast"), r"record.stages.total.median must be number"),
         (lambda r: r["stages"]["total"].update(p99=-1.0), "below 0"),

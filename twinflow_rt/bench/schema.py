@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import ConfigError
+from ..versions import refusal
 
 VERSION = 1
 
@@ -103,7 +104,7 @@ def validate(value: Any, spec: Spec = SCHEMA, where: str = "record") -> None:
     """Raises ConfigError naming the first place where `value` departs from `spec`."""
     if "const" in spec:
         if value != spec["const"]:
-            raise ConfigError(f"{where} is {value!r}, this version reads {spec['const']!r}: measure again")
+            raise ConfigError(refusal(where.removesuffix(".schema"), value, spec["const"], "measure again"))
         return
     kinds = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
     if not any(_is(value, kind) for kind in kinds):

@@ -13,6 +13,7 @@ from ..training.scenes import KINDS, Split, prompts
 from .check import Scores, examine
 from .data import score_data
 from .diversity import diversity
+from .plot import SCHEMA
 from .sheet import contact_sheet
 
 BATCH = 32
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
                 print("     pairwise distance {:.1f}, of the data {:.1f}".format(*spread), flush=True)
     if args.json:
         report = {
-            "schema": 1, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), "mode": args.mode,
+            "schema": SCHEMA, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), "mode": args.mode,
             "guidance": args.guidance, "seed": args.seed, "rows": rows,
         }  # fmt: skip
         print(json.dumps(report, indent=1))

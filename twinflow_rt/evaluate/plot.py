@@ -16,7 +16,9 @@ from ..atomic import write_text
 from ..bench.svg import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, apart, dot, frame, line, text
 from ..errors import ConfigError
 from ..files import parse_json
+from ..versions import refusal
 
+SCHEMA = 1  # of the report of `twinflow-rt eval --json`
 Series = dict[str, list[tuple[int, float]]]
 COLORS = ("#2563c9", "#b4541a", "#2f7d4f", "#8a4fa3", "#66655f")
 # the page's ground is drawn too: GitHub shows pictures on dark and on light
@@ -33,8 +35,10 @@ def read(pairs: Sequence[tuple[str, Path]]) -> Series:
             report = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} is not readable JSON ({error}); name a report of `twinflow-rt eval`") from None
-        if not isinstance(report, dict) or report.get("schema") != 1 or "rows" not in report:
-            raise ConfigError(f"{path} is no report of `twinflow-rt eval --json` with schema 1")
+        if not isinstance(report, dict) or "rows" not in report:
+            raise ConfigError(f"{path} is no report of `twinflow-rt eval --json`; name one")
+        if report.get("schema") != SCHEMA:
+            raise ConfigError(refusal(path, report.get("schema"), SCHEMA, "evaluate again"))
         series[name] += [(r["nfe"], r["mean"]) for r in report["rows"] if r["nfe"] and r["captions"] == "heldout"]
     return {name: sorted(points) for name, points in series.items()}
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..versions import refusal
 
 FORMAT = 1
 MANIFEST = "extra/manifest.json"
@@ -136,7 +137,7 @@ class Reader:
 def _checked(manifest: Any, path: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise CheckpointError(f"{path} has format {found!r}, this version reads {FORMAT}; export it again")
+        raise CheckpointError(refusal(path, found, FORMAT, "export it again"))
     if absent := [field for field in FIELDS if field not in manifest]:
         raise CheckpointError(f"{path}: the manifest lacks {', '.join(absent)}; export it again")
     known: dict[str, Any] = manifest

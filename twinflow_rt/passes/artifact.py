@@ -27,6 +27,7 @@ from ..files import read_json
 from ..plan import Plan
 from ..schedule import SamplerConfig
 from ..typed import typed
+from ..versions import refusal
 from .load import some
 
 SCHEMA = 1
@@ -73,9 +74,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     manifest = read_json(folder / MANIFEST)
     if manifest.get("schema") != SCHEMA:
-        raise CheckpointError(
-            f"{folder / MANIFEST} has schema {manifest.get('schema')!r}, this version reads {SCHEMA}; save it again"
-        )
+        raise CheckpointError(refusal(folder / MANIFEST, manifest.get("schema"), SCHEMA, "save it again"))
     absent = [field for field in FIELDS if field not in manifest]
     if absent or not isinstance(manifest["files"], dict) or not isinstance(manifest["source"], str):
         raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(absent) or 'a file list'}; save it again")
@@ -88,7 +87,9 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {some(strangers)} missing or not part of the artifact; save it again")
     for name, expected in manifest["files"].items():
         if sha256(folder / name) != expected:
-            raise CheckpointError(f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged: save it again")
+            raise CheckpointError(
+                f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged: save it again"
+            )
     return {**manifest, "sampler": sampler, "plan": plan}
 
 

@@ -1,0 +1,15 @@
+"""Files state the number of their schema; one of another number is refused, and the reader says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def refusal(what: object, found: Any, reads: int, remedy: str) -> str:
+    """Why `what`, which states schema `found`, is not read by a version that reads `reads`. remedy: for an
+    older file; a newer one wants a newer twinflow_rt."""
+    newer = isinstance(found, int) and not isinstance(found, bool) and found > reads
+    return (
+        f"{what} has schema {found!r:.40}{', newer than this version' if newer else ''}, which reads {reads}: "
+        + ("upgrade twinflow_rt" if newer else remedy)
+    )
