@@ -128,6 +128,12 @@ def test_rows_of_float8_need_a_chip_that_stores_them(op):
     assert "8.9" in refuses(replace(float8, arch=86)) and "8.9" not in (refuses(replace(float8, arch=89)) or "")
 
 
+def test_rows_of_a_cpu_are_made_by_its_kernels():
+    cpu = Target("cpu", torch.float32, rows=torch.int8)
+    assert rank("linear_quantized", cpu) == ("int8-mm",) and rank("quantize_rows", cpu) == ()
+    assert all(rank(op, cpu) == ("native",) for op in ROW_OPS if op not in ("linear_quantized", "quantize_rows"))
+
+
 def test_products_of_rows_say_what_they_multiply():
     refuses = {name: i.refuses for name, i in IMPLEMENTATIONS["linear_quantized"].items()}
     assert "not int8" in refuses["scaled-mm"](replace(H100, rows=torch.int8))
@@ -259,6 +265,7 @@ def test_shape_buckets():
 def test_warm_up_runs_each_shape_once():
     seen = []
     attention = lambda q, k, v: seen.append((q.shape, k.shape, v.stride()))
-    shapes = [(1, 4, 6, 2, 8), (2, 6, 6, 2, 8), (1, 4, 6, 2, 8)]
-    assert backends.warm_up(attention, shapes, torch.float32, "cpu") == 2
+    shapes = [(1, 4, 6, 2, 8), (2, 6, 6, 2, 8), (1, 4, 6, 2, 8), (1, 9, 6, 2, 8)]
+    assert backends.warm_up(attention, shapes, torch.float32, "cpu") == 3
+    assert seen[2] == ((1, 9, 2, 8), (1, 6, 2, 8), (6 * 32, 32, 8, 1))
     assert seen[0] == ((1, 4, 2, 8), (1, 6, 2, 8), (6 * 48, 48, 8, 1))

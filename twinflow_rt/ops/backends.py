@@ -175,8 +175,11 @@ def warm_up(
     compiles per shape is ready; returns how many ran. Waits for none of them."""
     distinct = dict.fromkeys(shapes)
     for batch, queries, keys, heads, dim in distinct:
-        # strides as in a network: q, k and v are views of one merged projection
-        qkv = torch.zeros(batch, keys, 3, heads, dim, dtype=dtype, device=device)
-        q, k, v = qkv.unbind(2)
+        # strides as in a network: q, k and v are views of one merged projection; of two, where queries look elsewhere
+        make = lambda *shape: torch.zeros(*shape, heads, dim, dtype=dtype, device=device)
+        if queries <= keys:
+            q, k, v = make(batch, keys, 3).unbind(2)
+        else:
+            q, (k, v) = make(batch, queries), make(batch, keys, 2).unbind(2)
         attention(q[:, :queries], k, v)
     return len(distinct)
