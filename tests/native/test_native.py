@@ -11,10 +11,11 @@ import mmap
 import pytest
 import torch
 
-from twinflow_rt import library, native, ops
+from twinflow_rt import library, native, native_rows, ops
 from twinflow_rt.bench.op_cases import SIZES, Sizes, cases, exact_layer, exact_rms, exact_rope, judge
+from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.errors import DeviceError
-from twinflow_rt.ops.select import NATIVE, Target, select
+from twinflow_rt.ops.select import NATIVE, NATIVE_ROWS, Target, select
 
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
@@ -225,3 +226,18 @@ def test_selection_states_its_refusals(monkeypatch):
     assert "not built" in str(choices)
     with pytest.raises(DeviceError, match="not built"):
         native.rms_norm(draw(1, 1, 8), draw(8), EPS)
+
+
+ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op in NATIVE_ROWS]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [SIZES["tiny"], ODD], ids=["tiny", "odd"])
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name, sizes, dtype):
+    """Quantized rows of the CPU's norms and activations: one rounding, whatever the storage."""
+    if reason := library.unavailable_reason("cpu"):
+        pytest.skip(reason)
+    (case,) = (c for c in standalone(sizes, dtype, "cpu") if c.name == name)
+    got, eager = (case.read(getattr(where, case.op)(*case.inputs())) for where in (native_rows, ops))
+    check(got, eager, *case.exact(*case.inputs()))

@@ -30,7 +30,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     v = x.float()
     top = v.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     values = v * (torch.full_like(top, LIMITS[dtype]) / top)  # number / tensor would round twice
-    return (values.round() if dtype == torch.int8 else values).to(dtype), top / LIMITS[dtype]
+    return (values.round_() if dtype == torch.int8 else values).to(dtype), top / LIMITS[dtype]
 
 
 def linear_quantized(

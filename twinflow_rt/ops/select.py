@@ -132,6 +132,7 @@ SEPARATE = {"linear_swiglu": "swiglu", "linear_gelu": "gelu_tanh"}
 
 
 ROW_OPS = tuple(f.name for f in fields(RowTable))
+NATIVE_ROWS = tuple(op for op in ROW_OPS if op.removesuffix("_quantized") in NATIVE)  # made of those, on a CPU
 
 
 def rank(op: str, target: Target) -> tuple[str, ...]:
@@ -145,7 +146,7 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
     if op == "linear_quantized":
         return {"cpu": ("int8-mm",), "cuda": ("scaled-mm",)}.get(target.device, ())
     if target.device == "cpu":
-        return ("native",) if op in NATIVE else ()
+        return ("native",) if op in NATIVE or op in NATIVE_ROWS else ()
     if target.device != "cuda":
         return ()
     if op == "attention":
@@ -297,6 +298,8 @@ def _implementations(op: str) -> dict[str, Implementation]:
 
 def _row_implementations(op: str) -> dict[str, Implementation]:
     found = [Implementation("triton", _from("triton_rows", op), _triton_rows_refuses)]
+    if op in NATIVE_ROWS:
+        found.append(Implementation("native", _from("native_rows", op), _library("refuses")))
     if op == "linear_quantized":
         found = [
             Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm_refuses),
