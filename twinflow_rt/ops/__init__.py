@@ -25,7 +25,8 @@ from .norm import (
 from .rope import joint_qk_norm_rope, qk_norm_rope, rotate
 from .rows import QuantizedRows, into
 from .sample import x0_project
-from .select import EAGER, OpTable, Target, select
+from .select import Target, select
+from .table import EAGER, OpTable
 
 __all__ = [
     "EAGER", "OpTable", "QuantizedRows", "Target", "attention", "attention_fp8", "fold_upsample", "gelu_tanh",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,13 +174,12 @@ def warm_up(
 ) -> int:  # fmt: skip
     """Runs `attention` once per distinct (batch, queries, keys, heads, head dim), so that what it plans or
     compiles per shape is ready; returns how many ran. Waits for none of them."""
-    distinct = dict.fromkeys(shapes)
+    distinct, zeros = dict.fromkeys(shapes), partial(torch.zeros, dtype=dtype, device=device)
     for batch, queries, keys, heads, dim in distinct:
         # strides as in a network: q, k and v are views of one merged projection; of two, where queries look elsewhere
-        make = lambda *shape: torch.zeros(*shape, heads, dim, dtype=dtype, device=device)
         if queries <= keys:
-            q, k, v = make(batch, keys, 3).unbind(2)
+            q, k, v = zeros(batch, keys, 3, heads, dim).unbind(2)
         else:
-            q, (k, v) = make(batch, queries), make(batch, keys, 2).unbind(2)
+            q, (k, v) = zeros(batch, queries, heads, dim), zeros(batch, keys, 2, heads, dim).unbind(2)
         attention(q[:, :queries], k, v)
     return len(distinct)

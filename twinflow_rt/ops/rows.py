@@ -28,7 +28,7 @@ from .norm import (
 )
 
 if TYPE_CHECKING:
-    from .select import OpTable
+    from .table import OpTable
 
 Op = Callable[..., Any]  # of `OpTable`: gives tensors, or `QuantizedRows` where a quantized layer reads them
 
