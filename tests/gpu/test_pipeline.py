@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from twinflow_rt.bench.random_weights import temporary
+from twinflow_rt.ops import EAGER
 from twinflow_rt.pipeline import load
 
 
@@ -27,3 +28,14 @@ def test_latents_agree_with_the_cpu(folder, dtype, bound):
     want, got = latents(folder, "cpu", "float32").double(), latents(folder, "cuda", dtype).double()
     assert got.isfinite().all()
     assert ((got - want).square().mean() / want.square().mean()).sqrt() < bound
+
+
+@pytest.mark.gpu
+def test_images_agree_with_the_cpu(folder):
+    """Through the kernel that projects, unpacks and scales at once, folded upsampling and the VAE's fused norms."""
+    images = {}
+    for device in ("cpu", "cuda"):
+        pipe = load(folder, device=device, dtype="float32")
+        images[device] = pipe("a red circle", seed=7, height=64, width=64, output="pt").images.cpu()
+    assert pipe.program.network.ops.x0_to_vae is not EAGER.x0_to_vae
+    assert (images["cuda"] - images["cpu"]).abs().max() < 1e-2
