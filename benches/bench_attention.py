@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from benches.op_suite import suite
 
-test_attention = suite("attention", "linear_attention")
+test_attention = suite("attention", "linear_attention", "attention_fp8")

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benches.op_suite import suite
 from twinflow_rt.config import has_native
 from twinflow_rt.ops.linear import (
     int8_limit,
@@ -69,3 +70,6 @@ def test_linear(benchmark, shape, rows, name):
         assert error < TOLERANCE.get(name, 1e-6), f"{name} is off by {error:.1e}"
         benchmark.extra_info["flops"] = 2 * rows * shape[0] * shape[1]
         benchmark.pedantic(calls[name], rounds=15, warmup_rounds=2)
+
+
+test_rows = suite("quantize_rows", "linear_quantized")

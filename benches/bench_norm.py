@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from benches.op_suite import suite
 
-test_norm = suite("rms_norm", "layer_norm", "residual_norm", "residual_layer_norm")
+NORMS = ("rms_norm", "layer_norm", "residual_norm", "residual_layer_norm")
+test_norm = suite(*NORMS, *(f"{op}_quantized" for op in NORMS))

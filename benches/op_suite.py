@@ -14,10 +14,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from twinflow_rt import ops as references
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
+from twinflow_rt.bench.standalone_cases import implementations, standalone
 from twinflow_rt.bench.timing import synchronize
-from twinflow_rt.ops import EAGER
-from twinflow_rt.ops.select import IMPLEMENTATIONS, Target
+from twinflow_rt.ops.select import Target
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16 if GPU else torch.float32
@@ -25,17 +26,18 @@ SIZE = "z-image 1024x1024" if GPU else "z-image 256x256"
 
 
 def suite(*ops: str) -> Callable:
-    """The benchmark function of a stem's ops, for a module to name `test_...`."""
+    """The benchmark function of a stem's ops, for a module to name `test_...`; of 8-bit networks' in both dtypes."""
     target = Target.of_network(SIZES[SIZE], DEVICE, DTYPE)
-    serving = [(op, i) for op in ops for i in IMPLEMENTATIONS[op].values() if i.refuses(target) is None]
+    table = [c for c in (*cases(SIZES[SIZE], DTYPE, DEVICE), *standalone(SIZES[SIZE], DTYPE, DEVICE)) if c.op in ops]
+    table = [c for c in table if "ragged" not in c.name]
+    calls = [(c, name, i) for c in table for name, i in implementations(c, target)[0].items()]
+    calls += [(c, "eager", getattr(references, c.op)) for c in table]
 
-    @pytest.mark.parametrize("op, implementation", [pytest.param(op, i, id=f"{op}-{i.name}") for op, i in serving])
-    def run(benchmark, op, implementation):
-        case = next(c for c in cases(SIZES[SIZE], DTYPE, DEVICE) if c.op == op)
-        call = implementation.load()
-        eager = getattr(EAGER, op)(*case.inputs())
-        assert (problem := judge(call(*case.inputs()), eager, case.exact(*case.inputs()))) is None, problem
-        benchmark.group = f"{op}, {SIZE}, {str(DTYPE).removeprefix('torch.')} on {DEVICE}"
+    @pytest.mark.parametrize("case, call", [pytest.param(c, i, id=f"{c.name}-{name}") for c, name, i in calls])
+    def run(benchmark, case, call):
+        got, eager = (case.read(one(*case.inputs())) for one in (call, getattr(references, case.op)))
+        assert (problem := judge(got, eager, case.exact(*case.inputs()))) is None, problem
+        benchmark.group = f"{case.name}, {SIZE}, {str(DTYPE).removeprefix('torch.')} on {DEVICE}"
         benchmark.extra_info["bytes"] = case.bytes
         args = case.inputs()
         with torch.inference_mode():
