@@ -11,6 +11,7 @@ with CUDA's libraries, about 2.5 GB a version; UV_FIND_LINKS or UV_TORCH_BACKEND
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,16 +24,26 @@ SHOWN = (
     "torch", "triton", "numpy", "safetensors", "tokenizers", "jinja2", "pillow", "rich", "transformers", "diffusers",
 )  # fmt: skip
 
-# without diffusers and transformers: sampling, loading, folding, quantizing, saving, the command line
+# with nothing but the runtime's own dependencies
 RUNTIME = (
-    "tests/test_sample.py", "tests/test_schedule.py", "tests/test_noise.py", "tests/ops/test_reference.py",
-    "tests/passes/test_load.py", "tests/passes/test_artifact.py", "tests/passes/test_quantize.py", "tests/test_cli.py",
+    "tests/test_sample.py", "tests/test_sample_rules.py", "tests/test_schedule.py", "tests/test_noise.py",
+    "tests/test_schemas.py", "tests/ops/test_reference.py", "tests/ops/test_select.py", "tests/ops/test_linear.py",
 )  # fmt: skip
 # with them: networks and text encoders against theirs, scipy, Triton's kernels in its interpreter
 OPTIONAL = (
-    "tests/models/test_z_image.py", "tests/test_text.py", "tests/test_vae.py",
+    "tests/models/test_z_image.py", "tests/test_text.py", "tests/test_vae.py", "tests/passes/test_artifact.py",
     "tests/evaluate/test_check.py", "tests/kernels/test_norm.py",
 )  # fmt: skip
+
+# a model loads, makes the same image in every way of keeping it, and as int8
+USE = """
+import sys, torch, twinflow_rt
+image = lambda path, **options: twinflow_rt.load(path, **options)("a green triangle", seed=0, output="pt").images
+first = image("demo")
+twinflow_rt.load("demo").save(sys.argv[1])
+assert torch.equal(image(sys.argv[1]), first)
+assert (image("demo", precision="int8") - first).abs().mean() < 0.05
+"""
 
 WAYS = {
     "runtime": ("lowest-direct", (), RUNTIME),
@@ -41,9 +52,9 @@ WAYS = {
 }
 
 
-def must(*command: object, **environment: str) -> str:
+def must(*command: object, cwd: Path = ROOT, **environment: str) -> str:
     done = subprocess.run(
-        [str(c) for c in command], cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE,
+        [str(c) for c in command], cwd=cwd, env={**os.environ, **environment}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -56,7 +67,8 @@ def versions(python: Path) -> str:
     return ", ".join(f"{name} {listed[name]}" for name in SHOWN if name in listed)
 
 
-def check(way: str, wheel: Path, folder: Path) -> None:
+def check(way: str, wheel: Path, checkout: Path, folder: Path) -> None:
+    """checkout: the tests without the package beside them, so that the installed one is what they import."""
     resolution, extras, tests = WAYS[way]
     must("uv", "venv", "--quiet", "--python", sys.executable, folder)
     python = folder / "bin" / "python"
@@ -66,8 +78,8 @@ def check(way: str, wheel: Path, folder: Path) -> None:
     must(*install, "--no-deps", wheel)
     print(f"    {way}: {versions(python)}", flush=True)
     must(folder / "bin" / "twinflow-rt", "generate", "a green triangle", "--seed", "0", "-o", folder / "out.png")
-    # the script, not `python -m pytest`: that would put the checkout's own package first
-    tail = must(folder / "bin" / "pytest", "-q", "-x", *tests).strip().splitlines()[-1]
+    must(python, "-c", USE, folder / "saved", cwd=checkout)
+    tail = must(python, "-m", "pytest", "-q", "-x", *tests, cwd=checkout).strip().splitlines()[-1]
     print(f"ok  {way}: {tail}", flush=True)
 
 
@@ -79,8 +91,12 @@ def main(ways: list[str]) -> None:
         work = Path(name).resolve()
         must("uv", "build", "--quiet", "--wheel", "--out-dir", work / "dist", TWINFLOW_CUDA="OFF")
         (wheel,) = (work / "dist").glob("*.whl")
+        for part in ("tests", "benches", "pyproject.toml"):
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            (work / "checkout").mkdir(exist_ok=True)
+            copy(ROOT / part, work / "checkout" / part)
         for way in ways or WAYS:
-            check(way, wheel, work / way)
+            check(way, wheel, work / "checkout", work / way)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ batch size, nor an image's place in the batch, nor dtype, nor device changes wha
 Stream 0 is the initial latents and seeds the generator with the seed itself: for seeds below 2^32
 the values are those of torch.randn(shape, generator=torch.Generator().manual_seed(seed)). Given a
 list of seeds, TwinFlow's scripts draw the same in bfloat16 (for multiples of 16 values, as all real
-latents have). Stream i > 0, the noise that a stochastic sampler injects on reaching its i-th time,
-seeds with splitmix64's i-th output for the state `seed`.
+latents have; with torch 2.13: torch 2.11 draws other values in that dtype). Stream i > 0, the noise
+that a stochastic sampler injects on reaching its i-th time, seeds with splitmix64's i-th output for
+the state `seed`.
 """
 
 from __future__ import annotations
