@@ -103,7 +103,7 @@ def resident_bytes(
     precision, exempt: "int8" or "fp8", and kinds of layers kept out of it, as `passes.quantize.groups` calls them.
     """
     tables = {name for name, _ in network.named_buffers()}
-    total = sum(
+    total: int = sum(
         tensor.numel() * (4 if name in tables else (layout.dtype_of(name, dtype) or dtype).itemsize)
         for name, tensor in network.state_dict().items()
     )
