@@ -74,6 +74,6 @@ def test_plot_joins_files_of_one_name_and_refuses_others(tmp_path):
     tips = [e.text for e in ET.parse(out).iter() if e.tag.endswith("title")]
     assert tips == ["flow, 1: 0.25", "flow, 8: 0.50", "flow, 50: 0.75", "one, 1: 0.25", "one, 8: 0.50"]
     (tmp_path / "c").write_text("{}")
-    with pytest.raises(ConfigError, match="schema 1"):
+    with pytest.raises(ConfigError, match="is no report"):
         plot.read([("x", tmp_path / "c")])
     assert plot.main([str(out)]) == 2
