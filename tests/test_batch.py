@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.factory import make_model
-from twinflow_rt import batch, cli
+from twinflow_rt import batch, cli, serve
 from twinflow_rt.errors import DeviceError
 from twinflow_rt.pipeline import load
 
@@ -144,9 +145,19 @@ def test_rows_that_cannot_work(make, content, name, message):
     assert status == 2 and message in said.err and said.err.count("\n") == 1
 
 
+def test_ray_that_is_missing_is_named(make, monkeypatch):
+    for module in ("ray", "ray_data"):
+        monkeypatch.delitem(sys.modules, f"twinflow_rt.serve.{module}", raising=False)
+        monkeypatch.delattr(serve, module, raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    status, said = make("a", "--ray")
+    assert status == 2 and "--ray needs ray: pip install 'twinflow-rt[ray]'" in said.err
+    assert cli.main(["serve", "demo", "--port", "0", "--ray"]) == 2
+
+
 def test_options_that_cannot_work(make, tmp_path):
     assert "batch_size" in make("a", "--batch-size", 0)[1].err
     assert "num_images" in make("a", "--num-images", 0)[1].err
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
     assert cli.main(["batch", "demo", str(tmp_path / "latin.txt"), "-o", str(tmp_path / "o")]) == 2
-    assert cli.main(["batch", "demo", str(tmp_path / "absent.txt"), "-o", str(tmp_path / "o")]) == 1
+    assert cli.main(["batch", "demo", str(tmp_path / "absent.txt"), "-o", str(tmp_path / "o")]) == 2

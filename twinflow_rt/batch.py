@@ -137,7 +137,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"{path}: reading parquet needs pyarrow: pip install 'twinflow-rt[ray]'") from None
     try:
         rows = parquet.read_table(path).to_pylist()
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
 

@@ -6,8 +6,7 @@ Runs where ray is installed (extra: ray); the whole file shares one cluster.
 from __future__ import annotations
 
 import argparse
-import base64
-import io
+import asyncio
 import json
 import logging
 import re
@@ -16,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -27,10 +27,14 @@ pytest.importorskip("ray", reason="needs ray: pip install 'twinflow-rt[ray]'")
 import ray
 from ray import serve
 from ray.cluster_utils import Cluster as LocalCluster
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
+from benches import load as bench
 from twinflow_rt import batch, cli
-from twinflow_rt.errors import ConfigError, DeviceError
+from twinflow_rt.config import SizeRule
+from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
 from twinflow_rt.pipeline import load
+from twinflow_rt.sample import preset
 from twinflow_rt.serve import command
 from twinflow_rt.serve import ray as on_ray
 from twinflow_rt.serve.engine import DrainingError, Limits, QueueFullError
@@ -107,9 +111,19 @@ def test_the_front_in_this_process(cluster, alone):
 
 
 def test_a_worker_that_cannot_start(cluster):
-    with pytest.raises(DeviceError, match="Ray could not start the workers"):  # noqa: SIM117
-        with command.open_engine(options("--dtype", "int4", "--workers", "1"), Limits(), load):
-            pass
+    refused = pytest.raises(DeviceError, match=r"could not start the workers[\s\S]*dtype 'int4' is not supported")
+    with refused, command.open_engine(options("--dtype", "int4", "--workers", "1"), Limits(), load):
+        pass
+    assert not serve.status().applications
+
+
+def test_the_command(cluster, alone):
+    """As a process of its own: it joins the cluster, serves, drains on SIGTERM, takes its workers away."""
+    with bench.served("demo", "--device", "cpu", "--ray", cluster.address, "--workers", "1") as url:
+        answer = httpx.post(url + ROUTE, json={"prompt": "a red circle, 2", "seed": 2, "n": 2}, timeout=PATIENCE)
+        assert [entry["seed"] for entry in answer.json()["data"]] == [2, 3]
+        assert np.abs(bench.read_image(answer.json()["data"][0]["b64_json"]) - alone[2]).max() <= 1
+    assert not serve.status().applications
 
 
 def test_a_killed_node_loses_no_request(cluster, alone, monkeypatch):
@@ -124,7 +138,7 @@ def test_a_killed_node_loses_no_request(cluster, alone, monkeypatch):
     def ask(k: int) -> None:
         answer = client.post(ROUTE, json={"prompt": f"a red circle, {k}", "seed": k, "model": "demo"})
         assert answer.status_code == 200, answer.text
-        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))))
+        image = bench.read_image(answer.json()["data"][0]["b64_json"]).astype(int)
         assert np.abs(image - alone[k]).max() <= 1
         answers[k] += 1
 
@@ -193,13 +207,92 @@ def test_what_a_worker_refuses_is_told(cluster, tmp_path, capsys):
     assert "width 65 must be a multiple" in capsys.readouterr().err
 
 
-def test_workers_fit_the_cluster(cluster, monkeypatch):
+class Handle:
+    """A deployment's handle whose worker answers as told: an exception is raised, the last answer repeated."""
+
+    def __init__(self, *answers) -> None:
+        self.answers, self.asked, self.cancelled = list(answers), 0, 0
+        self.describe = SimpleNamespace(remote=lambda: self.response(on_ray.Model(SizeRule(16, 64, 64, 32), preset(1))))
+        self.generate = SimpleNamespace(remote=self.ask)
+
+    def ask(self, *request):
+        self.asked += 1
+        return self.response(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
+
+    def response(self, answer):
+        handle = self
+
+        class Response:
+            def __await__(self):
+                if answer is None:
+                    yield from asyncio.sleep(PATIENCE).__await__()
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+                yield
+
+            def cancel(self):
+                handle.cancelled += 1
+
+        return Response()
+
+
+@pytest.fixture
+def ask(monkeypatch):
+    """Has one image made by a worker that answers so; (handle, engine, job)."""
+    monkeypatch.setattr(on_ray, "RETRY_SECONDS", 0)
+    engines = []
+
+    def make(*answers):
+        handle = Handle(*answers)
+        engines.append(on_ray.Cluster(handle))
+        return handle, engines[-1], engines[-1].submit("a", seed=1)[0]
+
+    yield make
+    assert all(engine.drain(60) for engine in engines)
+
+
+PIXELS = np.full((32, 32, 3), 7, np.uint8)
+
+
+def test_lost_workers_are_made_up_for(ask):
+    lost, away = ActorDiedError(), ActorUnavailableError("away", b"0" * 16)
+    handle, engine, job = ask(lost, *[away] * 20, lost, lost, lost, PIXELS)
+    assert np.array_equal(job.future.result(60), PIXELS) and handle.asked == 25 and engine.waiting == 0
+
+
+def test_an_image_that_kills_its_workers_is_given_up(ask):
+    handle, engine, job = ask(ActorDiedError())
+    with pytest.raises(DeviceError, match="5 workers were lost"):
+        job.future.result(60)
+    assert handle.asked == on_ray.MAX_LOST and engine.accepting
+
+
+def test_what_a_worker_raises_comes_back(ask):
+    for cause in (ConfigError("no such size"), ZeroDivisionError("a bug")):
+        _, _, job = ask(RayTaskError("generate", "traceback", cause))
+        with pytest.raises(type(cause), match=str(cause)):
+            job.future.result(60)
+
+
+def test_drain_gives_up_what_takes_too_long(ask):
+    handle, engine, job = ask(None)
+    eventually(lambda: handle.asked, "the request")
+    assert engine.drain(0.05) is False and engine.waiting == 0
+    with pytest.raises(CancelledError):
+        job.future.result(60)
+    eventually(lambda: handle.cancelled, "the worker being told")
+
+
+def test_workers_fit_the_cluster(monkeypatch):
     plan = on_ray.plan_workers
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}}])
-    assert plan() == on_ray.Workers(1, 2, True, 1) and plan().resources == {"num_gpus": 1, "num_cpus": 1}
-    assert plan("cpu") == on_ray.Workers(1, 2, False, 4.0)
-    assert plan("cuda", most=8, least=2, cpus=3) == on_ray.Workers(2, 8, True, 3)
+    assert plan() == on_ray.Workers(1, 2, gpus=1, cpus=1)
+    assert plan("cpu") == on_ray.Workers(1, 2, gpus=0, cpus=4.0)
+    assert plan("cuda", most=8, least=2, cpus=3) == on_ray.Workers(2, 8, gpus=1, cpus=3)
+    with pytest.raises(ConfigError, match="--worker-cpus 0"):
+        plan(cpus=0)
     with pytest.raises(ConfigError, match="3 to 2 workers"):
         plan(least=3)
     nodes[0]["Resources"] = {}
@@ -207,7 +300,7 @@ def test_workers_fit_the_cluster(cluster, monkeypatch):
         plan("cuda")
 
 
-def test_options_of_an_application(cluster):
+def test_options_of_an_application():
     with pytest.raises(ConfigError, match="port: set by Ray Serve"):
         on_ray.build({"port": 8000})
     with pytest.raises(ConfigError, match=r"--max-bach.*options are those"):

@@ -48,8 +48,8 @@ class Load:
 
     def load(self, path: str, device: str = "auto", dtype: str = "auto", precision: str = "auto") -> tuple[Pipeline]:
         """Raises what `twinflow_rt.load` raises."""
-        chosen = {"device": device, "dtype": dtype, "precision": precision}
-        return (load(path, **{name: None if value == "auto" else value for name, value in chosen.items()}),)
+        chosen = [None if value == "auto" else value for value in (device, dtype, precision)]
+        return (load(path, device=chosen[0], dtype=chosen[1], precision=chosen[2]),)
 
 
 class Encode:

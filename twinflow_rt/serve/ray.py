@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,17 +63,12 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Workers:
-    """How many workers, and what each takes: a GPU, or where `gpu` is false CPU cores alone."""
+    """How many workers, and what each takes: `gpus` is 1, or 0 for CPU cores alone."""
 
     least: int
     most: int
-    gpu: bool
+    gpus: int
     cpus: float
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """As Ray's actors take them."""
-        return {"num_gpus": int(self.gpu), "num_cpus": self.cpus}
 
 
 def plan_workers(
@@ -87,16 +83,19 @@ def plan_workers(
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cores = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 1]
-    gpu = device.startswith("cuda") if device else gpus > 0
-    found = gpus if gpu else len(cores)
+    on_gpu = device.startswith("cuda") if device else gpus > 0
+    found = gpus if on_gpu else len(cores)
     if most is None and not found:
-        raise DeviceError(f"the Ray cluster has no {'GPU' if gpu else 'CPU'} yet; say how many workers to expect")
+        kind = "GPU" if on_gpu else "CPU"
+        raise DeviceError(f"the Ray cluster has no {kind} yet; say with --workers how many to expect")
     most = found if most is None else most
     if not 1 <= least <= most:
         raise ConfigError(f"{least} to {most} workers: the least must be from 1 to the most")
     if cpus is None:
-        cpus = 1 if gpu else min(cores, default=1)
-    return Workers(least, most, gpu, cpus)
+        cpus = 1 if on_gpu else min(cores, default=1)
+    if not 0 < cpus < math.inf:
+        raise ConfigError(f"--worker-cpus {cpus} must be more than 0")
+    return Workers(least, most, int(on_gpu), cpus)
 
 
 # -- workers --------------------------------------------------------------------------------------
@@ -133,19 +132,18 @@ class Worker:
 def deployment(model: str, options: dict[str, Any], limits: Limits, workers: Workers) -> serve.Application:
     """The workers as a Ray Serve application without HTTP. Each holds one batch in work and one waiting."""
     held = 2 * limits.max_batch
-    settings = serve.deployment(
-        Worker,
+    deployed = serve.deployment(
         name=NAME,
         max_ongoing_requests=held,
-        ray_actor_options=workers.resources,
+        ray_actor_options={"num_gpus": workers.gpus, "num_cpus": workers.cpus},
         autoscaling_config={
             "min_replicas": workers.least,
             "max_replicas": workers.most,
             "target_ongoing_requests": limits.max_batch,
             **AUTOSCALING,
         },
-    )
-    return settings.bind(model, options, replace(limits, max_queue=max(held, limits.max_queue)))
+    )(Worker)
+    return deployed.bind(model, options, replace(limits, max_queue=max(held, limits.max_queue)))
 
 
 # -- the front ------------------------------------------------------------------------------------
@@ -251,12 +249,19 @@ def open_cluster(args: argparse.Namespace, limits: Limits) -> Iterator[Cluster]:
         serve.start(proxy_location="Disabled")
         name = f"twinflow-{args.name or model_name(args.model)}"
         try:
-            handle = serve.run(_deployment(args, limits), name=name, route_prefix=None)
-            yield Cluster(handle, limits)
-        except RuntimeError as error:  # all that Ray makes of what a worker raised
-            raise DeviceError(f"Ray could not start the workers: {error}") from None
+            yield Cluster(_run(_deployment(args, limits), name), limits)
         finally:
             serve.delete(name)
+
+
+def _run(application: serve.Application, name: str) -> Any:
+    """Deploys and waits for the first worker. Raises DeviceError with what a worker raised."""
+    try:
+        return serve.run(application, name=name, route_prefix=None)
+    except RuntimeError as error:  # its text names the deployment alone; the status ends with the worker's traceback
+        deployments = serve.status().applications[name].deployments.values()
+        reason = "\n".join([str(error), *(each.message for each in deployments)]).strip().splitlines()[-1]
+        raise DeviceError(f"Ray could not start the workers: {reason}") from None
 
 
 @contextmanager

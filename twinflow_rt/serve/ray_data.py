@@ -50,7 +50,8 @@ def painted(
             Painter,
             fn_constructor_args=(model_path(args.model), options),
             compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=min(workers.most, len(rows))),
-            **workers.resources,
+            num_gpus=workers.gpus,
+            num_cpus=workers.cpus,
         )
         yield _files(dataset)
 
