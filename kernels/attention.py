@@ -70,11 +70,25 @@ def config(queries: int, head_dim: int, dtype: torch.dtype, arch: int, aligned: 
 
 
 @triton.jit
+def _fold(acc, top, total, q, k_block, v_block, at, count, scale, MASKED: tl.constexpr, N: tl.constexpr):
+    """Folds the block of keys at..at + N into the running softmax; `top` is in the units of the unscaled scores."""
+    scores = tl.dot(q, tl.trans(k_block))
+    if MASKED:
+        scores = tl.where(at + tl.arange(0, N)[None, :] < count, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    p = tl.exp2(scores * scale - (higher * scale)[:, None])
+    decay = tl.exp2((top - higher) * scale)
+    total = total * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v_block.dtype), v_block, acc * decay[:, None])
+    return acc, higher, total
+
+
+@triton.jit
 def _accumulate(
     acc, top, total, q, k, v, start, stop, count, k_row, v_row, head_dim, scale,
     MASKED: tl.constexpr, PADDED: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Folds keys start..stop into the running softmax; `top` is in the units of the unscaled scores."""
+    """Folds keys start..stop into the running softmax."""
     key = tl.arange(0, N)[:, None]
     col = tl.arange(0, D)[None, :]
     k_tile, v_tile = k + (key * k_row + col), v + (key * v_row + col)
@@ -89,15 +103,7 @@ def _accumulate(
             v_block = tl.load(v_tile + v_at, col < head_dim, other=0.0)
         else:
             k_block, v_block = tl.load(k_tile + k_at), tl.load(v_tile + v_at)
-        scores = tl.dot(q, tl.trans(k_block))
-        if MASKED:
-            scores = tl.where(at + tl.arange(0, N)[None, :] < count, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores * scale - (higher * scale)[:, None])
-        decay = tl.exp2((top - higher) * scale)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v_block.dtype), v_block, acc * decay[:, None])
-        top = higher
+        acc, top, total = _fold(acc, top, total, q, k_block, v_block, at, count, scale, MASKED, N)
         k_at += N * k_row
         v_at += N * v_row
     return acc, top, total
@@ -141,8 +147,8 @@ def _specialized(
     q, k, v, lengths, out, queries, keys, heads, head_dim, scale, q_batch, q_row, q_head,
     MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    # k and v are descriptors of [B, H, S, head_dim]; what they load beyond a bound is zero. The loop body is
-    # written out and ends the kernel's matrix products: otherwise the compiler does not specialise it
+    # k and v are descriptors of [B, H, S, head_dim]; what they load beyond a bound is zero. The loop loads and
+    # ends the kernel's matrix products: otherwise the compiler does not specialise it
     first, head, batch = tl.program_id(0) * M, tl.program_id(1), tl.program_id(2)
     start = q + batch.to(tl.int64) * q_batch + head.to(tl.int64) * q_head
     q_tile = tl.make_tensor_descriptor(start, [queries, head_dim], [q_row, 1], [M, D]).load([first, 0])
@@ -155,15 +161,7 @@ def _specialized(
     for at in tl.range(0, count, N, warp_specialize=True):
         k_block = k.load([batch, head, at, 0]).reshape(N, D)
         v_block = v.load([batch, head, at, 0]).reshape(N, D)
-        scores = tl.dot(q_tile, tl.trans(k_block))
-        if MASKED:
-            scores = tl.where(at + tl.arange(0, N)[None, :] < count, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores * scale - (higher * scale)[:, None])
-        decay = tl.exp2((top - higher) * scale)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v_block.dtype), v_block, acc * decay[:, None])
-        top = higher
+        acc, top, total = _fold(acc, top, total, q_tile, k_block, v_block, at, count, scale, MASKED, N)
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # no key at all: zeros
     row = first + tl.arange(0, M)[:, None]
     col = tl.arange(0, D)[None, :]
