@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[args.command].run(args)
     except TwinFlowError as error:
-        print(f"twinflow-rt: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"twinflow-rt: {' '.join(str(error).split()):.2000}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

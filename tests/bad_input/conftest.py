@@ -17,9 +17,9 @@ from twinflow_rt.pipeline import load
 
 # a message ends in what to do, or names what is allowed
 REMEDY = re.compile(
-    r"download|upgrade|give|use |choose|make |write |check|remov|convert|save it|compile again|put |shorten|replace|pass |take "
-    r"|load |measure|create|keep |fetch|generate|need|must be|at most|supported|expected|name |nearest|asks for"
-    r"|change |only |writes |belongs? to|missing|get the|for another|incomplete|lacks"
+    r"download|give|use |choose|make |write|check|remov|convert|save it|compile again|put |shorten|replace|pass |take "
+    r"|load |measure|create|keep |fetch|generate|need|must be|at most|supported|expected|name |nearest|asks for|change "
+    r"|only |belongs? to|missing|get the|for another|incomplete|lacks|upgrade"
 )
 
 

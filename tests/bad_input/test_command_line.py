@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.bad_input.conftest import edit_json
 from twinflow_rt import cli
 from twinflow_rt.files import MAX_HEADER
 
@@ -133,6 +135,14 @@ def test_file_names_that_are_no_unicode(desk, source, capsys):
     model = os.fsdecode(b"m\xff")
     (desk / model).symlink_to(source)
     check(["generate", "a", "--model", model, "--device", "cpu"], "only names that are UTF-8; rename it", desk, capsys)
+
+
+def test_messages_are_cut(desk, source, capsys):
+    """A megabyte of text in a file is not a megabyte on the terminal."""
+    shutil.copytree(source, desk / "m")
+    edit_json(desk / "m" / "model_index.json", _class_name="Edit" * 300_000)
+    code, out, err = run(["inspect", "m"], capsys)
+    assert code == 2 and out == "" and len(err) < 2100 and err.count("\n") == 1
 
 
 def process(*argv: bytes | str, cwd: Path) -> subprocess.CompletedProcess:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import twinflow_rt
 from tests.bad_input.conftest import refused
 from twinflow_rt import cli
 from twinflow_rt.describe import describe
@@ -42,6 +45,23 @@ def test_the_command_line(source, tmp_path, monkeypatch, no_sockets):
 @pytest.mark.parametrize("name", ["hf://owner/name", "hf://owner/name@v1/inner"])
 def test_names_of_the_hub_look_into_the_cache_only(no_sockets, name):
     refused(lambda: load(name, device="cpu"), r"not in the local cache; fetch it with load\(..., download=True\)")
+
+
+def calls(tree: ast.AST, *names: str) -> list[ast.Call]:
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in names]
+
+
+def test_no_pickle_and_no_code_of_others():
+    """The package unpickles in training alone, its own checkpoints, and tensors only; it runs no file of a model."""
+    root = Path(twinflow_rt.__file__).parent
+    for path in root.rglob("*.py"):
+        tree, name = ast.parse(path.read_text()), str(path.relative_to(root))
+        imported = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+        assert not imported & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, name
+        assert not calls(tree, "eval", "exec", "np.load", "numpy.load", "torch.hub.load"), name
+        for call in calls(tree, "torch.load"):
+            safe = [k for k in call.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
+            assert safe and name.startswith("training/"), name
 
 
 SCRIPT = """
