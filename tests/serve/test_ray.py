@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -305,3 +306,7 @@ def test_options_of_an_application():
         on_ray.build({"port": 8000})
     with pytest.raises(ConfigError, match=r"--max-bach.*options are those"):
         on_ray.build({"max_bach": 4})
+    parsed = on_ray._parsed({"model": "hf://a/b", "max_batch": "4", "download": "true"})
+    assert (parsed.model, parsed.max_batch, parsed.download, parsed.timeout) == ("hf://a/b", 4, True, 120)
+    assert on_ray.model_path("hf://a/b") == "hf://a/b" and on_ray.model_path("demo") == "demo"
+    assert on_ray.model_path("m") == str(Path("m").resolve())

@@ -340,5 +340,9 @@ def _parsed(args: dict[str, Any]) -> argparse.Namespace:
     refused = {"host", "port", "drain_timeout", "ray"} & set(args)
     if refused:
         raise ConfigError(f"{', '.join(sorted(refused))}: set by Ray Serve itself, in its http_options")
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in args.items() if name != "model"]
+    words = []
+    for name, value in args.items():
+        if name != "model":
+            flag = f"--{name.replace('_', '-')}"
+            words.append(flag if str(value).lower() == "true" else f"{flag}={value}")
     return parser.parse_args([*words, str(args.get("model", "demo"))])
