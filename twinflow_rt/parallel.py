@@ -99,7 +99,8 @@ class Ulysses:
     def whole(self, x: Tensor, count: int) -> Tensor:
         shares = x.new_empty(self.size * len(x), *x.shape[1:])
         dist.all_gather_into_tensor(shares, x.contiguous(), group=self.group)
-        return shares.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)[:, :count]
+        joined: Tensor = shares.unflatten(0, (self.size, -1)).movedim(0, 1).flatten(1, 2)
+        return joined[:, :count]
 
     def keys(self, lengths: Tensor | None, *counts: int) -> Keys:
         stride, start, parts = sum(map(self._local, counts)), 0, []
@@ -113,7 +114,7 @@ class Ulysses:
         """`ops.attention` of shares: q [B, Sq_local, H, D], k, v [B, S_local, H, D] -> [B, Sq_local, H*D]. `inner`
         sees H/P heads of the whole joint sequence, its keys in order and without padding."""
 
-        def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Keys | Tensor | None = None) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Keys | Tensor | None = None) -> Any:
             if not isinstance(lengths, Keys):  # of prompts, which every process has whole
                 return inner(q, k, v, lengths)
             order = lengths.order.to(k.device)

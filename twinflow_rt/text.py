@@ -121,7 +121,9 @@ class TextEncoder(Stage):
         ids = self.tokenizer(prompts, self.max_tokens + self.dropped)
         lengths = tuple(len(i) - self.dropped for i in ids)
         if min(lengths, default=0) <= 0:
-            raise ConfigError("a prompt has no tokens; the model's chat template must write at least one: download it again")
+            raise ConfigError(
+                "a prompt has no tokens; the model's chat template must write at least one: download it again"
+            )
         prefix = self.prefix(ids)
         start = 0 if prefix is None else len(prefix.ids)
         longest = max(len(i) for i in ids) - start

@@ -161,7 +161,9 @@ def _add_tokens(core: Any, folder: Path) -> Any:
     for number, token in sorted(tokens.items()):
         core.add_tokens([token])
         if core.token_to_id(token.content) != number:
-            raise CheckpointError(f"{folder}: token {token.content!r} should be {number}; vocab.json is another's: download both")
+            raise CheckpointError(
+                f"{folder}: token {token.content!r} should be {number}; vocab.json is another's: download both"
+            )
     return core
 
 

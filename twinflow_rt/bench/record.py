@@ -27,7 +27,7 @@ def load(path: str | Path) -> Record:
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; `twinflow-rt bench MODEL --json FILE` writes a record") from None
     except OSError as error:
-        raise ConfigError(f"{str(path):.300} cannot be read ({error.strerror}); give a record's file") from None
+        raise ConfigError(f"{str(path)!s:.300} cannot be read ({error.strerror}); give a record's file") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); give a record's file") from None
     try:

@@ -74,7 +74,8 @@ def must_equal(*pairs: tuple[str, int, str, int]) -> None:
     for name, value, other, wanted in pairs:
         if value != wanted:
             raise CheckpointError(
-                f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models; download one whole"
+                f"{name} {value} does not fit the transformer's {other} {wanted}: parts of two models; "
+                "download one whole"
             )
 
 

@@ -91,7 +91,9 @@ class Checkpoint:
         for file, keys in listing.items():
             # by name, not by resolved path: download caches link shards to files elsewhere
             if Path(file).name != file or not file.endswith(".safetensors"):
-                raise CheckpointError(f"{index} names {file!r:.200}, not a .safetensors file of its own folder; download it again")
+                raise CheckpointError(
+                    f"{index} names {file!r:.200}, not a .safetensors file of its own folder; download it again"
+                )
             absent = sorted(set(keys) - set(self._open(file).keys()))
             if absent:
                 raise CheckpointError(f"{index} places {some(absent)} in {file}, which lacks it; download both again")

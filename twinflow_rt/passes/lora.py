@@ -111,7 +111,9 @@ class Adapter:
                 stored = self._tensors.get_tensor(keys["alpha"])
                 alpha = stored.item() if stored.numel() == 1 else f"of shape {tuple(stored.shape)}"
             if not (alpha is None or _is_number(alpha)):
-                raise CheckpointError(f"{self.path}: the alpha of {module} is {alpha!r:.40}, not a finite number; save it again")
+                raise CheckpointError(
+                    f"{self.path}: the alpha of {module} is {alpha!r:.40}, not a finite number; save it again"
+                )
             self._pairs[name] = (keys["A"], keys["B"], weight * _ratio(alpha, rank, config))
         if not self._pairs:
             raise CheckpointError(f"{self.path} holds no LoRA tensors (lora_A and lora_B)")
@@ -177,7 +179,9 @@ class Adapter:
             try:
                 config = {k.removeprefix(ROOT): v for k, v in parse_json(raw).items() if k.startswith(ROOT)}
             except (ValueError, AttributeError) as error:
-                raise CheckpointError(f"{self.path}: its {METADATA} is not readable JSON ({error}); save it again") from None
+                raise CheckpointError(
+                    f"{self.path}: its {METADATA} is not readable JSON ({error}); save it again"
+                ) from None
         elif self.path.name == FILE_NAMES[1] and beside.is_file():
             config = read_json(beside)
         if config.get("use_dora"):
