@@ -83,7 +83,7 @@ def test_refusals():
         attention_fp8(q.float(), k.float(), v.float())
     with pytest.raises(ConfigError, match="twice"):
         attention_fp8(q, k[:, :4], v)
-    with pytest.raises(ConfigError, match="compute capability 8.9"):
+    with pytest.raises(ConfigError, match=r"compute capability 8\.9"):
         config(64, 64, torch.bfloat16, 86)
     with pytest.raises(ConfigError, match="256"):
         config(64, 300, torch.bfloat16, 90)
