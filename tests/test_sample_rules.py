@@ -25,7 +25,7 @@ def rounding(dtype):
     """Round-to-nearest-even of float64 values to `dtype`, kept as float64."""
 
     def to_bfloat16(v):
-        bits = np.asarray(v, np.float32).view(np.uint32).astype(np.uint64)
+        bits = np.asarray(v, np.float32).view(np.uint32).astype(np.int64)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return bits.astype(np.uint32).view(np.float32).astype(np.float64)
 
