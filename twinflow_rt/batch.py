@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     groups = group(missing, args.batch_size)
     try:
         if groups:
-            with _progress(len(missing)) as advance, painted(groups, args) as images:
+            with painted(groups, args) as images, _progress(len(missing)) as advance:
                 for name, content in images:
                     with replacing(args.output / name) as partial:
                         partial.write_bytes(content)
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a prompt file: `prompt`, and where the file has them `seed`, `width`, `height`.
 
-    Other columns are left out. Raises ConfigError naming the row, OSError for the file.
+    Other columns are left out. Raises ConfigError naming the row or the file.
     """
     kind = path.suffix.lower()
     if kind not in READERS:

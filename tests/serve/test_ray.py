@@ -289,11 +289,13 @@ def test_workers_fit_the_cluster(monkeypatch):
     plan = on_ray.plan_workers
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}}])
-    assert plan() == on_ray.Workers(1, 2, gpus=1, cpus=1)
+    assert plan() == on_ray.Workers(1, 2, gpus=1, cpus=1) and plan().device == "cuda" and plan("cpu").device == "cpu"
     assert plan("cpu") == on_ray.Workers(1, 2, gpus=0, cpus=4.0)
     assert plan("cuda", most=8, least=2, cpus=3) == on_ray.Workers(2, 8, gpus=1, cpus=3)
     with pytest.raises(ConfigError, match="--worker-cpus 0"):
         plan(cpus=0)
+    with pytest.raises(ConfigError, match="--device cuda:1 with --ray"):
+        plan("cuda:1")
     with pytest.raises(ConfigError, match="3 to 2 workers"):
         plan(least=3)
     nodes[0]["Resources"] = {}

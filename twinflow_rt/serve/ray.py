@@ -70,20 +70,27 @@ class Workers:
     gpus: int
     cpus: float
 
+    @property
+    def device(self) -> str:
+        """What a worker loads its model on: the one GPU that Ray shows it, or the CPU."""
+        return "cuda" if self.gpus else "cpu"
+
 
 def plan_workers(
     device: str | None = None, *, most: int | None = None, least: int = 1, cpus: float | None = None
 ) -> Workers:
     """Fits workers to the cluster that this process has joined.
 
-    One worker per GPU where the cluster has GPUs, or `device` is a CUDA device; else one per node with
+    One worker per GPU where the cluster has GPUs or `device` is "cuda", else or with "cpu" one per node with
     CPUs. most: upper bound instead, for clusters that grow. cpus: cores of a worker; by default 1
     beside a GPU, and on CPUs all cores of the smallest node. Raises ConfigError, DeviceError.
     """
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"--device {device} with --ray: use cpu or cuda; which GPU a worker gets is Ray's choice")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cores = [node["CPU"] for node in nodes if node.get("CPU", 0) >= 1]
-    on_gpu = device.startswith("cuda") if device else gpus > 0
+    on_gpu = gpus > 0 if device is None else device == "cuda"
     found = gpus if on_gpu else len(cores)
     if most is None and not found:
         kind = "GPU" if on_gpu else "CPU"
@@ -204,18 +211,20 @@ class Cluster(Engine):
             self._check_drained()
 
     def _settle(self, job: Job, outcome: Any) -> None:
+        failed = isinstance(outcome, Exception)
         with self._changed:
             if job not in self._queue:
                 return
             self._queue.remove(job)
+            if not job.future.set_running_or_notify_cancel():
+                return
+            if failed:
+                job.future.set_exception(outcome)
+            else:
+                job.future.set_result(outcome)
             now = time.monotonic()
             spacing, self._last = now - max(self._last, job.queued), now
             self._seconds_per_image += SMOOTHING * (spacing - self._seconds_per_image)
-        failed = isinstance(outcome, Exception)
-        if failed:
-            job.future.set_exception(outcome)
-        else:
-            job.future.set_result(outcome)
         if self.observe is not None:
             seconds = now - job.queued
             self.observe(Batch(1, seconds, 0.0, {} if failed else {"total": seconds}))
@@ -231,7 +240,7 @@ class Cluster(Engine):
                 response.cancel()
                 raise
             except RayTaskError as error:
-                raise error.cause from None
+                raise (error.cause or error) from None
             except LOST as error:
                 lost += not isinstance(error, ActorUnavailableError)  # that may be the network, and pass
                 log.warning("a worker was lost (%s); another one is asked", type(error).__name__)
@@ -323,7 +332,7 @@ def _front(options: argparse.Namespace, limits: Limits) -> Any:
 
 def _deployment(args: argparse.Namespace, limits: Limits) -> serve.Application:
     workers = plan_workers(args.device, most=args.workers, least=args.min_workers, cpus=args.worker_cpus)
-    options = {name: getattr(args, name) for name in LOADING}
+    options = {name: getattr(args, name) for name in LOADING} | {"device": workers.device}
     return deployment(model_path(args.model), options, limits, workers)
 
 

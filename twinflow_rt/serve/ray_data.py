@@ -48,7 +48,7 @@ def painted(
         rows = [{"requests": [asdict(request) for request in requests]} for requests in groups]
         dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).flat_map(
             Painter,
-            fn_constructor_args=(model_path(args.model), options),
+            fn_constructor_args=(model_path(args.model), options | {"device": workers.device}),
             compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=min(workers.most, len(rows))),
             num_gpus=workers.gpus,
             num_cpus=workers.cpus,
