@@ -29,6 +29,8 @@ from .footprint import peak_bytes
 from .ops.select import Target, select
 from .passes.fuse import sources
 from .passes.load import Checkpoint, Layout
+from .passes.upsample import folded_bytes
+from .prompt_cache import context_bytes
 from .streaming import block_names, parameters_of
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 64)  # sides in pixels to try, largest first
@@ -56,8 +58,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Costs:
-    """weights: per stage (text, network, vae). text, context, velocity: bytes that a call of the stage works in;
-    decode(tile): likewise, in tiles of that side or (None) whole. least_tile: the VAE's, in pixels."""
+    """weights: per stage (text, network, vae). text, velocity: bytes that a call of the stage works in;
+    decode(tile): likewise, in tiles of that side or (None) whole. context: what is kept of the prompts meanwhile.
+    least_tile: the VAE's, in pixels. slots: blocks in memory while blocks stream."""
 
     weights: Mapping[str, Weights]
     text: int
@@ -192,13 +195,13 @@ def costs_of(
         latents = torch.zeros(images, vae.channels, height // vae.scale, width // vae.scale)
     shadow.ops = ops
     with torch.inference_mode():
-        text_work = peak_bytes(lambda: text.probe(text.max_tokens))
+        text_work = peak_bytes(lambda: text.probe(text.max_tokens, ops))
         prompt = text.probe(text.max_tokens)
         context_work = peak_bytes(lambda: shadow.encode_context(prompt.embeds, prompt.lengths, **prompt.extras))
         context = shadow.encode_context(prompt.embeds, prompt.lengths, **prompt.extras).select([0] * images)
     velocity = peak_bytes(lambda: shadow(latents, shadow.step_modulation(0), context))
-    decoder = vae.parts[0].shadow()
-    decoder.ops = ops
+    text_work = max(text_work, prompt.embeds.nbytes + context_work)
+    decoder = vae.parts[0].shadow(ops)
     image = 4 * images * 3 * height * width
     # beside what the network makes: the float image becomes bytes in float32 (see ops.decode.to_uint8)
     kept: dict[int | None, int] = {}
@@ -209,7 +212,7 @@ def costs_of(
         return kept[tile]
 
     return Costs(
-        weights, round(ratio * text_work), round(ratio * context_work), round(ratio * velocity), decode,
+        weights, round(ratio * text_work), round(ratio * context_bytes(context)), round(ratio * velocity), decode,
         tiles.smallest(decoder), slots=1 if device.type == "cpu" else 2,
     )  # fmt: skip
 
@@ -263,7 +266,7 @@ def _weights(
 
     blocks = [parameters_of(network, block) for block in block_names(network)]
     streaming = {name for names in blocks for name in names}
-    fixed = sum(size(name) for name in tensors if name not in streaming)
+    fixed = sum(size(name) for name in tensors if name not in streaming) + folded_bytes(network, dtype)
     kept, passing = (tuple(sum(size(n, streams) for n in names) for names in blocks) for streams in (False, True))
     return Weights(fixed, kept, passing)
 

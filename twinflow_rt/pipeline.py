@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hub
+from . import embeds_file, forks, hub, out_of_memory, warm
+from . import precision as precisions
+from .capture import AUTO_POSITIONS, MODES, Captures, bucket, open_captures
 from .compile import Program, compile_network, load_program
 from .config import (
     DTYPES,
+    ON_OOM,
     OUTPUTS,
     SizeRule,
     check_choice,
@@ -25,10 +28,13 @@ from .config import (
     resolve_prompts,
     resolve_sampler,
 )
-from .errors import ConfigError, DeviceError
+from .errors import ConfigError, DeviceError, OutOfMemoryError
+from .memory_plan import MemoryPlan, parse_bytes, plan_memory
 from .models import family_of
 from .models.context import Context
 from .noise import check_batch, initial_noise, resolve_seeds, step_noise
+from .ops import EAGER
+from .parallel import Ulysses
 from .passes import artifact
 from .passes.fold import Schedule
 from .passes.load import Checkpoint, model_folder
@@ -38,7 +44,10 @@ from .predict import predict_stages
 from .prompt_cache import PromptCache
 from .report import Stages
 from .sample import SamplerConfig, preset, sample, schedule
+from .schedule import steps
 from .text import PromptEmbeds
+from .tiles import check_tile
+from .vae import PreviewDecoder
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -46,27 +55,39 @@ DEMO = Path(__file__).parent / "demo"
 @dataclass(frozen=True)
 class Result:
     """images: one per (prompt, repeat), prompt-major. seeds: image k's own. timings: seconds per
-    stage and in total. memory: peak bytes per stage (see `report.Stages`)."""
+    stage and in total. memory: peak bytes per stage (see `report.Stages`). at_once: the most images
+    that went through a network together."""
 
     images: Any
     seeds: list[int]
     timings: dict[str, float]
     memory: dict[str, int]
+    at_once: int = 0
 
 
 class Pipeline:
-    """A loaded model. Calls are serialised: one device runs one generation at a time."""
+    """A loaded model. Calls are serialised: one device runs one generation at a time.
+
+    batch_invariant: whether every image goes through the networks alone, so that its bits are the same in
+    any batch (docs/reliability.md); may be changed between calls.
+    """
 
     def __init__(
         self, text: Any, program: Program, vae: Any, sizes: SizeRule, sampler: SamplerConfig,
-        device: torch.device, dtype: torch.dtype, folder: Path, prompt_cache: int = 0,
+        device: torch.device, dtype: torch.dtype, folder: Path, prompt_cache: int = 0, batch_invariant: bool = False,
     ) -> None:  # fmt: skip
         self.folder, self.prompts = folder, PromptCache(prompt_cache)
         self.text, self.program, self.vae, self.sizes = text, program, vae, sizes
         self.sampler, self.device, self.dtype = sampler, device, dtype
+        self.captures: Captures | None = None
+        self.memory: MemoryPlan | None = None
+        self.preview: PreviewDecoder | None = None
+        self.batch_invariant = batch_invariant
         self._lock = threading.Lock()
         self._stages: tuple[Stage, ...] | None = None
         self._probe: PromptEmbeds | None = None  # of the text stage: what embeddings look like
+        self.forked = False
+        forks.register(self)
 
     @property
     def plan(self) -> Plan:
@@ -79,13 +100,32 @@ class Pipeline:
             for stage in (self.text, self.vae)
             for part, report in zip(stage.parts, stage.reports, strict=True)
         )
-        return replace(self.program.plan, stages=self._stages, notes=self.program.plan.notes + loads)
+        graphs = self.captures.notes() if self.captures is not None else ()
+        graphs += self.memory.notes() if self.memory is not None else ()
+        return replace(self.program.plan, stages=self._stages, notes=self.program.plan.notes + loads + graphs)
+
+    def read_embeds(self, path: str | Path) -> PromptEmbeds:
+        """Prompt embeddings that `twinflow-rt encode` wrote, for a call of this pipeline.
+
+        Raises CheckpointError for another file, ConfigError for one of another model or text encoder.
+        """
+        return self.accept(embeds_file.read(path), path)
+
+    def accept(self, saved: embeds_file.Saved, where: str | Path) -> PromptEmbeds:
+        """The embeddings of a file read from `where`, if they are this model's; see `read_embeds`."""
+        saved.require(self.program.plan.family, self.text, where)
+        return saved.embeds
+
+    def record(self, captures: Captures | None) -> None:
+        """Has the stages recorded by `captures` from now on, or (None) run as they are."""
+        self.captures = self.text.captures = self.vae.captures = captures
 
     def __call__(
         self, prompt: str | Sequence[str] | PromptEmbeds, *, height: int | None = None, width: int | None = None,
         seed: int | Sequence[int] | None = None, num_images: int = 1, nfe: int | None = None,
         sampler: SamplerConfig | str | None = None, output: str = "pil",
         callback: Callable[[int, int, Tensor], None] | None = None, cancel: Callable[[], bool] | None = None,
+        on_oom: str = "raise", preview: bool = False,
     ) -> Result:  # fmt: skip
         """Generates num_images images per prompt, all in one batch, prompt-major.
 
@@ -96,8 +136,12 @@ class Pipeline:
         output: "pil" images; "np" uint8 [B, H, W, 3]; "pt" float32 [B, 3, H, W] in [0, 1] on the
             device; "latent" the normalised x0 [B, C, h, w] in the model's dtype.
         callback(done, total, x0) after each evaluation; cancel() -> True ends the run between stages.
-        Raises ConfigError for arguments that cannot work, CancelledError, DeviceError out of memory.
+        on_oom: what follows when memory runs out: "raise" OutOfMemoryError, or "split": begin again with
+            half as many images at once, down to one. Either way nothing of the failed run is kept.
+        preview: decode with the small decoder that the model was loaded with (`load(preview=FOLDER)`).
+        Raises ConfigError for arguments that cannot work, CancelledError, OutOfMemoryError.
         """
+        check_choice("on_oom", on_oom, ON_OOM)
         check_choice("output", output, OUTPUTS)
         check_count("num_images", num_images)
         if isinstance(prompt, PromptEmbeds):
@@ -106,20 +150,48 @@ class Pipeline:
             prompts = resolve_prompts(prompt)
         size = self.sizes.resolve(height, width)
         check_batch(len(prompts) * num_images)
-        check_batch(len(prompts) * num_images)
         seeds = resolve_seeds(seed, len(prompts) * num_images)
+        if (sequence := self.program.sequence) is not None:
+            if cancel is not None or on_oom != "raise":
+                raise ConfigError("cancel= and on_oom='split' would part the processes of a sequence-parallel call")
+            seeds = sequence.agree(seeds)
+        if self.memory is not None:
+            self.memory.require(*size, len(seeds))
         config = resolve_sampler(nfe, sampler) or self.sampler
+        if preview and self.preview is None:
+            raise ConfigError("preview=True needs a preview decoder: load(..., preview=FOLDER) with an AutoencoderTiny")
         stages = Stages(self.device, cancel)
-        try:
-            with self._lock, torch.inference_mode():
-                images = self._run(prompts, num_images, size, seeds, config, output, callback, stages)
-        except torch.OutOfMemoryError as error:
-            raise DeviceError(
-                f"{len(seeds)} images of {size[1]}x{size[0]} do not fit in {self.device}'s memory; "
-                f"generate fewer at a time or smaller ones ({str(error).splitlines()[0]})"
-            ) from None
-        return Result(images, seeds, stages.timings(), stages.memory)
+        if self.forked and self.device.type == "cuda":
+            raise DeviceError("CUDA does not survive a fork: start the worker by spawn and load the model in it")
+        at_once = 1 if self.batch_invariant else len(seeds)
 
+        def run() -> Any:
+            with torch.inference_mode():
+                return self._run(prompts, num_images, size, seeds, config, output, callback, stages, at_once, preview)
+
+        with self._lock:
+            while (attempt := out_of_memory.attempt(run))[1] is not None:
+                if self.captures is not None:
+                    self.captures.clear()
+                if on_oom == "raise" or at_once == 1:
+                    raise OutOfMemoryError(
+                        f"images of {size[1]}x{size[0]}, {at_once} at once, do not fit in {self.device}'s memory "
+                        f"({attempt[1]}); generate fewer or smaller ones, or pass on_oom='split'"
+                    )
+                at_once = -(-at_once // 2)
+        return Result(attempt[0], seeds, stages.timings(), stages.memory, at_once)
+
+    def parallelize(self, group: Any = None) -> None:
+        """Spreads the velocity network of each image over the processes of a torch.distributed group (None: all),
+        see `parallel`: for a GPU each, under torchrun. Every process loads the model and makes the same calls,
+        which then all return the same images; seeds left open are the first process's.
+
+        Raises ConfigError without a process group, for SD3.5 and SANA, and for heads that do not divide.
+        """
+        with self._lock:
+            self.program.parallelize(Ulysses(group))
+
+    @out_of_memory.named("compiling with these adapters")
     def set_loras(self, loras: Loras = ()) -> None:
         """Replaces the merged adapters by `loras` (as for `load`; none by default): the network is
         compiled again from the checkpoint, so nothing of the old ones remains.
@@ -130,46 +202,127 @@ class Pipeline:
         with self._lock, torch.no_grad():
             self.program.set_loras(resolve_loras(loras))
 
+    def warm_up(
+        self, height: int | None = None, width: int | None = None, num_images: int = 1, tokens: int = warm.TOKENS
+    ) -> int:
+        """Prepares for calls of this size, and prompts of up to `tokens` tokens, what an attention backend prepares
+        per shape (see `warm`); `load` does for one image of the default size. Returns how many shapes there were,
+        0 for backends that need no such thing."""
+        check_count("num_images", num_images)
+        check_count("tokens", tokens)
+        size, network = self.sizes.resolve(height, width), self.program.network
+        with self._lock, torch.inference_mode():
+            return warm.warm(
+                self.text, network, self.vae, self.program.plan.choices, size, num_images, tokens, self.dtype,
+                self.device,
+            )  # fmt: skip
+
+    def __reduce__(self) -> Any:
+        raise ConfigError("a Pipeline is not copied or sent to another process: load the model there")
+
+    @out_of_memory.named("saving")
     def save(self, path: str | Path) -> Path:
         """Writes the compiled program and the other parts as an artifact (passes/artifact.py), which
-        `load` takes like a model folder, skipping the passes. It holds this pipeline's schedule only."""
+        `load` takes like a model folder, skipping the passes. It holds this pipeline's schedule only.
+        Raises ConfigError where weights stream."""
+        if self.memory is not None and (self.memory.streamed or self.memory.text_streams):
+            raise ConfigError("this pipeline's weights stream: load it without memory_budget to save it")
         with self._lock, torch.inference_mode():
             self.program.refold(schedule(self.sampler, self.dtype))  # a call may have left another
-        parts = {
-            "transformer": (self.program.network.config.to_dict(), self.program.network.state_dict()),
-            **{part.name: (part.checkpoint.config, part.weights()) for part in (*self.text.parts, *self.vae.parts)},
-        }
-        meta = {
-            "sampler": asdict(self.sampler),
-            "source": artifact.source_hash(self.folder / "transformer"),
-            "plan": self.plan.to_dict(),
-        }
-        return artifact.write(Path(path), parts, self.folder, meta)
+            parts = {
+                "transformer": (self.program.network.config.to_dict(), self.program.network.state_dict()),
+                **{part.name: (part.checkpoint.config, part.weights()) for part in (*self.text.parts, *self.vae.parts)},
+            }
+            meta = {
+                "sampler": asdict(self.sampler),
+                "source": artifact.source_hash(self.folder / "transformer"),
+                "plan": self.plan.to_dict(),
+            }
+            return artifact.write(Path(path), parts, self.folder, meta)
 
     def _run(
         self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, size: tuple[int, int], seeds: list[int],
-        config: SamplerConfig, output: str, callback: Callable | None, stages: Stages,
+        config: SamplerConfig, output: str, callback: Callable[[int, int, Tensor], None] | None,
+        stages: Stages, at_once: int, preview: bool,
     ) -> Any:  # fmt: skip
         times = schedule(config, self.dtype)
         self.program.refold(times)
-        network = self.program.network
+        network, vae = self.program.network, self.preview if preview and self.preview is not None else self.vae
+        direct = output != "latent" and vae is self.vae and callback is None and self._projects_directly(times)
         with stages("text"):
-            context = self._context(prompts, repeats, times)
+            contexts = self._contexts(prompts, repeats, times, at_once)
         with stages("noise"):
             shape = (self.vae.channels, size[0] // self.vae.scale, size[1] // self.vae.scale)
             noise = initial_noise(seeds, shape, self.dtype, self.device)
         with stages("sample"):
             latents = sample(
-                lambda x, step: network(x, network.step_modulation(step), context), noise, config,
-                noise_fn=lambda step: step_noise(seeds, step, shape, device=self.device),
-                callback=callback, cancel=stages.cancel, project=network.ops.x0_project,
+                self._velocities(contexts, noise, at_once, stages, steps(config, self.dtype)[0].t if direct else None),
+                noise, config, noise_fn=lambda step: step_noise(seeds, step, shape, device=self.device),
+                callback=callback, cancel=stages.cancel,
+                project=(lambda noise, raw, t: raw) if direct else network.ops.x0_project,
             )  # fmt: skip
         if output == "latent":
             return latents
         with stages("decode"):
-            images = self.vae.decode(latents) if output == "pt" else self.vae.decode_uint8(latents)
+            decode = vae.decode if output == "pt" else vae.decode_uint8
+            images = _in_parts(lambda part, _: decode(part, raw=direct), latents, at_once, stages)
         with stages("output"):
             return _deliver(images, output)
+
+    def _projects_directly(self, times: Schedule) -> bool:
+        """Whether one kernel takes the network's last tokens to the VAE's input: x0, unpacking and the VAE's scaling.
+        Without such a kernel the three are no faster together, and elsewhere x0 itself is wanted."""
+        fused = self.program.network.ops.x0_to_vae is not EAGER.x0_to_vae
+        return fused and len(times) == 1 and self.dtype != torch.float64
+
+    def _velocities(
+        self, contexts: list[Context], noise: Tensor, at_once: int, stages: Stages, direct: float | None
+    ) -> Callable[[Tensor, int], Tensor]:
+        """The network for all images of a batch, `at_once` together, with their contexts. direct: the time at which
+        its answer is to be the VAE's input in place of the velocity, or None."""
+        parts = [self._velocity(c, part, direct) for c, part in zip(contexts, noise.split(at_once), strict=True)]
+        return lambda x, step: _in_parts(lambda part, i: parts[i](part, step), x, at_once, stages)
+
+    def _velocity(self, context: Context, noise: Tensor, direct: float | None) -> Callable[[Tensor, int], Tensor]:
+        """The network for these prompts, recorded where that is asked for or (capture "auto") worth while."""
+        network, graphs, vae = self.program.network, self.captures, self.vae
+
+        def run(x: Tensor, step: int, context: Context) -> Tensor:
+            modulation = network.step_modulation(step)
+            if direct is None:
+                velocity: Tensor = network(x, modulation, context)
+                return velocity
+            patches, sign = network.patches(x, modulation, context)
+            raw: Tensor = network.ops.x0_to_vae(x, patches, sign * direct, vae.std, vae.mean, vae.dtype)
+            return raw
+
+        positions = noise[:, 0].numel()
+        streamed = self.memory is not None and self.memory.streamed  # weights that have another place every time
+        if graphs is None or streamed or not (graphs.strict or positions <= AUTO_POSITIONS):
+            return lambda x, step: run(x, step, context)
+        static = context.in_bucket(bucket)
+        name = "velocity" if direct is None else "vae input"
+        return lambda x, step: graphs(name, self.program.plan, run, x, step, static)
+
+    def _contexts(
+        self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, times: Schedule, at_once: int
+    ) -> list[Context]:
+        """The contexts of a batch's images, `at_once` together; prompts never wait for others beside them there."""
+        total = len(prompts) * repeats
+        if at_once >= total and not self.batch_invariant:
+            return [self._context(prompts, repeats, times)]
+        rows = [image // repeats for image in range(total)]
+        if isinstance(prompts, tuple):
+            rows = [prompts.index(prompts[row]) for row in rows]
+        made: dict[tuple[int, ...], Context] = {}
+        contexts = []
+        for part in (rows[start : start + at_once] for start in range(0, total, at_once)):
+            few = tuple(dict.fromkeys(part))
+            if few not in made:
+                some = tuple(prompts[row] for row in few) if isinstance(prompts, tuple) else prompts.select(few)
+                made[few] = self._context(some, 1, times)
+            contexts.append(made[few].select([few.index(row) for row in part]))
+        return contexts
 
     def _context(self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, times: Schedule | None = None) -> Context:
         """The prompts' side of the network: each distinct prompt computed once, then repeated per image.
@@ -179,7 +332,7 @@ class Pipeline:
         else:
             distinct = tuple(dict.fromkeys(prompts))
             rows = [distinct.index(p) for p in prompts]
-            make = lambda: self._encode(self.text(list(distinct)))
+            make: Callable[[], Context] = lambda: self._encode(self.text(list(distinct)))
             context = make() if times is None else self.prompts.get((distinct, times), self.program.network, make)
         return context.select([r for r in rows for _ in range(repeats)])
 
@@ -191,7 +344,18 @@ class Pipeline:
 
     def _encode(self, embeds: PromptEmbeds) -> Context:
         given = embeds.to(self.device, self.dtype)
-        return self.program.network.encode_context(given.embeds, given.lengths, **given.extras)
+        context: Context = self.program.network.encode_context(given.embeds, given.lengths, **given.extras)
+        return context
+
+
+def _in_parts(function: Callable[[Tensor, int], Tensor], x: Tensor, at_once: int, stages: Stages) -> Tensor:
+    """function(part, its number) for parts of `at_once` rows of x, joined; the caller can cancel between them."""
+    results = []
+    for i, part in enumerate(x.split(at_once)):
+        if i:
+            stages.check(f"after {i * at_once} of {len(x)} images of a stage")
+        results.append(function(part, i))
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def _deliver(images: Tensor, output: str) -> Any:
@@ -205,11 +369,15 @@ def _deliver(images: Tensor, output: str) -> Any:
     return [Image.fromarray(a) for a in array]
 
 
+@out_of_memory.named("loading")
 def load(
     path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
     nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
-    progress: Callable[[str, int], None] | None = None, precision: str | None = None, exempt: Sequence[str] = (),
-    prompt_cache: int = 0, download: bool = False,
+    progress: Callable[[str, int], None] | None = None, precision: str | None = None,
+    exempt: Sequence[str] | str | Path = (), fp8_attention: bool = False,
+    prompt_cache: int = 0, download: bool = False, capture: str = "auto", batch_invariant: bool = False,
+    memory_budget: int | str | None = None, largest: tuple[int, int, int] | None = None, tile: int | None = None,
+    preview: str | Path | None = None,
 ) -> Pipeline:  # fmt: skip
     """Loads and compiles a model folder in diffusers' layout, "demo", the miniature that ships along, or
     hf://owner/name[@revision][/subfolder] from the cache of the Hugging Face hub.
@@ -218,16 +386,30 @@ def load(
     device cannot compute in that at full rate. nfe: evaluations per image the network is folded for
     (default 1). loras: adapters to merge, {path: weight} or [path or (path, weight), ...]; an artifact
     takes those it was saved with, or None. progress(part, bytes) is called as tensors arrive.
-    precision: "fp32", "fp16" or "bf16", the dtypes; "int8", CPU only: linear layers of the transformer's
-    blocks with 8-bit weights and activations; "auto" or None, what suits checkpoint and device. exempt:
-    parts of layer names kept out of int8, because they measured sensitive (`twinflow-rt sensitivity`).
+    precision: "fp32", "fp16" or "bf16", the dtypes; "int8" (CPU) or "fp8" (NVIDIA GPUs from 8.9 on; a CPU
+    emulates it, slowly): linear layers of the transformer's blocks with 8-bit weights and activations; None:
+    what suits checkpoint and device; "auto": that, or int8 or fp8 if it measured faster here and accurate
+    (`twinflow-rt sensitivity --save`; the plan says why). exempt: parts of names of layers kept out of int8 or
+    fp8, because they measured sensitive, or a file of that command, whose errors go into the plan.
+    fp8_attention: beside "fp8", attention's scores are float8 products as well.
     prompt_cache: bytes of device memory to keep prompts in that were seen before, as the network reads them
     (`Pipeline.prompts` counts hits); 0: none.
+    capture: "graphs" records every stage once per shape and replays it (CUDA graphs, see `capture`), "auto"
+    does so on a GPU where it pays, "off" never does.
+    batch_invariant: compute every image alone, so that its bits do not depend on the batch around it.
+    memory_budget: bytes, or text like "12GB": what device memory (on a CPU: anonymous memory) the model may take at
+    its peak. Chooses what streams and whether decoding is tiled (see `memory_plan`), before anything is loaded.
+    largest: (height, width, images) of the largest call it must hold for, default one image of the default size.
+    tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); default: whole, or as the
+    budget needs.
+    preview: folder of an AutoencoderTiny (taef1, taesd3, ...) that calls with preview=True decode with.
     download: fetch a hf:// model (`hub`); nothing else ever opens a connection.
-    Raises CheckpointError, ConfigError, DeviceError.
+    Raises CheckpointError, ConfigError, DeviceError, OutOfMemoryError.
     """
     asked, target = resolve_sampler(nfe, sampler), resolve_device(device)
-    quantized, dtype = resolve_precision(precision, dtype)
+    _, dtype = resolve_precision(precision, dtype)
+    check_choice("capture", capture, MODES)
+    captures = open_captures(capture, target)
     folder = model_folder(model_path(path, download))
     saved = artifact.read(folder) if artifact.is_artifact(folder) else None
     config = asked or (saved["sampler"] if saved else preset(1))
@@ -239,27 +421,52 @@ def load(
     plan = saved["plan"] if saved else None
     if plan is not None:
         require_same(plan.loras, pairs)
-        if (precision is not None and quantized != plan.precision) or (exempt and tuple(exempt) != plan.exempt):
-            raise ConfigError(
-                f"{folder} was saved with linear layers in {plan.precision or 'its dtype'}, for good; "
-                "load the model folder for another precision"
-            )
+        precisions.require_saved(plan, folder, precision, exempt, fp8_attention)
     checkpoint = Merged(folder / "transformer", pairs) if pairs and plan is None else _transformer(folder, plan)
     family = family_of(checkpoint.config)
     kind = resolve_dtype(dtype, target, DTYPES[plan.dtype] if plan else checkpoint.main_dtype())
     text, vae, sizes = family.open(folder, checkpoint.config)
+    times, memory = schedule(config, kind), None
+    how = {} if plan is not None else precisions.resolve(
+        folder / "transformer", precision, exempt, fp8_attention, target, kind
+    )  # fmt: skip
+    if tile is not None:
+        check_tile(vae.network, tile)
+    if (budget := parse_bytes(memory_budget)) is not None:
+        kinds = {"quantized": how.get("precision"), "exempt": how.get("exempt", ()), "saved": plan is not None}
+        whole = resolve_largest(largest, sizes)
+        memory = plan_memory(text, vae, checkpoint, family, times, target, kind, budget, whole, tile, **kinds)
+        text.streams, tile = memory.text_streams, memory.tile
+        how["streamed"] = memory.streamed
+    vae.tile = tile
     with torch.no_grad():
         text.materialize(target, kind, part("text encoder"))
-        times = schedule(config, kind)
-        to = {"device": target, "dtype": kind, "progress": part("transformer")}
-        how = {"precision": quantized, "exempt": exempt}
+        to: dict[str, Any] = {"device": target, "dtype": kind, "progress": part("transformer")}
         if plan is not None:
             program = load_program(checkpoint, family, plan, **to)
             program.refold(times)  # refuses another schedule than the saved one
         else:
             program = compile_network(checkpoint, family, times, **to, **how)
         vae.materialize(target, kind, part("vae"))
-    return Pipeline(text, program, vae, sizes, config, target, kind, folder, prompt_cache)
+    pipe = Pipeline(text, program, vae, sizes, config, target, kind, folder, prompt_cache, batch_invariant)
+    pipe.memory = memory
+    if preview is not None:
+        pipe.preview = PreviewDecoder(Path(preview), vae)
+        with torch.no_grad():
+            pipe.preview.materialize(target, kind, part("preview"))
+    pipe.record(captures)
+    pipe.warm_up()
+    return pipe
+
+
+def resolve_largest(largest: tuple[int, int, int] | None, sizes: SizeRule) -> tuple[int, int, int]:
+    """Height, width and images of the largest call, checked; None: one image of the default size."""
+    if largest is None:
+        return (*sizes.resolve(None, None), 1)
+    if not isinstance(largest, (tuple, list)) or len(largest) != 3:
+        raise ConfigError(f"largest must be (height, width, images), not {largest!r:.80}")
+    check_count("images in largest", largest[2])
+    return (*sizes.resolve(largest[0], largest[1]), largest[2])
 
 
 def model_path(path: str | Path, download: bool = False) -> Path:

@@ -19,6 +19,7 @@ from .passes.load import Checkpoint, Layout, Progress, materialize
 from .passes.quantize import convert
 from .passes.upsample import fold_upsampling
 from .report import LoadReport
+from .streaming import block_names, load_part
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,16 @@ class Part:
     network: Any  # an nn.Module with `config` and `ops`
     layout: Layout
 
-    def load(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> LoadReport:
-        report = materialize(self.network, self.checkpoint, self.layout, device, dtype, progress)
+    def load(
+        self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None, *, streams: bool = False
+    ) -> LoadReport:
+        """Reads the weights; streams: but those of repeated blocks, which come as they run (see `streaming`)."""
+        if streams:
+            report = load_part(self, len(block_names(self.network)), device, dtype, progress)
+        else:
+            report = materialize(self.network, self.checkpoint, self.layout, device, dtype, progress)
         convert(self.network, device)
         return report
-
-    def release(self) -> None:
-        """Leaves the network without weights, as it was before `load`."""
-        vars(self.network).update(vars(self.shadow()))
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors in use under the checkpoint's names, merged ones cut as the files have them."""
@@ -76,23 +79,27 @@ class Part:
             out.update(zip(names, tensor.split(rows) if len(names) > 1 else (tensor,), strict=True))
         return out
 
-    def shadow(self) -> Any:
-        """The same network without weights, for counting."""
+    def shadow(self, ops: OpTable = EAGER) -> Any:
+        """The same network without weights, for counting; ops: which run on the meta device."""
         with torch.device("meta"):
-            return type(self.network)(self.network.config)
+            network = type(self.network)(self.network.config)
+        network.ops = ops
+        return network
 
 
 class Stage:
     """A stage made of `parts`. The constructor takes the model folder and reads headers only; until
-    `materialize`, and again after `release`, every network is on the meta device.
+    `materialize` every network is on the meta device.
 
-    captures: what records the stage's work per shape (see `capture`), or None.
+    captures: what records the stage's work per shape (see `capture`), or None. streams: whether the blocks of
+    its networks come and go as they run (see `streaming`); to be set before `materialize`.
     """
 
     parts: tuple[Part, ...]
     reports: tuple[LoadReport, ...] = ()
     ops: OpTable = EAGER
     captures: Captures | None = None
+    streams: bool = False
 
     def __init__(self, folder: Path) -> None:
         raise NotImplementedError
@@ -106,7 +113,7 @@ class Stage:
 
     def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
         """Reads all parts and gives them the ops of `device`; `reports` tells what reading took, part by part."""
-        self.reports = tuple(part.load(device, dtype, progress) for part in self.parts)
+        self.reports = tuple(part.load(device, dtype, progress, streams=self.streams) for part in self.parts)
         self.ops, choices = select(Target.of(device, dtype))
         for part in self.parts:
             part.network.ops = self.ops
@@ -114,11 +121,6 @@ class Stage:
 
     def captured(self, name: str, run: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
         """run(*args), by a graph where there are any. owner: what else but the weights the graph reads, if anything."""
-        if self.captures is None:
+        if self.captures is None or self.streams:  # what streams has another place every time
             return run(*args)
         return self.captures(name, self.reports if owner is None else owner, run, *args)
-
-    def release(self) -> None:
-        """Gives the weights up; `materialize` reads them again."""
-        for part in self.parts:
-            part.release()

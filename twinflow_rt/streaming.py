@@ -4,8 +4,8 @@ A one-step model reads every weight once per image, so what streaming costs is t
 files on a CPU (the system keeps as much of them as it has room for), over the bus from pinned memory on a GPU,
 where the next block is copied by a stream of its own while one computes, into two buffers in turn.
 
-What streams are the parameters of a network's repeated blocks. Tables, embedders and whatever runs once per
-prompt stay; so do the first blocks, where only some need to go.
+What streams are the linear layers and convolutions of a network's repeated blocks. Tables, norms, embedders and
+whatever runs once per prompt stay; so do the first blocks, where only some need to go.
 """
 
 from __future__ import annotations
@@ -41,10 +41,15 @@ def _computes(kind: type[nn.Module]) -> bool:
 
 
 def parameters_of(network: nn.Module, block: str) -> list[str]:
-    """Names of the parameters that stream with `block`: all but those that run once per prompt."""
-    prompt = tuple(getattr(network, "prompt_modules", ()))
-    names = (f"{block}.{name}" for name, _ in network.get_submodule(block).named_parameters())
-    return [n for n in names if not any(n == p or n.startswith(p + ".") for p in prompt)]
+    """Names of the parameters that stream with `block`: those of its linear layers and convolutions, but for what
+    runs once per prompt. The rest is small, and some of it is read before the block runs."""
+    prompt = tuple(f"{name}." for name in getattr(network, "prompt_modules", ()))
+    return [
+        f"{name}.{leaf}"
+        for name, layer in network.get_submodule(block).named_modules(prefix=block)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not f"{name}.".startswith(prompt or ("\0",))
+        for leaf, _ in layer.named_parameters()
+    ]
 
 
 class Store(Protocol):

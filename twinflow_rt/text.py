@@ -21,6 +21,8 @@ from .capture import bucket
 from .errors import CheckpointError, ConfigError
 from .models import qwen2_5_vl, qwen3
 from .models.language_model import Past
+from .ops import EAGER
+from .ops.select import OpTable
 from .passes.load import Progress
 from .stage import Model, Part, Stage
 from .tokenizer import ChatTokenizer, Tokenizer
@@ -66,6 +68,12 @@ class PromptEmbeds:
                 raise ConfigError(f"{name} must be a floating-point tensor {alike}; make it with pipe.text")
             if not torch.isfinite(tensor).all():
                 raise ConfigError(f"{name} holds NaN or infinity; make it again with pipe.text")
+
+    def select(self, rows: Sequence[int]) -> PromptEmbeds:
+        """Those of prompts `rows`, no longer than the longest of them."""
+        index, lengths = torch.tensor(rows, device=self.embeds.device), tuple(self.lengths[row] for row in rows)
+        extras = {name: tensor[index] for name, tensor in self.extras.items()}
+        return PromptEmbeds(self.embeds[index, : max(lengths)], lengths, extras)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
         extras = {name: tensor.to(device, dtype) for name, tensor in self.extras.items()}
@@ -169,9 +177,9 @@ class TextEncoder(Stage):
         """Of the model's states [B, dropped + L, width], those that are embeddings."""
         return states[:, self.dropped :]
 
-    def probe(self, tokens: int) -> PromptEmbeds:
+    def probe(self, tokens: int, ops: OpTable = EAGER) -> PromptEmbeds:
         """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""
-        shadow, start = self.parts[0].shadow(), len(self.prefix_ids)
+        shadow, start = self.parts[0].shadow(ops), len(self.prefix_ids)
         start = start if self.least_prefix <= start < self.dropped + tokens else 0
         ids = torch.zeros(1, self.dropped + tokens - start, dtype=torch.int64, device="meta")
         states = shadow(ids, shadow.blank_past(start)) if start else shadow(ids)

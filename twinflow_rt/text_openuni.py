@@ -13,6 +13,8 @@ from torch import Tensor
 from .capture import bucket
 from .errors import CheckpointError
 from .models import openuni
+from .ops import EAGER
+from .ops.select import OpTable
 from .text import PromptEmbeds, TextEncoder
 from .tokenizer import Tokenizer
 
@@ -67,10 +69,10 @@ class OpenUniText(TextEncoder):
         embeds: PromptEmbeds = self.captured("text", run, padded, lengths)
         return embeds
 
-    def probe(self, tokens: int) -> PromptEmbeds:
+    def probe(self, tokens: int, ops: OpTable = EAGER) -> PromptEmbeds:
         """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""
         ids, lengths = (torch.zeros(*shape, dtype=torch.int64, device="meta") for shape in ((1, tokens), (1,)))
-        language, connector = (part.shadow() for part in self.parts)
+        language, connector = (part.shadow(ops) for part in self.parts)
         return self._embed(language, connector, ids, lengths)
 
     def _embed(self, language: Any, connector: Any, ids: Tensor, lengths: Tensor) -> PromptEmbeds:

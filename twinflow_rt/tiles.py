@@ -2,15 +2,16 @@
 
 A decoder network is `tail(trunk(latents))`. The trunk, at a coarse resolution, has the attention and
 whatever else must see all positions, and always runs whole. The tail, where nearly all memory goes, is
-convolutions: a pixel depends on the features within `reach` cells. So a tile is computed from its own
-features and `reach` more on every side, and what those add is cut off again.
+convolutions: a pixel depends on the features within `reach` cells.
 
-    Tails without group norms (Qwen-Image's VAE, DC-AE): the tiles are parts of the whole image, up to
-    the order in which a convolution sums. They are put side by side; there is no seam to hide.
+    Tails without group norms (Qwen-Image's VAE, DC-AE): a tile is computed from its own features and `reach`
+    more on every side, and what those add is cut off again. So the tiles are parts of the whole image, up to
+    the order in which a convolution sums, and are put side by side; there is no seam to hide.
 
     Tails with group norms (AutoencoderKL): a group norm's mean and variance are those of the tile, not of
-    the image. That is an approximation, whose error docs/stages.md states. Neighbours differ by it, so
-    tiles overlap further by `BLEND` cells in which one fades into the other.
+    the image. That is an approximation, whose error docs/stages.md states. Neighbours differ by it, so they
+    overlap by `BLEND` cells on each side of their edge, in which one fades into the other, and with it what the
+    zeros beyond a tile's border have changed.
 
 (diffusers runs trunk and tail per tile and fades over a quarter of it: attention then sees one tile, and
 the borders are those of zero padding.)
@@ -51,7 +52,7 @@ def cell(network: Any) -> int:
 
 def margin(network: Any) -> int:
     """Cells computed on every side of a tile beyond it."""
-    return reach(network.tail_convs) + (BLEND if blends(network) else 0)
+    return BLEND if blends(network) else reach(network.tail_convs)
 
 
 def blends(network: nn.Module) -> bool:

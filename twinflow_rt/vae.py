@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .models import autoencoder_dc, autoencoder_kl, autoencoder_qwen
+from .errors import CheckpointError
+from .models import autoencoder_dc, autoencoder_kl, autoencoder_qwen, autoencoder_tiny
 from .passes.load import Progress
 from .stage import Model, Stage
 
@@ -27,8 +28,8 @@ class VaeDecoder(Stage):
     model: Model
     tile: int | None = None
 
-    def __init__(self, folder: Path) -> None:
-        self.parts = (self.model.open(folder / "vae"),)
+    def __init__(self, folder: Path, name: str = "vae") -> None:
+        self.parts = (self.model.open(folder / name),)
         self.network = self.parts[0].network
         self.config = self.network.config
 
@@ -80,6 +81,21 @@ class KLDecoder(VaeDecoder):
     """AutoencoderKL, the VAE of Z-Image and Stable Diffusion 3."""
 
     model = autoencoder_kl.MODEL
+
+
+class PreviewDecoder(VaeDecoder):
+    """An AutoencoderTiny in a folder of its own, in the place of a model's decoder: small, fast, not exact."""
+
+    model = autoencoder_tiny.MODEL
+
+    def __init__(self, folder: Path, vae: VaeDecoder) -> None:
+        super().__init__(folder.parent, folder.name)
+        own, theirs = (self.channels, self.scale), (vae.channels, vae.scale)
+        if own != theirs:
+            raise CheckpointError(
+                f"{folder} decodes {own[0]} channels at {own[1]} pixels a latent, this model's VAE {theirs[0]} at "
+                f"{theirs[1]}: a preview decoder of another model"
+            )
 
 
 class QwenImageDecoder(VaeDecoder):

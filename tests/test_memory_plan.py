@@ -1,0 +1,182 @@
+"""The memory a model will need: chosen within a budget, predicted before loading, and measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.factory import make_model
+from twinflow_rt.bench.random_weights import skeleton
+from twinflow_rt.errors import ConfigError
+from twinflow_rt.footprint import peak_bytes
+from twinflow_rt.memory_plan import Costs, Weights, choose, parse_bytes
+from twinflow_rt.passes.load import Checkpoint
+from twinflow_rt.pipeline import load
+
+LARGEST = (1024, 1024, 1)
+
+
+def costs(slots=2, **changes):
+    weights = {
+        "text": Weights(10, (20,) * 5, (20,) * 5),
+        "network": Weights(30, (40, 40, 40, 60), (40, 40, 40, 60)),
+        "vae": Weights(5),
+    }
+    decode = {None: 500, 1024: 400, 768: 300, 512: 200, 384: 150, 256: 100, 192: 90, 128: 80}
+    return Costs(weights, 15, 5, 70, decode.__getitem__, 128, slots)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (None, (False, 0, None)),
+        (830, (False, 0, None)),  # 325 of weights, 505 of work
+        (829, (False, 0, 1024)),
+        (530, (False, 0, 512)),
+        (411, (False, 0, 128)),
+        (409, (True, 0, 256)),  # a smaller tile alone would not do: 410
+        (340, (True, 3, 192)),
+    ],
+)
+def test_the_cheapest_measures_come_first(budget, expected):
+    plan = choose(costs(), budget, LARGEST)
+    assert (plan.text_streams, plan.streamed, plan.tile) == expected
+    assert budget is None or plan.peak <= budget
+    assert plan.peak == max(plan.stages.values()) and "predicted peak" in plan.notes()[0]
+
+
+def test_no_more_blocks_stream_than_have_to():
+    held = [costs().weights["network"].held(n, 2) for n in range(5)]
+    assert held == [210, 210, 230, 190, 150]  # two buffers of the largest streaming block
+    assert [costs().weights["network"].held(n, 1) for n in (1, 4)] == [210, 90]
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_would():
+    with pytest.raises(ConfigError, match=r"needs 0\.0 MB"):
+        choose(costs(), 200, LARGEST)
+    assert choose(costs(), 330, LARGEST).streamed == 3 and choose(costs(), 329, LARGEST).streamed == 4
+
+
+def test_a_settled_tile_is_kept():
+    assert choose(costs(), None, LARGEST, 256).tile == 256
+    assert choose(costs(), 420, LARGEST, 256) == choose(costs(), 420, LARGEST, 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("12GB", 12_000_000_000), ("1.5 GiB", 3 << 29), ("900mb", 900_000_000), ("7", 7), (5, 5)]
+)
+def test_sizes(text, expected):
+    assert parse_bytes(text) == expected and parse_bytes(None) is None
+
+
+@pytest.mark.parametrize("text", ["", "GB", "1 XB", "1e", "nan", "inf GB", "-1GB", 0, -5, 1.5, True])
+def test_impossible_sizes(text):
+    with pytest.raises(ConfigError, match="memory_budget"):
+        parse_bytes(text)
+
+
+def test_peak_of_live_tensors():
+    def run():
+        a = torch.zeros(10, device="meta")  # 40 bytes
+        b = a + 1  # 80
+        a = b[:5] * 2  # 100, then the first 40 go
+        c = torch.zeros(5, device="meta")  # 80
+        return (a + c).view(5, 1), b  # 100
+
+    assert peak_bytes(run) == 100
+    q = torch.zeros(1, 2, 1000, 8, device="meta")
+    assert peak_bytes(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == q.nbytes
+
+
+def test_calls_beyond_the_plan_are_refused(tmp_path):
+    folder = make_model(tmp_path / "m")
+    pipe = load(folder, device="cpu", memory_budget="1GB", largest=(32, 32, 2))
+    assert pipe.memory.largest == (32, 32, 2) and not pipe.memory.streamed and pipe.memory.tile is None
+    assert pipe("x", height=32, width=32, num_images=2, seed=0).images
+    with pytest.raises(ConfigError, match=r"3 x 32x32 exceeds the 2 x 32x32 .* planned for"):
+        pipe("x", height=32, width=32, num_images=3, seed=0)
+    for largest in ((32, 32), "big", (33, 32, 1), (32, 32, 0)):
+        with pytest.raises(ConfigError):
+            load(folder, device="cpu", memory_budget="1GB", largest=largest)
+    with pytest.raises(ConfigError, match="tile must be"):
+        load(folder, device="cpu", tile=1)
+    assert load(folder, device="cpu", tile=64).vae.tile == 64
+
+
+def test_a_saved_program_is_planned_for_too(tmp_path):
+    load(make_model(tmp_path / "m"), device="cpu").save(tmp_path / "saved")
+    pipe = load(tmp_path / "saved", device="cpu", memory_budget="1GB")
+    assert pipe.memory.peak < 1e9 and pipe.memory.blocks == 0
+    assert pipe("x", height=16, width=16, seed=0).images
+
+
+SCRIPT = """
+import json, sys, threading, time
+import torch
+torch.set_num_threads(1)
+from PIL import Image
+from twinflow_rt import memory_plan
+from twinflow_rt.errors import ConfigError
+from twinflow_rt.memory_plan import return_freed_memory
+from twinflow_rt.pipeline import load
+from twinflow_rt.report import anonymous_bytes
+
+folder, tight, size = sys.argv[1], sys.argv[2] == "tight", int(sys.argv[3])
+return_freed_memory()
+torch.nn.functional.conv2d(torch.ones(1, 8, 8, 8), torch.ones(8, 8, 3, 3)) @ torch.ones(6, 6)
+plans, planned = [], memory_plan._planned
+memory_plan._planned = lambda *args: plans.append(planned(*args)) or plans[-1]
+try:
+    load(folder, memory_budget=1, device="cpu", dtype="float32", largest=(size, size, 1))
+except ConfigError:
+    pass
+budget = min(plan.peak for plan in plans) if tight else 4_000_000_000
+peak = base = anonymous_bytes()
+done = False
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous_bytes())
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+pipe = load(folder, device="cpu", dtype="float32", memory_budget=budget, largest=(size, size, 1))
+pipe("a red circle " * 300, height=size, width=size, seed=0)
+done = True
+thread.join()
+m = pipe.memory
+print(json.dumps({"predicted": m.peak, "measured": peak - base, "streamed": m.streamed, "tile": m.tile,
+                  "text": m.text_streams, "stages": dict(m.stages), "weights": dict(m.weights)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def medium(tmp_path_factory):
+    """A Z-Image of some size, in files that can be mapped."""
+    folder = skeleton("z-image", tmp_path_factory.mktemp("medium") / "m", scale=0.13, layers=5, dtype="float32")
+    for part in ("transformer", "text_encoder", "vae"):
+        checkpoint = Checkpoint(folder / part)
+        save_file({name: checkpoint.get(name).contiguous() for name in checkpoint}, folder / part / "w.safetensors")
+        (folder / part / "random_weights.json").unlink()
+    return folder
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("budget", [pytest.param("ample", marks=pytest.mark.full), "tight"])
+def test_the_prediction_is_what_is_measured(medium, budget):
+    """Within 10 %, with everything resident and with as little as possible."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT, medium, budget, "512"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    seen = json.loads(ran.stdout)
+    assert (seen["streamed"] > 0) is (seen["tile"] is not None) is seen["text"] is (budget == "tight"), seen
+    assert abs(seen["measured"] - seen["predicted"]) <= 0.1 * seen["predicted"], seen

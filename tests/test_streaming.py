@@ -1,0 +1,177 @@
+"""Weights that come and go by block: the same images, and nothing held that should not be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from twinflow_rt.errors import ConfigError
+from twinflow_rt.passes.load import assign
+from twinflow_rt.pipeline import load
+from twinflow_rt.streaming import Buffers, Stream, block_names, parameters_of
+
+FAMILIES = {
+    "z-image": factory.make_model,
+    "qwen-image": qwen_image_factory.make_model,
+    "sd3": sd3_factory.make_model,
+    "sana": sana_factory.make_model,
+}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def folder(request, tmp_path_factory):
+    return FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "m")
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    return load(folder, device="cpu")
+
+
+def least(folder, **options) -> int:
+    """The smallest budget the model runs in, of which the refusal of a smaller one tells."""
+    from twinflow_rt import memory_plan
+
+    plans = []
+    keep = memory_plan._planned
+    memory_plan._planned = lambda *args: plans.append(keep(*args)) or plans[-1]
+    try:
+        with pytest.raises(ConfigError, match="is too small for this model: with everything streamed"):
+            load(folder, memory_budget=1, **options)
+    finally:
+        memory_plan._planned = keep
+    return min(plan.peak for plan in plans)
+
+
+def test_images_are_those_of_the_resident_model(folder, plain):
+    size = 2 * plain.sizes.multiple
+    options = {"device": "cpu", "largest": (size, size, 2)}
+    pipe = load(folder, memory_budget=least(folder, **options), **options)
+    assert pipe.memory.streamed > 0 and pipe.memory.text_streams and "stream" in str(pipe.plan)
+    for prompts, nfe in ((["a red circle"], 1), (["a", "two blue squares"], 1), (["a red circle"], 2)):
+        args = {"height": size, "width": size, "seed": 3, "output": "latent", "nfe": nfe}
+        expected = plain(prompts, **args).images
+        assert (pipe(prompts, **args).images - expected).abs().max() < 1e-4 * expected.abs().max()
+        network = pipe.program.network
+        for block in block_names(network)[-pipe.memory.streamed :]:
+            assert all(network.get_parameter(name).is_meta for name in parameters_of(network, block))
+        assert all(not p.is_meta for n, p in network.named_parameters() if n.startswith(network.prompt_modules))
+    with pytest.raises(ConfigError, match="weights stream"):
+        pipe.save(folder.parent / "saved")
+
+
+def test_only_so_many_blocks_stream(folder, plain):
+    """The first stay."""
+    from twinflow_rt.compile import compile_network
+
+    recipe = plain.program.recipe
+    network = plain.program.network
+    program = compile_network(
+        recipe.source, recipe.family, plain.program.schedule, device=CPU, dtype=torch.float32, streamed=1
+    )
+    blocks = block_names(network)
+    names = parameters_of(program.network, blocks[-1])
+    assert names and {n for n, p in program.network.named_parameters() if p.is_meta} == set(names)
+    with pytest.raises(ConfigError, match="precision int8"):
+        compile_network(
+            recipe.source, recipe.family, plain.program.schedule, device=CPU, dtype=torch.float32, streamed=1,
+            precision="int8",
+        )  # fmt: skip
+
+
+class FakeLane:
+    """Does copies when they are waited for, and checks that no buffer is written while it may be read."""
+
+    def __init__(self):
+        self.queued, self.reading, self.copies = {0: [], 1: []}, set(), 0
+
+    def copy(self, slot, target, source):
+        assert slot not in self.reading
+        target.fill_(255)  # what was there is gone
+        self.queued[slot].append((target, source))
+        self.copies += 1
+
+    def filled(self, slot):
+        for target, source in self.queued[slot]:
+            target.copy_(source)
+        self.queued[slot].clear()
+        self.reading.add(slot)
+
+    def free(self, slot):
+        self.reading.discard(slot)
+
+
+class Steps(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(3 + i, 4 + i) for i in range(count))
+
+    def forward(self, x, stop=None):
+        for i, block in enumerate(self.blocks):
+            if i == stop:
+                raise KeyboardInterrupt
+            x = block(x).tanh()
+        return x
+
+
+def blank(network):
+    for name, p in list(network.named_parameters()):
+        assign(network, name, torch.empty_like(p, device="meta"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_two_buffers_in_turn(count):
+    network, x = Steps(count), torch.randn(2, 3)
+    expected, lane = network(x).detach(), FakeLane()
+    store, blocks = Buffers(CPU, lane, pinned=False), block_names(network)
+    assert blocks == [f"blocks.{i}" for i in range(count)]
+    for block in blocks:
+        names = parameters_of(network, block)
+        store.add({name: network.get_parameter(name).detach() for name in names})
+    blank(network)
+    store.ready()
+    Stream(network, blocks, store)
+    for _ in range(3):
+        assert torch.equal(network(x).detach(), expected)
+    # each block once a run, and the next run's first; two blocks stay in the two buffers
+    assert lane.copies == {1: 2, 2: 2, 5: 3 * 5 + 1}[count]
+    for stop in range(1, count):
+        with pytest.raises(KeyboardInterrupt):
+            network(x, stop=stop)
+        assert torch.equal(network(x).detach(), expected)
+    assert all(p.is_meta for p in network.parameters())
+    lane.reading.clear()
+
+
+def test_a_block_that_raises_loses_its_weights():
+    network = Steps(2)
+
+    class Once:
+        def bring(self, block):
+            out = 4 + block
+            return {f"blocks.{block}.weight": torch.ones(out, out - 1), f"blocks.{block}.bias": torch.ones(out)}
+
+        def done(self, block):
+            self.last = block
+
+    blank(network)
+    store = Once()
+    Stream(network, block_names(network), store)
+    with pytest.raises(RuntimeError, match="shapes"):
+        network(torch.ones(1, 9))
+    assert all(p.is_meta for p in network.parameters()) and store.last == 0
+
+
+@pytest.mark.gpu
+def test_streamed_on_a_gpu(tmp_path):
+    """Pinned memory, two buffers, a stream of its own."""
+    folder = factory.make_model(tmp_path / "m")
+    plain = load(folder, device="cuda")
+    pipe = load(folder, device="cuda", memory_budget=least(folder, device="cuda"))
+    assert pipe.memory.streamed
+    for seed in range(20):
+        args = {"height": 64, "width": 64, "seed": seed, "output": "latent"}
+        assert (pipe("a", **args).images - plain("a", **args).images).abs().max() < 1e-3
