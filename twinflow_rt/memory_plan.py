@@ -229,7 +229,7 @@ def _decode(decoder: Any, latents: Tensor, tile: int | None, image: int) -> int:
     part = features.new_empty((1, features.shape[1], *sides))
     tail = peak_bytes(lambda: decoder.tail(part)) + part.nbytes
     both = 2 * image if len(latents) > 1 else image  # images are put together at the end
-    return max(peak_bytes(lambda: decoder.trunk(one)), features.nbytes + both + tail)
+    return max(peak_bytes(lambda: decoder.trunk(one)), int(features.nbytes) + both + tail)
 
 
 def _total(several: Iterator[Weights]) -> Weights:
@@ -244,7 +244,8 @@ def _weights(
     channels_last: bool, absorb: bool = False, quantized: Sequence[str] | None = None,
 ) -> Weights:  # fmt: skip
     """Bytes of a network's tensors on the device. On a CPU a tensor that is used as its file has it takes none."""
-    known, tensors = set(checkpoint), network.state_dict()
+    known: set[str] = set(checkpoint)
+    tensors: dict[str, Tensor] = network.state_dict()
     linears = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, nn.Linear)}
 
     def size(name: str, streams: bool = False) -> int:

@@ -63,6 +63,7 @@ class Part:
         self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None, *, streams: bool = False
     ) -> LoadReport:
         """Reads the weights; streams: but those of repeated blocks, which come as they run (see `streaming`)."""
+        report: LoadReport
         if streams:
             report = load_part(self, len(block_names(self.network)), device, dtype, progress)
         else:
