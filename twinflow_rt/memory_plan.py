@@ -223,13 +223,13 @@ def _decode(decoder: Any, latents: Tensor, tile: int | None, image: int) -> int:
         return peak_bytes(lambda: decoder(latents))
     one = latents[:1]
     with torch.inference_mode():
-        features = decoder.trunk(one)
+        features: Tensor = decoder.trunk(one)
     size, far = tiles.cell(decoder), tiles.margin(decoder)
     sides = [min(n, -(-n // -(-n // max(tile // size, 1))) + 2 * far) for n in features.shape[2:]]
     part = features.new_empty((1, features.shape[1], *sides))
     tail = peak_bytes(lambda: decoder.tail(part)) + part.nbytes
     both = 2 * image if len(latents) > 1 else image  # images are put together at the end
-    return max(peak_bytes(lambda: decoder.trunk(one)), int(features.nbytes) + both + tail)
+    return max(peak_bytes(lambda: decoder.trunk(one)), features.nbytes + both + tail)
 
 
 def _total(several: Iterator[Weights]) -> Weights:
