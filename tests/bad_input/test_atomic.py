@@ -21,6 +21,7 @@ from twinflow_rt.convert import convert
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.evaluate import command as evaluate
 
+RECORD = Path(__file__).parents[2] / "benches" / "records" / "demo-cpu.json"
 FULL = OSError(28, "No space left on device")
 
 
@@ -29,11 +30,11 @@ def write_image(target: Path, pipe) -> None:
 
 
 def write_record(target: Path, pipe) -> None:
-    record.save(json.loads(next(Path("benches/records").glob("demo-cpu.json")).read_text()), target)
+    record.save(json.loads(RECORD.read_text()), target)
 
 
 def write_page(target: Path, pipe) -> None:
-    html.save(json.loads(next(Path("benches/records").glob("demo-cpu.json")).read_text()), target)
+    html.save(json.loads(RECORD.read_text()), target)
 
 
 def write_artifact(target: Path, pipe) -> None:
@@ -173,8 +174,8 @@ IN_PLACE = {
     "serve/app.py": "to memory",
     "training/autoencoder.py": "under another name, renamed",
     "training/demo.py": "under another name, renamed",
-    "training/export.py": "under another name, renamed",
-    "training/trainer.py": "under another name, renamed",
+    "training/export.py": "inside `new_folder`",
+    "training/trainer.py": "under another name, renamed; the curve grows line by line",
 }
 METHODS = {"write_text", "write_bytes", "save_pretrained", "save_file", "save", "dump", "tofile"}
 OF_OURS = {"html", "precisions", "record"}  # modules whose `save` is atomic

@@ -85,7 +85,7 @@ class SanaConfig(NetworkConfig):
     patch_size: int = 1
     norm_elementwise_affine: bool = False
     norm_eps: float = EPS
-    interpolation_scale: int | None = None
+    interpolation_scale: float | None = None
     guidance_embeds: bool = False
     guidance_embeds_scale: float = 0.1
     qk_norm: str | None = None

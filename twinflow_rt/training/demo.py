@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import write_json
 from ..config import resolve_device
+from ..files import read_json
 from ..models.z_image import ZImageConfig, ZImageTransformer
 from .export import save_model
 from .objective import ObjectiveConfig, TwinFlowObjective, flow_matching_loss
@@ -241,9 +243,9 @@ def _same_recipe(path: Path, described: dict[str, Any]) -> None:
     from ..errors import ConfigError
 
     described = json.loads(json.dumps(described))
-    if path.exists() and json.loads(path.read_text()) != described:
+    if path.exists() and read_json(path) != described:
         raise ConfigError(f"{path} records another recipe; train into a new folder or repeat its options")
-    path.write_text(json.dumps(described, indent=1))
+    write_json(path, described)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..atomic import new_folder, write_json
 from ..models.z_image import FUSED
 from ..passes.fuse import split
 
@@ -30,28 +30,21 @@ def save_model(
 ) -> Path:  # fmt: skip
     """Saves network (keys split into the checkpoint's names), text encoder, tokenizer and VAE in `dtype`.
 
-    The folder appears under its name only when complete.
+    The folder appears under its name only when complete; only then does an older one go.
     """
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    for part in ("transformer", "vae", "scheduler"):
-        (partial / part).mkdir(parents=True)
-    _write_json(partial / "model_index.json", MODEL_INDEX)
-    _write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER)
-    _write_json(partial / "transformer" / "config.json", network.config.to_dict())
-    weights = split(network.state_dict(), FUSED)
-    _write_weights(partial / "transformer", weights, dtype)
-    shutil.copy(vae_dir / "config.json", partial / "vae" / "config.json")
-    _write_weights(partial / "vae", _read_weights(vae_dir), dtype)
-    text_encoder.to(dtype).save_pretrained(partial / "text_encoder")
-    tokenizer.save_pretrained(partial / "tokenizer")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with new_folder(folder, lambda partial: shutil.rmtree(folder, ignore_errors=True)) as partial:
+        for part in ("transformer", "vae", "scheduler"):
+            (partial / part).mkdir()
+        write_json(partial / "model_index.json", MODEL_INDEX, indent=2)
+        write_json(partial / "scheduler" / "scheduler_config.json", SCHEDULER, indent=2)
+        write_json(partial / "transformer" / "config.json", network.config.to_dict(), indent=2)
+        weights = split(network.state_dict(), FUSED)
+        _write_weights(partial / "transformer", weights, dtype)
+        shutil.copy(vae_dir / "config.json", partial / "vae" / "config.json")
+        _write_weights(partial / "vae", _read_weights(vae_dir), dtype)
+        text_encoder.to(dtype).save_pretrained(partial / "text_encoder")
+        tokenizer.save_pretrained(partial / "tokenizer")
     return folder
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
