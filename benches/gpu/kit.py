@@ -60,10 +60,12 @@ def parts(out: Path, dry: bool) -> list[Part]:
         plain = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", f"--junitxml={out}/tests.xml")
         return (*python, "pytest", *plain, *arguments)
 
-    def bench(model: str, record: str, *arguments: str) -> tuple[str, ...]:
+    def bench(model: str, record: str, *arguments: str, precision: tuple[str, ...] = ()) -> tuple[str, ...]:
         command = (*python, "twinflow_rt.cli", "bench", "--random-weights", model, "--json", f"{out}/{record}.json")
-        return (*command, *device, *(TINY_MODEL if dry else ("--dtype", "bfloat16", "--cold-runs", "1", *arguments)))
+        full = ("--dtype", "bfloat16", "--cold-runs", "1", *arguments)
+        return (*command, *device, *precision, *(TINY_MODEL if dry else full))
 
+    fp8 = ("--precision", "fp8", "--tolerance", "0.15")  # of random weights; `sensitivity` says what trained ones lose
     large = ("--size", "1328")
     native = "tests/native/test_native.py"
     watched = pytest("-m", "gpu", "-k", "test_ops and odd and cuda", native)
@@ -89,6 +91,8 @@ def parts(out: Path, dry: bool) -> list[Part]:
                 bench("qwen-image", "qwen-image", *large, "--no-check", *ALONE),
             ),
         ),
+        Part("z-image-fp8", (bench("z-image", "z-image-fp8", "--size", "1024", precision=fp8),)),
+        Part("qwen-image-fp8", (bench("qwen-image", "qwen-image-fp8", *large, "--no-check", *ALONE, precision=fp8),)),
         Part("report", ((*python, "benches.gpu.report", str(out)),)),
     ]
 

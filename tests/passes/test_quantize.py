@@ -210,6 +210,21 @@ def test_sensitivity_finds_the_layers_that_int8_hurts(folder):
     assert worst.name == "layers.feed_forward.w2"
 
 
+@PRECISIONS
+def test_weights_are_quantized_as_they_arrive(folder, monkeypatch, precision):
+    """Never two of them in the checkpoint's dtype: a device need not hold the network as it was."""
+    arrived, waiting = quantize.arrived, []
+
+    def watch(network, *rest):
+        arrived(network, *rest)
+        layers = (layer for some in quantize.groups(network, precision).values() for layer in some)
+        waiting.append([m for m in layers if not m.weight.is_meta and not isinstance(m, quantize.QuantizedLinear)])
+
+    monkeypatch.setattr(quantize, "arrived", watch)
+    load(folder, device="cpu", dtype="float32", precision=precision)
+    assert len(waiting) > 20 and not any(waiting)
+
+
 def test_advice_stays_within_its_budget():
     found = [sensitivity.Group(name, 1, 1, error) for name, error in (("a", 0.3), ("b", 0.04), ("c", 0.03))]
     assert sensitivity.advise(found, 1.0) == ()

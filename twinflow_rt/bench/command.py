@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "batch": {"type": int, "help": "images per call (default 1)"},
         "nfe": {"type": int, "help": "network evaluations per image (default 1)"},
         "dtype": {"help": "float32, bfloat16 or float16; default: fits model and device"},
-        "precision": {"help": "fp32, fp16, bf16 or int8, as `twinflow_rt.load` takes it"},
+        "precision": {"help": "fp32, fp16, bf16, int8 or fp8, as `twinflow_rt.load` takes it"},
         "device": {"help": "cpu, cuda or cuda:N; default: the GPU if there is one"},
         "backend": {"metavar": "NAME", "help": "implementation to prefer: eager, native, triton, cuda, cudnn, ..."},
         "peers": {"type": names, "metavar": "LIST", "help": "compare with some of eager,compile,diffusers"},

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="the model's name in the API; default: the folder's")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
-    parser.add_argument("--precision", help="fp32, fp16, bf16, int8 (CPU) or auto (default: fits model and device)")
+    parser.add_argument("--precision", help="fp32, fp16, bf16, int8 (CPU), fp8 (GPU) or auto; default: what fits")
     parser.add_argument("--nfe", type=int, help="network evaluations per image where a request names none; default: 1")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default %(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")
