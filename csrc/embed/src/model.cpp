@@ -31,9 +31,9 @@ constexpr int64_t kFormat = 1;
 constexpr uint64_t kLargestSeed = (uint64_t{1} << 63) - 1;
 const std::string kWeights = "data/twinflow/";
 const std::map<std::string, at::ScalarType> kDtypes = {
-    {"float32", at::kFloat}, {"float16", at::kHalf}, {"bfloat16", at::kBFloat16}, {"float64", at::kDouble},
-    {"int64", at::kLong},    {"int32", at::kInt},    {"int8", at::kChar},         {"uint8", at::kByte},
-    {"bool", at::kBool},
+    {"float32", at::kFloat},  {"float16", at::kHalf}, {"bfloat16", at::kBFloat16},
+    {"float64", at::kDouble}, {"int64", at::kLong},   {"int32", at::kInt},
+    {"int8", at::kChar},      {"uint8", at::kByte},   {"bool", at::kBool},
 };
 
 at::ScalarType dtype_of(const std::string& name) {
@@ -189,7 +189,10 @@ void check_prompt(const Prompt& prompt, const Facts& facts) {
 
 struct Model::State {
   State(const std::string& file, bool verify)
-      : path(file), map(file), archive(file), manifest(Json::parse(record(archive, "extra/manifest.json"), "manifest")) {
+      : path(file),
+        map(file),
+        archive(file),
+        manifest(Json::parse(record(archive, "extra/manifest.json"), "manifest")) {
     if (!manifest.has("format") || manifest["format"].integer() != kFormat)
       throw Error("it has another format than this library reads; export it again");
     check_machine(manifest);
@@ -211,8 +214,9 @@ struct Model::State {
     size_t last = 0;
     bool empty = false;
     for (size_t i = 0; i < shape.size(); ++i) {
-      const bool possible = shape[i] >= 0 && strides[i] >= 0 &&
-                            (shape[i] < 2 || static_cast<size_t>(strides[i]) <= size / static_cast<size_t>(shape[i] - 1));
+      const bool possible =
+          shape[i] >= 0 && strides[i] >= 0 &&
+          (shape[i] < 2 || static_cast<size_t>(strides[i]) <= size / static_cast<size_t>(shape[i] - 1));
       if (!possible) throw Error("weight " + key + " has an impossible layout");
       empty = empty || shape[i] == 0;
       if (shape[i] > 1) last += static_cast<size_t>(shape[i] - 1) * static_cast<size_t>(strides[i]);
@@ -328,8 +332,7 @@ std::vector<Image> Model::generate(const Prompt& prompt, const std::vector<uint6
     const int64_t kept = std::min(rows, prompt.rows);
     embeds.narrow(1, 0, kept).copy_(given.narrow(1, 0, kept));
 
-    std::vector<at::Tensor> inputs = {normals(seeds, 0, shape).to(state_->dtype),
-                                      repeated(embeds.to(state_->dtype)),
+    std::vector<at::Tensor> inputs = {normals(seeds, 0, shape).to(state_->dtype), repeated(embeds.to(state_->dtype)),
                                       repeated(tensor_of(prompt.lengths, {prompt.count}, at::kLong))};
     std::vector<at::Tensor> injected;
     for (int64_t i = 1; i <= streams; ++i) injected.push_back(normals(seeds, static_cast<uint64_t>(i), shape));

@@ -54,7 +54,8 @@ Bytes stored(const Bytes& raw) {
     const uint8_t low = static_cast<uint8_t>(n), high = static_cast<uint8_t>(n >> 8);
     const uint8_t last = at + n == raw.size();
     out.insert(out.end(), {last, low, high, static_cast<uint8_t>(~low), static_cast<uint8_t>(~high)});
-    out.insert(out.end(), raw.begin() + static_cast<std::ptrdiff_t>(at), raw.begin() + static_cast<std::ptrdiff_t>(at + n));
+    out.insert(out.end(), raw.begin() + static_cast<std::ptrdiff_t>(at),
+               raw.begin() + static_cast<std::ptrdiff_t>(at + n));
   }
   append32(out, adler32(raw));
   return out;

@@ -33,7 +33,8 @@ std::string read_file(const std::string& path) {
 int64_t elements(const std::vector<int64_t>& shape, const std::string& what) {
   int64_t count = 1;
   for (const int64_t n : shape) {
-    if (n < 0 || (n > 0 && count > std::numeric_limits<int64_t>::max() / 8 / n)) throw Error(what + ": impossible shape");
+    if (n < 0 || (n > 0 && count > std::numeric_limits<int64_t>::max() / 8 / n))
+      throw Error(what + ": impossible shape");
     count *= n;
   }
   return count;
@@ -119,7 +120,8 @@ Prompt read_prompt(const std::string& path) {
   const auto embeds = tensors.find("prompt_embeds");
   if (embeds == tensors.end()) throw Error(path + " lacks prompt_embeds; write it with `twinflow-rt encode`");
   const std::vector<int64_t>& shape = embeds->second.shape;
-  if (shape.size() != 3 || embeds->second.count == 0) throw Error(path + ": prompt_embeds must be [B, L, D], not empty");
+  if (shape.size() != 3 || embeds->second.count == 0)
+    throw Error(path + ": prompt_embeds must be [B, L, D], not empty");
   prompt.count = shape[0], prompt.rows = shape[1], prompt.width = shape[2];
   prompt.embeds = floats(embeds->second, path);
   prompt.lengths.assign(static_cast<size_t>(prompt.count), prompt.rows);
@@ -129,7 +131,8 @@ Prompt read_prompt(const std::string& path) {
     if (!is_extra && name != "lengths") continue;
     const size_t axes = is_extra ? 2 : 1;
     if (tensor.shape.size() != axes || tensor.shape[0] != prompt.count)
-      throw Error(path + ": " + name + " must have " + std::to_string(axes) + " axes, the first of one entry per prompt");
+      throw Error(path + ": " + name + " must have " + std::to_string(axes) +
+                  " axes, the first of one entry per prompt");
     if (is_extra)
       prompt.extras[name.substr(extra.size())] = floats(tensor, path);
     else
