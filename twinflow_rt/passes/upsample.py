@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import OpTable, fold_upsample
@@ -24,6 +25,12 @@ class UpsampleConv(nn.Conv2d):
         """[B, inner, H, W] -> [B, outer, 2H, 2W]."""
         y: Tensor = ops.upsample_conv(x, self.weight if self.folded is None else self.folded, self.bias)
         return y
+
+
+def folded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """What `fold_upsampling` adds to a network in `dtype`."""
+    convs = [m for m in network.modules() if isinstance(m, UpsampleConv)]
+    return sum(16 * m.in_channels * m.out_channels * dtype.itemsize for m in convs)
 
 
 def fold_upsampling(network: nn.Module, choices: Sequence[Choice]) -> None:

@@ -1,0 +1,63 @@
+"""Backends that plan per shape, on a CPU: a backend that writes down what it had to plan for, and when."""
+
+from __future__ import annotations
+
+import pytest
+
+from twinflow_rt import ops, warm
+from twinflow_rt.bench.random_weights import temporary
+from twinflow_rt.errors import ConfigError
+from twinflow_rt.ops.select import IMPLEMENTATIONS, Choice, Implementation
+from twinflow_rt.pipeline import load
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Shapes that the attention of pipelines loaded meanwhile has planned for, in order."""
+    shapes = []
+
+    def attention(q, k, v, lengths=None):
+        shape = (*q.shape[:2], k.shape[1], *q.shape[2:])
+        if lengths is None and shape not in shapes:
+            shapes.append(shape)
+        return q.flatten(2)
+
+    monkeypatch.setitem(IMPLEMENTATIONS["attention"], "planner", Implementation("planner", lambda: attention))
+    monkeypatch.setattr(warm, "PLANS_PER_SHAPE", ("planner",))
+    original = ops.select
+    monkeypatch.setattr("twinflow_rt.compile.select", lambda target: original(target, prefer="planner"))
+    return shapes
+
+
+def test_loading_plans_for_the_first_calls(planned):
+    """One image of the default size, short or long prompt: nothing is left to plan. Other sizes on request."""
+    pipe = load("demo", device="cpu")
+    ready = list(planned)
+    assert ready
+    for prompt in ("a circle", "a red circle above a very large blue square " * 2):
+        pipe(prompt, output="latent")
+    assert planned == ready
+    assert pipe.warm_up(64, 96, num_images=2) > 0
+    ready = list(planned)
+    pipe(["a circle", "a square"], height=64, width=96, output="latent")
+    assert planned == ready
+    with pytest.raises(ConfigError, match="tokens"):
+        pipe.warm_up(tokens=0)
+
+
+def test_cross_attention_has_fewer_keys_than_queries(planned):
+    with temporary("sana", scale=0.02, layers=1) as folder:
+        pipe = load(folder, device="cpu", dtype="float32")
+    queries = (pipe.sizes.default // pipe.vae.scale) ** 2
+    assert [shape[:3] for shape in planned] == [(1, queries, n) for n in (32, 64, 96, 128)]
+
+
+def test_what_needs_no_plan_is_left_alone():
+    assert load("demo").warm_up() == 0
+    assert warm.plans_per_shape((Choice("attention", "cudnn"),))
+    assert not warm.plans_per_shape((Choice("attention", "triton"), Choice("attention.ragged", "cudnn")))
+
+
+def test_prompt_lengths():
+    lengths = warm.prompt_lengths(512)
+    assert lengths == tuple(range(32, 513, 32)) and warm.prompt_lengths(77) == (32, 64, 77)
