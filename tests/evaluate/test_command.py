@@ -38,6 +38,16 @@ def test_json_has_every_setting_and_both_kinds_of_captions(model, tmp_path, caps
     assert sheet.stat().st_size > 1000
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "fp8"])
+def test_every_precision_can_be_scored(model, capsys, precision):
+    argv = ["eval", "--model", model, "--device", "cpu", "--precision", precision, "--per-kind", "1", "--json"]
+    assert cli.main([*argv, "--nfe", "1"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    quantized = precision if precision in ("int8", "fp8") else None
+    assert report["precision"] == quantized and report["exempt"] == [] and len(report["rows"]) == 2
+    assert report["dtype"] == ("bfloat16" if precision == "bf16" else "float32")
+
+
 def test_guidance_extrapolates_from_the_empty_prompt(model):
     from twinflow_rt.evaluate.command import Generator
     from twinflow_rt.pipeline import load

@@ -114,7 +114,8 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
                 print("     pairwise distance {:.1f}, of the data {:.1f}".format(*spread), flush=True)
     if args.json:
         report = {
-            "schema": SCHEMA, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."), "mode": args.mode,
+            "schema": SCHEMA, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."),
+            "precision": pipe.program.plan.precision, "exempt": list(pipe.program.plan.exempt), "mode": args.mode,
             "guidance": args.guidance, "seed": args.seed, "rows": rows,
         }  # fmt: skip
         print(json.dumps(report, indent=1))
