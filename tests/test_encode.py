@@ -112,7 +112,7 @@ def rewritten(file, path, change, facts=()):
     ("change", "facts", "message"),
     [
         (lambda t: None, {"format": "x"}, "holds no prompt embeddings"),
-        (lambda t: None, {"version": "2"}, "version '2'"),
+        (lambda t: None, {"version": "2"}, "2, newer"),
         (lambda t: None, {"family": None}, "'family'"),
         (lambda t: None, {"prompts": "["}, "no whole file"),
         (lambda t: None, {"prompts": '["a"]'}, "1 texts for 3 prompts"),

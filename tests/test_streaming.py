@@ -163,15 +163,3 @@ def test_a_block_that_raises_loses_its_weights():
     with pytest.raises(RuntimeError, match="shapes"):
         network(torch.ones(1, 9))
     assert all(p.is_meta for p in network.parameters()) and store.last == 0
-
-
-@pytest.mark.gpu
-def test_streamed_on_a_gpu(tmp_path):
-    """Pinned memory, two buffers, a stream of its own."""
-    folder = factory.make_model(tmp_path / "m")
-    plain = load(folder, device="cuda")
-    pipe = load(folder, device="cuda", memory_budget=least(folder, device="cuda"))
-    assert pipe.memory.streamed
-    for seed in range(20):
-        args = {"height": 64, "width": 64, "seed": seed, "output": "latent"}
-        assert (pipe("a", **args).images - plain("a", **args).images).abs().max() < 1e-3
