@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ..versions import refusal
 FORMAT = 1
 MANIFEST = "extra/manifest.json"
 TOKENIZER = "extra/tokenizer.json"
+TEXT = "text"  # the name of the program for token ids
 PROGRAMS, WEIGHTS = "data/aotinductor/", "data/twinflow/"
 ARCHIVE = {"archive_format": "pt2", "archive_version": "0"}
 FIELDS = ("device", "dtype", "prompt", "latent", "noise", "sizes", "programs", "weights", "files")
@@ -47,29 +48,27 @@ class Writer:
         self._file.write_record(name, content, len(content))
         self.files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
-    def add_program(self, name: str, files: Sequence[Path], constants: Mapping[str, Tensor]) -> None:
-        """One compiled program: its files and, under the names it gives them, its constants, whose values and
-        strides it relies on."""
+    def add_program(self, name: str, files: Sequence[Path], constants: Iterable[tuple[str, Tensor]]) -> None:
+        """One compiled program: its files and its constants, named as it names them, on whose values and strides
+        it relies."""
         for file in files:
             self.add(f"{PROGRAMS}{name}/{file.name}", file.read_bytes())
-        keys = {constant: self._add_weight(tensor) for constant, tensor in constants.items()}
+        keys = {constant: self._add_weight(tensor) for constant, tensor in constants}
         self.programs[name] = {"constants": keys}
 
     def _add_weight(self, tensor: Tensor) -> str:
         """Stores a tensor unless an equal one is stored; returns its key."""
         storage = torch.as_strided(tensor, (span(tensor.shape, tensor.stride()),), (1,)).cpu()
-        content = storage.view(torch.uint8).numpy()
-        digest = hashlib.sha256(content.data).hexdigest()
+        content = storage.view(torch.uint8).numpy().tobytes()
         what = {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": list(tensor.shape),
             "strides": list(tensor.stride()),
         }
-        key = hashlib.sha256(f"{digest} {what}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(str(what).encode() + content).hexdigest()[:32]
         if key not in self.weights:
-            name = WEIGHTS + key
-            self._file.write_record(name, storage.untyped_storage(), storage.nbytes)  # type: ignore[arg-type]
-            self.weights[key], self.files[name] = what, {"bytes": storage.nbytes, "sha256": digest}
+            self.add(WEIGHTS + key, content)
+            self.weights[key] = what
         return key
 
     def close(self, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,6 +80,11 @@ class Writer:
         self._file.write_record(MANIFEST, content, len(content))
         self._file.write_end_of_file()
         return manifest
+
+
+def image_name(height: int, width: int) -> str:
+    """The name of the program for images of one size."""
+    return f"image_{height}x{width}"
 
 
 def span(shape: Sequence[int], strides: Sequence[int]) -> int:

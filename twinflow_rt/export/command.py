@@ -11,7 +11,7 @@ MODES = ("few", "any", "multi")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..cli import parse_lora, parse_size
+    from ..options import parse_lora, parse_size
 
     parser.add_argument("model", help="model folder (diffusers layout), or 'demo'")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the .pt2 file to write")
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..cli import chosen_sampler
+    from ..options import chosen_sampler
     from .program import export_model
 
     def progress(doing: str) -> None:

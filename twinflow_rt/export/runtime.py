@@ -15,7 +15,7 @@ from ..config import check_count, resolve_device
 from ..errors import CheckpointError, ConfigError
 from ..noise import initial_noise, resolve_seeds, step_noise
 from ..text import PromptEmbeds
-from .archive import Reader
+from .archive import TEXT, Reader, image_name
 
 CPUS = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
 
@@ -70,7 +70,7 @@ class Exported:
             noise = torch.stack([step_noise(seeds, i + 1, shape, device=self.device) for i in range(streams)])
             inputs.insert(2, noise)
         noise = initial_noise(seeds, shape, self.dtype, self.device)
-        return self.run(f"image_{size[0]}x{size[1]}", (noise, *inputs))
+        return self.run(image_name(*size), (noise, *inputs))
 
     def encode(self, ids: Sequence[Sequence[int]]) -> PromptEmbeds:
         """Embeddings of prompts given as token ids, each as long as it is."""
@@ -84,7 +84,7 @@ class Exported:
             raise ConfigError(f"token ids must be from 0 to {text['vocabulary'] - 1}")
         longest = max(len(row) for row in ids)
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)
-        return PromptEmbeds(self.run("text", (padded,)), tuple(len(row) - dropped for row in ids))
+        return PromptEmbeds(self.run(TEXT, (padded,)), tuple(len(row) - dropped for row in ids))
 
     def run(self, program: str, inputs: Sequence[Tensor]) -> Tensor:
         """The output of one program, whose inputs are those of `program.Generate` or `program.Encode`. Nothing
@@ -107,12 +107,11 @@ class Exported:
 
     def _padded(self, prompt: PromptEmbeds) -> tuple[Tensor, Tensor]:
         """Embeddings with as many rows as the programs take, and lengths."""
-        rule = self.manifest["prompt"]
-        rows, width = prompt.embeds.shape[1:]
+        rule, shape = self.manifest["prompt"], tuple(prompt.embeds.shape)
         lengths, longest = prompt.lengths, max(prompt.lengths, default=0)
-        if width != rule["width"] or len(lengths) != len(prompt.embeds) or not 0 < longest <= rows:
+        if len(shape) != 3 or shape[2] != rule["width"] or len(lengths) != shape[0] or not 0 < longest <= shape[1]:
             raise ConfigError(
-                f"prompt embeddings of shape {tuple(prompt.embeds.shape)} and lengths {lengths} do not fit: this model "
+                f"prompt embeddings of shape {shape} and lengths {lengths} do not fit: this model "
                 f"takes [B, L, {rule['width']}] and B lengths from 1 to L"
             )
         if longest > rule["max_tokens"] or min(lengths) < (rule["fixed"] or 1):

@@ -1,6 +1,7 @@
 // PNG with "stored" deflate blocks: no compression library needed.
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <fstream>
