@@ -26,7 +26,7 @@ def run(*command: str, **environment: str) -> str:
 
 @pytest.mark.skipif(not (shutil.which("cc") and shutil.which("c++")), reason="needs cc and c++")
 def test_c_interface_under_the_sanitizers(tmp_path):
-    out = run("sh", str(ROOT / "tests" / "native" / "sanitize.sh"), str(tmp_path), LD_PRELOAD="")
+    out = run("sh", str(ROOT / "tests" / "native" / "sanitize.sh"), "address", str(tmp_path), LD_PRELOAD="")
     assert "C interface: ok" in out
 
 
