@@ -16,7 +16,7 @@ OUT    ?= demo.png
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: build demo test bench lint lint-cpp lock audit asan check-packaging check-bounds clean
+.PHONY: build demo test bench lint lint-cpp lock audit sanitize leaks check-packaging check-bounds clean
 build: $(VENV)/.built
 
 demo: $(VENV)/.built
@@ -43,9 +43,14 @@ lint-cpp: $(VENV)/.lint
 	$(BIN)/clang-tidy --quiet $(TIDY) -- -std=c++17 -fopenmp -Icsrc/include -Icsrc/cpu $(INCLUDES) \
 	  $(X86) -DTWINFLOW_ISA=twinflow_kernels_baseline
 
-# The kernels under the address and undefined-behaviour sanitizers, driven through the C interface.
-asan:
-	sh tests/native/sanitize.sh
+# The native CPU kernels under the address, undefined-behaviour and thread sanitizers; minutes.
+sanitize: $(VENV)/.built $(VENV)/.test
+	mkdir -p build/sanitize
+	PYTHON=$(BIN)/python sh tests/native/sanitize.sh all build/sanitize
+
+# 2,000 generations: memory and open files stay where they are; minutes.
+leaks: $(VENV)/.built $(VENV)/.test
+	$(BIN)/python -m tests.reliability.leaks
 
 # The versions that tests run with; UPGRADE=--upgrade takes the newest, else only what pyproject.toml asks for changes.
 lock: $(VENV)/.lint

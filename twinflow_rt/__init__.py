@@ -30,6 +30,7 @@ _PUBLIC = {
     "ConfigError": "errors",
     "DeviceError": "errors",
     "OutOfMemoryError": "errors",
+    "StorageError": "errors",
     "CancelledError": "errors",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, StorageError
 
 _numbers = itertools.count()
 
@@ -30,8 +30,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     partial = path.with_name(f".{os.getpid()}-{next(_numbers)}.part")  # short: path's own may be the longest allowed
     try:
-        yield partial
-        os.replace(partial, path)
+        with _named(path):
+            yield partial
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -57,12 +58,35 @@ def new_folder(folder: Path, verify: Callable[[Path], object] = lambda partial: 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        verify(partial)
-        partial.rename(folder)
+        with _named(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            verify(partial)
+            partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Makes what the system refuses while `path` is written a StorageError."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if isinstance(error, StorageError) or not (isinstance(error, OSError) or _of_safetensors(error)):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(
+            f"{path} could not be written ({reason}); nothing of it is left: free some space or choose another place"
+        ) from error
+
+
+def _of_safetensors(error: Exception) -> bool:
+    """Whether it is safetensors' own exception, which it raises for a full disk, too. Imports nothing: if it is,
+    safetensors is there."""
+    return type(error).__name__ == "SafetensorError"
 
 
 def check_target(path: Path, what: str, *, make_parents: bool = False) -> None:

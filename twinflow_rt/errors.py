@@ -28,5 +28,9 @@ class OutOfMemoryError(DeviceError):
     back: whatever raised this can be called again."""
 
 
+class StorageError(TwinFlowError, OSError):
+    """An output could not be written: no space, no permission. Nothing of it is left."""
+
+
 class CancelledError(TwinFlowError):
     """The caller's `cancel` callback asked a running generation to stop."""

@@ -26,7 +26,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ONEDNN = "could not create a primitive"
-ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", ONEDNN)
+ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", "can't start new thread", ONEDNN)
 
 _thread = threading.local()
 
