@@ -6,6 +6,7 @@ is read that the network does not use, and no file that could run code (a pickle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,6 +274,8 @@ def model_folder(path: Path) -> Path:
         )
     if not is_folder(path):
         raise CheckpointError(f"{path} is a single file; give the model folder (diffusers layout) instead")
+    if not os.path.lexists(path / "model_index.json"):  # before a whole disk is walked
+        raise CheckpointError(f"{path / 'model_index.json'} is missing; a model folder has the layout diffusers saves")
     check_tree(path)
     pipeline = str(read_json(path / "model_index.json").get("_class_name", ""))
     if any(task in pipeline for task in IMAGE_TASKS):
