@@ -45,11 +45,21 @@ PATIENCE = 300
 KINDS = 6
 
 
+def complete(cluster, tries: int = 3) -> None:
+    """Brings the cluster to two workers' nodes. Ray gives one 30 seconds to start, which a busy machine exceeds."""
+    while len(cluster.worker_nodes) < 2:
+        try:
+            cluster.add_node(num_cpus=1)
+        except Exception as error:
+            tries -= 1
+            if not tries or "timed out during startup" not in str(error):
+                raise
+
+
 @pytest.fixture(scope="module")
 def cluster():
     local = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        local.add_node(num_cpus=1)
+    complete(local)
     ray.init(address=local.address, log_to_driver=False, logging_level=logging.WARNING)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -173,8 +183,7 @@ def same_as_without_ray(client: httpx.Client) -> None:
 
 
 def test_a_killed_node_loses_no_prompt(cluster, alone, tmp_path):
-    while len(cluster.worker_nodes) < 2:
-        cluster.add_node(num_cpus=1)
+    complete(cluster)
     rows = [{"prompt": f"a red circle, {k % KINDS}", "seed": k % KINDS} for k in range(24)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     argv = ["batch", "demo", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--ray", "", "--device", "cpu"]
