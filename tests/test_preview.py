@@ -72,3 +72,15 @@ def test_another_vae_is_refused(model, tmp_path):
     config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "AutoencoderKL"}))
     with pytest.raises(ConfigError, match="is an AutoencoderTiny"):
         load(model, device="cpu", preview=tmp_path / "tiny")
+
+
+def test_from_the_command_line(model, tmp_path):
+    """Beside a budget and tiles, which change nothing but where memory goes."""
+    from twinflow_rt.cli import main
+
+    tiny(tmp_path / "tiny")
+    common = ["generate", "a", "--model", str(model), "--size", "16", "--seed", "3", "--device", "cpu"]
+    options = ["--preview", str(tmp_path / "tiny"), "--memory-budget", "1GB", "--tile", "64"]
+    assert main([*common, *options, "-o", str(tmp_path / "a.png")]) == 0
+    assert main([*common, "-o", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()

@@ -102,6 +102,7 @@ class Pipeline:
         )
         graphs = self.captures.notes() if self.captures is not None else ()
         graphs += self.memory.notes() if self.memory is not None else ()
+        graphs += (str(self.prompts),) if self.prompts.budget else ()
         return replace(self.program.plan, stages=self._stages, notes=self.program.plan.notes + loads + graphs)
 
     def read_embeds(self, path: str | Path) -> PromptEmbeds:
@@ -265,7 +266,8 @@ class Pipeline:
             return latents
         with stages("decode"):
             decode = vae.decode if output == "pt" else vae.decode_uint8
-            images = _in_parts(lambda part, _: decode(part, raw=direct), latents, at_once, stages)
+            check = lambda: stages.check("before a tile of its decode stage")
+            images = _in_parts(lambda part, _: decode(part, raw=direct, check=check), latents, at_once, stages)
         with stages("output"):
             return _deliver(images, output)
 
@@ -376,7 +378,8 @@ def load(
     progress: Callable[[str, int], None] | None = None, precision: str | None = None,
     exempt: Sequence[str] | str | Path = (), fp8_attention: bool = False,
     prompt_cache: int = 0, download: bool = False, capture: str = "auto", batch_invariant: bool = False,
-    memory_budget: int | str | None = None, largest: tuple[int, int, int] | None = None, tile: int | None = None,
+    memory_budget: int | str | None = None, largest: tuple[int | None, int | None, int] | None = None,
+    tile: int | None = None,
     preview: str | Path | None = None,
 ) -> Pipeline:  # fmt: skip
     """Loads and compiles a model folder in diffusers' layout, "demo", the miniature that ships along, or
@@ -459,8 +462,10 @@ def load(
     return pipe
 
 
-def resolve_largest(largest: tuple[int, int, int] | None, sizes: SizeRule) -> tuple[int, int, int]:
-    """Height, width and images of the largest call, checked; None: one image of the default size."""
+def resolve_largest(
+    largest: tuple[int | None, int | None, int] | None, sizes: SizeRule
+) -> tuple[int, int, int]:  # fmt: skip
+    """Height, width and images of the largest call, checked; None: the default size, one image of it."""
     if largest is None:
         return (*sizes.resolve(None, None), 1)
     if not isinstance(largest, (tuple, list)) or len(largest) != 3:

@@ -24,6 +24,10 @@ class PromptCache:
         self._network: Callable[[], nn.Module | None] = lambda: None
         self._entries: OrderedDict[Hashable, Context] = OrderedDict()
 
+    def __str__(self) -> str:
+        held = f"{self.bytes / 1e6:,.1f} of {self.budget / 1e6:,.1f} MB"
+        return f"prompt cache: {len(self._entries)} entries, {held}; {self.hits} hits, {self.misses} misses"
+
     def get(self, key: Hashable, network: nn.Module, make: Callable[[], Context]) -> Context:
         """The context that `network` has for `key`, made if absent; one larger than the budget is not kept."""
         if self._network() is not network:  # compiled anew, with other adapters perhaps
