@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.factory import make_model
-from twinflow_rt import cli
+from twinflow_rt import cli, image_files, options
 from twinflow_rt.pipeline import load
 
 
@@ -108,9 +108,9 @@ def test_grid_places_images_row_by_row():
     from PIL import Image
 
     images = [Image.new("RGB", (2, 1), (i, 0, 0)) for i in range(5)]
-    sheet = np.asarray(cli.grid(images))[:, ::2, 0]
+    sheet = np.asarray(image_files.grid(images))[:, ::2, 0]
     assert sheet.tolist() == [[0, 1, 2], [3, 4, 255]]
-    assert np.asarray(cli.grid(images[:4], 1)).shape == (4, 2, 3)
+    assert np.asarray(image_files.grid(images[:4], 1)).shape == (4, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_errors_are_one_line_and_exit_2(generate, tmp_path, args, message):
 @pytest.mark.parametrize("args", [["--size", "axb"], ["--size", "64x"], ["--size", "x64"], ["--mode", "fast"]])
 def test_unparsable_options_exit_2(generate, args):
     if args[1] == "64x":  # a missing height means square
-        assert cli.parse_size("64x") == (64, 64)
+        assert options.parse_size("64x") == (64, 64)
         return
     with pytest.raises(SystemExit) as caught:
         generate(*args)
@@ -207,4 +207,4 @@ def test_train_demo_options_come_from_the_trainer(tmp_path):
 
 
 def test_size_is_width_by_height():
-    assert cli.parse_size("96x64") == (96, 64) and cli.parse_size("32") == (32, 32)
+    assert options.parse_size("96x64") == (96, 64) and options.parse_size("32") == (32, 32)

@@ -40,7 +40,7 @@ class Request:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from .cli import parse_size
+    from .options import parse_size
     from .serve.command import add_ray_arguments
 
     parser.add_argument("model", help="model folder (diffusers layout), hf://owner/name, or 'demo'")
@@ -223,7 +223,7 @@ def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[I
 
     options = {name: getattr(args, name) for name in LOADING}
     if args.ray is None:
-        from .cli import loading
+        from .options import loading
         from .pipeline import load
 
         with loading(args.model) as progress:

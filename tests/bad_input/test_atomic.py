@@ -15,7 +15,7 @@ from PIL import Image
 
 import twinflow_rt
 from tests.bad_input.conftest import refused
-from twinflow_rt import atomic, cli, embeds_file
+from twinflow_rt import atomic, embeds_file, image_files
 from twinflow_rt.bench import html, record
 from twinflow_rt.convert import convert
 from twinflow_rt.errors import ConfigError
@@ -26,7 +26,7 @@ FULL = OSError(28, "No space left on device")
 
 
 def write_image(target: Path, pipe) -> None:
-    cli.save_image(Image.new("RGB", (8, 8)), target.with_suffix(".png"))
+    image_files.save_image(Image.new("RGB", (8, 8)), target.with_suffix(".png"))
 
 
 def write_record(target: Path, pipe) -> None:
@@ -165,10 +165,10 @@ IN_PLACE = {
     "bench/memory.py": "a switch in /proc",
     "bench/probe.py": "a pipe to perf",
     "bench/random_weights.py": "a temporary model for one measurement",
-    "cli.py": "to the name that `replacing` gives",
     "convert/files.py": "inside `new_folder`",
     "embeds_file.py": "to the name that `replacing` gives",
-    "evaluate/command.py": "sheets go through cli.save_image",
+    "evaluate/command.py": "sheets go through image_files.save_image",
+    "image_files.py": "to the name that `replacing` gives",
     "passes/artifact.py": "inside `new_folder`",
     "passes/random.py": "a declaration for benchmarks, in a folder being made",
     "serve/app.py": "to memory",

@@ -32,7 +32,7 @@ def counts(text: str) -> tuple[int, ...]:
 
 def size(text: str) -> tuple[int, int]:
     """ "WxH" or "N" -> (width, height)."""
-    from ..cli import parse_size
+    from ..options import parse_size
 
     return parse_size(text)
 

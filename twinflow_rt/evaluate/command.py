@@ -85,7 +85,7 @@ class Generator:
 
 def run(args: argparse.Namespace, pipe: Any) -> int:
     """Scores `pipe` at every asked-for number of evaluations and prints one line each."""
-    from ..cli import check_image_path
+    from ..image_files import check_image_path
     from ..schedule import preset
 
     if args.sheet is not None:
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
 def sheet(generate: Generator, path: Path, columns: int = 6) -> None:
     """One row of prompts, images and verdicts per kind."""
     scenes = [s for kind in KINDS for s in prompts(kind, columns, "train", seed=1)]
-    from ..cli import save_image
+    from ..image_files import save_image
 
     image = contact_sheet(list(generate([s.caption for s in scenes])), scenes, columns=columns)
     save_image(image, path)
