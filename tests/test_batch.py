@@ -146,7 +146,7 @@ def test_rows_that_cannot_work(make, content, name, message):
 
 
 def test_ray_that_is_missing_is_named(make, monkeypatch):
-    for module in ("ray", "ray_data"):
+    for module in ("ray", "ray_data", "cluster"):
         monkeypatch.delitem(sys.modules, f"twinflow_rt.serve.{module}", raising=False)
         monkeypatch.delattr(serve, module, raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)

@@ -36,6 +36,7 @@ from twinflow_rt.config import SizeRule
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
 from twinflow_rt.pipeline import load
 from twinflow_rt.sample import preset
+from twinflow_rt.serve import cluster as cluster_module
 from twinflow_rt.serve import command
 from twinflow_rt.serve import ray as on_ray
 from twinflow_rt.serve.engine import DrainingError, Limits, QueueFullError
@@ -250,7 +251,7 @@ class Handle:
 @pytest.fixture
 def ask(monkeypatch):
     """Has one image made by a worker that answers so; (handle, engine, job)."""
-    monkeypatch.setattr(on_ray, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(cluster_module, "RETRY_SECONDS", 0)
     engines = []
 
     def make(*answers):
@@ -275,7 +276,7 @@ def test_an_image_that_kills_its_workers_is_given_up(ask):
     handle, engine, job = ask(ActorDiedError())
     with pytest.raises(DeviceError, match="5 workers were lost"):
         job.future.result(60)
-    assert handle.asked == on_ray.MAX_LOST and engine.accepting
+    assert handle.asked == cluster_module.MAX_LOST and engine.accepting
 
 
 def test_what_a_worker_raises_comes_back(ask):
