@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_no_file_and_no_traceback(generate, tmp_path, monkeyp
 
     monkeypatch.setattr(Image.Image, "save", full)
     code, out = generate("--size", 16)
-    assert code == 1 and "No space left" in out.err and "Traceback" not in out.err
+    assert code == 2 and "No space left" in out.err and "Traceback" not in out.err
     assert os.listdir(tmp_path) == ["out.png"] and (tmp_path / "out.png").read_bytes() == b"before"
 
 
