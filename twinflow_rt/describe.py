@@ -15,6 +15,7 @@ from .models import family_of
 from .passes import quantize
 from .passes.fold import folded_away
 from .passes.load import Checkpoint, Layout, check, model_folder
+from .passes.upsample import folded_bytes
 from .plan import group_parameters
 
 # the transformer's linear layers, the rest; float16 as bfloat16. int8 stands beside float32 on a CPU
@@ -88,7 +89,8 @@ def describe(path: Path) -> Description:
     )
     others = sum(p.needed for p in parts if p.name != "transformer")
     memory = {
-        name: others * dtype.itemsize + resident_bytes(folded, family.layout, dtype, precision)
+        name: others * dtype.itemsize + sum(folded_bytes(p.network, dtype) for p in vae.parts)
+        + resident_bytes(folded, family.layout, dtype, precision)
         for name, (precision, dtype) in PRECISIONS.items()
     }
     away = group_parameters(folded_away(network, folded))
