@@ -35,6 +35,7 @@ from .runtime import Exported
 
 MAX_EVALUATIONS = 8  # each is a copy of the network in the program
 TOLERANCE = 1  # of 255 levels
+LEAST_TOKENS = 4  # rows of ids that are not dropped; below, tracing would have to treat lengths of 1 apart
 COMPILER = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
@@ -187,7 +188,7 @@ def image_inputs(
 def text_inputs(pipe: Pipeline) -> tuple[tuple[Tensor, ...], Any]:
     """Example inputs of `Encode`, and which of their axes are free."""
     dropped = pipe.text.dropped
-    tokens = torch.export.Dim("tokens", min=dropped + 1, max=dropped + pipe.text.max_tokens)
+    tokens = torch.export.Dim("tokens", min=dropped + LEAST_TOKENS, max=dropped + pipe.text.max_tokens)
     ids = torch.arange(2 * (dropped + 5), device=pipe.device).view(2, -1) % pipe.text.network.config.vocab_size
     return (ids,), ({0: torch.export.Dim("batch", min=1), 1: tokens},)
 
@@ -265,6 +266,7 @@ def text_facts(text: TextEncoder) -> dict[str, Any]:
     return {
         "vocabulary": text.network.config.vocab_size,
         "dropped": text.dropped,
+        "least_tokens": text.dropped + LEAST_TOKENS,
         "max_tokens": text.dropped + text.max_tokens,
         "prefix": before if found else None,
         "suffix": after if found else None,

@@ -82,7 +82,7 @@ class Exported:
             raise ConfigError(f"prompts must be {dropped + 1} to {most} token ids long, got {list(map(len, ids))}")
         if any(not 0 <= i < text["vocabulary"] for row in ids for i in row):
             raise ConfigError(f"token ids must be from 0 to {text['vocabulary'] - 1}")
-        longest = max(len(row) for row in ids)
+        longest = max(text["least_tokens"], *map(len, ids))
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)
         return PromptEmbeds(self.run(TEXT, (padded,)), tuple(len(row) - dropped for row in ids))
 

@@ -53,7 +53,7 @@ struct Facts {
 class Model {
  public:
   // Opens an exported file; its weights are mapped, so it must stay as it is. verify: read every part once and
-  // compare it with its checksum. Programs are loaded when first used.
+  // compare it with its SHA-256. Programs are loaded when first used.
   explicit Model(const std::string& path, bool verify = false);
   ~Model();
   Model(Model&&) noexcept;

@@ -19,7 +19,7 @@ const char* const kUsage =
     "  -o            out.png by default; several images become out-0.png, out-1.png, ...\n"
     "  --seed        image k gets seed + k (default 0)\n"
     "  --num-images  images per prompt (default 1)\n"
-    "  --verify      compare every part of the file with its checksum first\n";
+    "  --verify      compare every part of the file with its SHA-256 first\n";
 
 struct Options {
   std::string model, prompt, output = "out.png";

@@ -19,6 +19,7 @@
 #include <mutex>
 
 #include "json.h"
+#include "sha256.h"
 #include "twinflow_rt_embed.h"
 
 namespace twinflow {
@@ -198,8 +199,14 @@ struct Model::State {
     check_machine(manifest);
     facts = read_facts(manifest);
     dtype = dtype_of(facts.dtype);
+    if (facts.vocabulary != 0) least_ids = manifest["text"]["least_tokens"].integer();
+    if (least_ids < 0 || least_ids > facts.max_ids) throw Error("the manifest has an impossible text encoder");
     if (verify)
-      for (const std::string& name : archive.getAllRecords()) archive.getRecord(name);  // compares its checksum
+      for (const auto& [name, known] : manifest["files"].members()) {
+        const size_t size = archive.getRecordSize(name);
+        if (sha256(map.at(archive.getRecordOffset(name), size, name), size) != known["sha256"].text())
+          throw Error(name + " does not match its hash; it was changed or damaged");
+      }
   }
 
   const at::Tensor& weight(const std::string& key) {
@@ -250,6 +257,7 @@ struct Model::State {
   Json manifest;
   Facts facts;
   at::ScalarType dtype = at::kFloat;
+  int64_t least_ids = 0;  // the text encoder's program takes no fewer; what is missing is padding
   std::map<std::string, at::Tensor> weights;  // declared before what borrows them
   std::map<std::string, std::unique_ptr<AOTIModelPackageLoader>> programs;
   std::mutex mutex;
@@ -273,7 +281,7 @@ Prompt Model::encode(const std::vector<std::vector<int64_t>>& ids) {
   const Facts& facts = state_->facts;
   if (facts.vocabulary == 0) throw Error("this file has no text encoder; export it with --text-encoder");
   Prompt prompt;
-  size_t longest = 0;
+  size_t longest = static_cast<size_t>(state_->least_ids);
   for (const auto& row : ids) longest = std::max(longest, row.size());
   prompt.count = static_cast<int64_t>(ids.size());
   std::vector<int64_t> padded;
