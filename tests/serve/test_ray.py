@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -59,6 +60,7 @@ def complete(cluster, tries: int = 3) -> None:
 
 @pytest.fixture(scope="module")
 def cluster():
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")  # 5: too little for a busy machine
     local = LocalCluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     complete(local)
     ray.init(address=local.address, log_to_driver=False, logging_level=logging.WARNING)
