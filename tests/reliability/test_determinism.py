@@ -61,6 +61,7 @@ def test_another_schedule_and_back(folders, family):
     assert (images[0] - images[4]).abs().max() < 1e-4
 
 
+@pytest.mark.full  # test_backends compares two processes in every run
 def test_equal_calls_give_equal_bits_in_another_process():
     digests = {subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, check=True).stdout for _ in "ab"}
     assert len(digests) == 1
