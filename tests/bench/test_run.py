@@ -94,7 +94,8 @@ def test_wrong_outputs_get_no_speedup(tiny, monkeypatch, capsys, liar):
 
 
 def test_half_precision_is_judged_against_eager(tiny):
-    record = bench.run(tiny, device="cpu", dtype="bf16", size=(16, 16), peers=("eager",), nfe=2, **QUICK)
+    # large enough that the ratio of two rms is one: at 16x16 it spreads from 0.8 to 1.4 over seeds
+    record = bench.run(tiny, device="cpu", dtype="bf16", size=(64, 64), peers=("eager",), nfe=2, **QUICK)
     assert record["settings"]["dtype"] == "bfloat16" and record["correctness"]["passed"], record["correctness"]
     assert 1e-4 < record["correctness"]["errors"]["latents"]["rms"] < 0.1
     assert record["peers"][0]["speedup"] > 0

@@ -56,6 +56,8 @@ class Unfolded:
 class UnfoldedProgram:
     """Stands where a pipeline has its compiled program; any schedule is free."""
 
+    sequence = None
+
     def __init__(self, network: Unfolded) -> None:
         self.network = network
 
@@ -79,11 +81,9 @@ def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeli
 def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
     """The same beside a loaded pipeline, sharing its text encoder's and decoder's weights."""
     network, _ = _network(pipe.folder, pipe.device, pipe.dtype)
-    twin: Any = copy.copy(pipe)
-    twin.program = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
-    twin.text, twin.vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
-    pair: Pipeline = twin
-    return pair
+    program: Any = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
+    text, vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
+    return Pipeline(text, program, vae, pipe.sizes, pipe.sampler, pipe.device, pipe.dtype, pipe.folder)
 
 
 def _network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Family]:
