@@ -91,25 +91,27 @@ def launches(network, channels, width) -> Counter[str]:
     return calls
 
 
-def test_a_z_image_block_is_nine_launches():
-    """Four linear layers and five ops: every residual, gate and norm between branches is one op."""
+def test_a_z_image_block_is_eight_ops():
+    """Three linear layers and five ops, of which one is the fourth linear layer with its activation; every
+    residual, gate and norm between branches is one op."""
     config = ZImageConfig.from_dict(TRANSFORMER)
     with torch.device("meta"):
         network = ZImageTransformer(config, folded_steps=1)
     blocks = config.n_layers + config.n_refiner_layers
     assert launches(network, config.in_channels, config.cap_feat_dim) == {
-        "linear": 4 * blocks + 2, "qk_norm_rope": blocks, "attention": blocks, "swiglu": blocks,
+        "linear": 3 * blocks + 2, "qk_norm_rope": blocks, "attention": blocks, "linear_swiglu": blocks,
         "residual_norm": 2 * blocks, "rms_norm": 2, "layer_norm": 1,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("absorbed", [False, True])
-def test_a_qwen_image_block_is_sixteen_launches(absorbed):
-    """Eight linear layers and eight ops for two streams; the last block drops the prompt's second half."""
+def test_a_qwen_image_block_is_fourteen_ops(absorbed):
+    """Six linear layers and eight ops for two streams, two of them a linear layer with its activation; the last
+    block drops the prompt's second half."""
     with torch.device("meta"):
         network = QwenImageTransformer(SMALL, folded_steps=1, absorbed=absorbed)
     blocks = SMALL.num_layers
     assert launches(network, SMALL.out_channels, SMALL.joint_attention_dim) == {
-        "linear": 8 * blocks - 3 + 2, "joint_qk_norm_rope": blocks, "attention": blocks,
-        "gelu_tanh": 2 * blocks - 1, "residual_layer_norm": 2 * (2 * blocks - 1), "layer_norm": 2,
+        "linear": 6 * blocks - 2 + 2, "joint_qk_norm_rope": blocks, "attention": blocks,
+        "linear_gelu": 2 * blocks - 1, "residual_layer_norm": 2 * (2 * blocks - 1), "layer_norm": 2,
     }  # fmt: skip

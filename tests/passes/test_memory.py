@@ -112,5 +112,5 @@ def test_peak_is_what_is_kept(folders, name, dtype, steps):
     largest = max(p.stat().st_size for p in folder.glob("*.safetensors"))
     assert stored > 2e8 and seen["kept"] > 1.2e8  # or this would measure nothing
     assert seen["peak"] <= 1.1 * seen["kept"], seen
-    assert seen["peak"] - seen["held"] <= 0.2 * largest, seen
+    assert seen["peak"] - seen["held"] <= 0.3 * largest, seen
     assert seen["absorbed"] == (name == "qwen_image" and steps == 1)

@@ -38,6 +38,8 @@ def broken(request, tmp_path, monkeypatch):
     for package in ("flash_attn", "xformers"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(BREAKS[request.param])
+        for loaded in [name for name in sys.modules if name.partition(".")[0] == package]:
+            monkeypatch.delitem(sys.modules, loaded)  # of another test
     monkeypatch.syspath_prepend(tmp_path)
     optional.find.cache_clear()
     yield request.param

@@ -149,7 +149,7 @@ def test_command_refuses_what_cannot_work(folder, tmp_path, capsys, monkeypatch)
             (["--port", port], 1, f"cannot bind 127.0.0.1:{port}"),
             (["--port", "70000"], 2, "--port 70000"),
             (["--token-file", str(empty)], 2, "holds no token"),
-            (["--token-file", str(tmp_path / "absent")], 1, "absent"),
+            (["--token-file", str(tmp_path / "absent")], 2, "absent"),
             (["--token-env", "NO_TOKEN"], 2, "--token-env NO_TOKEN holds no token"),
             (["--timeout", "0"], 2, "--timeout"),
             (["--max-batch", "0"], 2, "max_batch"),
