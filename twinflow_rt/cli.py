@@ -29,8 +29,8 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a TwinFlowError, 1 where files cannot be
-    written, 130 when interrupted. Errors are one line on stderr."""
+    """Runs the command line; returns the exit status: 0, 2 for a TwinFlowError (a full disk among them), 1 for
+    any other OSError (a port in use), 130 when interrupted. Errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(argv).parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # names of files may be no Unicode, and terminals no UTF-8
