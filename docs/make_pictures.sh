@@ -5,7 +5,10 @@ cd "$(dirname "$0")/.."
 run=${TWINFLOW:-.venv/bin/twinflow-rt}
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
-"$run" generate "a green triangle" "a black square" "three green squares" "a purple square right of a red triangle" \
+"$run" generate "a green triangle" "a red circle" "two blue squares" "a yellow circle above a black cross" \
     --num-images 6 --seed 0 -o "$folder/demo.png"
 cp "$folder/demo-grid.png" docs/demo.png
 "$run" eval --nfe 1 --per-kind 8 --sheet docs/sheet.png
+records=benches/records
+.venv/bin/python -m twinflow_rt.evaluate.plot docs/scores.svg TwinFlow=$records/eval-twinflow.json \
+    RCGM=$records/eval-rcgm.json "flow matching=$records/eval-flow.json" "flow matching=$records/eval-flow-50.json"

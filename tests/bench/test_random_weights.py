@@ -103,7 +103,7 @@ def test_damaged_declarations_are_named(tmp_path):
     other, shapeless = '{"dtype": "F8", "seed": 0, "tensors": {}}', '{"dtype": "F32", "seed": 0, "tensors": {"a": "x"}}'
     for content in ("{", "[]", other, shapeless):
         (folder / "transformer" / random.FILE).write_text(content)
-        with pytest.raises(CheckpointError, match="declares no random weights|is not readable JSON|JSON object"):
+        with pytest.raises(CheckpointError, match=r"declares no random weights|is not readable JSON|JSON object"):
             load(folder, device="cpu")
     shutil.rmtree(folder / "vae")
     with pytest.raises(CheckpointError, match="vae"):
