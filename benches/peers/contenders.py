@@ -187,7 +187,7 @@ def _openvino(folder: Path, size: int | None) -> Calls:
     for network in (pipe.text.network, pipe.vae.network):
         unpack(network)
     graph = Graph(pipe.program.network.network)
-    pipe.program = SimpleNamespace(network=graph, refold=lambda times: None)
+    pipe.program = SimpleNamespace(network=graph, refold=lambda times: None, sequence=None)
     pipe.text.network.forward = Converted(pipe.text.network)
     pipe.vae.network.forward = Converted(pipe.vae.network)
     calls = _ours(pipe, size)
