@@ -257,7 +257,7 @@ struct Model::State {
   Json manifest;
   Facts facts;
   at::ScalarType dtype = at::kFloat;
-  int64_t least_ids = 0;  // the text encoder's program takes no fewer; what is missing is padding
+  int64_t least_ids = 0;                      // the text encoder's program takes no fewer; what is missing is padding
   std::map<std::string, at::Tensor> weights;  // declared before what borrows them
   std::map<std::string, std::unique_ptr<AOTIModelPackageLoader>> programs;
   std::mutex mutex;
