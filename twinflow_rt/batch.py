@@ -20,8 +20,8 @@ from typing import Any
 from .atomic import check_target, replacing, write_text
 from .errors import CheckpointError, ConfigError
 from .files import parse_json
+from .image_files import CHUNK, text_chunk
 
-CHUNK = "twinflow_rt"  # the PNG text chunk, as `twinflow-rt generate` writes it
 MANIFEST = "manifest.jsonl"
 Written = tuple[str, bytes]  # a file's name and content
 
@@ -200,7 +200,7 @@ def recorded(path: Path) -> Any:
 
     try:
         with Image.open(path) as image:
-            return json.loads(image.info.get(CHUNK, "null"))
+            return parse_json(image.info.get(CHUNK, "null"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no image that can be read ({error}); remove it and resume") from None
 
@@ -240,17 +240,14 @@ def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[I
 
 def paint(pipe: Any, requests: Sequence[Request]) -> list[Written]:
     """Makes one batch; the images as PNG files that say what they were made of."""
-    from PIL.PngImagePlugin import PngInfo
-
     first = requests[0]
     result = pipe(
         [r.prompt for r in requests], width=first.width, height=first.height, seed=[r.seed for r in requests]
     )
     files = []
     for request, image in zip(requests, result.images, strict=True):
-        facts, file = PngInfo(), io.BytesIO()
-        facts.add_itxt(CHUNK, json.dumps(asdict(request), ensure_ascii=False))
-        image.save(file, format="PNG", pnginfo=facts)
+        file = io.BytesIO()
+        image.save(file, format="PNG", pnginfo=text_chunk(asdict(request)))
         files.append((request.file, file.getvalue()))
     return files
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .config import dtype_name
 from .errors import ConfigError
 from .models import Family
 from .ops.select import Choice, Target, select
@@ -206,7 +207,7 @@ def compile_network(
     folded, pruned = (group_parameters({k: n for k, n in away.items() if (k in into) is yes}) for yes in (True, False))
     before = sum(p.numel() for p in unfolded.parameters())
     plan = Plan(
-        family=family.name, source=Path(source.folder).parent.name, device=str(device), dtype=_short(dtype),
+        family=family.name, source=Path(source.folder).parent.name, device=str(device), dtype=dtype_name(dtype),
         schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
         bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
         absorbed=_is_absorbed(network), loras=source.loras, precision=precision, exempt=recipe.exempt, layers=layers,
@@ -238,7 +239,7 @@ def load_program(
     layers = quantize.convert(network, device)
     choices = _select(network, device, dtype, plan.fp8_attention)
     notes = (f"compiled for {plan.dtype} on {plan.device} and saved", f"transformer {report}")
-    plan = replace(plan, device=str(device), dtype=_short(dtype), choices=choices, layers=layers, notes=notes)
+    plan = replace(plan, device=str(device), dtype=dtype_name(dtype), choices=choices, layers=layers, notes=notes)
     return Program(network, plan.schedule, plan)
 
 
@@ -287,10 +288,6 @@ def _checked(schedule: Schedule) -> tuple[tuple[float, float], ...]:
     if not 1 <= len(schedule) <= MAX_EVALUATIONS:
         raise ConfigError(f"a schedule of {len(schedule)} evaluations cannot be folded; use 1 to {MAX_EVALUATIONS}")
     return tuple(schedule)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _named(schedule: Schedule) -> str:

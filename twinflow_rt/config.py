@@ -50,6 +50,11 @@ def has_native(dtype: torch.dtype, device: torch.device) -> bool:
     return any(flags.get(name, False) for name in names)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name without the module, as `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
     """The compute dtype: as asked for, or (None) the checkpoint's where the device runs it natively, else float32."""
     if dtype is None:

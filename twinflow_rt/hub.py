@@ -24,7 +24,6 @@ NAME = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([^/@\s]+))?(?:/([^@\s]+?))?/?
 PARTS = r"(?:transformer|text_encoder(?:_\d)?|tokenizer(?:_\d)?|vae|connector)"
 READ = re.compile(rf"(?:model_index\.json|artifact\.json|{PARTS}/[\w.-]+\.(?:json|safetensors|txt|jinja))")
 WHOLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?\.safetensors")
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,7 @@ def _verify(path: Path, entry: Any, source: Source) -> None:
     else:
         digest, recorded = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False), entry.blob_id
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+        hashlib.file_digest(file, lambda: digest)  # which goes on from what it holds
     if digest.hexdigest() != recorded:
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 from .atomic import check_target, replacing
 from .errors import ConfigError
 
+CHUNK = "twinflow_rt"  # the text chunk in which a PNG file says what it was made of
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
@@ -35,16 +36,22 @@ def check_image_path(path: Path, option: str) -> None:
 
 
 def save_image(image: Any, path: Path, facts: dict[str, Any] | None = None) -> None:
-    """Writes `path` whole or not at all; PNG files carry `facts` as a text chunk `twinflow_rt`."""
-    from PIL.PngImagePlugin import PngInfo
-
+    """Writes `path` whole or not at all; PNG files carry `facts` as a text chunk (`CHUNK`)."""
     options: dict[str, Any] = {"quality": 95} if path.suffix.lower() != ".png" else {}
     if facts and path.suffix.lower() == ".png":
-        options["pnginfo"] = PngInfo()
-        text = json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace")  # paths may be no Unicode
-        options["pnginfo"].add_itxt("twinflow_rt", text.decode())
+        options["pnginfo"] = text_chunk(facts)
     with replacing(path) as partial:
         image.save(partial, format=FORMATS[path.suffix.lower()], **options)
+
+
+def text_chunk(facts: dict[str, Any]) -> Any:
+    """PIL's `pnginfo` of `facts`, as JSON in the chunk CHUNK."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    text = json.dumps(facts, ensure_ascii=False).encode("utf-8", "backslashreplace")  # paths may be no Unicode
+    info.add_itxt(CHUNK, text.decode())
+    return info
 
 
 def grid(images: Sequence[Any], columns: int | None = None) -> Any:

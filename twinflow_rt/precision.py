@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .atomic import write_json
-from .config import resolve_precision
+from .config import dtype_name, resolve_precision
 from .errors import CheckpointError, ConfigError
 from .files import read_json
 from .passes.quantize import ROWS, refuses
@@ -147,7 +147,7 @@ def automatic(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[M
     """`choose` among the precisions with products on `device`, of a network's `folder`: what was measured here."""
     names = [name for name in ROWS if refuses(name, device, dtype) is None]
     names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
-    here = fingerprint(folder), device_name(device), _short(dtype)
+    here = fingerprint(folder), device_name(device), dtype_name(dtype)
     paths = {name: kept(name, *here) for name in names}
     return choose({name: read(path) if path.is_file() else None for name, path in paths.items()})
 
@@ -181,7 +181,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_model()}, {torch.get_num_threads()} threads"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

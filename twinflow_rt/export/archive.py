@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import parse_json
 from ..versions import refusal
 
 FORMAT = 1
@@ -102,7 +103,7 @@ class Reader:
         try:
             self._file = torch._C.PyTorchFileReader(str(path))
             self.names = set(self._file.get_all_records())
-            manifest = json.loads(self._file.get_record(MANIFEST))
+            manifest = parse_json(self._file.get_record(MANIFEST))
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"{path} is no exported model, or a part of one ({reason}); export again") from None
