@@ -125,6 +125,9 @@ def _is(value: Any, kind: str) -> bool:
 
 def _validate_object(value: dict[str, Any], spec: Spec, where: str) -> None:
     properties, others = spec.get("properties", {}), spec.get("additionalProperties", True)
+    for key, fixed in properties.items():  # the version first: what else differs follows from it
+        if "const" in fixed and key in value:
+            validate(value[key], fixed, f"{where}.{key}")
     if missing := [key for key in spec.get("required", ()) if key not in value]:
         raise ConfigError(f"{where} lacks {', '.join(missing)}: not a bench record, or damaged")
     for key, item in value.items():
