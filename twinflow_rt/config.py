@@ -50,7 +50,7 @@ def has_native(dtype: torch.dtype, device: torch.device) -> bool:
     return any(flags.get(name, False) for name in names)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: str | torch.dtype) -> str:
     """Its name without the module, as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
@@ -59,7 +59,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     """The compute dtype: as asked for, or (None) the checkpoint's where the device runs it natively, else float32."""
     if dtype is None:
         return stored if has_native(stored, device) else torch.float32
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     name = ALIASES.get(name, name)
     if name not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
@@ -76,7 +76,7 @@ def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) ->
         return None, dtype
     check_choice("precision", precision, tuple(PRECISIONS))
     implied = PRECISIONS[precision]
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    name = None if dtype is None else dtype_name(dtype)
     if implied and name and ALIASES.get(name, name) != implied:
         raise ConfigError(f"precision {precision} is dtype {implied}, not {name}; give one of the two")
     return (precision if precision in ("int8", "fp8") else None), implied or dtype

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import stage
+from .config import dtype_name
 from .models import family_of
 from .passes import quantize
 from .passes.fold import folded_away
@@ -121,4 +122,4 @@ def _part(part: stage.Part, resident: nn.Module) -> Part:
     stored_bytes = sum(checkpoint.nbytes(k) for k in checkpoint)
     stored = sum(checkpoint.nbytes(k) // checkpoint.dtype(k).itemsize for k in checkpoint)
     needed = sum(t.numel() for name, t in resident.state_dict().items() if name in expected)
-    return Part(part.name, str(checkpoint.main_dtype()).removeprefix("torch."), stored, needed, stored_bytes)
+    return Part(part.name, dtype_name(checkpoint.main_dtype()), stored, needed, stored_bytes)

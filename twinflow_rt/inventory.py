@@ -97,7 +97,9 @@ def packages() -> list[dict[str, Any]]:
 
 
 def describe(target: Any) -> dict[str, Any]:
-    return {**asdict(target), "dtype": str(target.dtype).removeprefix("torch.")}
+    from .config import dtype_name
+
+    return {**asdict(target), "dtype": dtype_name(target.dtype)}
 
 
 def show(report: dict[str, Any], rows: list[Row]) -> None:

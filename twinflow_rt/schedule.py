@@ -150,8 +150,7 @@ def preset(nfe: int, mode: Literal["few", "any", "multi"] | None = None) -> Samp
 def _grid(config: SamplerConfig, dtype: torch.dtype) -> Tensor:
     """`time_grid` as a tensor [N + 1] of `dtype`."""
     if dtype not in DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        raise ConfigError(f"the sampler works in {names}, not in {dtype}; cast the noise")
+        raise ConfigError(f"the sampler works in {', '.join(map(str, DTYPES))}, not in {dtype}; cast the noise")
     n, (start, end) = config.intervals, config.rfba_gap_steps
     u = torch.linspace(start, 1 - end, n + (end == 0), dtype=torch.float64)[:n].to(dtype)
     a, b, c = config.time_dist_ctrl

@@ -24,6 +24,7 @@ from twinflow_rt.bench.layer_cases import LAYERS
 from twinflow_rt.bench.op_cases import SIZES, Case, cases, judge, outputs
 from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.bench.timing import interleave
+from twinflow_rt.config import dtype_name
 from twinflow_rt.ops.select import Target, choose
 
 COPY_SHARE = 0.8  # of the copy bandwidth, what an op that moves data should reach
@@ -113,7 +114,7 @@ def one(
     ceiling: ceilings.Ceilings | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Checks, and unless only that was asked for times, one case; the entry of the record."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     target = Target.of_network(SIZES[size], device, dtype)
     mine, refused = rivals.ours(case, target)
     others = {} if options.check_only else rivals.others(case.op, case.inputs(), options.without)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import resolve_device, resolve_dtype, resolve_precision
+from ..config import dtype_name, resolve_device, resolve_dtype, resolve_precision
 from ..errors import ConfigError
 from ..ops.select import Choice
 from ..passes.load import Checkpoint, model_folder
@@ -74,7 +74,7 @@ class _Run:
         stored = Checkpoint(folder / "transformer").main_dtype()
         self.quantized, dtype = resolve_precision(settings.precision, settings.dtype)
         self.dtype = resolve_dtype(dtype, self.device, stored)
-        self.dtype_name = str(self.dtype).removeprefix("torch.")
+        self.dtype_name = dtype_name(self.dtype)
 
     def record(self, command: str) -> Record:
         machine = facts.machine(self.device)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..config import dtype_name
 from ..training.scenes import KINDS, Split, prompts
 from .check import Scores, examine
 from .data import score_data
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
                 print("     pairwise distance {:.1f}, of the data {:.1f}".format(*spread), flush=True)
     if args.json:
         report = {
-            "schema": SCHEMA, "model": args.model, "dtype": str(pipe.dtype).removeprefix("torch."),
+            "schema": SCHEMA, "model": args.model, "dtype": dtype_name(pipe.dtype),
             "precision": pipe.program.plan.precision, "exempt": list(pipe.program.plan.exempt), "mode": args.mode,
             "guidance": args.guidance, "seed": args.seed, "rows": rows,
         }  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import dtype_name
 from ..errors import CheckpointError
 from ..files import parse_json
 from ..versions import refusal
@@ -62,7 +63,7 @@ class Writer:
         storage = torch.as_strided(tensor, (span(tensor.shape, tensor.stride()),), (1,)).cpu()
         content = storage.view(torch.uint8).numpy().tobytes()
         what = {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "dtype": dtype_name(tensor.dtype),
             "shape": list(tensor.shape),
             "strides": list(tensor.stride()),
         }

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..atomic import check_target
+from ..config import dtype_name
 from ..errors import ConfigError, TwinFlowError
 from ..ops import EAGER
 from ..passes.lora import Loras
@@ -231,7 +232,7 @@ def laid_out(weights: Any) -> Iterator[tuple[str, Tensor]]:
 
 def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], text_encoder: bool) -> dict[str, Any]:
     """The manifest but for what the archive's writer knows."""
-    dtype, text = str(pipe.dtype).removeprefix("torch."), pipe.text
+    text = pipe.text
     multiple = prompt_multiple(pipe)
     fixed = None if has_lengths(pipe) else text.probe(1).embeds.shape[1]
     return {
@@ -242,7 +243,7 @@ def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], t
         "loras": [str(lora) for lora in pipe.program.plan.loras],
         "device": pipe.device.type,
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "dtype": dtype,
+        "dtype": dtype_name(pipe.dtype),
         "sampler": asdict(pipe.sampler),
         "nfe": len(schedule(pipe.sampler, pipe.dtype)),
         "sizes": [list(size) for size in sizes],
