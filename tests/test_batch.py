@@ -12,8 +12,9 @@ from PIL import Image
 
 from tests.factory import make_model
 from twinflow_rt import batch, cli, serve
-from twinflow_rt.errors import DeviceError
+from twinflow_rt.errors import CheckpointError, DeviceError
 from twinflow_rt.pipeline import load
+from twinflow_rt.prompt_file import read_rows
 
 PROMPTS = ["a red circle", "ein grünes Kreuz ✓", "two, with \"quotes\""]
 
@@ -68,13 +69,34 @@ def test_rows_have_seeds_and_sizes(make, tmp_path):
     assert pixels(tmp_path / "out" / "000001.png").shape == (16, 16, 3)
 
 
+def test_one_rule_for_text(model, tmp_path, capsys):
+    """A byte order mark, Windows' line ends, blanks around, empty lines; what only some programs call a line end
+    is part of the prompt. `encode` reads the same."""
+    file = tmp_path / "p.txt"
+    file.write_bytes(b"\xef\xbb\xbf  a red circle \r\n\r\n\t\nwith\x0cfeed \xe2\x80\xa8 and separator\nlast")
+    prompts = ["a red circle", "with\x0cfeed \u2028 and separator", "last"]
+    assert [row["prompt"] for row in read_rows(file)] == prompts
+    out = tmp_path / "p.safetensors"
+    assert cli.main(["encode", "--model", model, "--device", "cpu", "--file", str(file), "-o", str(out)]) == 0
+    from twinflow_rt.embeds_file import read
+
+    assert list(read(out).names()) == prompts
+    for name in ("absent.txt", "p.csv", "."):
+        capsys.readouterr()
+        assert cli.main(["encode", "--model", model, "--file", str(tmp_path / name), "-o", str(out)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(CheckpointError, match="a pipe"):
+        read_rows(tmp_path / "pipe.txt")
+
+
 def test_parquet(make, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
     table = pyarrow.table({"prompt": PROMPTS, "seed": [1, None, 3], "width": [16, 24, 16]})
     parquet.write_table(table, tmp_path / "p.parquet")
-    assert batch.read_rows(tmp_path / "p.parquet") == [
+    assert read_rows(tmp_path / "p.parquet") == [
         {"prompt": PROMPTS[0], "seed": 1, "width": 16},
         {"prompt": PROMPTS[1], "width": 24},
         {"prompt": PROMPTS[2], "seed": 3, "width": 16},
@@ -88,12 +110,12 @@ def test_a_stopped_run_goes_on(make, model, tmp_path, monkeypatch):
     out, count = tmp_path / "out", 0
     paint = batch.paint
 
-    def fails_later(pipe, requests):
+    def fails_later(pipe, requests, on_oom):
         nonlocal count
         count += 1
         if count == 3:
             raise DeviceError("out of memory")
-        return paint(pipe, requests)
+        return paint(pipe, requests, on_oom)
 
     prompts = "\n".join(f"prompt {k}" for k in range(7))
     monkeypatch.setattr(batch, "paint", fails_later)

@@ -28,8 +28,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def file(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("out") / "p.safetensors"
-    lines = path.with_suffix(".txt")
-    lines.write_text("\n".join(PROMPTS[1:]) + "\n")  # the last prompt is an empty line
+    lines = path.with_suffix(".jsonl")  # a .txt cannot say the empty prompt
+    lines.write_text("\n".join(map(json.dumps, PROMPTS[1:])))
     args = ["--model", str(model), "--device", "cpu", "--file", str(lines), "-o", str(path)]
     assert main(["encode", PROMPTS[0], *args]) == 0
     return path

@@ -21,6 +21,7 @@ from .atomic import check_target, replacing, write_text
 from .errors import CheckpointError, ConfigError
 from .files import parse_json
 from .image_files import CHUNK, text_chunk
+from .prompt_file import FILES, read_rows
 
 MANIFEST = "manifest.jsonl"
 Written = tuple[str, bytes]  # a file's name and content
@@ -40,12 +41,12 @@ class Request:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from .options import parse_size
+    from .options import add_batch_invariant, add_on_oom, parse_size
     from .serve.command import add_ray_arguments
 
     parser.add_argument("model", help="model folder (diffusers layout), hf://owner/name, or 'demo'")
     parser.add_argument("--download", action="store_true", help="fetch a model hf://owner/name[@revision][/subfolder]")
-    parser.add_argument("prompts", type=Path, help=".txt: a prompt a line; .jsonl or .parquet: prompt, seed, ...")
+    parser.add_argument("prompts", type=Path, help=FILES + ", with seed, width, height")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the images go")
     parser.add_argument("--resume", action="store_true", help="go on with a run: keep the images that are there")
     parser.add_argument("--num-images", type=int, default=1, metavar="N", help="per prompt (default %(default)s)")
@@ -58,6 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
     parser.add_argument("--precision", help="as for `generate`")
+    add_batch_invariant(parser)
+    add_on_oom(parser)
     add_ray_arguments(parser)
 
 
@@ -91,71 +94,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 # -- what to make ---------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a prompt file: `prompt`, and where the file has them `seed`, `width`, `height`.
-
-    Other columns are left out. Raises ConfigError naming the row or the file.
-    """
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise ConfigError(f"{path}: the name must end in one of {', '.join(READERS)}")
-    rows = []
-    for where, raw in READERS[kind](path):
-        row = {"prompt": raw} if isinstance(raw, str) else raw
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ConfigError(f"{where}: no text named 'prompt'")
-        given = {name: row[name] for name in ("prompt", "seed", "width", "height") if row.get(name) is not None}
-        wrong = [n for n in given if n != "prompt" and (isinstance(given[n], bool) or not isinstance(given[n], int))]
-        if wrong:
-            raise ConfigError(f"{where}: {wrong[0]} must be an integer, not {given[wrong[0]]!r}")
-        rows.append(given)
-    if not rows:
-        raise ConfigError(f"{path} holds no prompt")
-    return rows
-
-
-def _read_text(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            yield f"{path}, line {number}", line.strip()
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    for where, line in _read_text(path):
-        try:
-            yield where, parse_json(line)
-        except ValueError as error:
-            raise ConfigError(f"{where} is not JSON: {error}") from None
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError:
-        raise ConfigError(f"{path}: reading parquet needs pyarrow: pip install 'twinflow-rt[ray]'") from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    return ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}); name a file of prompts") from None
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
 
 
 def plan_requests(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[Request]:
@@ -228,7 +166,7 @@ def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[I
 
         with loading(args.model) as progress:
             pipe = load(args.model, progress=progress, **options)
-        yield (image for requests in groups for image in paint(pipe, requests))
+        yield (image for requests in groups for image in paint(pipe, requests, args.on_oom))
         return
     try:
         from .serve import ray_data
@@ -238,12 +176,13 @@ def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[I
         yield images
 
 
-def paint(pipe: Any, requests: Sequence[Request]) -> list[Written]:
-    """Makes one batch; the images as PNG files that say what they were made of."""
+def paint(pipe: Any, requests: Sequence[Request], on_oom: str) -> list[Written]:
+    """Makes one batch; the images as PNG files that say what they were made of. on_oom: as for `Pipeline`."""
     first = requests[0]
     result = pipe(
-        [r.prompt for r in requests], width=first.width, height=first.height, seed=[r.seed for r in requests]
-    )
+        [r.prompt for r in requests], width=first.width, height=first.height, seed=[r.seed for r in requests],
+        on_oom=on_oom,
+    )  # fmt: skip
     files = []
     for request, image in zip(requests, result.images, strict=True):
         file = io.BytesIO()

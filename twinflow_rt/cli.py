@@ -170,10 +170,8 @@ def run_serve(args: argparse.Namespace) -> int:
         from .pipeline import load
 
         with loading(args.model) as progress:
-            options = {
-                "precision": args.precision, "nfe": args.nfe, "progress": progress, "download": args.download,
-            }  # fmt: skip
-            return load(args.model, device=args.device, dtype=args.dtype, **options)
+            options = {name: getattr(args, name) for name in command.LOADING}
+            return load(args.model, progress=progress, **options)
 
     return command.run(args, load_model)
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from .atomic import check_target
 from .config import resolve_device, resolve_dtype, resolve_prompts
 from .embeds_file import write
-from .errors import ConfigError
 from .models import family_of
 from .passes.load import Checkpoint, model_folder
+from .prompt_file import FILES, read_rows
 from .text import PromptEmbeds
 
 BATCH = 16  # prompts encoded at once
@@ -25,7 +25,7 @@ BATCH = 16  # prompts encoded at once
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="*", help="prompts")
-    parser.add_argument("--file", type=Path, metavar="FILE", help="more prompts, one a line of this file")
+    parser.add_argument("--file", type=Path, metavar="FILE", help=f"more prompts; {FILES}")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("prompts.safetensors"), metavar="FILE",
         help="file to write (default %(default)s); generate takes it as --prompt-embeds",
@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, folder: Path) -> int:
     """Encodes the prompts of `args` with the model at `folder`."""
-    prompts = resolve_prompts([*args.prompt, *_lines(args.file)])
+    rows = [] if args.file is None else read_rows(args.file)
+    prompts = resolve_prompts([*args.prompt, *(row["prompt"] for row in rows)])
     check_target(args.output, "--output")
     began = time.perf_counter()
     family, text = open_text(folder, args.device, args.dtype)
@@ -72,12 +73,3 @@ def encode(text: Any, prompts: Sequence[str]) -> PromptEmbeds:
     embeds = torch.cat([F.pad(m.embeds, (0, 0, 0, longest - m.embeds.shape[1])) for m in made])
     extras = {name: torch.cat([m.extras[name] for m in made]) for name in made[0].extras}
     return PromptEmbeds(embeds, tuple(n for m in made for n in m.lengths), extras)
-
-
-def _lines(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--file {path} cannot be read as UTF-8 text ({error}); give another file") from None

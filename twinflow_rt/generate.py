@@ -10,7 +10,16 @@ from typing import Any
 
 from .errors import ConfigError
 from .image_files import grid, output_paths, save_image
-from .options import add_model, chosen_sampler, loading, parse_lora, parse_size, precision_options
+from .options import (
+    add_batch_invariant,
+    add_model,
+    add_on_oom,
+    chosen_sampler,
+    loading,
+    parse_lora,
+    parse_size,
+    precision_options,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="merge this LoRA file; may be given several times (weight: default 1)",
     )
     add_model(parser)
+    add_batch_invariant(parser)
+    add_on_oom(parser)
     parser.add_argument(
         "--memory-budget", metavar="SIZE", help="bytes, or 12GB: stream weights and decode in tiles as it takes"
     )
@@ -66,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         saved = read(args.prompt_embeds)
     names = list(saved.names()) if saved is not None else args.prompt
     paths = output_paths(args.output, len(names) * args.num_images)
+    from .config import dtype_name
     from .pipeline import load
 
     start = time.perf_counter()
@@ -73,11 +85,12 @@ def run(args: argparse.Namespace) -> int:
     with loading(args.model) as progress:
         options = {"device": args.device, "dtype": args.dtype, "loras": args.lora, **precision_options(args)}
         options |= {"download": args.download, "tile": args.tile, "preview": args.preview}
+        options |= {"batch_invariant": args.batch_invariant}
         options |= {"memory_budget": args.memory_budget, "largest": (height, width, len(names) * args.num_images)}
         pipe = load(args.model, sampler=chosen_sampler(args), progress=progress, **options)
     load_seconds = time.perf_counter() - start
     given = args.prompt if saved is None else pipe.accept(saved, args.prompt_embeds)
-    how = {"num_images": args.num_images, "preview": args.preview is not None}
+    how = {"num_images": args.num_images, "preview": args.preview is not None, "on_oom": args.on_oom}
     result = pipe(given, width=width, height=height, seed=args.seed, **how)
     prompts, nfe = [p for p in names for _ in range(args.num_images)], len(pipe.program.schedule)
     loras = [str(lora) for lora in pipe.program.plan.loras]
@@ -92,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
         "size": list(result.images[0].size),
         "seconds": {"load": load_seconds, **result.timings},
         "peak_bytes": result.memory,
+        "at_once": result.at_once,
         "device": str(pipe.device),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pipe.dtype),
     }
     print(json.dumps(report, indent=1) if args.json else summary(report))
     return 0

@@ -31,6 +31,20 @@ def add_download(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--download", action="store_true", help="fetch a model hf://owner/name[@revision][/subfolder]")
 
 
+def add_batch_invariant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-invariant", action="store_true",
+        help="an image's bits do not depend on the images beside it, at the price of what batching gains",
+    )  # fmt: skip
+
+
+def add_on_oom(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on-oom", choices=("raise", "split"), default="raise",
+        help="split: where memory runs out, begin again with half as many images at once (default %(default)s)",
+    )  # fmt: skip
+
+
 def precision_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `load` that say in how many bits to compute."""
     one = args.exempt[0] if len(args.exempt) == 1 and args.exempt[0].endswith(".json") else None

@@ -177,7 +177,7 @@ class Pipeline:
                 if on_oom == "raise" or at_once == 1:
                     raise OutOfMemoryError(
                         f"images of {size[1]}x{size[0]}, {at_once} at once, do not fit in {self.device}'s memory "
-                        f"({attempt[1]}); generate fewer or smaller ones, or pass on_oom='split'"
+                        f"({attempt[1]}); generate fewer or smaller ones, or pass on_oom='split' (--on-oom split)"
                     )
                 at_once = -(-at_once // 2)
         return Result(attempt[0], seeds, stages.timings(), stages.memory, at_once)

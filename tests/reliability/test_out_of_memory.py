@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import twinflow_rt
-from twinflow_rt import out_of_memory
+from twinflow_rt import cli, out_of_memory
 from twinflow_rt.errors import ConfigError, DeviceError, OutOfMemoryError
 from twinflow_rt.pipeline import load
 
@@ -127,6 +127,26 @@ def test_split_of_prompts(pipe, monkeypatch):
     images = pipe(prompts, on_oom="split", **ARGS).images
     assert called == [3, 2, 1, 1, 1]
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(images, alone, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("command", ["generate", "batch"])
+def test_split_on_the_command_line(pipe, monkeypatch, tmp_path, capsys, command):
+    monkeypatch.setattr("twinflow_rt.pipeline.load", lambda *args, **options: pipe)
+    called, _ = fail_above(monkeypatch, pipe, 1, "cuda")
+    (tmp_path / "p.txt").write_text("a")
+    words = {
+        "generate": ["a", "--seed", "1", "-o", str(tmp_path / "out.png"), "--json"],
+        "batch": ["demo", str(tmp_path / "p.txt"), "-o", str(tmp_path / "out")],
+    }[command]
+    argv = [command, *words, "--num-images", "3", "--size", "32"]
+    assert cli.main(argv) == 2 and "--on-oom split" in capsys.readouterr().err
+    assert cli.main([*argv, "--resume"] if command == "batch" else argv) == 2
+    capsys.readouterr()
+    called.clear()
+    assert cli.main([*argv, "--on-oom", "split", *(["--resume"] if command == "batch" else [])]) == 0
+    assert called == [3, 2, 1, 1, 1]
+    if command == "generate":
+        assert json.loads(capsys.readouterr().out)["at_once"] == 1
 
 
 def test_one_image_that_does_not_fit(pipe, monkeypatch):

@@ -36,6 +36,7 @@ from twinflow_rt import batch, cli
 from twinflow_rt.config import SizeRule
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
 from twinflow_rt.pipeline import load
+from twinflow_rt.prompt_file import read_rows
 from twinflow_rt.sample import preset
 from twinflow_rt.serve import cluster as cluster_module
 from twinflow_rt.serve import command
@@ -192,7 +193,7 @@ def test_a_killed_node_loses_no_prompt(cluster, alone, tmp_path):
     argv = ["batch", "demo", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--ray", "", "--device", "cpu"]
     argv += ["--min-workers", "2", "--batch-size", "2"]
     args = cli.build_parser(argv).parse_args(argv)
-    groups = batch.group(batch.plan_requests(batch.read_rows(args.prompts), args), args.batch_size)
+    groups = batch.group(batch.plan_requests(read_rows(args.prompts), args), args.batch_size)
     names = set()
     with batch.painted(groups, args) as images:
         for name, _ in images:
@@ -202,7 +203,7 @@ def test_a_killed_node_loses_no_prompt(cluster, alone, tmp_path):
     assert len(names) == len(rows)
 
     (tmp_path / "out").mkdir()
-    (kept,) = batch.paint(load("demo", device="cpu"), groups[0][:1])
+    (kept,) = batch.paint(load("demo", device="cpu"), groups[0][:1], "raise")
     (tmp_path / "out" / kept[0]).write_bytes(kept[1])
     argv[argv.index("--min-workers") + 1] = "1"
     assert cli.main([*argv, "--resume"]) == 0
@@ -218,6 +219,8 @@ def test_what_a_worker_refuses_is_told(cluster, tmp_path, capsys):
     argv = ["batch", "demo", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--ray", "", "--device", "cpu"]
     assert cli.main(argv) == 2
     assert "width 65 must be a multiple" in capsys.readouterr().err
+    assert cli.main([*argv, "--dtype", "int4"]) == 2
+    assert "dtype 'int4' is not supported" in capsys.readouterr().err
 
 
 class Handle:
@@ -320,7 +323,8 @@ def test_options_of_an_application():
         on_ray.build({"port": 8000})
     with pytest.raises(ConfigError, match=r"--max-bach.*options are those"):
         on_ray.build({"max_bach": 4})
-    parsed = on_ray._parsed({"model": "hf://a/b", "max_batch": "4", "download": "true"})
+    parsed = on_ray._parsed({"model": "hf://a/b", "max_batch": "4", "download": "true", "batch_invariant": True})
     assert (parsed.model, parsed.max_batch, parsed.download, parsed.timeout) == ("hf://a/b", 4, True, 120)
+    assert parsed.batch_invariant
     assert on_ray.model_path("hf://a/b") == "hf://a/b" and on_ray.model_path("demo") == "demo"
     assert on_ray.model_path("m") == str(Path("m").resolve())

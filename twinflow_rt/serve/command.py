@@ -16,11 +16,12 @@ from types import FrameType
 from typing import Any
 
 from ..errors import ConfigError
+from ..options import add_batch_invariant
 from .engine import Engine, Limits
 
 log = logging.getLogger(__name__)
 MAX_SECONDS = 1_000_000  # that threads can wait
-LOADING = ("device", "dtype", "precision", "nfe", "download")  # options that `load` takes by these names
+LOADING = ("device", "dtype", "precision", "nfe", "download", "batch_invariant")  # arguments of `load`
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OPTIONS = {
     "max_batch": "images of one run",
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
     parser.add_argument("--precision", help="fp32, fp16, bf16, int8 (CPU), fp8 (GPU) or auto; default: what fits")
+    add_batch_invariant(parser)
     parser.add_argument("--nfe", type=int, help="network evaluations per image where a request names none; default: 1")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (default %(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default %(default)s)")

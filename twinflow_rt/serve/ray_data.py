@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 
 from ..batch import Request, Written, paint
 from ..errors import DeviceError, TwinFlowError
@@ -25,16 +25,24 @@ MAX_BLOCKS = 10_000  # Ray's driver keeps a reference to each
 
 
 class Painter:
-    """A worker: loads the model once, then makes batch after batch."""
+    """A worker: loads the model once, then makes batch after batch. What `load` refuses is raised by the first of
+    them, as Ray starts a worker that cannot start again and again."""
 
-    def __init__(self, model: str, options: dict[str, Any]) -> None:
+    def __init__(self, model: str, options: dict[str, Any], on_oom: str) -> None:
         from ..pipeline import load
 
-        self.pipe = load(model, **options)
+        self.on_oom = on_oom
+        self.refusal: TwinFlowError | None = None
+        try:
+            self.pipe = load(model, **options)
+        except TwinFlowError as error:
+            self.refusal = error
 
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        if self.refusal is not None:
+            raise self.refusal
         requests = [Request(**request) for request in row["requests"]]
-        return [{"file": file, "content": content} for file, content in paint(self.pipe, requests)]
+        return [{"file": file, "content": content} for file, content in paint(self.pipe, requests, self.on_oom)]
 
 
 @contextmanager
@@ -48,7 +56,7 @@ def painted(
         rows = [{"requests": [asdict(request) for request in requests]} for requests in groups]
         dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).flat_map(
             Painter,
-            fn_constructor_args=(model_path(args.model), options | {"device": workers.device}),
+            fn_constructor_args=(model_path(args.model), options | {"device": workers.device}, args.on_oom),
             compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=min(workers.most, len(rows))),
             num_gpus=workers.gpus,
             num_cpus=workers.cpus,
@@ -63,7 +71,7 @@ def _files(dataset: ray.data.Dataset) -> Iterator[Written]:
     try:
         for row in dataset.iter_rows():
             yield row["file"], row["content"]
-    except RayTaskError as error:
+    except RayError as error:
         reason: BaseException | None = error
         while reason is not None and not isinstance(reason, TwinFlowError):
             reason = getattr(reason, "cause", None) or reason.__cause__
