@@ -27,11 +27,11 @@ from . import tiles
 from .errors import ConfigError
 from .footprint import peak_bytes
 from .ops.select import Target, select
+from .passes.blocks import block_names, parameters_of
 from .passes.fuse import sources
 from .passes.load import Checkpoint, Layout
 from .passes.upsample import folded_bytes
 from .prompt_cache import context_bytes
-from .streaming import block_names, parameters_of
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 64)  # sides in pixels to try, largest first
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}

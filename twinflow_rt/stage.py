@@ -14,12 +14,13 @@ from .capture import Captures
 from .models.network_config import check_fields, reading
 from .ops import EAGER
 from .ops.select import OpTable, Target, select
+from .passes.blocks import block_names
 from .passes.fuse import sources
 from .passes.load import Checkpoint, Layout, Progress, materialize
 from .passes.quantize import convert
 from .passes.upsample import fold_upsampling
 from .report import LoadReport
-from .streaming import block_names, load_part
+from .streaming import load_part
 
 
 @dataclass(frozen=True)

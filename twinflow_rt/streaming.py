@@ -16,40 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .passes.blocks import block_names, parameters_of
 from .passes.load import Progress, assign, check, fetch
 
 ALIGNMENT = 256  # bytes, of a tensor in a buffer
-
-
-def block_names(network: nn.Module) -> list[str]:
-    """The repeated blocks of `network` in the order they run: the items of its lists of modules that have a
-    `forward` of their own, prompt modules left out."""
-    prompt = tuple(getattr(network, "prompt_modules", ()))
-    found: list[str] = []
-    for name, module in network.named_modules():
-        inside = any(name.startswith(block + ".") for block in found)
-        if isinstance(module, nn.ModuleList) and not inside and not name.startswith(prompt or "\0"):
-            kinds = {type(item) for item in module}
-            if kinds and all(_computes(kind) for kind in kinds):
-                found += [f"{name}.{i}" for i in range(len(module))]
-    return found
-
-
-def _computes(kind: type[nn.Module]) -> bool:
-    """Whether modules of this class are called themselves, as containers are not."""
-    return kind.forward is not nn.Module.forward
-
-
-def parameters_of(network: nn.Module, block: str) -> list[str]:
-    """Names of the parameters that stream with `block`: those of its linear layers and convolutions, but for what
-    runs once per prompt. The rest is small, and some of it is read before the block runs."""
-    prompt = tuple(f"{name}." for name in getattr(network, "prompt_modules", ()))
-    return [
-        f"{name}.{leaf}"
-        for name, layer in network.get_submodule(block).named_modules(prefix=block)
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not f"{name}.".startswith(prompt or ("\0",))
-        for leaf, _ in layer.named_parameters()
-    ]
 
 
 class Store(Protocol):

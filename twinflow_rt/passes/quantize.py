@@ -1,73 +1,37 @@
-"""Pack and quantize: what each linear layer of a compiled network multiplies with.
+"""Pack and quantize: what becomes of each linear layer of a network (`layers` has the kinds), and why.
 
-    plain     torch's own `F.linear`
-    packed    CPU: the weight in oneDNN's blocked layout, made once instead of in every call
-    upcast    CPU without bfloat16 instructions: bfloat16 weights multiplied in float32
-    int8      CPU: int8 weights with a scale per row, rows of activations quantized too
-    fp8       NVIDIA GPUs from 8.9 on: the same with float8_e4m3fn; a CPU emulates it, slowly
-
-Modules are exchanged in place. A packed or quantized layer is still an `nn.Linear` with a `weight` of
-its dtype, device and size; `state_dict` has it as it was loaded (packed) or in the form
-`expect_quantized` makes room for. What norms and activations write for quantized layers: `ops.rows`.
+Layers of repeated blocks get 8 bits where a precision is asked for, but for those that are named as sensitive
+and what runs once per prompt. What norms and activations write for quantized layers: `ops.rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import has_native
 from ..errors import CheckpointError, ConfigError
-from ..ops.linear import int8_limit, linear_packed, linear_upcast, pack, quantize_weight
-from ..ops.rows import EAGER_ROWS, QuantizedRows, RowTable, producing
+from ..ops.linear import int8_limit
+from ..ops.rows import producing
 from ..ops.select import FLOAT8_ARCH, Choice, Target, select_rows
 from ..plan import Group, Layers
 from ..report import TRIM_EVERY, release_free_memory
+from .blocks import group_of, in_block
+from .layers import ROWS, SCALE, PackedLinear, QuantizedLinear, Trial, exchange, linear_layers, quantize_layer, unpack
 
-ROWS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # precision -> what its layers multiply
-SCALE = "weight_scale"  # beside a quantized weight in a saved program
+__all__ = [
+    "ROWS", "PackedLinear", "QuantizedLinear", "Trial", "arrived", "attach", "check_names", "check_quantized",
+    "convert", "converted", "expect_quantized", "group_of", "groups", "packing_refuses", "refuses", "require", "unpack",
+]  # fmt: skip
+
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
 FP8_MULTIPLE = 16  # of inputs and outputs of an fp8 layer: the products' alignment on a GPU
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
-
-
-class PackedLinear(nn.Linear):
-    """A linear layer whose weight is in oneDNN's layout."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_packed(x, self.weight, self.bias)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight.detach().to_dense()
-
-
-class UpcastLinear(nn.Linear):
-    """A linear layer that stores bfloat16 and multiplies float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear_upcast(x, self.weight, self.bias)
-
-
-class QuantizedLinear(nn.Linear):
-    """A linear layer with an int8 or float8_e4m3fn weight [N, K] and its float32 scales `weight_scale` [N, 1].
-
-    Takes rows that are quantized already, or a tensor, whose rows it quantizes. `attach` gives it the
-    implementations of its machine in place of the reference ones, and `producers` for `ops.rows.into`.
-    """
-
-    rows: RowTable = EAGER_ROWS
-    weight_scale: nn.Parameter
-
-    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        if not isinstance(x, QuantizedRows):
-            x = QuantizedRows(*self.rows.quantize_rows(x, self.weight.dtype), x.dtype)
-        return self.rows.linear_quantized(x.values, x.scales, self.weight, self.weight_scale, self.bias, x.dtype)
 
 
 def convert(
@@ -83,11 +47,11 @@ def convert(
     require(precision, device)
     done: dict[tuple[str, str], list[int]] = {}
     freed = 0
-    for name, layer in list(_linears(network)):
+    for name, layer in list(linear_layers(network)):
         kind, why = _kind(network, name, layer, device, precision, exempt)
         done.setdefault((kind, why), []).append(layer.weight.numel())
         freed += layer.weight.nbytes
-        _exchange(layer, kind)
+        exchange(layer, kind)
         if freed > TRIM_EVERY:  # or the C library keeps the place of every old weight
             freed = 0
             release_free_memory()
@@ -104,7 +68,7 @@ def arrived(
     if precision is None or leaf != "weight" or not isinstance(layer, nn.Linear):
         return
     if (kind := _kind(network, owner, layer, device, precision, exempt)[0]) in ROWS:
-        _exchange(layer, kind)
+        exchange(layer, kind)
 
 
 def attach(network: Any, target: Target) -> tuple[Choice, ...]:
@@ -121,52 +85,21 @@ def attach(network: Any, target: Target) -> tuple[Choice, ...]:
     return choices
 
 
-def group_of(name: str) -> str:
-    """A layer's name without the number of its block: what its like in other blocks is called, too."""
-    parts = name.split(".")
-    return ".".join((parts[0], *parts[2:])) if len(parts) > 1 and parts[1].isdigit() else name
-
-
 def groups(network: nn.Module, precision: str = "int8") -> dict[str, list[nn.Linear]]:
     """The layers that `precision` would quantize in `network` (loaded, not yet quantized), by kind."""
     found: dict[str, list[nn.Linear]] = {}
-    for name, layer in _linears(network):
+    for name, layer in linear_layers(network):
         if _kind(network, name, layer, torch.device("cpu"), precision, ())[0] == precision:
             found.setdefault(group_of(name), []).append(layer)
     return found
 
 
-class Trial:
-    """These layers in `precision` for as long as it is entered, as often as it is; both forms are held throughout.
-
-        with Trial(layers, "fp8"):
-            network(...)
-    """
-
-    def __init__(self, layers: Sequence[nn.Linear], precision: str) -> None:
-        self._kept = [(layer, type(layer), layer.weight) for layer in layers]
-        weights = (layer.weight.detach() for layer in layers)
-        plain = (weight.to_dense() if weight.is_mkldnn else weight for weight in weights)
-        self._quantized = [_values(weight, ROWS[precision]) for weight in plain]
-
-    def __enter__(self) -> None:
-        for (layer, *_), form in zip(self._kept, self._quantized, strict=True):
-            _become(layer, *form)
-
-    def __exit__(self, *_: object) -> None:
-        for layer, kind, weight in self._kept:
-            layer.__class__, layer.weight = kind, weight
-            del layer._parameters[SCALE]
-            for name in ("rows", "producers"):  # of `attach`
-                layer.__dict__.pop(name, None)
-
-
 def check_names(network: nn.Module, exempt: Sequence[str], measured: Sequence[Group] = ()) -> None:
     """Raises ConfigError unless `network` has layers of the names in `exempt`, and the kinds that were measured."""
     have: dict[str, list[int]] = {}
-    for name, layer in _linears(network):
+    for name, layer in linear_layers(network):
         have.setdefault(group_of(name), []).append(layer.weight.numel())
-    whole = [name for name, _ in _linears(network)]
+    whole = [name for name, _ in linear_layers(network)]
     if strangers := [part for part in exempt if not any(part in name for name in (*whole, *have))]:
         raise ConfigError(f"exempt: no linear layer is called {', '.join(strangers)}; the kinds are {', '.join(have)}")
     for group in measured:
@@ -176,15 +109,6 @@ def check_names(network: nn.Module, exempt: Sequence[str], measured: Sequence[Gr
                 f"the measurement is of another network: it has {group.layers} layers {group.name} of "
                 f"{group.parameters} parameters, this one {len(sizes)} of {sum(sizes)}; measure this one"
             )
-
-
-def unpack(network: nn.Module) -> None:
-    """Gives packed layers their plain weights back: for tracers, which cannot see into oneDNN's layout."""
-    for _, layer in list(_linears(network)):
-        if isinstance(layer, PackedLinear):
-            plain: Any = layer
-            plain.__class__, weight = nn.Linear, layer.weight.detach().to_dense()
-            plain.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
@@ -221,11 +145,11 @@ def expect_quantized(network: nn.Module, stored: Container[str], precision: str 
     """Makes room, on the meta device, for the quantized layers of a saved program of `precision` that has the
     tensors `stored`. Returns the names of their tensors, which are read in the dtype they are stored in."""
     as_saved = set()
-    for name, layer in list(_linears(network)):
+    for name, layer in list(linear_layers(network)):
         if f"{name}.{SCALE}" in stored:
             if precision is None:
                 raise CheckpointError(f"{name} is quantized in a program of no precision; save it again")
-            _quantize(layer, layer.weight, ROWS[precision])
+            quantize_layer(layer, layer.weight, ROWS[precision])
             as_saved |= {f"{name}.weight", f"{name}.{SCALE}"}
     return as_saved
 
@@ -255,10 +179,6 @@ def converted(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> 
     return (f"stored in {kept}, which this {device.type} only emulates: weights converted to {held} at load",)
 
 
-def _linears(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    return ((name, m) for name, m in network.named_modules() if isinstance(m, nn.Linear))
-
-
 def _kind(
     network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None, exempt: Sequence[str]
 ) -> tuple[str, str]:
@@ -272,7 +192,7 @@ def _kind(
     if precision is not None:
         if any(part in name or part in group_of(name) for part in exempt):
             why = f"sensitive: kept out of {precision}"
-        elif not _in_blocks(network, name):
+        elif not in_block(network, name):
             why = f"embedder, projection or once per prompt: kept out of {precision}"
         elif precision == "fp8" and any(n % FP8_MULTIPLE for n in layer.weight.shape):
             why = f"inputs or outputs are no multiple of {FP8_MULTIPLE}: kept out of fp8"
@@ -295,35 +215,3 @@ def _how(precision: str, device: torch.device) -> str:
         return emulated if device.type == "cpu" else "e4m3, rows of activations and weights scaled"
     limit = int8_limit(torch.cpu.get_capabilities())
     return "rows of activations and weights scaled" if limit == 127 else "7-bit weights: no VNNI"
-
-
-def _in_blocks(network: nn.Module, name: str) -> bool:
-    """Whether a layer belongs to a repeated block that runs per evaluation."""
-    head = name.split(".")[0]
-    return head not in getattr(network, "prompt_modules", ()) and isinstance(getattr(network, head), nn.ModuleList)
-
-
-def _exchange(layer: nn.Linear, kind: str) -> None:
-    if kind == "packed":
-        layer.__class__, weight = PackedLinear, pack(layer.weight.detach())
-        layer.weight = nn.Parameter(weight, requires_grad=False)
-    elif kind == "upcast":
-        layer.__class__ = UpcastLinear
-    elif kind in ROWS and not isinstance(layer, QuantizedLinear):
-        _quantize(layer, layer.weight.detach(), ROWS[kind])
-
-
-def _quantize(layer: nn.Linear, weight: Tensor, to: torch.dtype) -> None:
-    """Makes `layer` a QuantizedLinear of `weight`, which may be on the meta device."""
-    _become(layer, *_values(weight, to))
-
-
-def _values(weight: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values and scales that a QuantizedLinear on this machine may have."""
-    return quantize_weight(weight, to, int8_limit(torch.cpu.get_capabilities()) if to == torch.int8 else None)
-
-
-def _become(layer: nn.Linear, values: Tensor, scales: Tensor) -> None:
-    layer.__class__ = QuantizedLinear
-    layer.weight = nn.Parameter(values, requires_grad=False)
-    layer.register_parameter(SCALE, nn.Parameter(scales, requires_grad=False))

@@ -1,0 +1,56 @@
+"""The repeated blocks of a network: what streams, and whose linear layers a precision is for."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def block_names(network: nn.Module) -> list[str]:
+    """The repeated blocks of `network` in the order they run: the items of its lists of modules that have a
+    `forward` of their own, prompt modules left out."""
+    prompt = tuple(getattr(network, "prompt_modules", ()))
+    found: list[str] = []
+    for name, module in network.named_modules():
+        inside = any(name.startswith(block + ".") for block in found)
+        if isinstance(module, nn.ModuleList) and not inside and not name.startswith(prompt or "\0"):
+            kinds = {type(item) for item in module}
+            if kinds and all(_computes(kind) for kind in kinds):
+                found += [f"{name}.{i}" for i in range(len(module))]
+    return found
+
+
+def _computes(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class are called themselves, as containers are not."""
+    return kind.forward is not nn.Module.forward
+
+
+def in_block(network: nn.Module, name: str) -> bool:
+    """Whether the module `name` of `network` belongs to a repeated block and runs with it, not once per prompt."""
+    prompt = getattr(network, "prompt_modules", ())
+    if any(name == head or name.startswith(f"{head}.") for head in prompt):
+        return False
+    module = network
+    for part in name.split("."):
+        owner, module = module, module.get_submodule(part)
+        if isinstance(owner, nn.ModuleList) and _computes(type(module)):
+            return True
+    return False
+
+
+def parameters_of(network: nn.Module, block: str) -> list[str]:
+    """Names of the parameters that stream with `block`: those of its linear layers and convolutions, but for what
+    runs once per prompt. The rest is small, and some of it is read before the block runs."""
+    prompt = tuple(f"{name}." for name in getattr(network, "prompt_modules", ()))
+    return [
+        f"{name}.{leaf}"
+        for name, layer in network.get_submodule(block).named_modules(prefix=block)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not f"{name}.".startswith(prompt or ("\0",))
+        for leaf, _ in layer.named_parameters()
+    ]
+
+
+def group_of(name: str) -> str:
+    """A layer's name without the number of its block: what its like in other blocks is called, too."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
+    return name if number is None else ".".join(parts[:number] + parts[number + 1 :])
