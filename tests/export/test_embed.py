@@ -142,7 +142,9 @@ def test_prompt_files_that_cannot_work(user, exported, tmp_path):
     paths = [tmp_path / f"{i}.safetensors" for i in range(len(cases))]
     for path, (content, _) in zip(paths, cases, strict=True):
         path.write_bytes(content)
-    said = run(user, exported, "prompts", *paths).splitlines()
+    (tmp_path / "folder").mkdir()
+    cases.append((b"", "cannot be read"))
+    said = run(user, exported, "prompts", *paths, tmp_path / "folder").splitlines()
     assert len(said) == len(cases)
     for line, (content, message) in zip(said, cases, strict=True):
         assert message in line, (content[:80], line)

@@ -39,7 +39,7 @@ from twinflow_rt.pipeline import load
 from twinflow_rt.prompt_file import read_rows
 from twinflow_rt.sample import preset
 from twinflow_rt.serve import cluster as cluster_module
-from twinflow_rt.serve import command
+from twinflow_rt.serve import command, ray_data
 from twinflow_rt.serve import ray as on_ray
 from twinflow_rt.serve.engine import DrainingError, Limits, QueueFullError
 
@@ -219,8 +219,13 @@ def test_what_a_worker_refuses_is_told(cluster, tmp_path, capsys):
     argv = ["batch", "demo", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--ray", "", "--device", "cpu"]
     assert cli.main(argv) == 2
     assert "width 65 must be a multiple" in capsys.readouterr().err
-    assert cli.main([*argv, "--dtype", "int4"]) == 2
-    assert "dtype 'int4' is not supported" in capsys.readouterr().err
+
+
+def test_a_model_that_a_worker_cannot_load_is_told_by_its_first_batch():
+    """Ray itself would start such a worker again and again."""
+    painter = ray_data.Painter("demo", {"device": "cpu", "dtype": "int4"}, "raise")
+    with pytest.raises(ConfigError, match="dtype 'int4' is not supported"):
+        painter({"requests": []})
 
 
 class Handle:

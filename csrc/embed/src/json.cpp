@@ -55,6 +55,7 @@ class JsonReader {
     return true;
   }
 
+  // NOLINTBEGIN(misc-no-recursion): at most kDeepest calls deep
   Json read(const std::string& name, int depth) {
     if (depth > kDeepest) fail("is nested too deeply");
     Json value;
@@ -98,6 +99,7 @@ class JsonReader {
     while (take(','));
     expect(']');
   }
+  // NOLINTEND(misc-no-recursion)
 
   double number() {
     const size_t end = text_.find_first_not_of("+-.0123456789eE", at_);

@@ -10,7 +10,7 @@ namespace twinflow {
 
 class Json {
  public:
-  enum class Kind { Null, Bool, Number, String, Array, Object };
+  enum class Kind : uint8_t { Null, Bool, Number, String, Array, Object };
 
   // Throws Error, naming `where`, for anything but one JSON value.
   static Json parse(const std::string& text, const std::string& where);

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <string>
 
 #include "twinflow_rt_embed.h"
@@ -113,8 +114,8 @@ int run(const Options& options) {
   }
   const twinflow::Prompt prompt =
       options.ids.empty() ? twinflow::read_prompt(options.prompt) : model.encode(options.ids);
-  std::vector<uint64_t> seeds;
-  for (int64_t i = 0; i < prompt.count * options.images; ++i) seeds.push_back(options.seed + static_cast<uint64_t>(i));
+  std::vector<uint64_t> seeds(static_cast<size_t>(prompt.count * options.images));
+  std::iota(seeds.begin(), seeds.end(), options.seed);
   const auto images = model.generate(prompt, seeds, options.height, options.width);
   for (size_t i = 0; i < images.size(); ++i) {
     const std::string path = numbered(options.output, i, images.size());

@@ -30,14 +30,14 @@ using torch::inductor::AOTIModelPackageLoader;
 
 constexpr int64_t kFormat = 1;
 constexpr uint64_t kLargestSeed = (uint64_t{1} << 63) - 1;
-const std::string kWeights = "data/twinflow/";
-const std::map<std::string, at::ScalarType> kDtypes = {
-    {"float32", at::kFloat},  {"float16", at::kHalf}, {"bfloat16", at::kBFloat16},
-    {"float64", at::kDouble}, {"int64", at::kLong},   {"int32", at::kInt},
-    {"int8", at::kChar},      {"uint8", at::kByte},   {"bool", at::kBool},
-};
+constexpr const char* kWeights = "data/twinflow/";
 
 at::ScalarType dtype_of(const std::string& name) {
+  static const std::map<std::string, at::ScalarType> kDtypes = {
+      {"float32", at::kFloat},  {"float16", at::kHalf}, {"bfloat16", at::kBFloat16},
+      {"float64", at::kDouble}, {"int64", at::kLong},   {"int32", at::kInt},
+      {"int8", at::kChar},      {"uint8", at::kByte},   {"bool", at::kBool},
+  };
   const auto found = kDtypes.find(name);
   if (found == kDtypes.end()) throw Error("the manifest has an unknown dtype, " + name);
   return found->second;
@@ -336,13 +336,14 @@ std::vector<Image> Model::generate(const Prompt& prompt, const std::vector<uint6
     const int64_t longest = *std::max_element(prompt.lengths.begin(), prompt.lengths.end());
     const int64_t rows = (longest + facts.rows_multiple - 1) / facts.rows_multiple * facts.rows_multiple;
     const at::Tensor given = tensor_of(prompt.embeds, {prompt.count, prompt.rows, prompt.width}, at::kFloat);
-    at::Tensor embeds = at::zeros({prompt.count, rows, prompt.width}, at::kFloat);
+    const at::Tensor embeds = at::zeros({prompt.count, rows, prompt.width}, at::kFloat);
     const int64_t kept = std::min(rows, prompt.rows);
     embeds.narrow(1, 0, kept).copy_(given.narrow(1, 0, kept));
 
     std::vector<at::Tensor> inputs = {normals(seeds, 0, shape).to(state_->dtype), repeated(embeds.to(state_->dtype)),
                                       repeated(tensor_of(prompt.lengths, {prompt.count}, at::kLong))};
     std::vector<at::Tensor> injected;
+    injected.reserve(static_cast<size_t>(streams));
     for (int64_t i = 1; i <= streams; ++i) injected.push_back(normals(seeds, static_cast<uint64_t>(i), shape));
     if (streams > 0) inputs.push_back(at::stack(injected));
     for (const auto& [name, size] : facts.extras)
@@ -354,6 +355,7 @@ std::vector<Image> Model::generate(const Prompt& prompt, const std::vector<uint6
     if (pixels.sizes() != at::IntArrayRef(wanted) || pixels.scalar_type() != at::kByte)
       throw Error("program " + name + " gave something else than images");
     std::vector<Image> out;
+    out.reserve(seeds.size());
     const uint8_t* data = pixels.const_data_ptr<uint8_t>();
     const int64_t size = height * width * 3;
     for (int64_t i = 0; i < images; ++i)

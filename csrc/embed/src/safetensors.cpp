@@ -1,4 +1,6 @@
 // Prompt embeddings from safetensors: 8 bytes of header size, a JSON header, then the tensors' bytes.
+#include <sys/stat.h>
+
 #include <cstring>
 #include <fstream>
 #include <limits>
@@ -11,7 +13,13 @@ namespace twinflow {
 namespace {
 
 constexpr uint64_t kLargestHeader = 100u << 20;
-const std::map<std::string, int64_t> kSizes = {{"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4}};
+
+// Bytes of an element; 0 for a dtype that is not read.
+int64_t item_size(const std::string& dtype) {
+  if (dtype == "F16" || dtype == "BF16") return 2;
+  if (dtype == "F32" || dtype == "I32") return 4;
+  return dtype == "I64" ? 8 : 0;
+}
 
 struct Stored {
   std::string name, dtype;
@@ -21,11 +29,12 @@ struct Stored {
 };
 
 std::string read_file(const std::string& path) {
+  struct stat facts{};
   std::ifstream file(path, std::ios::binary | std::ios::ate);
-  if (!file) throw Error(path + " cannot be read");
+  if (!file || ::stat(path.c_str(), &facts) != 0 || !S_ISREG(facts.st_mode)) throw Error(path + " cannot be read");
   std::string content(static_cast<size_t>(file.tellg()), '\0');
   file.seekg(0);
-  if (!file.read(&content[0], static_cast<std::streamsize>(content.size()))) throw Error(path + " cannot be read");
+  if (!file.read(content.data(), static_cast<std::streamsize>(content.size()))) throw Error(path + " cannot be read");
   return content;
 }
 
@@ -44,12 +53,12 @@ Stored locate(const std::string& name, const Json& entry, const std::string& pat
   const std::string what = path + ": " + name;
   Stored out{name, entry["dtype"].text(), entry["shape"].integers(), 0, nullptr};
   const std::vector<int64_t> ends = entry["data_offsets"].integers();
-  const auto item = kSizes.find(out.dtype);
-  if (item == kSizes.end()) throw Error(what + " has dtype " + out.dtype + "; prompts are F32, F16, BF16, I64 or I32");
+  const int64_t item = item_size(out.dtype);
+  if (item == 0) throw Error(what + " has dtype " + out.dtype + "; prompts are F32, F16, BF16, I64 or I32");
   out.count = elements(out.shape, what);
   if (ends.size() != 2 || ends[0] < 0 || ends[1] < ends[0] || ends[1] > size)
     throw Error(what + " reaches beyond the end of the file, which is damaged or cut short");
-  if (ends[1] - ends[0] != out.count * item->second) throw Error(what + ": its bytes do not fit its shape");
+  if (ends[1] - ends[0] != out.count * item) throw Error(what + ": its bytes do not fit its shape");
   out.bytes = data + ends[0];
   return out;
 }
@@ -131,8 +140,8 @@ Prompt read_prompt(const std::string& path) {
     if (!is_extra && name != "lengths") continue;
     const size_t axes = is_extra ? 2 : 1;
     if (tensor.shape.size() != axes || tensor.shape[0] != prompt.count)
-      throw Error(path + ": " + name + " must have " + std::to_string(axes) +
-                  " axes, the first of one entry per prompt");
+      throw Error(std::string(path).append(": ").append(name) + (is_extra ? " must have 2 axes" : " must have 1 axis") +
+                  ", the first of one entry per prompt");
     if (is_extra)
       prompt.extras[name.substr(extra.size())] = floats(tensor, path);
     else
