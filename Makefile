@@ -61,9 +61,11 @@ lock: $(VENV)/.lint
 	  $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX)) --extra test \
 	  --no-emit-package torch --custom-compile-command "make lock" pyproject.toml - --output-file requirements/test.lock
 
-# Known vulnerabilities of those versions, as PyPI's advisories have them; a package it knows nothing about fails.
+# Known vulnerabilities of those versions, as PyPI's advisories (AUDIT=pypi) or osv.dev's (AUDIT=osv) have them; a
+# package that the service knows nothing about fails. Needs that service: a plain mirror of PyPI has no advisories.
+AUDIT ?= pypi
 audit: $(VENV)/.lint
-	$(BIN)/pip-audit --strict --disable-pip --require-hashes --requirement requirements/test.lock
+	$(BIN)/pip-audit --vulnerability-service $(AUDIT) --strict --disable-pip --require-hashes --requirement requirements/test.lock
 
 # The lowest and the newest versions that pyproject.toml allows, each in a fresh environment; downloads gigabytes.
 check-bounds: $(VENV)/.built $(VENV)/.lint
