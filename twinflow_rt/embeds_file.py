@@ -26,6 +26,7 @@ from .atomic import check_target, replacing
 from .errors import CheckpointError, ConfigError
 from .files import open_tensors, parse_json
 from .passes.fuse import sources
+from .passes.layers import SCALE
 from .text import PromptEmbeds
 from .versions import refusal
 
@@ -66,7 +67,8 @@ def fingerprint(text: Any) -> str:
     for part in text.parts:
         digest.update(part.name.encode())
         checkpoint = part.checkpoint
-        names = sorted(s for name in part.network.state_dict() for s in sources(name, part.layout.fused))
+        mine = (name for name in part.network.state_dict() if not name.endswith(SCALE))  # quantized or not
+        names = sorted(s for name in mine for s in sources(name, part.layout.fused))
         for name in names:
             shape = checkpoint.shape(name)
             digest.update(f"{name}{shape}".encode())

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     prompts = resolve_prompts([*args.prompt, *(row["prompt"] for row in rows)])
     check_target(args.output, "--output")
     began = time.perf_counter()
-    family, text = open_text(folder, args.device, args.dtype)
+    family, text = open_text(folder, args.device, args.dtype, args.text_precision)
     loaded = time.perf_counter()
     embeds = encode(text, prompts)
     write(args.output, embeds, model=args.model, family=family, text=text, prompts=prompts)
@@ -54,14 +54,18 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     return 0
 
 
-def open_text(folder: Path, device: str | None, dtype: str | None) -> tuple[str, Any]:
+def open_text(
+    folder: Path, device: str | None, dtype: str | None, precision: str | None = None
+) -> tuple[str, Any]:
     """A model's family and its text stage, loaded; of the other parts configs and headers are read."""
     target = resolve_device(device)
     transformer = Checkpoint(model_folder(folder) / "transformer", quantized=True)
     family = family_of(transformer.config)
     text, _, _ = family.open(folder, transformer.config)
     with torch.no_grad():
-        text.materialize(target, resolve_dtype(dtype, target, transformer.main_dtype()))
+        kind = resolve_dtype(dtype, target, transformer.main_dtype())
+        text.quantize(precision, (), target, kind)
+        text.materialize(target, kind)
     return family.name, text
 
 

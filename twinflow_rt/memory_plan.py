@@ -181,12 +181,19 @@ def costs_of(
     ops, _ = select(Target.of(torch.device("cpu"), torch.float32))  # which run on the meta device, too
     ratio = dtype.itemsize / torch.float32.itemsize  # the shadows are float32
     parts = {"text": text.parts, "vae": vae.parts}
+    of_text = tuple(text.exempt) if text.precision else None
     weights = {
         name: _total(
-            _weights(p.network, p.checkpoint, p.layout, device, dtype, name == "vae") for p in several
+            _weights(
+                p.network, p.checkpoint, p.layout, device, dtype, name == "vae",
+                quantized=of_text if name == "text" else None,
+            )
+            for p in several
         )
         for name, several in parts.items()
     }  # fmt: skip
+    if of_text is not None:
+        weights["text"] = settled(weights["text"])
     weights["network"] = _weights(network, checkpoint, layout, device, dtype, False, absorb, quantized)
     if quantized is not None:
         weights["network"] = settled(weights["network"])

@@ -24,6 +24,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--exempt", nargs="+", default=[], metavar="NAME",
         help="layers kept out of int8 or fp8: parts of their names, or one .json file of `sensitivity --save`",
     )  # fmt: skip
+    parser.add_argument("--text-precision", choices=("int8", "fp8"), help="8-bit linear layers of the text encoders")
     parser.add_argument("--fp8-attention", action="store_true", help="with fp8: attention's scores in float8, too")
 
 
@@ -49,7 +50,10 @@ def precision_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `load` that say in how many bits to compute."""
     one = args.exempt[0] if len(args.exempt) == 1 and args.exempt[0].endswith(".json") else None
     exempt = args.exempt if one is None else Path(one)
-    return {"precision": args.precision, "exempt": exempt, "fp8_attention": args.fp8_attention}
+    return {
+        "precision": args.precision, "exempt": exempt, "fp8_attention": args.fp8_attention,
+        "text_precision": args.text_precision,
+    }  # fmt: skip
 
 
 def parse_size(text: str) -> tuple[int, int]:

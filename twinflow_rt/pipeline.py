@@ -95,11 +95,7 @@ class Pipeline:
         if self._stages is None:
             size = self.sizes.resolve(None, None)
             self._stages = predict_stages(self.text, self.program.network, self.vae, *size)
-        loads = tuple(
-            f"{part.name} {report}"
-            for stage in (self.text, self.vae)
-            for part, report in zip(stage.parts, stage.reports, strict=True)
-        )
+        loads = tuple(note for stage in (self.text, self.vae) for note in stage.notes())
         graphs = self.captures.notes() if self.captures is not None else ()
         graphs += self.memory.notes() if self.memory is not None else ()
         graphs += (str(self.prompts),) if self.prompts.budget else ()
@@ -225,9 +221,12 @@ class Pipeline:
     def save(self, path: str | Path) -> Path:
         """Writes the compiled program and the other parts as an artifact (passes/artifact.py), which
         `load` takes like a model folder, skipping the passes. It holds this pipeline's schedule only.
-        Raises ConfigError where weights stream."""
+        Raises ConfigError where weights stream, and where the text encoder has 8 bits: those are made as it is
+        read, of a saved program too."""
         if self.memory is not None and (self.memory.streamed or self.memory.text_streams):
             raise ConfigError("this pipeline's weights stream: load it without memory_budget to save it")
+        if self.text.precision is not None:
+            raise ConfigError("text encoders are saved in their dtype: save without text_precision, load with it again")
         with self._lock, torch.inference_mode():
             self.program.refold(schedule(self.sampler, self.dtype))  # a call may have left another
             parts = {
@@ -377,6 +376,7 @@ def load(
     nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
     progress: Callable[[str, int], None] | None = None, precision: str | None = None,
     exempt: Sequence[str] | str | Path = (), fp8_attention: bool = False,
+    text_precision: str | None = None, text_exempt: Sequence[str] = (),
     prompt_cache: int = 0, download: bool = False, capture: str = "auto", batch_invariant: bool = False,
     memory_budget: int | str | None = None, largest: tuple[int | None, int | None, int] | None = None,
     tile: int | None = None,
@@ -395,6 +395,8 @@ def load(
     (`twinflow-rt sensitivity --save`; the plan says why). exempt: parts of names of layers kept out of int8 or
     fp8, because they measured sensitive, or a file of that command, whose errors go into the plan.
     fp8_attention: beside "fp8", attention's scores are float8 products as well.
+    text_precision: "int8" or "fp8", for the linear layers of the text encoders' blocks, where `precision` never
+    reaches; text_exempt: parts of names of layers kept out of it.
     prompt_cache: bytes of device memory to keep prompts in that were seen before, as the network reads them
     (`Pipeline.prompts` counts hits); 0: none.
     capture: "graphs" records every stage once per shape and replays it (CUDA graphs, see `capture`), "auto"
@@ -429,6 +431,7 @@ def load(
     family = family_of(checkpoint.config)
     kind = resolve_dtype(dtype, target, DTYPES[plan.dtype] if plan else checkpoint.main_dtype())
     text, vae, sizes = family.open(folder, checkpoint.config)
+    text.quantize(text_precision, text_exempt, target, kind)
     times, memory = schedule(config, kind), None
     how = {} if plan is not None else precisions.resolve(
         folder / "transformer", precision, exempt, fp8_attention, target, kind

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Captures
+from .errors import ConfigError
 from .models.network_config import check_fields, reading
 from .ops import EAGER
 from .ops.select import OpTable, Target, select
+from .passes import quantize
 from .passes.blocks import block_names
 from .passes.fuse import sources
 from .passes.load import Checkpoint, Layout, Progress, materialize
-from .passes.quantize import convert
 from .passes.upsample import fold_upsampling
+from .plan import Layers
 from .report import LoadReport
 from .streaming import load_part
 
@@ -61,16 +64,18 @@ class Part:
     layout: Layout
 
     def load(
-        self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None, *, streams: bool = False
-    ) -> LoadReport:
-        """Reads the weights; streams: but those of repeated blocks, which come as they run (see `streaming`)."""
+        self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None, *, streams: bool = False,
+        precision: str | None = None, exempt: Sequence[str] = (),
+    ) -> tuple[LoadReport, tuple[Layers, ...]]:  # fmt: skip
+        """Reads the weights and says what linear layers became. streams: without those of repeated blocks, which come
+        as they run (see `streaming`). precision, exempt: see `passes.quantize.convert`."""
         report: LoadReport
         if streams:
             report = load_part(self, len(block_names(self.network)), device, dtype, progress)
         else:
-            report = materialize(self.network, self.checkpoint, self.layout, device, dtype, progress)
-        convert(self.network, device)
-        return report
+            narrow = partial(quantize.arrived, self.network, device=device, precision=precision, exempt=exempt)
+            report = materialize(self.network, self.checkpoint, self.layout, device, dtype, progress, narrow)
+        return report, quantize.convert(self.network, device, precision, exempt)
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors in use under the checkpoint's names, merged ones cut as the files have them."""
@@ -94,7 +99,9 @@ class Stage:
     `materialize` every network is on the meta device.
 
     captures: what records the stage's work per shape (see `capture`), or None. streams: whether the blocks of
-    its networks come and go as they run (see `streaming`); to be set before `materialize`.
+    its networks come and go as they run (see `streaming`). precision, exempt: "int8" or "fp8" for the linear layers
+    of its repeated blocks, but for those with such names. All three are to be set before `materialize`.
+    layers: what linear layers became, part by part.
     """
 
     parts: tuple[Part, ...]
@@ -102,6 +109,9 @@ class Stage:
     ops: OpTable = EAGER
     captures: Captures | None = None
     streams: bool = False
+    precision: str | None = None
+    exempt: tuple[str, ...] = ()
+    layers: tuple[tuple[Layers, ...], ...] = ()
 
     def __init__(self, folder: Path) -> None:
         raise NotImplementedError
@@ -115,11 +125,35 @@ class Stage:
 
     def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
         """Reads all parts and gives them the ops of `device`; `reports` tells what reading took, part by part."""
-        self.reports = tuple(part.load(device, dtype, progress, streams=self.streams) for part in self.parts)
-        self.ops, choices = select(Target.of(device, dtype))
+        how: dict[str, Any] = {"streams": self.streams, "precision": self.precision, "exempt": self.exempt}
+        loaded = [part.load(device, dtype, progress, **how) for part in self.parts]
+        self.reports, self.layers = tuple(report for report, _ in loaded), tuple(layers for _, layers in loaded)
+        target = Target.of(device, dtype)
+        self.ops, choices = select(target)
         for part in self.parts:
             part.network.ops = self.ops
+            quantize.attach(part.network, target)
             fold_upsampling(part.network, choices)
+
+    def quantize(self, precision: str | None, exempt: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
+        """Has the linear layers of repeated blocks quantized as they are read; to be called before `materialize`.
+        Raises ConfigError where `device` cannot multiply them, and for names in `exempt` that no layer has."""
+        if precision not in (None, *quantize.ROWS):
+            names = ", ".join(quantize.ROWS)
+            raise ConfigError(f"text_precision {precision!r:.40} is none of {names}; None keeps the dtype")
+        if exempt and precision is None:
+            raise ConfigError("text_exempt names layers kept out of text_precision: give one")
+        quantize.require(precision, device, dtype)
+        quantize.check_names(nn.ModuleDict({part.name: part.network for part in self.parts}), exempt)
+        self.precision, self.exempt = precision, tuple(exempt)
+
+    def notes(self) -> tuple[str, ...]:
+        """Lines for a plan: what loading took, and what linear layers became where some have 8 bits."""
+        lines = [f"{part.name} {report}" for part, report in zip(self.parts, self.reports, strict=True)]
+        if self.precision is not None:
+            each = zip(self.parts, self.layers, strict=True)
+            lines += [f"{part.name} linear {group}" for part, groups in each for group in groups]
+        return tuple(lines)
 
     def captured(self, name: str, run: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
         """run(*args), by a graph where there are any. owner: what else but the weights the graph reads, if anything."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import EAGER, OpTable
+from ..ops import EAGER, OpTable, into
 from ..passes.load import Layout
 from ..stage import Model
 from .containers import ModuleDict, ModuleList
@@ -98,8 +98,9 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x, self.eps, ops))
-        return x + self.mlp["fc2"](self.act(self.mlp["fc1"](self.layer_norm2(x, self.eps, ops))))
+        first, second = self.mlp.values()
+        x = x + self.self_attn(self.layer_norm1(x, self.eps, into(self.self_attn.qkv_proj, ops)))
+        return x + second(self.act(first(self.layer_norm2(x, self.eps, into(first, ops)))))
 
 
 class ClipText(nn.Module):

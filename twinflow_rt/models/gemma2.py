@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import EAGER
+from ..ops import EAGER, into
 from ..passes.load import Layout
 from ..stage import Model
 from .containers import ModuleList
@@ -97,13 +97,15 @@ class Layer(nn.Module):
 
     def forward(
         self, x: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], following: Tensor, eps: float, ops: Any,
-        past: tuple[Tensor, Tensor] | None, kept: list[tuple[Tensor, Tensor]] | None,
+        past: tuple[Tensor, Tensor] | None, kept: list[tuple[Tensor, Tensor]] | None, reader: nn.Module | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """h: x under this layer's first norm; following: the weight of the norm that reads the output."""
+        """h: x under this layer's first norm; following: the weight of the norm that reads the output, reader: the
+        layer that reads that."""
         _, post_a, pre_f, post_f = (1 + getattr(self, name).weight.float() for name in NORMS)
-        x, h = ops.residual_norm(x, self.self_attn(h, rope, past, kept), post_a, pre_f, eps)
+        branch = self.self_attn(h, rope, past, kept)
+        x, h = into(self.mlp.gate_up_proj, ops).residual_norm(x, branch, post_a, pre_f, eps)
         gate, up = self.mlp.gate_up_proj(h).chunk(2, -1)
-        return ops.residual_norm(x, self.mlp.down_proj(ops.gelu_tanh(gate) * up), post_f, following, eps)
+        return into(reader, ops).residual_norm(x, self.mlp.down_proj(ops.gelu_tanh(gate) * up), post_f, following, eps)
 
 
 class Gemma2(nn.Module):
@@ -145,9 +147,12 @@ class Gemma2(nn.Module):
         angles = torch.arange(start, length, device=device).float()[:, None] / config.rope_theta**exponents
         rope = angles.cos()[:, None], angles.sin()[:, None]
         firsts = [1 + layer.input_layernorm.weight.float() for layer in self.layers] + [1 + self.norm.weight.float()]
-        h = self.ops.rms_norm(x, firsts[0], config.rms_norm_eps)
-        for i, (layer, following) in enumerate(zip(self.layers, firsts[1:], strict=True)):
-            x, h = layer(x, h, rope, following, config.rms_norm_eps, self.ops, past[i] if past else None, kept)
+        readers = [*(layer.self_attn.qkv_proj for layer in self.layers), None]
+        h = into(readers[0], self.ops).rms_norm(x, firsts[0], config.rms_norm_eps)
+        each = zip(self.layers, firsts[1:], readers[1:], strict=True)
+        for i, (layer, following, reader) in enumerate(each):
+            before = past[i] if past else None
+            x, h = layer(x, h, rope, following, config.rms_norm_eps, self.ops, before, kept, reader)
         return h
 
 

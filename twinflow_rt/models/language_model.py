@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import EAGER, OpTable
+from ..ops import EAGER, OpTable, into
 from ..passes.load import Layout
 from .containers import ModuleList
 from .linear import with_residual, with_swiglu
@@ -152,10 +152,11 @@ class Layer(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
         kept: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:  # fmt: skip
-        h = ops.rms_norm(x, self.input_layernorm.weight.float(), self.eps)
+        h = into(self.self_attn.qkv_proj, ops).rms_norm(x, self.input_layernorm.weight.float(), self.eps)
         x = with_residual(x, self.self_attn.o_proj, self.self_attn(h, rope, ops, past, kept), ops)
-        h = ops.rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
-        return with_residual(x, self.mlp.down_proj, with_swiglu(self.mlp.gate_up_proj, h, ops), ops)
+        h = into(self.mlp.gate_up_proj, ops).rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
+        up = with_swiglu(self.mlp.gate_up_proj, h, into(self.mlp.down_proj, ops))
+        return with_residual(x, self.mlp.down_proj, up, ops)
 
 
 class LanguageModel(nn.Module):

@@ -81,15 +81,15 @@ class Block(nn.Module):
         second = {"DenseReluDense": ModuleDict(dense), "layer_norm": Weight(config.d_model)}
         self.layer: ModuleList[ModuleDict[Any]] = ModuleList((ModuleDict(first), ModuleDict(second)))
 
-    def forward(self, x: Tensor, bias: Tensor, ops: OpTable) -> Tensor:
-        """x may be wider than the weights: see `_dtype_of`."""
+    def forward(self, x: Tensor, bias: Tensor, dtype: torch.dtype, ops: OpTable) -> Tensor:
+        """dtype: what the network is stored in; x may be wider: see `_dtype_of`."""
         attention, norm = self.layer[0].values()
-        dtype = attention.qkv.weight.dtype
         out = attention(ops.rms_norm(x, norm.weight.float(), self.eps).to(dtype), bias)
         x = with_residual(x, attention.o, out, ops)
         dense, norm = self.layer[1].values()
         gate, up = dense["wi"](ops.rms_norm(x, norm.weight.float(), self.eps).to(dtype)).chunk(2, -1)
-        return with_residual(x, dense["wo"], (ops.gelu_tanh(gate) * up).to(dense["wo"].weight.dtype), ops)
+        wide = _dtype_of("wo.weight", dtype)
+        return with_residual(x, dense["wo"], (ops.gelu_tanh(gate) * up).to(wide), ops)
 
 
 class T5Encoder(nn.Module):
@@ -106,7 +106,7 @@ class T5Encoder(nn.Module):
         x, bias = F.embedding(ids, self.shared.weight), self._bias(ids.shape[1])
         dtype = x.dtype
         for block in self.block:
-            x = block(x, bias, self.ops)
+            x = block(x, bias, dtype, self.ops)
         return self.ops.rms_norm(x, self.final_layer_norm.weight.float(), self.config.layer_norm_epsilon).to(dtype)
 
     def _bias(self, length: int) -> Tensor:

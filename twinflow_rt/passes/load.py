@@ -244,15 +244,17 @@ def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def materialize(
     module: nn.Module, checkpoint: Checkpoint, layout: Layout, device: torch.device, dtype: torch.dtype,
-    progress: Progress | None = None,
+    progress: Progress | None = None, arrived: Callable[[str], None] = lambda name: None,
 ) -> LoadReport:  # fmt: skip
-    """Fills `module` (built on the meta device) from `checkpoint`; afterwards it is frozen, in eval mode."""
+    """Fills `module` (built on the meta device) from `checkpoint`; afterwards it is frozen, in eval mode.
+    arrived(name): called when that tensor is in its place."""
     checkpoint.meter.start()
     expected = module.state_dict()
     check(expected, checkpoint, layout)
     for name, placeholder in expected.items():
         before = checkpoint.meter.bytes_read
         assign(module, name, fetch(name, placeholder, checkpoint, layout, device, dtype))
+        arrived(name)
         if progress is not None:
             progress(checkpoint.meter.bytes_read - before)
     module.eval()
