@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import fields, replace
+from importlib.util import find_spec
 
 import pytest
 import torch
