@@ -117,4 +117,95 @@ PYBIND11_MODULE(_native, m) {
                                     dtype, threads));
       },
       Release());
+
+  m.def(
+      "group_norm_silu",
+      [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, uintptr_t scratch, int64_t batch, int64_t pixels,
+         int64_t channels, int64_t groups, float eps, int dtype, int threads) {
+        check(twinflow_cpu_group_norm_silu(ptr<void>(x), ptr<void>(weight), ptr<void>(bias), ptr<void>(out),
+                                           ptr<float>(scratch), batch, pixels, channels, groups, eps, dtype, threads));
+      },
+      Release());
+
+  m.def(
+      "quantize_rows",
+      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t values, uintptr_t scales, int64_t batch, int64_t seq,
+         int64_t dim, int dtype, int threads) {
+        check(twinflow_cpu_quantize_rows(ptr<void>(x), x_batch, x_row, ptr<int8_t>(values), ptr<float>(scales), batch,
+                                         seq, dim, dtype, threads));
+      },
+      Release());
+
+  m.def(
+      "rms_norm_quantized",
+      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t weight, int64_t weight_batch, uintptr_t values,
+         uintptr_t scales, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
+        check(twinflow_cpu_rms_norm_quantized(ptr<void>(x), x_batch, x_row, ptr<float>(weight), weight_batch,
+                                              ptr<int8_t>(values), ptr<float>(scales), batch, seq, dim, eps, dtype,
+                                              threads));
+      },
+      Release());
+
+  m.def(
+      "layer_norm_quantized",
+      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t weight, int64_t weight_batch, uintptr_t bias,
+         int64_t bias_batch, uintptr_t values, uintptr_t scales, int64_t batch, int64_t seq, int64_t dim, float eps,
+         int dtype, int threads) {
+        check(twinflow_cpu_layer_norm_quantized(ptr<void>(x), x_batch, x_row, ptr<float>(weight), weight_batch,
+                                                ptr<float>(bias), bias_batch, ptr<int8_t>(values), ptr<float>(scales),
+                                                batch, seq, dim, eps, dtype, threads));
+      },
+      Release());
+
+  m.def(
+      "residual_norm_quantized",
+      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t branch, int64_t branch_batch, int64_t branch_row,
+         uintptr_t post, int64_t post_batch, uintptr_t pre, int64_t pre_batch, uintptr_t x_out, uintptr_t values,
+         uintptr_t scales, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
+        check(twinflow_cpu_residual_norm_quantized(ptr<void>(x), x_batch, x_row, ptr<void>(branch), branch_batch,
+                                                   branch_row, ptr<float>(post), post_batch, ptr<float>(pre), pre_batch,
+                                                   ptr<void>(x_out), ptr<int8_t>(values), ptr<float>(scales), batch,
+                                                   seq, dim, eps, dtype, threads));
+      },
+      Release());
+
+  m.def(
+      "residual_layer_norm_quantized",
+      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t branch, int64_t branch_batch, int64_t branch_row,
+         uintptr_t gate, int64_t gate_batch, uintptr_t weight, int64_t weight_batch, uintptr_t bias, int64_t bias_batch,
+         uintptr_t x_out, uintptr_t values, uintptr_t scales, int64_t batch, int64_t seq, int64_t dim, float eps,
+         int dtype, int threads) {
+        check(twinflow_cpu_residual_layer_norm_quantized(
+            ptr<void>(x), x_batch, x_row, ptr<void>(branch), branch_batch, branch_row, ptr<float>(gate), gate_batch,
+            ptr<float>(weight), weight_batch, ptr<float>(bias), bias_batch, ptr<void>(x_out), ptr<int8_t>(values),
+            ptr<float>(scales), batch, seq, dim, eps, dtype, threads));
+      },
+      Release());
+
+  m.def(
+      "swiglu_quantized",
+      [](uintptr_t x, uintptr_t values, uintptr_t scales, int64_t rows, int64_t hidden, int dtype, int threads) {
+        check(twinflow_cpu_swiglu_quantized(ptr<void>(x), ptr<int8_t>(values), ptr<float>(scales), rows, hidden, dtype,
+                                            threads));
+      },
+      Release());
+
+  m.def(
+      "gelu_tanh_quantized",
+      [](uintptr_t x, uintptr_t values, uintptr_t scales, int64_t rows, int64_t width, int dtype, int threads) {
+        check(twinflow_cpu_gelu_tanh_quantized(ptr<void>(x), ptr<int8_t>(values), ptr<float>(scales), rows, width,
+                                               dtype, threads));
+      },
+      Release());
+
+  m.def(
+      "dequantize",
+      [](uintptr_t sums, uintptr_t x_scales, uintptr_t w_scales, uintptr_t bias, uintptr_t out, int64_t rows,
+         int64_t columns, int dtype, int threads) {
+        check(twinflow_cpu_dequantize(ptr<int32_t>(sums), ptr<float>(x_scales), ptr<float>(w_scales), ptr<void>(bias),
+                                      ptr<void>(out), rows, columns, dtype, threads));
+      },
+      Release());
+
+  m.def("release_threads", [] { return twinflow_cpu_release_threads() == 0; }, Release());
 }

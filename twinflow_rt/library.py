@@ -15,7 +15,7 @@ import torch
 
 from .ops.select import Target
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
 CUDA_LIBRARY = Path(__file__).with_name("libtwinflow_cuda.so")
 

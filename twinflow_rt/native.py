@@ -7,6 +7,7 @@ Where one is absent the ops raise DeviceError, and the op table keeps another im
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ Function = Callable[..., Any]
 _torch_library = torch.library.Library("twinflow", "DEF")
 
 
-def _call(name: str, x: Tensor, *arguments: Any) -> None:
+def run(name: str, x: Tensor, *arguments: Any) -> None:
     """Runs a kernel where x lives; its dtype and the threads or the stream are the last arguments."""
     kernels = library.load(x.device.type)
     if isinstance(kernels, str):
@@ -37,7 +38,7 @@ def _call(name: str, x: Tensor, *arguments: Any) -> None:
             getattr(kernels, name)(*arguments, kind, torch.cuda.current_stream().cuda_stream)
 
 
-def _rows(x: Tensor) -> tuple[Tensor, int, int]:
+def as_rows(x: Tensor) -> tuple[Tensor, int, int]:
     """x as [B, S, D], its batch and row strides; copied only if elements of a row are not adjacent."""
     if x.ndim != 3:
         x = x.reshape(x.shape[0] if x.ndim > 3 else 1, -1, x.shape[-1])
@@ -45,17 +46,17 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
     return x, x.stride(0), x.stride(1)
 
 
-def _shape(x: Tensor) -> tuple[int, int, int]:
+def shape_of(x: Tensor) -> tuple[int, int, int]:
     rows = x.shape[1:-1].numel() if x.ndim > 2 else x.shape[0]
     return x.shape[0] if x.ndim > 2 else 1, rows, x.shape[-1]
 
 
-def _same(name: str, x: Tensor, other: Tensor) -> None:
+def same(name: str, x: Tensor, other: Tensor) -> None:
     if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
         raise ValueError(f"{name} must be like x: {other.dtype} {tuple(other.shape)}, {x.dtype} {tuple(x.shape)}")
 
 
-def _weight(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
+def weight_of(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
     """A weight, [D] or [B or 1, 1, D] or None; its address, and the stride between samples (0: shared)."""
     if weight is None:
         return None, 0, 0
@@ -69,21 +70,36 @@ def _weight(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
     return weight, weight.data_ptr(), 0 if shared else weight.stride(0)
 
 
-def _op(schema: str) -> Callable[[Function], Function]:
-    """Registers a function as `twinflow::<schema>` for both devices."""
+def op(schema: str) -> Callable[[Function], Function]:
+    """Registers a function as `twinflow::<schema>` for both devices, and returns what calls it: at once, unless
+    torch must see the op. Its dispatcher takes as long as a small kernel."""
     name = schema.split("(")[0]
     _torch_library.define(schema)
 
     def register(function: Function) -> Function:
         for device in ("CPU", "CUDA"):
             _torch_library.impl(name, function, device)
-        op: Function = getattr(torch.ops.twinflow, name).default
-        return op
+        dispatched: Function = getattr(torch.ops.twinflow, name).default
+
+        @wraps(function)
+        def call(first: Any, *others: Any) -> Any:
+            return (dispatched if _watched(first) else function)(first, *others)
+
+        return call
 
     return register
 
 
-def _fake(*names: str) -> Callable[[Function], Function]:
+def _watched(first: Any) -> bool:
+    """Whether a compiler, a tracer or a mode follows the ops of a call with this first argument, or its tensors
+    stand for others: meta and fake ones."""
+    x = first if isinstance(first, Tensor) else first[0]
+    plain = type(x) is Tensor and not x.is_meta
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return not plain or traced or torch._C._len_torch_dispatch_stack() > 0
+
+
+def fake(*names: str) -> Callable[[Function], Function]:
     def register(function: Function) -> Function:
         for name in names:
             torch.library.register_fake(f"twinflow::{name}", function, lib=_torch_library)
@@ -95,52 +111,52 @@ def _fake(*names: str) -> Callable[[Function], Function]:
 # -- norm -------------------------------------------------------------------------------------------------
 
 
-@_op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+@op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = x.new_empty(x.shape)
-    rows, *strides = _rows(x)
-    _held, address, each = _weight(weight, x)
-    _call("rms_norm", x, rows.data_ptr(), *strides, address, each, out.data_ptr(), *_shape(x), eps)
+    rows, *strides = as_rows(x)
+    _held, address, each = weight_of(weight, x)
+    run("rms_norm", x, rows.data_ptr(), *strides, address, each, out.data_ptr(), *shape_of(x), eps)
     return out
 
 
-@_op("layer_norm(Tensor x, Tensor? weight, float eps, Tensor? bias=None) -> Tensor")
+@op("layer_norm(Tensor x, Tensor? weight, float eps, Tensor? bias=None) -> Tensor")
 def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> Tensor:
     out = x.new_empty(x.shape)
-    rows, *strides = _rows(x)
-    (_held, *w), (_too, *b) = _weight(weight, x), _weight(bias, x)
-    _call("layer_norm", x, rows.data_ptr(), *strides, *w, *b, out.data_ptr(), *_shape(x), eps)
+    rows, *strides = as_rows(x)
+    (_held, *w), (_too, *b) = weight_of(weight, x), weight_of(bias, x)
+    run("layer_norm", x, rows.data_ptr(), *strides, *w, *b, out.data_ptr(), *shape_of(x), eps)
     return out
 
 
-@_op("residual_norm(Tensor x, Tensor branch, Tensor post, Tensor? pre, float eps) -> Tensor[]")
+@op("residual_norm(Tensor x, Tensor branch, Tensor post, Tensor? pre, float eps) -> Tensor[]")
 def _residual_norm(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
-    _same("branch", x, branch)
+    same("branch", x, branch)
     out = [x.new_empty(x.shape) for _ in range(1 if pre is None else 2)]
-    (a, *a_strides), (b, *b_strides) = _rows(x), _rows(branch)
-    (_held, *after), (_too, *before) = _weight(post, x), _weight(pre, x)
-    _call(
+    (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
+    (_held, *after), (_too, *before) = weight_of(post, x), weight_of(pre, x)
+    run(
         "residual_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before, out[0].data_ptr(),
-        0 if pre is None else out[1].data_ptr(), *_shape(x), eps,
+        0 if pre is None else out[1].data_ptr(), *shape_of(x), eps,
     )  # fmt: skip
     return out
 
 
-@_op(
+@op(
     "residual_layer_norm(Tensor x, Tensor branch, Tensor? gate, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor, Tensor)"
 )
 def residual_layer_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _same("branch", x, branch)
+    same("branch", x, branch)
     total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
-    (a, *a_strides), (b, *b_strides) = _rows(x), _rows(branch)
-    kept = [_weight(w, x) for w in (gate, weight, bias)]
+    (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
+    kept = [weight_of(w, x) for w in (gate, weight, bias)]
     places = [place for _, *one in kept for place in one]
-    _call(
+    run(
         "residual_layer_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *places, total.data_ptr(),
-        normed.data_ptr(), *_shape(x), eps,
+        normed.data_ptr(), *shape_of(x), eps,
     )  # fmt: skip
     return total, normed
 
@@ -174,14 +190,14 @@ def _rotate(
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     tables = [x.contiguous() for x in (q_weight, k_weight)] + [cos, sin]
-    _call(
+    run(
         "qk_norm_rope", qkv, qkv.data_ptr(), *qkv.stride()[:2], heads * dim, out.data_ptr(), *out.stride()[:2],
         heads * dim, *(x.data_ptr() for x in tables), 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1),
         batch, seq, heads, dim, parts, eps,
     )  # fmt: skip
 
 
-@_op(
+@op(
     "qk_norm_rope_(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, float eps)"
     " -> ()"
 )
@@ -191,7 +207,7 @@ def _qk_norm_rope(
     _rotate(qkv, qkv, q_weight, k_weight, cos, sin, heads, eps, parts=2)
 
 
-@_op(
+@op(
     "joint_qk_norm_rope(Tensor[] qkv, Tensor[] q_weights, Tensor[] k_weights, Tensor cos, Tensor sin, int heads,"
     " float eps) -> Tensor"
 )
@@ -234,30 +250,46 @@ def joint_qk_norm_rope(
 # -- mlp, sample, decode ------------------------------------------------------------------------------------
 
 
-@_op("swiglu(Tensor x) -> Tensor")
+@op("swiglu(Tensor x) -> Tensor")
 def swiglu(x: Tensor) -> Tensor:
     x, hidden = x.contiguous(), x.shape[-1] // 2
     if hidden * 2 != x.shape[-1] or not hidden:
         raise ValueError(f"swiglu halves the last axis, which has {x.shape[-1]} elements")
     out = x.new_empty((*x.shape[:-1], hidden))
-    _call("swiglu", x, x.data_ptr(), out.data_ptr(), out.numel() // hidden, hidden)
+    run("swiglu", x, x.data_ptr(), out.data_ptr(), out.numel() // hidden, hidden)
     return out
 
 
-@_op("gelu_tanh(Tensor x) -> Tensor")
+@op("gelu_tanh(Tensor x) -> Tensor")
 def gelu_tanh(x: Tensor) -> Tensor:
     x = x.contiguous()
     out, width = x.new_empty(x.shape), max(x.shape[-1], 1)
-    _call("gelu_tanh", x, x.data_ptr(), out.data_ptr(), out.numel() // width, width)
+    run("gelu_tanh", x, x.data_ptr(), out.data_ptr(), out.numel() // width, width)
     return out
 
 
-@_op("x0_project(Tensor x, Tensor velocity, float t=1.0) -> Tensor")
+@op("x0_project(Tensor x, Tensor velocity, float t=1.0) -> Tensor")
 def x0_project(x: Tensor, velocity: Tensor, t: float = 1.0) -> Tensor:
-    _same("velocity", x, velocity)
+    same("velocity", x, velocity)
     x, velocity = x.contiguous(), velocity.contiguous()
     out = x.new_empty(x.shape)
-    _call("x0_project", x, x.data_ptr(), velocity.data_ptr(), out.data_ptr(), x.numel(), t)
+    run("x0_project", x, x.data_ptr(), velocity.data_ptr(), out.data_ptr(), x.numel(), t)
+    return out
+
+
+@op("group_norm_silu(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor")
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See ops/decode.py."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    if channels % groups or weight.shape != (channels,) or bias.shape != (channels,):
+        raise ValueError(f"{channels} channels do not divide into {groups} groups, or weight and bias are not of them")
+    if weight.dtype != x.dtype or bias.dtype != x.dtype:
+        raise TypeError(f"weight and bias are {x.dtype} like x, not {weight.dtype} and {bias.dtype}")
+    out = torch.empty_like(x)
+    scratch = x.new_empty((batch, 32 * channels), dtype=torch.float32)
+    tensors = (x, weight.contiguous(), bias.contiguous(), out, scratch)
+    run("group_norm_silu", x, *(t.data_ptr() for t in tensors), batch, height * width, channels, groups, eps)
     return out
 
 
@@ -267,42 +299,47 @@ def rms_norm_silu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.silu(rms_norm(rows, weight, eps), inplace=True).permute(0, 3, 1, 2)
 
 
-@_op("to_uint8(Tensor image) -> Tensor")
+@op("to_uint8(Tensor image) -> Tensor")
 def to_uint8(image: Tensor) -> Tensor:
     batch, channels, height, width = image.shape
     out = image.new_empty((batch, height, width, channels), dtype=torch.uint8)
-    _call("to_uint8", image, image.data_ptr(), image.stride(), out.data_ptr(), batch, channels, height, width)
+    run("to_uint8", image, image.data_ptr(), image.stride(), out.data_ptr(), batch, channels, height, width)
     return out
 
 
 # -- what torch.compile must know of the results ------------------------------------------------------------
 
 
-@_fake("rms_norm", "layer_norm", "gelu_tanh", "x0_project")
+@fake("rms_norm", "layer_norm", "gelu_tanh", "x0_project")
 def _like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_fake("residual_norm")
+@fake("group_norm_silu")
+def _like_channels_last(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@fake("residual_norm")
 def _one_or_two_like(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
     return [x.new_empty(x.shape) for _ in range(1 if pre is None else 2)]
 
 
-@_fake("residual_layer_norm")
+@fake("residual_layer_norm")
 def _two_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-_fake("qk_norm_rope_")(lambda *_: None)
-_fake("joint_qk_norm_rope")(_joint_buffer)
+fake("qk_norm_rope_")(lambda *_: None)
+fake("joint_qk_norm_rope")(_joint_buffer)
 
 
-@_fake("swiglu")
+@fake("swiglu")
 def _halved(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@_fake("to_uint8")
+@fake("to_uint8")
 def _bytes(image: Tensor) -> Tensor:
     b, c, h, w = image.shape
     return image.new_empty((b, h, w, c), dtype=torch.uint8)

@@ -53,6 +53,12 @@ inline float fast_exp(float x) {
 
 constexpr int64_t TILE = 128;  // elements staged on the stack, so that each loop sees adjacent data
 
+// Below so many elements a kernel takes a few microseconds, and waking a second thread for it takes longer.
+constexpr int64_t SERIAL = 32768;
+
+// How many of `threads` work on a kernel over so many elements.
+inline int team(int64_t elements, int threads) { return elements < SERIAL ? 1 : threads; }
+
 template <class F>
 int typed(int dtype, F&& run) {
   if (dtype == TWINFLOW_F32) return run(float{}), TWINFLOW_OK;

@@ -20,7 +20,7 @@ inline void quantize(const T* source, int64_t column, uint8_t* bytes, int64_t n)
 template <class T>
 void to_uint8(const T* image, const int64_t* s, uint8_t* out, int64_t batch, int64_t channels, int64_t height,
               int64_t width, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(batch * height * width * channels, threads)) schedule(static)
   for (int64_t row = 0; row < batch * height; ++row)
     for (int64_t c = 0; c < channels; ++c) {
       const T* source = image + row / height * s[0] + c * s[1] + row % height * s[2];

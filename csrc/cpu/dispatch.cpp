@@ -2,6 +2,9 @@
 
 #include "kernels.h"
 
+// Of OpenMP 5.0; weak, because a runtime may lack it, or there be none.
+extern "C" __attribute__((weak)) int omp_pause_resource_all(int kind);
+
 namespace {
 
 struct choice {
@@ -40,6 +43,11 @@ const char* twinflow_error_message(int status) {
     case TWINFLOW_TOO_WIDE: return "rows are too wide for this kernel; see twinflow_rt.h";
     default: return status >= TWINFLOW_CUDA_ERROR ? "CUDA refused the launch" : "unknown status";
   }
+}
+
+int twinflow_cpu_release_threads(void) {
+  constexpr int soft = 1;  // omp_pause_soft: what can be made again
+  return omp_pause_resource_all && omp_pause_resource_all(soft) == 0 ? 0 : -1;
 }
 
 int twinflow_cpu_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
@@ -98,4 +106,67 @@ int twinflow_cpu_x0_project(const void* x, const void* velocity, void* out, int6
 int twinflow_cpu_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch, int64_t channels,
                           int64_t height, int64_t width, int dtype, int threads) {
   return chosen().kernels.to_uint8(image, strides, out, batch, channels, height, width, dtype, threads);
+}
+
+int twinflow_cpu_group_norm_silu(const void* x, const void* weight, const void* bias, void* out, float* scratch,
+                                 int64_t batch, int64_t pixels, int64_t channels, int64_t groups, float eps, int dtype,
+                                 int threads) {
+  return chosen().kernels.group_norm_silu(x, weight, bias, out, scratch, batch, pixels, channels, groups, eps, dtype,
+                                          threads);
+}
+
+int twinflow_cpu_quantize_rows(const void* x, int64_t x_batch, int64_t x_row, int8_t* values, float* scales,
+                               int64_t batch, int64_t seq, int64_t dim, int dtype, int threads) {
+  return chosen().kernels.quantize_rows(x, x_batch, x_row, values, scales, batch, seq, dim, dtype, threads);
+}
+
+int twinflow_cpu_rms_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                    int64_t weight_batch, int8_t* values, float* scales, int64_t batch, int64_t seq,
+                                    int64_t dim, float eps, int dtype, int threads) {
+  return chosen().kernels.rms_norm_quantized(x, x_batch, x_row, weight, weight_batch, values, scales, batch, seq, dim,
+                                             eps, dtype, threads);
+}
+
+int twinflow_cpu_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                      int64_t weight_batch, const float* bias, int64_t bias_batch, int8_t* values,
+                                      float* scales, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
+                                      int threads) {
+  return chosen().kernels.layer_norm_quantized(x, x_batch, x_row, weight, weight_batch, bias, bias_batch, values,
+                                               scales, batch, seq, dim, eps, dtype, threads);
+}
+
+int twinflow_cpu_residual_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                         int64_t branch_batch, int64_t branch_row, const float* post,
+                                         int64_t post_batch, const float* pre, int64_t pre_batch, void* x_out,
+                                         int8_t* values, float* scales, int64_t batch, int64_t seq, int64_t dim,
+                                         float eps, int dtype, int threads) {
+  return chosen().kernels.residual_norm_quantized(x, x_batch, x_row, branch, branch_batch, branch_row, post, post_batch,
+                                                  pre, pre_batch, x_out, values, scales, batch, seq, dim, eps, dtype,
+                                                  threads);
+}
+
+int twinflow_cpu_residual_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                               int64_t branch_batch, int64_t branch_row, const float* gate,
+                                               int64_t gate_batch, const float* weight, int64_t weight_batch,
+                                               const float* bias, int64_t bias_batch, void* x_out, int8_t* values,
+                                               float* scales, int64_t batch, int64_t seq, int64_t dim, float eps,
+                                               int dtype, int threads) {
+  return chosen().kernels.residual_layer_norm_quantized(x, x_batch, x_row, branch, branch_batch, branch_row, gate,
+                                                        gate_batch, weight, weight_batch, bias, bias_batch, x_out,
+                                                        values, scales, batch, seq, dim, eps, dtype, threads);
+}
+
+int twinflow_cpu_swiglu_quantized(const void* x, int8_t* values, float* scales, int64_t rows, int64_t hidden, int dtype,
+                                  int threads) {
+  return chosen().kernels.swiglu_quantized(x, values, scales, rows, hidden, dtype, threads);
+}
+
+int twinflow_cpu_gelu_tanh_quantized(const void* x, int8_t* values, float* scales, int64_t rows, int64_t width,
+                                     int dtype, int threads) {
+  return chosen().kernels.gelu_tanh_quantized(x, values, scales, rows, width, dtype, threads);
+}
+
+int twinflow_cpu_dequantize(const int32_t* sums, const float* x_scales, const float* w_scales, const void* bias,
+                            void* out, int64_t rows, int64_t columns, int dtype, int threads) {
+  return chosen().kernels.dequantize(sums, x_scales, w_scales, bias, out, rows, columns, dtype, threads);
 }

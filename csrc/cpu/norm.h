@@ -57,6 +57,25 @@ inline void layer_row(const T* x, const float* weight, const float* bias, T* out
   scale_centered(x, weight, bias, out, dim, mean, 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps));
 }
 
+// sum = x + rms_norm(branch, weight).
+template <class T>
+inline void add_rms_row(const T* x, const T* branch, const float* weight, T* sum, int64_t dim, float eps) {
+  const float factor = inverse_rms(branch, dim, eps);
+#pragma omp simd
+  for (int64_t i = 0; i < dim; ++i) store(sum + i, load(x[i]) + load(branch[i]) * factor * weight[i]);
+}
+
+// sum = x + gate * branch; gate may be null.
+template <class T>
+inline void add_gated_row(const T* x, const T* branch, const float* gate, T* sum, int64_t dim) {
+  if (gate)  // NOLINT(bugprone-branch-clone): the check does not look into directives
+#pragma omp simd
+    for (int64_t i = 0; i < dim; ++i) store(sum + i, load(x[i]) + load(branch[i]) * gate[i]);
+  else
+#pragma omp simd
+    for (int64_t i = 0; i < dim; ++i) store(sum + i, load(x[i]) + load(branch[i]));
+}
+
 // The rows of a tensor and the weights of a sample, as twinflow_rt.h addresses them.
 template <class T>
 struct Rows {
@@ -73,8 +92,8 @@ struct Weights {
 
 // visit(b, s, r) for every row r = b * seq + s.
 template <class F>
-void each_row(int64_t batch, int64_t seq, int threads, F&& visit) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+void each_row(int64_t batch, int64_t seq, int64_t dim, int threads, F&& visit) {
+#pragma omp parallel for num_threads(team(batch * seq * dim, threads)) schedule(static)
   for (int64_t r = 0; r < batch * seq; ++r) visit(r / seq, r % seq, r);
 }
 
@@ -90,7 +109,7 @@ int c_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weigh
     using T = decltype(t);
     const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
     const Weights w{weight, weight_batch};
-    each_row(batch, seq, threads, [&](int64_t b, int64_t s, int64_t r) {
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
       const T* row = rows.at(b, s);
       scale_row(row, w.at(b), static_cast<T*>(out) + r * dim, dim, inverse_rms(row, dim, eps));
     });
@@ -105,7 +124,7 @@ int c_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const float* wei
     using T = decltype(t);
     const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
     const Weights w{weight, weight_batch}, shift{bias, bias_batch};
-    each_row(batch, seq, threads, [&](int64_t b, int64_t s, int64_t r) {
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
       layer_row(rows.at(b, s), w.at(b), shift.at(b), static_cast<T*>(out) + r * dim, dim, eps);
     });
   });
@@ -121,12 +140,9 @@ int c_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* b
     const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
     const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
     const Weights after{post, post_batch}, before{pre, pre_batch};
-    each_row(batch, seq, threads, [&](int64_t b, int64_t s, int64_t r) {
-      const T *a = old.at(b, s), *c = add.at(b, s);
-      const float *w = after.at(b), factor = inverse_rms(c, dim, eps);
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
       T* sum = static_cast<T*>(x_out) + r * dim;
-#pragma omp simd
-      for (int64_t i = 0; i < dim; ++i) store(sum + i, load(a[i]) + load(c[i]) * factor * w[i]);
+      add_rms_row(old.at(b, s), add.at(b, s), after.at(b), sum, dim, eps);
       if (h_out) scale_row(sum, before.at(b), static_cast<T*>(h_out) + r * dim, dim, inverse_rms(sum, dim, eps));
     });
   });
@@ -142,16 +158,9 @@ int c_residual_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const v
     const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
     const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
     const Weights gates{gate, gate_batch}, w{weight, weight_batch}, shift{bias, bias_batch};
-    each_row(batch, seq, threads, [&](int64_t b, int64_t s, int64_t r) {
-      const T *a = old.at(b, s), *c = add.at(b, s);
-      const float* g = gates.at(b);
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
       T* sum = static_cast<T*>(x_out) + r * dim;
-      if (g)  // NOLINT(bugprone-branch-clone): the check does not look into directives
-#pragma omp simd
-        for (int64_t i = 0; i < dim; ++i) store(sum + i, load(a[i]) + load(c[i]) * g[i]);
-      else
-#pragma omp simd
-        for (int64_t i = 0; i < dim; ++i) store(sum + i, load(a[i]) + load(c[i]));
+      add_gated_row(old.at(b, s), add.at(b, s), gates.at(b), sum, dim);
       layer_row(sum, w.at(b), shift.at(b), static_cast<T*>(h_out) + r * dim, dim, eps);
     });
   });

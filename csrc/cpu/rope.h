@@ -6,26 +6,54 @@
 
 namespace {
 
-// One head: out = rotate(round(rms_norm(x))); the reference networks round between norm and rotation.
-template <class T>
-inline void norm_rotate(const T* x, T* out, const float* weight, const float* cos, const float* sin, int64_t dim,
-                        float eps) {
-  const float factor = inverse_rms(x, dim, eps);
-  for (int64_t start = 0; start < dim; start += TILE) {
-    const int64_t n = dim - start < TILE ? dim - start : TILE;
-    T rounded[TILE];
-    float v[TILE], turned[TILE];
-    scale_row(x + start, weight + start, rounded, n, factor);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) v[i] = load(rounded[i]);
-    const float *c = cos + start / 2, *s = sin + start / 2;
+// A tile of a token's angles, an entry per element: rotated, x[i] becomes x[i] * along[i] + x[i ^ 1] * across[i].
+struct Turn {
+  float along[TILE], across[TILE];
+
+  void set(const float* cos, const float* sin, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n / 2; ++i) {
-      turned[2 * i] = v[2 * i] * c[i] - v[2 * i + 1] * s[i];
-      turned[2 * i + 1] = v[2 * i] * s[i] + v[2 * i + 1] * c[i];
+      along[2 * i] = along[2 * i + 1] = cos[i];
+      across[2 * i] = -sin[i];
+      across[2 * i + 1] = sin[i];
     }
+  }
+};
+
+// A tile of one head: out = rotate(round(x * factor * weight)); the reference networks round before the rotation.
+template <class T>
+inline void norm_rotate(const T* x, T* out, const float* weight, const Turn& turn, int64_t n, float factor) {
+  T rounded[TILE];
+  float v[TILE], other[TILE];
+  scale_row(x, weight, rounded, n, factor);
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) store(out + start + i, turned[i]);
+  for (int64_t i = 0; i < n; ++i) v[i] = load(rounded[i]);
+#pragma omp simd
+  for (int64_t i = 0; i < n / 2; ++i) {
+    other[2 * i] = v[2 * i + 1];
+    other[2 * i + 1] = v[2 * i];
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) store(out + i, v[i] * turn.along[i] + other[i] * turn.across[i]);
+}
+
+// All heads of one token's q or k. With the head dim a constant, its short loops become straight code.
+template <class T>
+inline void norm_rotate_heads(const T* from, T* to, const float* weight, const float* cos, const float* sin,
+                              int64_t heads, int64_t dim, float eps) {
+  Turn turn;
+  if (dim <= TILE) turn.set(cos, sin, dim);
+  for (int64_t h = 0; h < heads * dim; h += dim) {
+    const float factor = inverse_rms(from + h, dim, eps);
+    if (dim <= TILE) {
+      norm_rotate(from + h, to + h, weight, turn, dim, factor);
+      continue;
+    }
+    for (int64_t start = 0; start < dim; start += TILE) {
+      const int64_t n = dim - start < TILE ? dim - start : TILE;
+      turn.set(cos + start / 2, sin + start / 2, n);
+      norm_rotate(from + h + start, to + h + start, weight + start, turn, n, factor);
+    }
   }
 }
 
@@ -34,15 +62,22 @@ void qk_norm_rope(const T* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_
                   int64_t out_row, int64_t out_part, const float* q_weight, const float* k_weight, const float* cos,
                   const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads,
                   int64_t dim, int parts, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(3 * batch * seq * heads * dim, threads)) schedule(static)
   for (int64_t r = 0; r < batch * seq; ++r) {
     const int64_t b = r / seq, s = r % seq, angle = b * angle_batch + s * angle_row;
     const T* from = qkv + b * qkv_batch + s * qkv_row;
     T* to = out + b * out_batch + s * out_row;
-    for (int p = 0; p < 2; ++p)
-      for (int64_t h = 0; h < heads * dim; h += dim)
-        norm_rotate(from + p * qkv_part + h, to + p * out_part + h, p ? k_weight : q_weight, cos + angle, sin + angle,
-                    dim, eps);
+    for (int p = 0; p < 2; ++p) {
+      const T* x = from + p * qkv_part;
+      T* y = to + p * out_part;
+      const float *weight = p ? k_weight : q_weight, *c = cos + angle, *n = sin + angle;
+      switch (dim) {  // of the models here
+        case 24: norm_rotate_heads(x, y, weight, c, n, heads, 24, eps); break;
+        case 64: norm_rotate_heads(x, y, weight, c, n, heads, 64, eps); break;
+        case 128: norm_rotate_heads(x, y, weight, c, n, heads, 128, eps); break;
+        default: norm_rotate_heads(x, y, weight, c, n, heads, dim, eps);
+      }
+    }
     if (parts == 3) std::memmove(to + 2 * out_part, from + 2 * qkv_part, heads * dim * sizeof(T));
   }
 }

@@ -7,7 +7,7 @@ namespace {
 
 template <class T>
 void x0_project(const T* x, const T* velocity, T* out, int64_t n, float t, int threads) {
-#pragma omp parallel for simd num_threads(threads) schedule(static)
+#pragma omp parallel for simd num_threads(team(n, threads)) schedule(static)
   for (int64_t i = 0; i < n; ++i) store(out + i, load(x[i]) - t * load(velocity[i]));
 }
 

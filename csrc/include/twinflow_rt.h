@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define TWINFLOW_ABI_VERSION 3
+#define TWINFLOW_ABI_VERSION 4
 
 typedef enum { TWINFLOW_F32 = 0, TWINFLOW_BF16 = 1 } twinflow_dtype;
 
@@ -100,6 +100,61 @@ TWINFLOW_API int twinflow_cpu_x0_project(const void* x, const void* velocity, vo
  * image: strides of b, c, y, x; out: [batch, height, width, channels] uint8 contiguous. */
 TWINFLOW_API int twinflow_cpu_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch,
                                        int64_t channels, int64_t height, int64_t width, int dtype, int threads);
+
+/* out = silu(group_norm(x) * weight + bias), over groups of channels / groups channels and all pixels.
+ * x, out: [batch, pixels, channels] contiguous; weight, bias: [channels] of x's dtype; scratch: float32, 32 * channels
+ * for each sample. */
+TWINFLOW_API int twinflow_cpu_group_norm_silu(const void* x, const void* weight, const void* bias, void* out,
+                                              float* scratch, int64_t batch, int64_t pixels, int64_t channels,
+                                              int64_t groups, float eps, int dtype, int threads);
+
+/* Quantized rows. values[r, i] = round(y[r, i] / scales[r]) with scales[r] = max |y[r]| / 127, y being x itself or
+ * what the function of the same name without "_quantized" computes, in float32 and not rounded to storage before.
+ * values: int8, contiguous; scales: float32, one per row. A row that holds NaN or infinity gets such a scale. */
+TWINFLOW_API int twinflow_cpu_quantize_rows(const void* x, int64_t x_batch, int64_t x_row, int8_t* values,
+                                            float* scales, int64_t batch, int64_t seq, int64_t dim, int dtype,
+                                            int threads);
+
+TWINFLOW_API int twinflow_cpu_rms_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                                 int64_t weight_batch, int8_t* values, float* scales, int64_t batch,
+                                                 int64_t seq, int64_t dim, float eps, int dtype, int threads);
+
+TWINFLOW_API int twinflow_cpu_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                                   int64_t weight_batch, const float* bias, int64_t bias_batch,
+                                                   int8_t* values, float* scales, int64_t batch, int64_t seq,
+                                                   int64_t dim, float eps, int dtype, int threads);
+
+/* x_out is stored as by twinflow_cpu_residual_norm; pre is required. */
+TWINFLOW_API int twinflow_cpu_residual_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                                      int64_t branch_batch, int64_t branch_row, const float* post,
+                                                      int64_t post_batch, const float* pre, int64_t pre_batch,
+                                                      void* x_out, int8_t* values, float* scales, int64_t batch,
+                                                      int64_t seq, int64_t dim, float eps, int dtype, int threads);
+
+TWINFLOW_API int twinflow_cpu_residual_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row,
+                                                            const void* branch, int64_t branch_batch,
+                                                            int64_t branch_row, const float* gate, int64_t gate_batch,
+                                                            const float* weight, int64_t weight_batch,
+                                                            const float* bias, int64_t bias_batch, void* x_out,
+                                                            int8_t* values, float* scales, int64_t batch, int64_t seq,
+                                                            int64_t dim, float eps, int dtype, int threads);
+
+TWINFLOW_API int twinflow_cpu_swiglu_quantized(const void* x, int8_t* values, float* scales, int64_t rows,
+                                               int64_t hidden, int dtype, int threads);
+
+TWINFLOW_API int twinflow_cpu_gelu_tanh_quantized(const void* x, int8_t* values, float* scales, int64_t rows,
+                                                  int64_t width, int dtype, int threads);
+
+/* out[r, c] = sums[r, c] * x_scales[r] * w_scales[c] + bias[c]: a product of quantized rows. bias, of out's dtype,
+ * may be NULL; out may be sums itself where it is float32. */
+TWINFLOW_API int twinflow_cpu_dequantize(const int32_t* sums, const float* x_scales, const float* w_scales,
+                                         const void* bias, void* out, int64_t rows, int64_t columns, int dtype,
+                                         int threads);
+
+/* Ends the OpenMP threads that wait for the calling thread's next kernel; that kernel starts new ones. Returns 0, or
+ * -1 where the OpenMP runtime cannot. While several threads own such teams, with more members together than the
+ * machine has cores, libgomp puts each to sleep between kernels, and waking them costs more than small kernels do. */
+TWINFLOW_API int twinflow_cpu_release_threads(void);
 
 /* On a GPU. Rows of at most 16384 bfloat16 or 8192 float32; rows that are not whole 16-byte groups, or
  * not aligned to 16 bytes, at most 2048. batch * seq stays below 2^31; offsets may exceed it. */

@@ -7,15 +7,17 @@ CUDA sources compiled for the CPU) and, where there is one, on a GPU.
 from __future__ import annotations
 
 import mmap
+import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from twinflow_rt import library, native, native_rows, ops
 from twinflow_rt.bench.op_cases import SIZES, Sizes, cases, exact_layer, exact_rms, exact_rope, judge
 from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.errors import DeviceError
-from twinflow_rt.ops.select import NATIVE, NATIVE_ROWS, Target, select
+from twinflow_rt.ops.select import NATIVE, ROW_OPS, Target, select
 
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
@@ -197,6 +199,16 @@ def test_ops_keep_torchs_rules():
     streams = [draw(2, 2, 48), draw(2, 1, 48)]
     check(o.joint_qk_norm_rope.default, streams, [draw(8)] * 2, [draw(8, seed=1)] * 2, *tables[2:], 2, EPS)
     check(o.to_uint8.default, draw(1, 3, 4, 4))
+    check(o.group_norm_silu.default, draw(1, 4, 3, 3), 2, draw(4), draw(4), EPS)
+    rows = (x, draw(2, 3, 16, seed=1)), torch.int8
+    check(o.quantize_rows.default, x, rows[1])
+    check(o.rms_norm_quantized.default, x, w, EPS, rows[1])
+    check(o.layer_norm_quantized.default, x, w, EPS, None, rows[1])
+    check(o.residual_norm_quantized.default, *rows[0], w, w, EPS, rows[1])
+    check(o.residual_layer_norm_quantized.default, *rows[0], w, None, w, EPS, rows[1])
+    check(o.swiglu_quantized.default, x, rows[1])
+    check(o.gelu_tanh_quantized.default, x, rows[1])
+    check(o.dequantize.default, torch.ones(3, 4, dtype=torch.int32), draw(3), draw(4), None, torch.bfloat16)
 
 
 def test_every_thread_count_gives_the_same_bits():
@@ -228,7 +240,7 @@ def test_selection_states_its_refusals(monkeypatch):
         native.rms_norm(draw(1, 1, 8), draw(8), EPS)
 
 
-ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op in NATIVE_ROWS]
+ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op in ROW_OPS and "int8" in c.name]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -241,3 +253,63 @@ def test_rows(name, sizes, dtype):
     (case,) = (c for c in standalone(sizes, dtype, "cpu") if c.name == name)
     got, eager = (case.read(getattr(where, case.op)(*case.inputs())) for where in (native_rows, ops))
     check(got, eager, *case.exact(*case.inputs()))
+
+
+@pytest.mark.parametrize("width", [1, 37, 760, 10240])
+def test_values_of_rows_are_the_references(width):
+    """x itself needs no arithmetic before it is quantized: values and scales are equal to the last bit."""
+    wide = draw(3, 5, width + 3)
+    for x in (wide[..., :width], wide[:, ::2, 3:], torch.zeros(2, width), 1e30 * wide, wide[:0]):
+        got, eager = (where.quantize_rows(x, torch.int8) for where in (native_rows, ops))
+        assert torch.equal(got[0], eager[0]) and torch.equal(got[1], eager[1])
+
+
+def test_rows_that_hold_no_number_say_so():
+    x = draw(3, 40)
+    x[0, 17], x[1, 3] = torch.nan, -torch.inf
+    values, scales = native_rows.quantize_rows(x, torch.int8)
+    assert scales[0].isnan() and scales[1].isinf() and scales[2].isfinite()
+    sums = native_rows.dequantize(values.int(), scales, torch.ones(40, 1), None, torch.float32)
+    assert not sums[:2].isfinite().any() and sums[2].isfinite().all()
+    with pytest.raises(TypeError, match="int8"):
+        native_rows.quantize_rows(x, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape, groups", [((1, 2, 1, 1), 1), ((2, 6, 5, 7), 3), ((1, 16, 64, 64), 8), ((2, 320, 3, 9), 32)]
+)
+@pytest.mark.parametrize("mean", [0, 50])
+def test_group_norm_silu(shape, groups, mean, dtype):
+    x = (draw(*shape) + mean).to(dtype)
+    weight, bias = (1 + 0.3 * draw(shape[1], seed=1)).to(dtype), draw(shape[1], seed=2).to(dtype)
+    exact = F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), EPS))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = native.group_norm_silu(x.contiguous(memory_format=layout), groups, weight, bias, EPS)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        check(got, ops.group_norm_silu(x, groups, weight, bias, EPS), exact)
+
+
+def test_no_pixels_and_no_numbers_in_group_norm_silu():
+    w = torch.ones(4)
+    assert native.group_norm_silu(draw(0, 4, 2, 2), 2, w, w, EPS).shape == (0, 4, 2, 2)
+    x = draw(2, 4, 6, 6)
+    x[0, 1, 2, 3] = torch.nan
+    got = native.group_norm_silu(x, 2, w, w, EPS)
+    assert got[0, :2].isnan().all() and got[0, 2:].isfinite().all() and got[1].isfinite().all()
+
+
+def test_threads_are_released_and_come_back():
+    """A team that waits for its next kernel slows all others down (twinflow_rt.h); the next kernel starts a new one."""
+    kernels, x, w = library.load("cpu"), draw(64, 40, 64), 1 + draw(64)
+    before, count = native.rms_norm(x, w, EPS), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        native.rms_norm(x, w, EPS)
+        tasks = lambda: len(os.listdir("/proc/self/task"))
+        busy = tasks()
+        assert kernels.release_threads()
+        assert not os.path.isdir("/proc/self/task") or tasks() <= busy - 2
+        assert torch.equal(native.rms_norm(x, w, EPS), before)
+    finally:
+        torch.set_num_threads(count)

@@ -133,8 +133,10 @@ def test_rows_of_float8_need_a_chip_that_stores_them(op):
 
 def test_rows_of_a_cpu_are_made_by_its_kernels():
     cpu = Target("cpu", torch.float32, rows=torch.int8)
-    assert rank("linear_quantized", cpu) == ("int8-mm",) and rank("quantize_rows", cpu) == ()
-    assert all(rank(op, cpu) == ("native",) for op in ROW_OPS if op not in ("linear_quantized", "quantize_rows"))
+    assert rank("linear_quantized", cpu) == ("native", "int8-mm")
+    assert all(rank(op, cpu) == ("native",) for op in ROW_OPS if op != "linear_quantized")
+    float8 = replace(cpu, rows=torch.float8_e4m3fn)  # which a CPU emulates, by the references
+    assert all("not float8" in IMPLEMENTATIONS[op]["native"].refuses(float8) for op in ROW_OPS)
 
 
 def test_products_of_rows_say_what_they_multiply():

@@ -100,7 +100,8 @@ def test_norms_and_activations_write_what_is_multiplied(folder, precision):
     for name, given in seen:
         assert isinstance(given, QuantizedRows) == ("to_out" not in name), name
     choices = {c.op: c.chosen for c in pipe.plan.choices}
-    assert choices["linear_quantized"] == ("int8-mm" if precision == "int8" else "eager")
+    int8 = ("native", "int8-mm")  # without csrc/ torch's product and the references
+    assert choices["linear_quantized"] in int8 if precision == "int8" else choices["linear_quantized"] == "eager"
 
 
 def test_sensitive_layers_stay_out(folder, exact):

@@ -35,7 +35,6 @@ NATIVE = (
 SEPARATE = {"linear_swiglu": "swiglu", "linear_gelu": "gelu_tanh"}
 NO_TRITON = ("linear_gelu", "linear_residual", "upsample_conv")
 ROW_OPS = tuple(f.name for f in fields(RowTable))
-NATIVE_ROWS = tuple(op for op in ROW_OPS if op.removesuffix("_quantized") in NATIVE)  # made of those, on a CPU
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,12 @@ def _int8_mm_refuses(target: Target) -> str | None:
     return "multiplies int8, not float8_e4m3fn" if target.rows == torch.float8_e4m3fn else None
 
 
+def _native_rows_refuses(target: Target) -> str | None:
+    if target.rows == torch.float8_e4m3fn:
+        return "makes int8 rows, not float8_e4m3fn"
+    return _library("refuses")(target)
+
+
 def _scaled_mm_refuses(target: Target) -> str | None:
     if target.device != "cuda":
         return f"runs on NVIDIA GPUs, not on {target.device}"
@@ -152,6 +157,7 @@ _OTHERS = {
     ],
     "linear_residual": [Implementation("cublas", _from("ops.mlp", "linear_residual_epilogue"), _cublas_refuses)],
     "upsample_conv": [Implementation("folded", _from("ops.decode", "upsample_conv"), _folded_refuses)],
+    "group_norm_silu": [Implementation("native", _from("native", "group_norm_silu"), _library("refuses"))],
     "rms_norm_silu": [Implementation("native", _from("native", "rms_norm_silu"), _library("refuses"))],
     "attention": [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()],
 }
@@ -171,13 +177,12 @@ def _implementations(op: str) -> dict[str, Implementation]:
 
 def _row_implementations(op: str) -> dict[str, Implementation]:
     found = [Implementation("triton", _from("triton_rows", op), _triton_rows_refuses)]
-    if op in NATIVE_ROWS:
-        found.append(Implementation("native", _from("native_rows", op), _library("refuses")))
     if op == "linear_quantized":
         found = [
             Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm_refuses),
             Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm_refuses),
         ]
+    found.append(Implementation("native", _from("native_rows", op), _native_rows_refuses))
     found.append(Implementation("eager", lambda: getattr(EAGER_ROWS, op)))
     return {i.name: i for i in found}
 

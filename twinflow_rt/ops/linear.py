@@ -96,11 +96,17 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype, limit: float | None = No
     return (w / scales).round_().to(dtype), scales
 
 
+def int8_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in int32, exactly: x int8 [..., K], weight int8 [N, K]; returns [rows of x, N]."""
+    sums: Tensor = torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t())
+    return sums
+
+
 def int8_mm(
     x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`linear_quantized` of int8 on a CPU: products are summed exactly, in int32; scaled in float32, rounded once."""
-    y = torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()) * x_scales.reshape(-1, 1)
+    y = int8_sums(x, weight) * x_scales.reshape(-1, 1)
     y.mul_(weight_scales.view(1, -1))
     return (y if bias is None else y.add_(bias)).to(dtype).view(*x.shape[:-1], len(weight))
 

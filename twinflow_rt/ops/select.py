@@ -22,7 +22,6 @@ from .implementations import (
     FP8,
     IMPLEMENTATIONS,
     NATIVE,
-    NATIVE_ROWS,
     NO_TRITON,
     RAGGED,
     ROW_OPS,
@@ -34,7 +33,7 @@ from .rows import Op, RowTable
 from .table import EAGER, OpTable
 
 __all__ = [
-    "EAGER", "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "NATIVE", "NATIVE_ROWS", "NO_TRITON", "RAGGED", "ROW_OPS",
+    "EAGER", "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "NATIVE", "NO_TRITON", "RAGGED", "ROW_OPS",
     "SEPARATE", "Choice", "Implementation", "OpTable", "RowTable", "Target", "choose", "rank", "select", "select_rows",
     "triton_refuses",
 ]  # fmt: skip
@@ -81,9 +80,9 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
     if op in _RANKS:
         return _RANKS[op](target) if target.device in ("cpu", "cuda") else ()
     if op == "linear_quantized":
-        return {"cpu": ("int8-mm",), "cuda": ("scaled-mm",)}.get(target.device, ())
+        return {"cpu": ("native", "int8-mm"), "cuda": ("scaled-mm",)}.get(target.device, ())
     if target.device == "cpu":
-        return ("native",) if op in NATIVE or op in NATIVE_ROWS else ()
+        return ("native",) if op in NATIVE or op in ROW_OPS else ()
     if target.device != "cuda":
         return ()
     if op == "attention":
@@ -105,6 +104,7 @@ _RANKS: dict[str, Callable[[Target], tuple[str, ...]]] = {
     "linear_gelu": lambda target: ("cublaslt", "separate"),
     "linear_residual": lambda target: ("cublas",),
     "upsample_conv": lambda target: ("folded",),
+    "group_norm_silu": lambda target: ("native",) if target.device == "cpu" else ("triton",),
     "rms_norm_silu": lambda target: ("native",) if target.device == "cpu" else ("triton",),
 }
 

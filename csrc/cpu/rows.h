@@ -1,0 +1,214 @@
+// Rows of int8 with a scale each: from the op that makes them, and back from the product that reads them.
+#pragma once
+
+#include "common.h"
+#include "mlp.h"
+#include "norm.h"
+
+namespace {
+
+constexpr float INT8_LIMIT = 127.0f, SMALLEST = 1e-12f;
+
+// values[i] = round(value(i) / scale) with scale = max |value| / 127. `value` is called twice per element: what it
+// computes is cheaper than a pass over memory. It comes by value: the loop that stores bytes, which may alias anything
+// else, would not vectorise. Magnitudes are compared as integers, which puts NaN above all: a row that holds one gets
+// it as its scale.
+template <class F>
+inline void quantize_row(int8_t* values, float* scale, int64_t n, F value) {
+  int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = value(i);
+    int32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    bits &= 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  float top;
+  std::memcpy(&top, &largest, sizeof top);
+  top = top < SMALLEST ? SMALLEST : top;
+  const float factor = INT8_LIMIT / top;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float v = std::nearbyint(value(i) * factor);
+    v = v > -INT8_LIMIT ? v : -INT8_LIMIT;  // NaN too
+    v = v < INT8_LIMIT ? v : INT8_LIMIT;
+    values[i] = static_cast<int8_t>(static_cast<int32_t>(v));
+  }
+  *scale = top / INT8_LIMIT;
+}
+
+// A row's mean, and 1 / sqrt(variance + eps) of the centred row.
+struct Centre {
+  float mean, factor;
+
+  template <class T>
+  Centre(const T* x, int64_t dim, float eps) {
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < dim; ++i) sum += load(x[i]);
+    mean = sum / static_cast<float>(dim);
+    const float m = mean;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < dim; ++i) {
+      const float v = load(x[i]) - m;
+      squares += v * v;
+    }
+    factor = 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps);
+  }
+};
+
+// Layer norm of one row; either of w and b may be null.
+template <class T>
+inline void quantize_layer_row(const T* x, const float* w, const float* b, int8_t* values, float* scale, int64_t dim,
+                               float eps) {
+  const Centre row(x, dim, eps);
+  const float mean = row.mean, factor = row.factor;
+  const auto plain = [=](int64_t i) { return (load(x[i]) - mean) * factor; };
+  if (w && b)
+    quantize_row(values, scale, dim, [=](int64_t i) { return plain(i) * w[i] + b[i]; });
+  else if (w)
+    quantize_row(values, scale, dim, [=](int64_t i) { return plain(i) * w[i]; });
+  else if (b)
+    quantize_row(values, scale, dim, [=](int64_t i) { return plain(i) + b[i]; });
+  else
+    quantize_row(values, scale, dim, plain);
+}
+
+template <class T>
+inline void quantize_rms_row(const T* x, const float* w, int8_t* values, float* scale, int64_t dim, float eps) {
+  const float factor = inverse_rms(x, dim, eps);
+  quantize_row(values, scale, dim, [=](int64_t i) { return load(x[i]) * factor * w[i]; });
+}
+
+int c_quantize_rows(const void* x, int64_t x_batch, int64_t x_row, int8_t* values, float* scales, int64_t batch,
+                    int64_t seq, int64_t dim, int dtype, int threads) {
+  if (const int error = norm_error(batch, seq, dim, x && values && scales)) return error;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
+      const T* row = rows.at(b, s);
+      quantize_row(values + r * dim, scales + r, dim, [=](int64_t i) { return load(row[i]); });
+    });
+  });
+}
+
+int c_rms_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
+                         int8_t* values, float* scales, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
+                         int threads) {
+  if (const int error = norm_error(batch, seq, dim, x && weight && values && scales)) return error;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
+    const Weights w{weight, weight_batch};
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
+      quantize_rms_row(rows.at(b, s), w.at(b), values + r * dim, scales + r, dim, eps);
+    });
+  });
+}
+
+int c_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
+                           const float* bias, int64_t bias_batch, int8_t* values, float* scales, int64_t batch,
+                           int64_t seq, int64_t dim, float eps, int dtype, int threads) {
+  if (const int error = norm_error(batch, seq, dim, x && values && scales)) return error;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
+    const Weights w{weight, weight_batch}, shift{bias, bias_batch};
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
+      quantize_layer_row(rows.at(b, s), w.at(b), shift.at(b), values + r * dim, scales + r, dim, eps);
+    });
+  });
+}
+
+int c_residual_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch,
+                              int64_t branch_row, const float* post, int64_t post_batch, const float* pre,
+                              int64_t pre_batch, void* x_out, int8_t* values, float* scales, int64_t batch, int64_t seq,
+                              int64_t dim, float eps, int dtype, int threads) {
+  if (const int error = norm_error(batch, seq, dim, x && branch && post && pre && x_out && values && scales))
+    return error;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
+    const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
+    const Weights after{post, post_batch}, before{pre, pre_batch};
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
+      T* sum = static_cast<T*>(x_out) + r * dim;
+      add_rms_row(old.at(b, s), add.at(b, s), after.at(b), sum, dim, eps);
+      quantize_rms_row(sum, before.at(b), values + r * dim, scales + r, dim, eps);
+    });
+  });
+}
+
+int c_residual_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
+                                    int64_t branch_batch, int64_t branch_row, const float* gate, int64_t gate_batch,
+                                    const float* weight, int64_t weight_batch, const float* bias, int64_t bias_batch,
+                                    void* x_out, int8_t* values, float* scales, int64_t batch, int64_t seq, int64_t dim,
+                                    float eps, int dtype, int threads) {
+  if (const int error = norm_error(batch, seq, dim, x && branch && x_out && values && scales)) return error;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
+    const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
+    const Weights gates{gate, gate_batch}, w{weight, weight_batch}, shift{bias, bias_batch};
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
+      T* sum = static_cast<T*>(x_out) + r * dim;
+      add_gated_row(old.at(b, s), add.at(b, s), gates.at(b), sum, dim);
+      quantize_layer_row(sum, w.at(b), shift.at(b), values + r * dim, scales + r, dim, eps);
+    });
+  });
+}
+
+int c_swiglu_quantized(const void* x, int8_t* values, float* scales, int64_t rows, int64_t hidden, int dtype,
+                       int threads) {
+  if (rows < 0 || hidden < 1) return TWINFLOW_BAD_SHAPE;
+  if (rows && !(x && values && scales)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    each_row(1, rows, 8 * hidden, threads, [&](int64_t, int64_t, int64_t r) {
+      const T *a = static_cast<const T*>(x) + 2 * r * hidden, *b = a + hidden;
+      quantize_row(values + r * hidden, scales + r, hidden, [=](int64_t i) { return silu(load(a[i])) * load(b[i]); });
+    });
+  });
+}
+
+int c_gelu_tanh_quantized(const void* x, int8_t* values, float* scales, int64_t rows, int64_t width, int dtype,
+                          int threads) {
+  if (rows < 0 || width < 1) return TWINFLOW_BAD_SHAPE;
+  if (rows && !(x && values && scales)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    each_row(1, rows, 8 * width, threads, [&](int64_t, int64_t, int64_t r) {
+      const T* row = static_cast<const T*>(x) + r * width;
+      quantize_row(values + r * width, scales + r, width, [=](int64_t i) { return gelu(load(row[i])); });
+    });
+  });
+}
+
+template <class T>
+inline void dequantize_row(const int32_t* sums, float x_scale, const float* w_scales, const T* bias, T* out,
+                           int64_t columns) {
+  if (bias)
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i)
+      store(out + i, static_cast<float>(sums[i]) * x_scale * w_scales[i] + load(bias[i]));
+  else
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) store(out + i, static_cast<float>(sums[i]) * x_scale * w_scales[i]);
+}
+
+int c_dequantize(const int32_t* sums, const float* x_scales, const float* w_scales, const void* bias, void* out,
+                 int64_t rows, int64_t columns, int dtype, int threads) {
+  if (rows < 0 || columns < 1) return TWINFLOW_BAD_SHAPE;
+  if (rows && !(sums && x_scales && w_scales && out)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    each_row(1, rows, columns, threads, [&](int64_t, int64_t, int64_t r) {
+      dequantize_row(sums + r * columns, x_scales[r], w_scales, static_cast<const T*>(bias),
+                     static_cast<T*>(out) + r * columns, columns);
+    });
+  });
+}
+
+}  // namespace
