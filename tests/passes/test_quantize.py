@@ -213,16 +213,16 @@ def test_sensitivity_finds_the_layers_that_int8_hurts(folder):
 
 @PRECISIONS
 def test_weights_are_quantized_as_they_arrive(folder, monkeypatch, precision):
-    """Never two of them in the checkpoint's dtype: a device need not hold the network as it was."""
+    """Never two of them in the checkpoint's dtype: a device need not hold the network, or the encoder, as it was."""
     arrived, waiting = quantize.arrived, []
 
-    def watch(network, *rest):
-        arrived(network, *rest)
+    def watch(network, *rest, **named):
+        arrived(network, *rest, **named)
         layers = (layer for some in quantize.groups(network, precision).values() for layer in some)
         waiting.append([m for m in layers if not m.weight.is_meta and not isinstance(m, quantize.QuantizedLinear)])
 
     monkeypatch.setattr(quantize, "arrived", watch)
-    load(folder, device="cpu", dtype="float32", precision=precision)
+    load(folder, device="cpu", dtype="float32", precision=precision, text_precision=precision)
     assert len(waiting) > 20 and not any(waiting)
 
 
