@@ -189,13 +189,14 @@ int c_gelu_tanh_quantized(const void* x, int8_t* values, float* scales, int64_t 
 template <class T>
 inline void dequantize_row(const int32_t* sums, float x_scale, const float* w_scales, const T* bias, T* out,
                            int64_t columns) {
-  if (bias)
+  if (bias) {
 #pragma omp simd
     for (int64_t i = 0; i < columns; ++i)
       store(out + i, static_cast<float>(sums[i]) * x_scale * w_scales[i] + load(bias[i]));
-  else
+    return;
+  }
 #pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) store(out + i, static_cast<float>(sums[i]) * x_scale * w_scales[i]);
+  for (int64_t i = 0; i < columns; ++i) store(out + i, static_cast<float>(sums[i]) * x_scale * w_scales[i]);
 }
 
 int c_dequantize(const int32_t* sums, const float* x_scales, const float* w_scales, const void* bias, void* out,
