@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .config import dtype_name
 from .ops.select import Target
 
 ABI_VERSION = 4
@@ -131,5 +132,5 @@ def cuda_rope_refuses(target: Target) -> str | None:
 
 def _refuses_kind(target: Target) -> str | None:
     if target.dtype not in KINDS:
-        return f"stores float32 or bfloat16, not {str(target.dtype).removeprefix('torch.')}"
+        return f"stores float32 or bfloat16, not {dtype_name(target.dtype)}"
     return "has no gradient" if target.training else None

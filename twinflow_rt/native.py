@@ -250,11 +250,17 @@ def joint_qk_norm_rope(
 # -- mlp, sample, decode ------------------------------------------------------------------------------------
 
 
-@op("swiglu(Tensor x) -> Tensor")
-def swiglu(x: Tensor) -> Tensor:
-    x, hidden = x.contiguous(), x.shape[-1] // 2
+def halves(x: Tensor) -> tuple[Tensor, int]:
+    """x, contiguous, and the size of the halves of its last axis."""
+    hidden = x.shape[-1] // 2
     if hidden * 2 != x.shape[-1] or not hidden:
         raise ValueError(f"swiglu halves the last axis, which has {x.shape[-1]} elements")
+    return x.contiguous(), hidden
+
+
+@op("swiglu(Tensor x) -> Tensor")
+def swiglu(x: Tensor) -> Tensor:
+    x, hidden = halves(x)
     out = x.new_empty((*x.shape[:-1], hidden))
     run("swiglu", x, x.data_ptr(), out.data_ptr(), out.numel() // hidden, hidden)
     return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import as_rows, fake, op, run, same, shape_of, weight_of
+from .native import as_rows, fake, halves, op, run, same, shape_of, weight_of
 from .ops.linear import int8_sums
 
 Rows = tuple[Tensor, Tensor]
@@ -102,9 +102,7 @@ def residual_layer_norm_quantized(
 @op("swiglu_quantized(Tensor x, ScalarType dtype) -> (Tensor, Tensor)")
 def swiglu_quantized(x: Tensor, dtype: torch.dtype) -> Rows:
     """See ops/mlp.py."""
-    x, hidden = x.contiguous(), x.shape[-1] // 2
-    if hidden * 2 != x.shape[-1] or not hidden:
-        raise ValueError(f"swiglu halves the last axis, which has {x.shape[-1]} elements")
+    x, hidden = halves(x)
     values, scales = _made(x, dtype, hidden)
     run("swiglu_quantized", x, x.data_ptr(), values.data_ptr(), scales.data_ptr(), scales.numel(), hidden)
     return values, scales

@@ -59,6 +59,12 @@ constexpr int64_t SERIAL = 32768;
 // How many of `threads` work on a kernel over so many elements.
 inline int team(int64_t elements, int threads) { return elements < SERIAL ? 1 : threads; }
 
+// What speaks against a kernel over such rows; complete: whether its pointers are all there.
+inline int rows_error(int64_t batch, int64_t seq, int64_t dim, bool complete) {
+  if (batch < 0 || seq < 0 || dim < 1) return TWINFLOW_BAD_SHAPE;
+  return batch * seq && !complete ? TWINFLOW_NULL_POINTER : TWINFLOW_OK;
+}
+
 template <class F>
 int typed(int dtype, F&& run) {
   if (dtype == TWINFLOW_F32) return run(float{}), TWINFLOW_OK;

@@ -29,8 +29,7 @@ void gelu_tanh(const T* x, T* out, int64_t n, int threads) {
 }
 
 int c_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads) {
-  if (rows < 0 || hidden < 1) return TWINFLOW_BAD_SHAPE;
-  if (rows && !(x && out)) return TWINFLOW_NULL_POINTER;
+  if (const int error = rows_error(1, rows, hidden, x && out)) return error;
   return typed(dtype, [&](auto t) {
     using T = decltype(t);
     swiglu(static_cast<const T*>(x), static_cast<T*>(out), rows, hidden, threads);
@@ -38,8 +37,7 @@ int c_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, 
 }
 
 int c_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype, int threads) {
-  if (rows < 0 || width < 1) return TWINFLOW_BAD_SHAPE;
-  if (rows && !(x && out)) return TWINFLOW_NULL_POINTER;
+  if (const int error = rows_error(1, rows, width, x && out)) return error;
   return typed(dtype, [&](auto t) {
     using T = decltype(t);
     gelu_tanh(static_cast<const T*>(x), static_cast<T*>(out), rows * width, threads);

@@ -42,19 +42,31 @@ inline void scale_centered(const T* x, const float* weight, const float* bias, T
   }
 }
 
-// Layer norm of one row; the variance is of the centred row.
+// A row's mean, and 1 / sqrt(variance + eps) of the centred row.
+struct Centre {
+  float mean, factor;
+
+  template <class T>
+  Centre(const T* x, int64_t dim, float eps) {
+    float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < dim; ++i) sum += load(x[i]);
+    mean = sum / static_cast<float>(dim);
+    const float m = mean;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < dim; ++i) {
+      const float v = load(x[i]) - m;
+      squares += v * v;
+    }
+    factor = 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps);
+  }
+};
+
+// Layer norm of one row.
 template <class T>
 inline void layer_row(const T* x, const float* weight, const float* bias, T* out, int64_t dim, float eps) {
-  float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < dim; ++i) sum += load(x[i]);
-  const float mean = sum / static_cast<float>(dim);
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < dim; ++i) {
-    const float v = load(x[i]) - mean;
-    squares += v * v;
-  }
-  scale_centered(x, weight, bias, out, dim, mean, 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps));
+  const Centre row(x, dim, eps);
+  scale_centered(x, weight, bias, out, dim, row.mean, row.factor);
 }
 
 // sum = x + rms_norm(branch, weight).
@@ -97,36 +109,53 @@ void each_row(int64_t batch, int64_t seq, int64_t dim, int threads, F&& visit) {
   for (int64_t r = 0; r < batch * seq; ++r) visit(r / seq, r % seq, r);
 }
 
-int norm_error(int64_t batch, int64_t seq, int64_t dim, bool complete) {
-  if (batch < 0 || seq < 0 || dim < 1) return TWINFLOW_BAD_SHAPE;
-  return batch * seq && !complete ? TWINFLOW_NULL_POINTER : TWINFLOW_OK;
+// visit(row, b, r) for every row of x, of its dtype.
+template <class F>
+int norm_rows(const void* x, int64_t x_batch, int64_t x_row, int64_t batch, int64_t seq, int64_t dim, int dtype,
+              int threads, F&& visit) {
+  return typed(dtype, [&](auto t) {
+    const Rows<const decltype(t)> rows{static_cast<const decltype(t)*>(x), x_batch, x_row};
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) { visit(rows.at(b, s), b, r); });
+  });
+}
+
+// visit(row of x, row of branch, row of x_out, b, r) for all of them.
+template <class F>
+int residual_rows(const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch,
+                  int64_t branch_row, void* x_out, int64_t batch, int64_t seq, int64_t dim, int dtype, int threads,
+                  F&& visit) {
+  return typed(dtype, [&](auto t) {
+    using T = decltype(t);
+    const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
+    const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
+    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
+      visit(old.at(b, s), add.at(b, s), static_cast<T*>(x_out) + r * dim, b, r);
+    });
+  });
+}
+
+// Row r of a contiguous tensor, of the dtype of `like`.
+template <class T>
+inline T* row_like(const T* /*like*/, void* data, int64_t r, int64_t dim) {
+  return static_cast<T*>(data) + r * dim;
 }
 
 int c_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch, void* out,
                int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && weight && out)) return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
-    const Weights w{weight, weight_batch};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      const T* row = rows.at(b, s);
-      scale_row(row, w.at(b), static_cast<T*>(out) + r * dim, dim, inverse_rms(row, dim, eps));
-    });
+  if (const int error = rows_error(batch, seq, dim, x && weight && out)) return error;
+  const Weights w{weight, weight_batch};
+  return norm_rows(x, x_batch, x_row, batch, seq, dim, dtype, threads, [&](const auto* row, int64_t b, int64_t r) {
+    scale_row(row, w.at(b), row_like(row, out, r, dim), dim, inverse_rms(row, dim, eps));
   });
 }
 
 int c_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
                  const float* bias, int64_t bias_batch, void* out, int64_t batch, int64_t seq, int64_t dim, float eps,
                  int dtype, int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && out)) return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
-    const Weights w{weight, weight_batch}, shift{bias, bias_batch};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      layer_row(rows.at(b, s), w.at(b), shift.at(b), static_cast<T*>(out) + r * dim, dim, eps);
-    });
+  if (const int error = rows_error(batch, seq, dim, x && out)) return error;
+  const Weights w{weight, weight_batch}, shift{bias, bias_batch};
+  return norm_rows(x, x_batch, x_row, batch, seq, dim, dtype, threads, [&](const auto* row, int64_t b, int64_t r) {
+    layer_row(row, w.at(b), shift.at(b), row_like(row, out, r, dim), dim, eps);
   });
 }
 
@@ -134,36 +163,27 @@ int c_residual_norm(const void* x, int64_t x_batch, int64_t x_row, const void* b
                     int64_t branch_row, const float* post, int64_t post_batch, const float* pre, int64_t pre_batch,
                     void* x_out, void* h_out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
                     int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && branch && post && x_out && !pre == !h_out)) return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
-    const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
-    const Weights after{post, post_batch}, before{pre, pre_batch};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      T* sum = static_cast<T*>(x_out) + r * dim;
-      add_rms_row(old.at(b, s), add.at(b, s), after.at(b), sum, dim, eps);
-      if (h_out) scale_row(sum, before.at(b), static_cast<T*>(h_out) + r * dim, dim, inverse_rms(sum, dim, eps));
-    });
-  });
+  if (const int error = rows_error(batch, seq, dim, x && branch && post && x_out && !pre == !h_out)) return error;
+  const Weights after{post, post_batch}, before{pre, pre_batch};
+  return residual_rows(x, x_batch, x_row, branch, branch_batch, branch_row, x_out, batch, seq, dim, dtype, threads,
+                       [&](const auto* old, const auto* add, auto* sum, int64_t b, int64_t r) {
+                         add_rms_row(old, add, after.at(b), sum, dim, eps);
+                         if (h_out)
+                           scale_row(sum, before.at(b), row_like(sum, h_out, r, dim), dim, inverse_rms(sum, dim, eps));
+                       });
 }
 
 int c_residual_layer_norm(const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch,
                           int64_t branch_row, const float* gate, int64_t gate_batch, const float* weight,
                           int64_t weight_batch, const float* bias, int64_t bias_batch, void* x_out, void* h_out,
                           int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && branch && x_out && h_out)) return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
-    const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
-    const Weights gates{gate, gate_batch}, w{weight, weight_batch}, shift{bias, bias_batch};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      T* sum = static_cast<T*>(x_out) + r * dim;
-      add_gated_row(old.at(b, s), add.at(b, s), gates.at(b), sum, dim);
-      layer_row(sum, w.at(b), shift.at(b), static_cast<T*>(h_out) + r * dim, dim, eps);
-    });
-  });
+  if (const int error = rows_error(batch, seq, dim, x && branch && x_out && h_out)) return error;
+  const Weights gates{gate, gate_batch}, w{weight, weight_batch}, shift{bias, bias_batch};
+  return residual_rows(x, x_batch, x_row, branch, branch_batch, branch_row, x_out, batch, seq, dim, dtype, threads,
+                       [&](const auto* old, const auto* add, auto* sum, int64_t b, int64_t r) {
+                         add_gated_row(old, add, gates.at(b), sum, dim);
+                         layer_row(sum, w.at(b), shift.at(b), row_like(sum, h_out, r, dim), dim, eps);
+                       });
 }
 
 }  // namespace

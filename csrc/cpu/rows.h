@@ -38,26 +38,6 @@ inline void quantize_row(int8_t* values, float* scale, int64_t n, F value) {
   *scale = top / INT8_LIMIT;
 }
 
-// A row's mean, and 1 / sqrt(variance + eps) of the centred row.
-struct Centre {
-  float mean, factor;
-
-  template <class T>
-  Centre(const T* x, int64_t dim, float eps) {
-    float sum = 0, squares = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < dim; ++i) sum += load(x[i]);
-    mean = sum / static_cast<float>(dim);
-    const float m = mean;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < dim; ++i) {
-      const float v = load(x[i]) - m;
-      squares += v * v;
-    }
-    factor = 1.0f / std::sqrt(squares / static_cast<float>(dim) + eps);
-  }
-};
-
 // Layer norm of one row; either of w and b may be null.
 template <class T>
 inline void quantize_layer_row(const T* x, const float* w, const float* b, int8_t* values, float* scale, int64_t dim,
@@ -83,42 +63,29 @@ inline void quantize_rms_row(const T* x, const float* w, int8_t* values, float* 
 
 int c_quantize_rows(const void* x, int64_t x_batch, int64_t x_row, int8_t* values, float* scales, int64_t batch,
                     int64_t seq, int64_t dim, int dtype, int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && values && scales)) return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      const T* row = rows.at(b, s);
-      quantize_row(values + r * dim, scales + r, dim, [=](int64_t i) { return load(row[i]); });
-    });
+  if (const int error = rows_error(batch, seq, dim, x && values && scales)) return error;
+  return norm_rows(x, x_batch, x_row, batch, seq, dim, dtype, threads, [&](const auto* row, int64_t, int64_t r) {
+    quantize_row(values + r * dim, scales + r, dim, [=](int64_t i) { return load(row[i]); });
   });
 }
 
 int c_rms_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
                          int8_t* values, float* scales, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
                          int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && weight && values && scales)) return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
-    const Weights w{weight, weight_batch};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      quantize_rms_row(rows.at(b, s), w.at(b), values + r * dim, scales + r, dim, eps);
-    });
+  if (const int error = rows_error(batch, seq, dim, x && weight && values && scales)) return error;
+  const Weights w{weight, weight_batch};
+  return norm_rows(x, x_batch, x_row, batch, seq, dim, dtype, threads, [&](const auto* row, int64_t b, int64_t r) {
+    quantize_rms_row(row, w.at(b), values + r * dim, scales + r, dim, eps);
   });
 }
 
 int c_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
                            const float* bias, int64_t bias_batch, int8_t* values, float* scales, int64_t batch,
                            int64_t seq, int64_t dim, float eps, int dtype, int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && values && scales)) return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> rows{static_cast<const T*>(x), x_batch, x_row};
-    const Weights w{weight, weight_batch}, shift{bias, bias_batch};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      quantize_layer_row(rows.at(b, s), w.at(b), shift.at(b), values + r * dim, scales + r, dim, eps);
-    });
+  if (const int error = rows_error(batch, seq, dim, x && values && scales)) return error;
+  const Weights w{weight, weight_batch}, shift{bias, bias_batch};
+  return norm_rows(x, x_batch, x_row, batch, seq, dim, dtype, threads, [&](const auto* row, int64_t b, int64_t r) {
+    quantize_layer_row(row, w.at(b), shift.at(b), values + r * dim, scales + r, dim, eps);
   });
 }
 
@@ -126,19 +93,14 @@ int c_residual_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, con
                               int64_t branch_row, const float* post, int64_t post_batch, const float* pre,
                               int64_t pre_batch, void* x_out, int8_t* values, float* scales, int64_t batch, int64_t seq,
                               int64_t dim, float eps, int dtype, int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && branch && post && pre && x_out && values && scales))
+  if (const int error = rows_error(batch, seq, dim, x && branch && post && pre && x_out && values && scales))
     return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
-    const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
-    const Weights after{post, post_batch}, before{pre, pre_batch};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      T* sum = static_cast<T*>(x_out) + r * dim;
-      add_rms_row(old.at(b, s), add.at(b, s), after.at(b), sum, dim, eps);
-      quantize_rms_row(sum, before.at(b), values + r * dim, scales + r, dim, eps);
-    });
-  });
+  const Weights after{post, post_batch}, before{pre, pre_batch};
+  return residual_rows(x, x_batch, x_row, branch, branch_batch, branch_row, x_out, batch, seq, dim, dtype, threads,
+                       [&](const auto* old, const auto* add, auto* sum, int64_t b, int64_t r) {
+                         add_rms_row(old, add, after.at(b), sum, dim, eps);
+                         quantize_rms_row(sum, before.at(b), values + r * dim, scales + r, dim, eps);
+                       });
 }
 
 int c_residual_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const void* branch,
@@ -146,24 +108,18 @@ int c_residual_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_ro
                                     const float* weight, int64_t weight_batch, const float* bias, int64_t bias_batch,
                                     void* x_out, int8_t* values, float* scales, int64_t batch, int64_t seq, int64_t dim,
                                     float eps, int dtype, int threads) {
-  if (const int error = norm_error(batch, seq, dim, x && branch && x_out && values && scales)) return error;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    const Rows<const T> old{static_cast<const T*>(x), x_batch, x_row};
-    const Rows<const T> add{static_cast<const T*>(branch), branch_batch, branch_row};
-    const Weights gates{gate, gate_batch}, w{weight, weight_batch}, shift{bias, bias_batch};
-    each_row(batch, seq, dim, threads, [&](int64_t b, int64_t s, int64_t r) {
-      T* sum = static_cast<T*>(x_out) + r * dim;
-      add_gated_row(old.at(b, s), add.at(b, s), gates.at(b), sum, dim);
-      quantize_layer_row(sum, w.at(b), shift.at(b), values + r * dim, scales + r, dim, eps);
-    });
-  });
+  if (const int error = rows_error(batch, seq, dim, x && branch && x_out && values && scales)) return error;
+  const Weights gates{gate, gate_batch}, w{weight, weight_batch}, shift{bias, bias_batch};
+  return residual_rows(x, x_batch, x_row, branch, branch_batch, branch_row, x_out, batch, seq, dim, dtype, threads,
+                       [&](const auto* old, const auto* add, auto* sum, int64_t b, int64_t r) {
+                         add_gated_row(old, add, gates.at(b), sum, dim);
+                         quantize_layer_row(sum, w.at(b), shift.at(b), values + r * dim, scales + r, dim, eps);
+                       });
 }
 
 int c_swiglu_quantized(const void* x, int8_t* values, float* scales, int64_t rows, int64_t hidden, int dtype,
                        int threads) {
-  if (rows < 0 || hidden < 1) return TWINFLOW_BAD_SHAPE;
-  if (rows && !(x && values && scales)) return TWINFLOW_NULL_POINTER;
+  if (const int error = rows_error(1, rows, hidden, x && values && scales)) return error;
   return typed(dtype, [&](auto t) {
     using T = decltype(t);
     each_row(1, rows, 8 * hidden, threads, [&](int64_t, int64_t, int64_t r) {
@@ -175,8 +131,7 @@ int c_swiglu_quantized(const void* x, int8_t* values, float* scales, int64_t row
 
 int c_gelu_tanh_quantized(const void* x, int8_t* values, float* scales, int64_t rows, int64_t width, int dtype,
                           int threads) {
-  if (rows < 0 || width < 1) return TWINFLOW_BAD_SHAPE;
-  if (rows && !(x && values && scales)) return TWINFLOW_NULL_POINTER;
+  if (const int error = rows_error(1, rows, width, x && values && scales)) return error;
   return typed(dtype, [&](auto t) {
     using T = decltype(t);
     each_row(1, rows, 8 * width, threads, [&](int64_t, int64_t, int64_t r) {
@@ -201,8 +156,7 @@ inline void dequantize_row(const int32_t* sums, float x_scale, const float* w_sc
 
 int c_dequantize(const int32_t* sums, const float* x_scales, const float* w_scales, const void* bias, void* out,
                  int64_t rows, int64_t columns, int dtype, int threads) {
-  if (rows < 0 || columns < 1) return TWINFLOW_BAD_SHAPE;
-  if (rows && !(sums && x_scales && w_scales && out)) return TWINFLOW_NULL_POINTER;
+  if (const int error = rows_error(1, rows, columns, sums && x_scales && w_scales && out)) return error;
   return typed(dtype, [&](auto t) {
     using T = decltype(t);
     each_row(1, rows, columns, threads, [&](int64_t, int64_t, int64_t r) {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..config import dtype_name
 from .optional import find, older
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Backend:
         if target.device != "cuda":
             return f"runs on NVIDIA GPUs, not on {target.device}"
         if target.dtype not in DTYPES:
-            return f"takes bfloat16 or float16, not {str(target.dtype).removeprefix('torch.')}"
+            return f"takes bfloat16 or float16, not {dtype_name(target.dtype)}"
         if target.arch is not None and not self.archs[0] <= target.arch < self.archs[1]:
             newest = "and newer" if self.archs[1] >= 1000 else f"to {(self.archs[1] - 1) / 10:.1f}"
             return f"needs compute capability {self.archs[0] / 10:.1f} {newest}, this GPU has {target.arch / 10:.1f}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..config import dtype_name
 from . import backends, optional
 from .attention import attention_fp8
 from .rows import EAGER_ROWS, Op, RowTable
@@ -58,7 +59,7 @@ def _folded_refuses(target: Target) -> str | None:
 
 def _triton_linear_refuses(target: Target) -> str | None:
     if target.dtype not in backends.DTYPES:
-        return f"takes bfloat16 or float16, not {str(target.dtype).removeprefix('torch.')}"
+        return f"takes bfloat16 or float16, not {dtype_name(target.dtype)}"
     return triton_refuses(target)
 
 
@@ -67,7 +68,7 @@ def triton_refuses(target: Target) -> str | None:
     if target.device != "cuda":
         return f"runs on NVIDIA GPUs, not on {target.device}"
     if target.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"stores bfloat16, float16 or float32, not {str(target.dtype).removeprefix('torch.')}"
+        return f"stores bfloat16, float16 or float32, not {dtype_name(target.dtype)}"
     if target.training:
         return "has no gradient"
     if target.arch is not None and target.arch < OLDEST_ARCH:
@@ -82,7 +83,7 @@ def triton_refuses(target: Target) -> str | None:
 
 def _triton_attention_refuses(target: Target) -> str | None:
     if target.dtype not in backends.DTYPES:
-        return f"takes bfloat16 or float16, not {str(target.dtype).removeprefix('torch.')}"
+        return f"takes bfloat16 or float16, not {dtype_name(target.dtype)}"
     if target.head_dim is not None and target.head_dim > 256:
         return f"takes head dims up to 256, not {target.head_dim}"
     return triton_refuses(target)
@@ -127,7 +128,7 @@ def _scaled_mm_refuses(target: Target) -> str | None:
     if target.rows == torch.int8:
         return "multiplies float8_e4m3fn, not int8"
     if target.dtype != torch.bfloat16:
-        return f"gives bfloat16, not {str(target.dtype).removeprefix('torch.')}"
+        return f"gives bfloat16, not {dtype_name(target.dtype)}"
     if reason := _float8_refuses(target.arch):
         return reason
     return None if torch.cuda.is_available() else "torch finds no CUDA device"

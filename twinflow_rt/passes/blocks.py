@@ -8,11 +8,10 @@ from torch import nn
 def block_names(network: nn.Module) -> list[str]:
     """The repeated blocks of `network` in the order they run: the items of its lists of modules that have a
     `forward` of their own, prompt modules left out."""
-    prompt = tuple(getattr(network, "prompt_modules", ()))
     found: list[str] = []
     for name, module in network.named_modules():
         inside = any(name.startswith(block + ".") for block in found)
-        if isinstance(module, nn.ModuleList) and not inside and not name.startswith(prompt or "\0"):
+        if isinstance(module, nn.ModuleList) and not inside and not _of_prompt(network, name):
             kinds = {type(item) for item in module}
             if kinds and all(_computes(kind) for kind in kinds):
                 found += [f"{name}.{i}" for i in range(len(module))]
@@ -24,10 +23,14 @@ def _computes(kind: type[nn.Module]) -> bool:
     return kind.forward is not nn.Module.forward
 
 
+def _of_prompt(network: nn.Module, name: str) -> bool:
+    """Whether the module `name` of `network` runs once per prompt."""
+    return any(f"{name}.".startswith(f"{head}.") for head in getattr(network, "prompt_modules", ()))
+
+
 def in_block(network: nn.Module, name: str) -> bool:
     """Whether the module `name` of `network` belongs to a repeated block and runs with it, not once per prompt."""
-    prompt = getattr(network, "prompt_modules", ())
-    if any(name == head or name.startswith(f"{head}.") for head in prompt):
+    if _of_prompt(network, name):
         return False
     module = network
     for part in name.split("."):
@@ -40,11 +43,10 @@ def in_block(network: nn.Module, name: str) -> bool:
 def parameters_of(network: nn.Module, block: str) -> list[str]:
     """Names of the parameters that stream with `block`: those of its linear layers and convolutions, but for what
     runs once per prompt. The rest is small, and some of it is read before the block runs."""
-    prompt = tuple(f"{name}." for name in getattr(network, "prompt_modules", ()))
     return [
         f"{name}.{leaf}"
         for name, layer in network.get_submodule(block).named_modules(prefix=block)
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not f"{name}.".startswith(prompt or ("\0",))
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not _of_prompt(network, name)
         for leaf, _ in layer.named_parameters()
     ]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import has_native
+from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
 from ..ops.linear import int8_limit
 from ..ops.rows import producing
@@ -116,7 +116,7 @@ def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = No
     network, where known."""
     if precision == "fp8":
         if device.type == "cuda" and dtype not in (None, torch.bfloat16):
-            return f"float8 products come out in bfloat16, not {str(dtype).removeprefix('torch.')}; use dtype bfloat16"
+            return f"float8 products come out in bfloat16, not {dtype_name(dtype)}; use dtype bfloat16"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < divmod(FLOAT8_ARCH, 10):
             have = ".".join(map(str, torch.cuda.get_device_capability(device)))
             return f"float8 products need compute capability 8.9 or newer, {device} has {have}; use bf16 there"
@@ -137,7 +137,7 @@ def packing_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"oneDNN's layout is the CPU's, not {device.type}'s"
     if dtype not in PACKED_DTYPES:
-        return f"oneDNN packs float32 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"oneDNN packs float32 and bfloat16, not {dtype_name(dtype)}"
     return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
 
 
@@ -175,7 +175,7 @@ def converted(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> 
     """A sentence for the plan where weights are held in another dtype than the checkpoint's because of `device`."""
     if stored == dtype or has_native(stored, device):
         return ()
-    kept, held = (str(d).removeprefix("torch.") for d in (stored, dtype))
+    kept, held = map(dtype_name, (stored, dtype))
     return (f"stored in {kept}, which this {device.type} only emulates: weights converted to {held} at load",)
 
 
