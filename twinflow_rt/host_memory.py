@@ -1,12 +1,16 @@
-"""Resident memory of this process. Imports no torch, so that importing torch can be watched."""
+"""Memory of this process: how much is resident, and what the C library does with what is freed. Imports no torch,
+so that importing torch can be watched."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
 import sys
-from pathlib import Path
 
-STATUS = Path("/proc/self/status")
+STATUS = "/proc/self/status"
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
 
 
 def resident_bytes() -> int:
@@ -24,10 +28,33 @@ def peak_bytes() -> int:
 
 def status_bytes(key: str) -> int | None:
     """A size in /proc/self/status, None where there is none."""
-    if not STATUS.exists():
+    try:
+        file = os.open(STATUS, os.O_RDONLY)  # every stage of every image asks: no layers above the system's calls
+    except FileNotFoundError:
         return None
-    lines = (line for line in STATUS.read_text().splitlines() if line.startswith(key + ":"))
-    return next((int(line.split()[1]) * 1024 for line in lines), None)
+    try:
+        text = os.read(file, 1 << 16)
+    finally:
+        os.close(file)
+    start = text.find(f"\n{key}:".encode())
+    return int(text[start + len(key) + 2 :].split(None, 1)[0]) * 1024 if start >= 0 else None
+
+
+def keep_freed_memory() -> bool:
+    """Has malloc keep up to 64 MB of freed memory instead of returning it at once; whether it does now.
+
+    Else an image's intermediate results are given back to the system and faulted in again, page by page, with every
+    image. These are the thresholds that glibc's own adjustment ends at once a block of 32 MB was freed. They are the
+    process's, so a setting of the user's (MALLOC_*_, GLIBC_TUNABLES) stays.
+    """
+    theirs = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+    if any(name in os.environ for name in theirs) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is None:
+        return False
+    settings = (M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD), (M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
+    return all(mallopt(*setting) for setting in settings)
 
 
 def _usage() -> int:

@@ -99,6 +99,13 @@ def unavailable_reason(device: str = "cpu") -> str | None:
     return found if isinstance(found, str) else None
 
 
+def release_threads() -> bool:
+    """Ends the OpenMP threads that wait for this thread's next kernel, torch's or ours; it starts new ones. Whether
+    it could. Two threads with such teams slow each other down: see twinflow_cpu_release_threads in twinflow_rt.h."""
+    kernels = load("cpu")
+    return not isinstance(kernels, str) and bool(kernels.release_threads())
+
+
 def unusable_reason() -> str | None:
     """Why the GPU kernels of this installation cannot run on this machine, or None."""
     if reason := unavailable_reason("cuda"):

@@ -17,6 +17,7 @@ from torch import Tensor
 from . import library
 from .errors import DeviceError
 from .library import KINDS
+from .tracing import watched
 
 Function = Callable[..., Any]
 
@@ -91,12 +92,10 @@ def op(schema: str) -> Callable[[Function], Function]:
 
 
 def _watched(first: Any) -> bool:
-    """Whether a compiler, a tracer or a mode follows the ops of a call with this first argument, or its tensors
-    stand for others: meta and fake ones."""
+    """Whether torch must see an op with this first argument: `tracing.watched`, or tensors that stand for others
+    (meta and fake ones)."""
     x = first if isinstance(first, Tensor) else first[0]
-    plain = type(x) is Tensor and not x.is_meta
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return not plain or traced or torch._C._len_torch_dispatch_stack() > 0
+    return type(x) is not Tensor or x.is_meta or watched()
 
 
 def fake(*names: str) -> Callable[[Function], Function]:

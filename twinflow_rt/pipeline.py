@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import embeds_file, forks, hub, out_of_memory, warm
+from . import embeds_file, forks, hub, library, out_of_memory, warm
 from . import precision as precisions
 from .capture import AUTO_POSITIONS, MODES, Captures, bucket, open_captures
 from .compile import Program, compile_network, load_program
@@ -29,6 +29,7 @@ from .config import (
     resolve_sampler,
 )
 from .errors import ConfigError, DeviceError, OutOfMemoryError
+from .host_memory import keep_freed_memory
 from .memory_plan import MemoryPlan, parse_bytes, plan_memory
 from .models import family_of
 from .models.context import Context
@@ -176,6 +177,8 @@ class Pipeline:
                         f"({attempt[1]}); generate fewer or smaller ones, or pass on_oom='split' (--on-oom split)"
                     )
                 at_once = -(-at_once // 2)
+            if self.device.type == "cpu" and threading.active_count() > 1:
+                library.release_threads()  # the next call may be another thread's
         return Result(attempt[0], seeds, stages.timings(), stages.memory, at_once)
 
     def parallelize(self, group: Any = None) -> None:
@@ -462,6 +465,10 @@ def load(
             pipe.preview.materialize(target, kind, part("preview"))
     pipe.record(captures)
     pipe.warm_up()
+    if target.type == "cpu":
+        library.release_threads()  # calls may come from other threads than this one
+        if memory is None:
+            keep_freed_memory()
     return pipe
 
 

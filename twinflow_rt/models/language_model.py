@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops import EAGER, OpTable, into
 from ..passes.load import Layout
+from ..tracing import Tables
 from .containers import ModuleList
 from .linear import with_residual, with_swiglu
 
@@ -168,6 +169,7 @@ class LanguageModel(nn.Module):
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         self.layers = ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = Weight(config.hidden_size) if config.state == -1 else None
+        self._ropes = Tables()
 
     def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
         """past: of the P tokens before these, which then have positions P, P + 1, ..."""
@@ -191,13 +193,18 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """The same from embeddings [B, L, hidden_size]: of tokens, or of anything that stands for them."""
         start = past[0][0].shape[2] if past else 0
-        exponents = torch.arange(0, self.config.head_dim, 2, device=x.device).float() / self.config.head_dim
-        positions = torch.arange(start, start + x.shape[1], device=x.device).float()[:, None]
-        angles = positions / self.config.rope_theta**exponents
-        rope = angles.cos()[:, None], angles.sin()[:, None]
+        end = start + x.shape[1]
+        rope = self._ropes((start, end), x.device, lambda: self._rope(start, end, x.device))
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, self.ops, past[i] if past else None, kept)
         return x if self.norm is None else self.ops.rms_norm(x, self.norm.weight.float(), self.config.eps)
+
+    def _rope(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin of positions start to end, [L, 1, head_dim/2] float32."""
+        exponents = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
+        positions = torch.arange(start, end, device=device).float()[:, None]
+        angles = positions / self.config.rope_theta**exponents
+        return angles.cos()[:, None], angles.sin()[:, None]
 
 
 def layout(config: LanguageConfig) -> Layout:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ..ops import EAGER, into
 from ..parallel import WHOLE, TokenSplit
 from ..passes.load import Layout
 from ..text import ZImageText
+from ..tracing import Tables
 from ..vae import KLDecoder
 from . import Family, must_equal
 from .containers import ModuleDict, ModuleList
@@ -154,6 +156,7 @@ class ZImageTransformer(nn.Module):
             self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
             self.t_embedder_2 = TimestepEmbedder(min(dim, ADALN_DIM))
         self._rope_tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        self._ropes = Tables()
 
     # -- time -----------------------------------------------------------------------------------
 
@@ -216,9 +219,12 @@ class ZImageTransformer(nn.Module):
         return torch.cat([c for c, _ in axes], -1), torch.cat([s for _, s in axes], -1)
 
     def _context_rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        ids = torch.zeros(1, length, 3, dtype=torch.int64, device=device)
-        ids[0, :, 0] = torch.arange(1, length + 1, device=device)
-        return self._rope(ids)
+        def make() -> tuple[Tensor, Tensor]:
+            ids = torch.zeros(1, length, 3, dtype=torch.int64, device=device)
+            ids[0, :, 0] = torch.arange(1, length + 1, device=device)
+            return self._rope(ids)
+
+        return self._ropes(length, device, make)
 
     def _image_rope(self, height: int, width: int, offsets: Tensor) -> tuple[Tensor, Tensor]:
         """Image tokens sit one past the padded prompt on axis 0; padding sits at the origin."""
@@ -272,7 +278,8 @@ class ZImageTransformer(nn.Module):
         n, device, longest = x.shape[1], x.device, context.tokens.shape[1]
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
         offsets = torch.full((len(x),), longest, device=device) if context.ragged is None else context.ragged
-        rope = self._image_rope(height, width, offsets)
+        make = partial(self._image_rope, height, width, offsets)
+        rope = make() if context.ragged is not None else self._ropes((len(x), height, width, longest), device, make)
         x = self.all_x_embedder["2-1"](x)
         split, padded = self.sequence, rope[0].shape[1]
         pad = self.x_pad_token.to(x.dtype).expand(x.shape[0], padded - n, -1)
