@@ -108,6 +108,42 @@ def test_auto_reads_what_was_measured_here(measured, folder):
         load(folder, exempt=["w2"], **options)
 
 
+@pytest.fixture
+def native_bfloat16(monkeypatch):
+    """A CPU that says it multiplies bfloat16; one that does not takes its time over it."""
+    flags = {**torch.cpu.get_capabilities(), "avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+
+
+def test_auto_takes_bfloat16_where_it_measured_faster(folder, tmp_path, native_bfloat16):
+    pipe = load(folder, device="cpu", dtype="float32")
+    found = sensitivity.of_pipeline(pipe, "bf16", rounds=1)
+    assert found.precision == "bf16" and found.dtype == "float32" and not found.exempt and not found.groups
+    assert 0 < found.error < 0.03
+    assert precision.read(precision.save(found, tmp_path / "bf16.json")) == found
+    precision.save(replace(found, seconds=1.0, seconds_before=2.0))
+    auto = load(folder, device="cpu", precision="auto")
+    stored = auto.program.recipe.source.main_dtype()
+    assert stored == torch.float32 and auto.dtype == torch.bfloat16 and auto.plan.dtype == "bfloat16"
+    assert any("bf16 measured 2.00x as fast" in note for note in auto.plan.notes)
+    assert {p.dtype for p in auto.program.network.parameters()} >= {torch.bfloat16}
+    assert load(folder, device="cpu", precision="auto", dtype="float32").dtype == torch.float32  # asked for
+    assert load(folder, device="cpu").dtype == torch.float32  # the default stays the checkpoint's
+    precision.save(replace(found, seconds=1.0, seconds_before=2.0, error=0.1))
+    assert load(folder, device="cpu", precision="auto").dtype == torch.float32
+    with pytest.raises(ConfigError, match="against float32"):
+        sensitivity.of_pipeline(load(folder, device="cpu", dtype="bfloat16"), "bf16")
+
+
+def test_bfloat16_is_no_choice_where_it_is_emulated(folder, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    pipe = load(folder, device="cpu")
+    with pytest.raises(ConfigError, match="only emulates bfloat16"):
+        sensitivity.of_pipeline(pipe, "bf16")
+    _, said = precision.automatic(folder / "transformer", pipe.device, pipe.dtype, free=True)
+    assert not any("bf16" in one for one in said)
+
+
 def test_measurements_hold_for_one_machine_and_dtype(measured, folder, monkeypatch):
     precision.save(measured)
     here = folder / "transformer", torch.device("cpu")
@@ -119,8 +155,8 @@ def test_measurements_hold_for_one_machine_and_dtype(measured, folder, monkeypat
 
 @pytest.mark.parametrize(
     "change, reason",
-    [({"schema": 2}, "newer"), ({"precision": "int4"}, "none of int8, fp8"), ({"error": "small"}, "measure again"),
-     ({"more": 1}, "measure again")],
+    [({"schema": 2}, "newer"), ({"precision": "int4"}, "none of int8, fp8, bf16"),
+     ({"error": "small"}, "measure again"), ({"more": 1}, "measure again")],
 )  # fmt: skip
 def test_other_files_are_refused(measured, tmp_path, change, reason):
     file = tmp_path / "x.json"

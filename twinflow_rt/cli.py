@@ -233,7 +233,7 @@ COMMANDS = {
     "convert": Command("Write a model folder from weight files under other names.", add_convert, run_convert),
     "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
     "kernels": Command("List every op's implementations and what speaks against each here.", add_kernels, run_kernels),
-    "sensitivity": Command("Measure what int8 or fp8 hurts and gains.", add_sensitivity, run_sensitivity),
+    "sensitivity": Command("Measure what int8, fp8 or bf16 hurts and gains.", add_sensitivity, run_sensitivity),
     "batch": Command("Make the images of a file of prompts.", add_batch, run_batch),
     "export": Command("Compile a model into a file that runs without Python.", add_export, run_export),
     "bench": Command("Measure a model; compare two measurements.", add_bench, run_bench),

@@ -394,7 +394,7 @@ def load(
     takes those it was saved with, or None. progress(part, bytes) is called as tensors arrive.
     precision: "fp32", "fp16" or "bf16", the dtypes; "int8" (CPU) or "fp8" (NVIDIA GPUs from 8.9 on; a CPU
     emulates it, slowly): linear layers of the transformer's blocks with 8-bit weights and activations; None:
-    what suits checkpoint and device; "auto": that, or int8 or fp8 if it measured faster here and accurate
+    what suits checkpoint and device; "auto": that, or int8, fp8 or bf16 if it measured faster here and accurate
     (`twinflow-rt sensitivity --save`; the plan says why). exempt: parts of names of layers kept out of int8 or
     fp8, because they measured sensitive, or a file of that command, whose errors go into the plan.
     fp8_attention: beside "fp8", attention's scores are float8 products as well.
@@ -433,12 +433,13 @@ def load(
     checkpoint = Merged(folder / "transformer", pairs) if pairs and plan is None else _transformer(folder, plan)
     family = family_of(checkpoint.config)
     kind = resolve_dtype(dtype, target, DTYPES[plan.dtype] if plan else checkpoint.main_dtype())
+    how: dict[str, Any] = {"dtype": kind} if plan is not None else precisions.resolve(
+        folder / "transformer", precision, exempt, fp8_attention, target, kind, free=dtype is None
+    )  # fmt: skip
+    kind = how.pop("dtype")
     text, vae, sizes = family.open(folder, checkpoint.config)
     text.quantize(text_precision, text_exempt, target, kind)
     times, memory = schedule(config, kind), None
-    how = {} if plan is not None else precisions.resolve(
-        folder / "transformer", precision, exempt, fp8_attention, target, kind
-    )  # fmt: skip
     if tile is not None:
         check_tile(vae.network, tile)
     if (budget := parse_bytes(memory_budget)) is not None:

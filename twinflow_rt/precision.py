@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .atomic import write_json
-from .config import dtype_name, resolve_precision
+from .config import dtype_name, has_native, resolve_precision
 from .errors import CheckpointError, ConfigError
 from .files import read_json
 from .passes.quantize import ROWS, refuses
@@ -27,16 +27,17 @@ from .typed import typed
 from .versions import refusal
 
 SCHEMA = 1
+MEASURED = (*ROWS, "bf16")
 FASTER = 1.03  # by less than this factor, a gain may be noise
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What quantizing one network to `precision` did on one device.
+    """What `precision` did to one network on one device: "int8" and "fp8" quantize it, "bf16" is another dtype.
 
-    weights: fingerprint of its files. dtype: of the network. error: of one evaluation without `exempt`, which
+    weights: fingerprint of its files. dtype: of the network before. error: of one evaluation without `exempt`, which
     were left out to stay within `budget`; groups: of every kind of layer quantized alone, those included.
-    seconds, seconds_before: medians of one evaluation of the default size, quantized and not.
+    seconds, seconds_before: medians of one evaluation of the default size, after and before.
     """
 
     precision: str
@@ -75,28 +76,31 @@ def read(path: str | Path) -> Measurement:
         found: Measurement = typed(raw, Measurement, str(path))
     except ValueError as error:
         raise ConfigError(f"{error}: measure again") from None
-    if found.precision not in ROWS:
-        raise ConfigError(f"{path}: precision {found.precision!r:.40} is none of {', '.join(ROWS)}: measure again")
+    if found.precision not in MEASURED:
+        raise ConfigError(f"{path}: precision {found.precision!r:.40} is none of {', '.join(MEASURED)}: measure again")
     return found
 
 
 def resolve(
     folder: Path, precision: str | None, exempt: Sequence[str] | str | Path, fp8_attention: bool,
-    device: torch.device, dtype: torch.dtype,
+    device: torch.device, dtype: torch.dtype, free: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The arguments of `compile_network` that those of `load` amount to, for the network in `folder`."""
+    """The arguments of `compile_network` that those of `load` amount to, for the network in `folder`, the `dtype` of
+    everything among them. free: whether another than this one may be chosen for it."""
     if precision == "auto":
         if exempt or fp8_attention:
             raise ConfigError("precision 'auto' takes what was measured: leave exempt and fp8_attention out")
-        found, notes = automatic(folder, device, dtype)
-        if found is None:
-            return {"notes": notes}
-        return {"precision": found.precision, "exempt": found.exempt, "sensitivity": found.groups, "notes": notes}
+        found, notes = automatic(folder, device, dtype, free)
+        if found is None or found.precision == "bf16":
+            return {"notes": notes, "dtype": dtype if found is None else torch.bfloat16}
+        how: dict[str, Any] = {"precision": found.precision, "exempt": found.exempt, "sensitivity": found.groups}
+        return {"dtype": dtype, "notes": notes, **how}
     quantized, _ = resolve_precision(precision, None)
     if fp8_attention and quantized != "fp8":
         raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision}")
     names, measured = exemptions(exempt, quantized)
-    return {"precision": quantized, "exempt": names, "sensitivity": measured, "fp8_attention": fp8_attention}
+    how = {"precision": quantized, "exempt": names, "sensitivity": measured, "fp8_attention": fp8_attention}
+    return {"dtype": dtype, **how}
 
 
 def require_saved(
@@ -143,13 +147,24 @@ def choose(measured: Mapping[str, Measurement | None]) -> tuple[Measurement | No
     return min(fit, key=lambda found: found.seconds, default=None), tuple(said)
 
 
-def automatic(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Measurement | None, tuple[str, ...]]:
-    """`choose` among the precisions with products on `device`, of a network's `folder`: what was measured here."""
+def automatic(
+    folder: Path, device: torch.device, dtype: torch.dtype, free: bool = False
+) -> tuple[Measurement | None, tuple[str, ...]]:
+    """`choose` among the precisions with products on `device`, of a network's `folder`: what was measured here.
+    free: bfloat16 is one of them, in place of a float32 that nobody asked for."""
     names = [name for name in ROWS if refuses(name, device, dtype) is None]
     names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
+    names += ["bf16"] * (free and refuses_bf16(device, dtype) is None)
     here = fingerprint(folder), device_name(device), dtype_name(dtype)
     paths = {name: kept(name, *here) for name in names}
     return choose({name: read(path) if path.is_file() else None for name, path in paths.items()})
+
+
+def refuses_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why bfloat16 is no choice in the place of `dtype` on `device`, or None."""
+    if dtype != torch.float32:
+        return f"bf16 is measured against float32, not {dtype_name(dtype)}"
+    return None if has_native(torch.bfloat16, device) else f"this {device.type} only emulates bfloat16"
 
 
 def kept(precision: str, weights: str, device: str, dtype: str) -> Path:

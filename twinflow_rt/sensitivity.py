@@ -6,6 +6,8 @@ Errors of single forwards decide, not the likeness of final images: sampling mov
 that have nothing to do with quality. Kinds act about independently, so that their errors add up as
 squares, and `advise` leaves out the worst until the sum is within a budget. What remains is measured
 together, and timed beside the network as it is: see `precision` for what becomes of the measurement.
+
+bf16 has no kinds of layers to leave out: the whole model is loaded in bfloat16 and compared with itself in float32.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from torch import Tensor, nn
 from . import precision as precisions
 from .errors import ConfigError
 from .ops.select import Target
-from .passes.quantize import ROWS, Trial, attach, groups, require
+from .passes.quantize import Trial, attach, groups, require
 from .plan import Group
 
 PROMPT, SEED = "a photograph of a lighthouse in a storm at dusk", 0
-BUDGETS = {"int8": 0.03, "fp8": 0.06}  # of a forward's error; e4m3 has 4 significant bits where int8 has up to 7
+# of a forward's error; e4m3 has 4 significant bits where int8 has up to 7 and bfloat16 8
+BUDGETS = {"int8": 0.03, "fp8": 0.06, "bf16": 0.03}
 ROUNDS = 7  # of timing, each of both
 
 
@@ -60,14 +63,24 @@ def of_pipeline(
     """
     if pipe.program.plan.precision is not None:
         raise ConfigError("sensitivity is measured from weights that are not quantized yet")
+    budget = BUDGETS[precision] if budget is None else budget
+    if precision == "bf16":
+        return _measurement(pipe, precision, budget, (), (), *_as_bfloat16(pipe, rounds))
     require(precision, pipe.device, pipe.dtype)
-    network, budget = pipe.program.network, BUDGETS[precision] if budget is None else budget
+    network = pipe.program.network
     with torch.inference_mode():
         run = _evaluation(pipe)
         found = measure(network, run, precision)
         exempt = advise(found, budget)
         layers = [m for name, some in groups(network, precision).items() if name not in exempt for m in some]
-        error, seconds, before = _together(pipe, layers, run, precision, rounds)
+        figures = _together(pipe, layers, run, precision, rounds)
+    return _measurement(pipe, precision, budget, exempt, found, *figures)
+
+
+def _measurement(
+    pipe: Any, precision: str, budget: float, exempt: tuple[str, ...], found: tuple[Group, ...], error: float,
+    seconds: float, before: float,
+) -> precisions.Measurement:  # fmt: skip
     folder = pipe.folder / "transformer"
     return precisions.Measurement(
         precision=precision, family=pipe.program.plan.family, weights=precisions.fingerprint(folder),
@@ -107,6 +120,25 @@ def _together(
     return error, median(after), median(before)
 
 
+def _as_bfloat16(pipe: Any, rounds: int) -> tuple[float, float, float]:
+    """Error of the model in bfloat16 against `pipe`, prompt included, and median seconds of an evaluation so and as
+    it is, taken in turns."""
+    from .bench.timing import Timer
+    from .pipeline import load
+
+    if reason := precisions.refuses_bf16(pipe.device, pipe.dtype):
+        raise ConfigError(f"precision bf16: {reason}")
+    other = load(pipe.folder, device=pipe.device, dtype=torch.bfloat16, sampler=pipe.sampler)
+    timer, after, before = Timer(pipe.device), [], []
+    with torch.inference_mode():
+        plain, short = _evaluation(pipe), _evaluation(other)
+        error = _error(short(), plain().double())
+        for _ in range(rounds):
+            before.append(timer(plain))
+            after.append(timer(short))
+    return error, median(after), median(before)
+
+
 def _error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
@@ -115,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="model folder (diffusers layout), or 'demo'")
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
-    parser.add_argument("--precision", choices=tuple(ROWS), help="default: fp8 on a GPU, int8 on a CPU")
+    parser.add_argument("--precision", choices=precisions.MEASURED, help="default: fp8 on a GPU, int8 on a CPU")
     budgets = ", ".join(f"{name}: {budget:g}" for name, budget in BUDGETS.items())
     parser.add_argument("--budget", type=float, help=f"error of one forward to stay within (default {budgets})")
     parser.add_argument(
@@ -137,7 +169,8 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
     for group in found.groups:
         print(f"{group}" + ("  exempt" if group.name in found.exempt else ""))
     names = ", ".join(f'"{name}"' for name in found.exempt)
-    print(f'load(..., precision="{precision}", exempt=[{names}]): error {found.error:.2e} of at most {found.budget:g}')
+    exempt = "" if precision == "bf16" else f", exempt=[{names}]"
+    print(f'load(..., precision="{precision}"{exempt}): error {found.error:.2e} of at most {found.budget:g}')
     gain = found.seconds_before / found.seconds
     print(f"one evaluation {1e3 * found.seconds:.3g} ms, {gain:.2f}x as fast as {found.dtype} on {found.device}")
     if where is not None:
