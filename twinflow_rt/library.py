@@ -101,9 +101,12 @@ def unavailable_reason(device: str = "cpu") -> str | None:
 
 def release_threads() -> bool:
     """Ends the OpenMP threads that wait for this thread's next kernel, torch's or ours; it starts new ones. Whether
-    it could. Two threads with such teams slow each other down: see twinflow_cpu_release_threads in twinflow_rt.h."""
+    it did. Two threads with such teams slow each other down: see twinflow_cpu_release_threads in twinflow_rt.h.
+
+    Not where torch computes on one thread: there is nothing to end, unless after a fork, which does not copy the
+    threads that OpenMP would then wait for."""
     kernels = load("cpu")
-    return not isinstance(kernels, str) and bool(kernels.release_threads())
+    return torch.get_num_threads() > 1 and not isinstance(kernels, str) and bool(kernels.release_threads())
 
 
 def unusable_reason() -> str | None:
