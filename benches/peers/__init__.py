@@ -7,11 +7,13 @@
               medium-256  the same at 256 image tokens
               vae         Flux's decoder (Z-Image's), 512x512
               qwen-vae    Qwen-Image's decoder, one frame of 512x512
-    peers     ours, ours-int8, diffusers, diffusers-compile, openvino
+    peers     ours, ours-int8, diffusers, diffusers-compile, openvino; and where the CPU multiplies bfloat16
+              (AVX512-BF16, AMX) ours-bf16 and openvino-bf16
 
-Peers stay loaded and idle while one of them runs; every round runs each once, in a new order. Before
-anything is timed, outputs are compared with diffusers eager. A whole image has a new prompt in every
-call, so that nothing is answered from a cache of prompts. `network` is the transformer alone and its
+Peers stay loaded and idle while one of them runs; every round runs each once, in a new order, a pause
+before each: threads of OpenMP that have nothing to do spin for milliseconds before they sleep, and would
+take a core from whoever comes next. Before anything is timed, outputs are compared with diffusers eager.
+A whole image has a new prompt in every call, so that nothing is answered from a cache of prompts. `network` is the transformer alone and its
 rate is stated as a share of the matrix product rate measured in the same run. First image: from the
 start of the process, imports included.
 

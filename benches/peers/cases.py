@@ -40,7 +40,7 @@ CASES = {
     "vae": Case(("z-image", {"layers": 1}), "vae", 512),
     "qwen-vae": Case(("qwen-image", {"layers": 1}), "vae", 512),
 }
-PEERS = ("ours", "ours-int8", "diffusers", "diffusers-compile", "openvino")
+PEERS = ("ours", "ours-int8", "ours-bf16", "diffusers", "diffusers-compile", "openvino", "openvino-bf16")
 PROMPTS = "a photograph of a lighthouse {n:03d}"
 SEED = 7
 

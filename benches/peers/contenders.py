@@ -3,7 +3,8 @@
     image cases   total(n): prompt n to pixels [1, 3, H, W] in [0, 1];  network(n): the transformer alone
     vae cases     total(n): raw latents to pixels in [-1, 1]
 
-Everything runs in float32 on the CPU ("ours-int8" but for the linear layers of the blocks).
+Everything runs in float32 on the CPU ("ours-int8" but for the linear layers of the blocks), the peers whose names
+end in "-bf16" in bfloat16.
 """
 
 from __future__ import annotations
@@ -51,9 +52,14 @@ def build(peer: str, part: str, folder: Path, size: int | None) -> Calls:
 def image(peer: str, folder: Path, size: int | None) -> Calls:
     if peer.startswith("diffusers"):
         return _diffusers(folder, size, compiled=peer.endswith("compile"))
-    if peer == "openvino":
-        return _openvino(folder, size)
-    return _ours(load(folder, device=CPU, dtype=DTYPE, precision="int8" if peer == "ours-int8" else None), size)
+    if peer.startswith("openvino"):
+        return _openvino(folder, size, _dtype(peer))
+    precision = "int8" if peer == "ours-int8" else None
+    return _ours(load(folder, device=CPU, dtype=_dtype(peer), precision=precision), size)
+
+
+def _dtype(peer: str) -> torch.dtype:
+    return torch.bfloat16 if peer.endswith("-bf16") else DTYPE
 
 
 def _ours(pipe: Any, size: int | None) -> Calls:
@@ -122,10 +128,12 @@ def _spec(folder: Path) -> SimpleNamespace:
 
 
 class Converted:
-    """A module's forward through OpenVINO, converted at the first call with tensors of these shapes."""
+    """A module's forward through OpenVINO, converted at the first call with tensors of these shapes. dtype: what it
+    computes in; tensors and stored weights are float32."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype = DTYPE) -> None:
         self.module, self.models = module, {}
+        self.hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
         self.call = module.forward
 
     def __call__(self, *tensors: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ class Converted:
         with patch.object(F, "interpolate", _nearest):
             model = openvino.convert_model(self.module, example_input=tensors, input=[list(t.shape) for t in tensors])
         self.module.forward = self
-        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        options = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         return openvino.Core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
 
 
@@ -167,9 +175,9 @@ class Velocity(nn.Module):
 class Graph:
     """Stands where a pipeline has its network."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         self.config, self.ops, self.last = network.config, EAGER, ()
-        self.velocity = Converted(Velocity(network))
+        self.velocity = Converted(Velocity(network), dtype)
 
     def encode_context(self, embeds: Tensor, lengths: tuple[int, ...]) -> Context:
         return Context(embeds, tuple(lengths))
@@ -182,14 +190,14 @@ class Graph:
         return self.velocity(*self.last)
 
 
-def _openvino(folder: Path, size: int | None) -> Calls:
+def _openvino(folder: Path, size: int | None, dtype: torch.dtype) -> Calls:
     pipe = peers.uncompiled(folder, CPU, DTYPE)
     for network in (pipe.text.network, pipe.vae.network):
         unpack(network)
-    graph = Graph(pipe.program.network.network)
+    graph = Graph(pipe.program.network.network, dtype)
     pipe.program = SimpleNamespace(network=graph, refold=lambda times: None, sequence=None)
-    pipe.text.network.forward = Converted(pipe.text.network)
-    pipe.vae.network.forward = Converted(pipe.vae.network)
+    pipe.text.network.forward = Converted(pipe.text.network, dtype)
+    pipe.vae.network.forward = Converted(pipe.vae.network, dtype)
     calls = _ours(pipe, size)
     return {"total": calls["total"], "network": lambda n: graph.velocity(*graph.last)}
 
@@ -202,14 +210,15 @@ def decoder(peer: str, folder: Path, size: int) -> Calls:
     vae = family_of(checkpoint.config).vae(folder)
     side = size // vae.scale
     raw = torch.randn(1, vae.channels, side, side, generator=torch.Generator().manual_seed(SEED))
-    if peer in ("ours", "openvino"):
+    if peer.startswith("openvino"):
         vae.materialize(CPU, DTYPE)
-        if peer == "openvino":
-            unpack(vae.network)
-            vae.network.ops = EAGER
-            vae.network.forward = Converted(vae.network)
-            return {"total": lambda n: vae.network(raw)}
-        laid_out = raw.contiguous(memory_format=torch.channels_last)
+        unpack(vae.network)
+        vae.network.ops = EAGER
+        vae.network.forward = Converted(vae.network, _dtype(peer))
+        return {"total": lambda n: vae.network(raw)}
+    if peer.startswith("ours"):
+        vae.materialize(CPU, _dtype(peer))
+        laid_out = raw.to(_dtype(peer)).contiguous(memory_format=torch.channels_last)
         return {"total": lambda n: vae.network(laid_out)}
     theirs = _their_decoder(folder)
     if peer == "diffusers-compile":
