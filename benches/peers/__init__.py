@@ -13,9 +13,9 @@
 Peers stay loaded and idle while one of them runs; every round runs each once, in a new order, a pause
 before each: threads of OpenMP that have nothing to do spin for milliseconds before they sleep, and would
 take a core from whoever comes next. Before anything is timed, outputs are compared with diffusers eager.
-A whole image has a new prompt in every call, so that nothing is answered from a cache of prompts. `network` is the transformer alone and its
-rate is stated as a share of the matrix product rate measured in the same run. First image: from the
-start of the process, imports included.
+A whole image has a new prompt in every call, so that nothing is answered from a cache of prompts.
+`network` is the transformer alone and its rate is stated as a share of the matrix product rate measured
+in the same run. First image: from the start of the process, imports included.
 
 diffusers' Z-Image network does not convert to OpenVINO (complex rotary tables, pad_sequence), so that
 peer gets this project's plain torch networks of the same mathematics and weights, at fixed shapes and
