@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import twinflow_rt
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.loading import load
 from twinflow_rt.noise import initial_noise
-from twinflow_rt.pipeline import load
 from twinflow_rt.sample import SamplerConfig
 
 PROMPTS = ["a red circle", "a blue square above a much longer sentence"]

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.factory import make_model
 from twinflow_rt import batch, cli, serve
 from twinflow_rt.errors import CheckpointError, DeviceError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 from twinflow_rt.prompt_file import read_rows
 
 PROMPTS = ["a red circle", "ein grünes Kreuz ✓", "two, with \"quotes\""]
@@ -132,7 +132,7 @@ def test_a_stopped_run_goes_on(make, model, tmp_path, monkeypatch):
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert [row["seed"] for row in manifest(out)] == list(range(7))
 
-    monkeypatch.setattr("twinflow_rt.pipeline.load", lambda *a, **k: pytest.fail("nothing is left to make"))
+    monkeypatch.setattr("twinflow_rt.loading.load", lambda *a, **k: pytest.fail("nothing is left to make"))
     assert make(prompts, "--resume")[0] == 0
     status, said = make(prompts, "--resume", "--nfe", 2)
     assert status == 2 and "000000.png was made of another request" in said.err

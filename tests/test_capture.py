@@ -11,7 +11,7 @@ import torch
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from twinflow_rt.capture import BUCKET, Captures, _shape, bucket, open_captures
 from twinflow_rt.errors import DeviceError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 CPU = torch.device("cpu")
 

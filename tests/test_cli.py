@@ -12,7 +12,7 @@ import pytest
 
 from tests.factory import make_model
 from twinflow_rt import cli, image_files, options
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_interrupt_exits_130(generate, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("twinflow_rt.pipeline.load", stop)
+    monkeypatch.setattr("twinflow_rt.loading.load", stop)
     assert generate()[0] == 130
 
 

@@ -15,8 +15,8 @@ from tests import factory, qwen_image_factory
 from twinflow_rt import cli, convert
 from twinflow_rt.convert import files, names
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.loading import load
 from twinflow_rt.passes.load import Checkpoint
-from twinflow_rt.pipeline import load
 
 WEIGHTS = factory.WEIGHTS
 ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}

@@ -10,7 +10,7 @@ import torch
 
 from twinflow_rt import cli
 from twinflow_rt.evaluate import check, examine
-from twinflow_rt.pipeline import DEMO, load
+from twinflow_rt.loading import DEMO, load
 from twinflow_rt.training.scenes import prompts
 
 pytest.importorskip("scipy")

@@ -14,7 +14,7 @@ from twinflow_rt.cli import main
 from twinflow_rt.embeds_file import fingerprint, read
 from twinflow_rt.encode import encode, open_text
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 PROMPTS = ["a red circle", "two blue squares, one above the other", ""]
 SIZE = ["--size", "16", "--seed", "3", "--device", "cpu"]

@@ -15,9 +15,9 @@ from tests.factory import make_model
 from twinflow_rt.bench.random_weights import skeleton
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.footprint import peak_bytes
+from twinflow_rt.loading import load
 from twinflow_rt.memory_plan import Costs, Weights, choose, parse_bytes
 from twinflow_rt.passes.load import Checkpoint
-from twinflow_rt.pipeline import load
 
 LARGEST = (1024, 1024, 1)
 
@@ -124,7 +124,7 @@ from PIL import Image
 from twinflow_rt import memory_plan
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.memory_plan import return_freed_memory
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 from twinflow_rt.report import anonymous_bytes
 
 folder, tight, size = sys.argv[1], sys.argv[2] == "tight", int(sys.argv[3])

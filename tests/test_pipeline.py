@@ -14,8 +14,8 @@ import torch
 from tests.factory import make_model
 from twinflow_rt.config import SizeRule, has_native, resolve_device, resolve_dtype
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
+from twinflow_rt.loading import load
 from twinflow_rt.noise import initial_noise, step_noise
-from twinflow_rt.pipeline import load
 from twinflow_rt.sample import SamplerConfig, preset, sample, schedule
 
 PROMPTS = ["a red square", "a big blue circle above a small green triangle, twice", ""]

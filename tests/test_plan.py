@@ -10,9 +10,9 @@ import torch
 from tests.factory import TRANSFORMER, make_model
 from tests.qwen_image_factory import SMALL
 from twinflow_rt.errors import CheckpointError
+from twinflow_rt.loading import load
 from twinflow_rt.models.qwen_image import QwenImageTransformer
 from twinflow_rt.models.z_image import ZImageConfig, ZImageTransformer, pad_length
-from twinflow_rt.pipeline import load
 from twinflow_rt.plan import CEILINGS, Ceiling, Plan, Stage, count_flops, group_parameters
 
 HEIGHT, WIDTH, PROMPT = 12, 20, 40

@@ -16,10 +16,10 @@ from tests.qwen_image_factory import add_second, make_model, relative
 from twinflow_rt import cli
 from twinflow_rt.describe import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.loading import load
 from twinflow_rt.models import family_of
 from twinflow_rt.noise import initial_noise
 from twinflow_rt.passes.fuse import sources
-from twinflow_rt.pipeline import load
 from twinflow_rt.predict import PROMPT_TOKENS
 
 PROMPTS = ["a red square", "a big blue circle above a small green triangle, twice", ""]

@@ -28,10 +28,10 @@ from tests.sana_factory import (
 from twinflow_rt import cli
 from twinflow_rt.describe import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.loading import load
 from twinflow_rt.models import FAMILIES, family_of
 from twinflow_rt.noise import initial_noise, step_noise
 from twinflow_rt.passes.load import Checkpoint, materialize
-from twinflow_rt.pipeline import load
 from twinflow_rt.sample import SamplerConfig, preset, sample, schedule
 from twinflow_rt.text_sana import INSTRUCTION
 

@@ -17,10 +17,10 @@ from tests.sd3_factory import add_second, make_model
 from twinflow_rt import cli
 from twinflow_rt.describe import describe
 from twinflow_rt.errors import CheckpointError
+from twinflow_rt.loading import load
 from twinflow_rt.models import FAMILIES, family_of
 from twinflow_rt.noise import initial_noise, step_noise
 from twinflow_rt.passes.load import Checkpoint, materialize
-from twinflow_rt.pipeline import load
 from twinflow_rt.sample import preset, sample, schedule
 
 PROMPTS = ["a Red square! it's", "a big blue circle above a small green triangle, twice", ""]

@@ -8,8 +8,8 @@ from torch import nn
 
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.loading import load
 from twinflow_rt.passes.load import assign
-from twinflow_rt.pipeline import load
 from twinflow_rt.streaming import Buffers, Stream, block_names, parameters_of
 
 FAMILIES = {

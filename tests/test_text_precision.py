@@ -8,9 +8,9 @@ import torch
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from twinflow_rt.cli import main
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.loading import load
 from twinflow_rt.passes import quantize
 from twinflow_rt.passes.quantize import PackedLinear, QuantizedLinear
-from twinflow_rt.pipeline import load
 from twinflow_rt.text import QwenImageText, ZImageText
 from twinflow_rt.text_openuni import OpenUniText
 from twinflow_rt.text_sana import SanaText

@@ -10,7 +10,7 @@ import torch
 from twinflow_rt import ops
 from twinflow_rt.bench.random_weights import temporary
 from twinflow_rt.errors import CancelledError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 
 @pytest.fixture(scope="module", params=["z-image", "qwen-image", "sd3.5-m", "sana"])

@@ -7,8 +7,8 @@ import pytest
 from twinflow_rt import ops, warm
 from twinflow_rt.bench.random_weights import temporary
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.loading import load
 from twinflow_rt.ops.select import IMPLEMENTATIONS, Choice, Implementation
-from twinflow_rt.pipeline import load
 
 
 @pytest.fixture

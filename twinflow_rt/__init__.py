@@ -15,7 +15,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "pipeline",
+    "load": "loading",
     "Pipeline": "pipeline",
     "Result": "pipeline",
     "accelerate": "drop_in",

@@ -161,8 +161,8 @@ def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[I
 
     options = {name: getattr(args, name) for name in LOADING}
     if args.ray is None:
+        from .loading import load
         from .options import loading
-        from .pipeline import load
 
         with loading(args.model) as progress:
             pipe = load(args.model, progress=progress, **options)

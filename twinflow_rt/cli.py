@@ -74,7 +74,7 @@ def add_inspect(parser: Parser) -> None:
 
 def run_inspect(args: argparse.Namespace) -> int:
     from .describe import describe
-    from .pipeline import model_path
+    from .loading import model_path
 
     description = describe(model_path(args.model, args.download))
     print(json.dumps(description.to_dict(), indent=1) if args.json else description)
@@ -90,7 +90,7 @@ def add_encode(parser: Parser) -> None:
 
 def run_encode(args: argparse.Namespace) -> int:
     from . import encode
-    from .pipeline import model_path
+    from .loading import model_path
 
     return encode.run(args, model_path(args.model, args.download))
 
@@ -149,7 +149,7 @@ def add_eval(parser: Parser) -> None:
 
 def run_eval(args: argparse.Namespace) -> int:
     from .evaluate import command
-    from .pipeline import load
+    from .loading import load
 
     with loading(args.model) as progress:
         options = {**precision_options(args), "progress": progress, "download": args.download}
@@ -167,7 +167,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from .serve import command
 
     def load_model() -> Any:
-        from .pipeline import load
+        from .loading import load
 
         with loading(args.model) as progress:
             options = {name: getattr(args, name) for name in command.LOADING}
@@ -184,7 +184,7 @@ def add_sensitivity(parser: Parser) -> None:
 
 def run_sensitivity(args: argparse.Namespace) -> int:
     from . import sensitivity
-    from .pipeline import load
+    from .loading import load
 
     with loading(args.model) as progress:
         pipe = load(args.model, device=args.device, dtype=args.dtype, progress=progress)

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     names = list(saved.names()) if saved is not None else args.prompt
     paths = output_paths(args.output, len(names) * args.num_images)
     from .config import dtype_name
-    from .pipeline import load
+    from .loading import load
 
     start = time.perf_counter()
     width, height = args.size or (None, None)

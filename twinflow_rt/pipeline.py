@@ -11,46 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import embeds_file, forks, hub, library, out_of_memory, warm
-from . import precision as precisions
-from .capture import AUTO_POSITIONS, MODES, Captures, bucket, open_captures
-from .compile import Program, compile_network, load_program
+from . import embeds_file, forks, library, out_of_memory, warm
+from .capture import AUTO_POSITIONS, Captures, bucket
+from .compile import Program
 from .config import (
-    DTYPES,
     ON_OOM,
     OUTPUTS,
     SizeRule,
     check_choice,
     check_count,
-    resolve_device,
-    resolve_dtype,
-    resolve_precision,
     resolve_prompts,
     resolve_sampler,
 )
 from .errors import ConfigError, DeviceError, OutOfMemoryError
-from .host_memory import keep_freed_memory
-from .memory_plan import MemoryPlan, parse_bytes, plan_memory
-from .models import family_of
+from .memory_plan import MemoryPlan
 from .models.context import Context
 from .noise import check_batch, initial_noise, resolve_seeds, step_noise
 from .ops import EAGER
 from .parallel import Ulysses
 from .passes import artifact
 from .passes.fold import Schedule
-from .passes.load import Checkpoint, model_folder
-from .passes.lora import Loras, Merged, require_same, resolve_loras
+from .passes.lora import Loras, resolve_loras
 from .plan import Plan, Stage
 from .predict import predict_stages
 from .prompt_cache import PromptCache
 from .report import Stages
-from .sample import SamplerConfig, preset, sample, schedule
+from .sample import SamplerConfig, sample, schedule
 from .schedule import steps
 from .text import PromptEmbeds
-from .tiles import check_tile
 from .vae import PreviewDecoder
-
-DEMO = Path(__file__).parent / "demo"
 
 
 @dataclass(frozen=True)
@@ -371,124 +360,3 @@ def _deliver(images: Tensor, output: str) -> Any:
     from PIL import Image
 
     return [Image.fromarray(a) for a in array]
-
-
-@out_of_memory.named("loading")
-def load(
-    path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-    nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
-    progress: Callable[[str, int], None] | None = None, precision: str | None = None,
-    exempt: Sequence[str] | str | Path = (), fp8_attention: bool = False,
-    text_precision: str | None = None, text_exempt: Sequence[str] = (),
-    prompt_cache: int = 0, download: bool = False, capture: str = "auto", batch_invariant: bool = False,
-    memory_budget: int | str | None = None, largest: tuple[int | None, int | None, int] | None = None,
-    tile: int | None = None,
-    preview: str | Path | None = None,
-) -> Pipeline:  # fmt: skip
-    """Loads and compiles a model folder in diffusers' layout, "demo", the miniature that ships along, or
-    hf://owner/name[@revision][/subfolder] from the cache of the Hugging Face hub.
-
-    device: default the GPU if there is one. dtype: default the checkpoint's, or float32 where the
-    device cannot compute in that at full rate. nfe: evaluations per image the network is folded for
-    (default 1). loras: adapters to merge, {path: weight} or [path or (path, weight), ...]; an artifact
-    takes those it was saved with, or None. progress(part, bytes) is called as tensors arrive.
-    precision: "fp32", "fp16" or "bf16", the dtypes; "int8" (CPU) or "fp8" (NVIDIA GPUs from 8.9 on; a CPU
-    emulates it, slowly): linear layers of the transformer's blocks with 8-bit weights and activations; None:
-    what suits checkpoint and device; "auto": that, or int8, fp8 or bf16 if it measured faster here and accurate
-    (`twinflow-rt sensitivity --save`; the plan says why). exempt: parts of names of layers kept out of int8 or
-    fp8, because they measured sensitive, or a file of that command, whose errors go into the plan.
-    fp8_attention: beside "fp8", attention's scores are float8 products as well.
-    text_precision: "int8" or "fp8", for the linear layers of the text encoders' blocks, where `precision` never
-    reaches; text_exempt: parts of names of layers kept out of it.
-    prompt_cache: bytes of device memory to keep prompts in that were seen before, as the network reads them
-    (`Pipeline.prompts` counts hits); 0: none.
-    capture: "graphs" records every stage once per shape and replays it (CUDA graphs, see `capture`), "auto"
-    does so on a GPU where it pays, "off" never does.
-    batch_invariant: compute every image alone, so that its bits do not depend on the batch around it.
-    memory_budget: bytes, or text like "12GB": what device memory (on a CPU: anonymous memory) the model may take at
-    its peak. Chooses what streams and whether decoding is tiled (see `memory_plan`), before anything is loaded.
-    largest: (height, width, images) of the largest call it must hold for, default one image of the default size.
-    tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); default: whole, or as the
-    budget needs.
-    preview: folder of an AutoencoderTiny (taef1, taesd3, ...) that calls with preview=True decode with.
-    download: fetch a hf:// model (`hub`); nothing else ever opens a connection.
-    Raises CheckpointError, ConfigError, DeviceError, OutOfMemoryError.
-    """
-    asked, target = resolve_sampler(nfe, sampler), resolve_device(device)
-    _, dtype = resolve_precision(precision, dtype)
-    check_choice("capture", capture, MODES)
-    captures = open_captures(capture, target)
-    folder = model_folder(model_path(path, download))
-    saved = artifact.read(folder) if artifact.is_artifact(folder) else None
-    config = asked or (saved["sampler"] if saved else preset(1))
-
-    def part(name: str) -> Callable[[int], None] | None:
-        return None if progress is None else lambda size: progress(name, size)
-
-    pairs = None if loras is None else resolve_loras(loras)
-    plan = saved["plan"] if saved else None
-    if plan is not None:
-        require_same(plan.loras, pairs)
-        precisions.require_saved(plan, folder, precision, exempt, fp8_attention)
-    checkpoint = Merged(folder / "transformer", pairs) if pairs and plan is None else _transformer(folder, plan)
-    family = family_of(checkpoint.config)
-    kind = resolve_dtype(dtype, target, DTYPES[plan.dtype] if plan else checkpoint.main_dtype())
-    how: dict[str, Any] = {"dtype": kind} if plan is not None else precisions.resolve(
-        folder / "transformer", precision, exempt, fp8_attention, target, kind, free=dtype is None
-    )  # fmt: skip
-    kind = how.pop("dtype")
-    text, vae, sizes = family.open(folder, checkpoint.config)
-    text.quantize(text_precision, text_exempt, target, kind)
-    times, memory = schedule(config, kind), None
-    if tile is not None:
-        check_tile(vae.network, tile)
-    if (budget := parse_bytes(memory_budget)) is not None:
-        kinds = {"quantized": how.get("precision"), "exempt": how.get("exempt", ()), "saved": plan is not None}
-        whole = resolve_largest(largest, sizes)
-        memory = plan_memory(text, vae, checkpoint, family, times, target, kind, budget, whole, tile, **kinds)
-        text.streams, tile = memory.text_streams, memory.tile
-        how["streamed"] = memory.streamed
-    vae.tile = tile
-    with torch.no_grad():
-        text.materialize(target, kind, part("text encoder"))
-        to: dict[str, Any] = {"device": target, "dtype": kind, "progress": part("transformer")}
-        if plan is not None:
-            program = load_program(checkpoint, family, plan, **to)
-            program.refold(times)  # refuses another schedule than the saved one
-        else:
-            program = compile_network(checkpoint, family, times, **to, **how)
-        vae.materialize(target, kind, part("vae"))
-    pipe = Pipeline(text, program, vae, sizes, config, target, kind, folder, prompt_cache, batch_invariant)
-    pipe.memory = memory
-    if preview is not None:
-        pipe.preview = PreviewDecoder(Path(preview), vae)
-        with torch.no_grad():
-            pipe.preview.materialize(target, kind, part("preview"))
-    pipe.record(captures)
-    pipe.warm_up()
-    if target.type == "cpu":
-        library.release_threads()  # calls may come from other threads than this one
-        if memory is None:
-            keep_freed_memory()
-    return pipe
-
-
-def resolve_largest(
-    largest: tuple[int | None, int | None, int] | None, sizes: SizeRule
-) -> tuple[int, int, int]:  # fmt: skip
-    """Height, width and images of the largest call, checked; None: the default size, one image of it."""
-    if largest is None:
-        return (*sizes.resolve(None, None), 1)
-    if not isinstance(largest, (tuple, list)) or len(largest) != 3:
-        raise ConfigError(f"largest must be (height, width, images), not {largest!r:.80}")
-    check_count("images in largest", largest[2])
-    return (*sizes.resolve(largest[0], largest[1]), largest[2])
-
-
-def model_path(path: str | Path, download: bool = False) -> Path:
-    """The local folder that `load` takes for `path`."""
-    return DEMO if str(path) == "demo" else hub.folder(path, download)
-
-
-def _transformer(folder: Path, plan: Plan | None) -> Checkpoint:
-    return Checkpoint(folder / "transformer", quantized=plan is not None and plan.precision is not None)

@@ -124,7 +124,7 @@ def _as_bfloat16(pipe: Any, rounds: int) -> tuple[float, float, float]:
     """Error of the model in bfloat16 against `pipe`, prompt included, and median seconds of an evaluation so and as
     it is, taken in turns."""
     from .bench.timing import Timer
-    from .pipeline import load
+    from .loading import load
 
     if reason := precisions.refuses_bf16(pipe.device, pipe.dtype):
         raise ConfigError(f"precision bf16: {reason}")

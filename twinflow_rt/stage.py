@@ -155,6 +155,10 @@ class Stage:
             lines += [f"{part.name} linear {group}" for part, groups in each for group in groups]
         return tuple(lines)
 
+    def shadows(self, ops: OpTable = EAGER) -> list[Any]:
+        """`Part.shadow` of every part."""
+        return [part.shadow(ops) for part in self.parts]
+
     def captured(self, name: str, run: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
         """run(*args), by a graph where there are any. owner: what else but the weights the graph reads, if anything."""
         if self.captures is None or self.streams:  # what streams has another place every time

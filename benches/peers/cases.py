@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twinflow_rt.bench import random_weights
-from twinflow_rt.pipeline import DEMO
+from twinflow_rt.loading import DEMO
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.factory import make_model
 from twinflow_rt.errors import TwinFlowError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 # a message ends in what to do, or names what is allowed
 REMEDY = re.compile(

@@ -15,8 +15,8 @@ import twinflow_rt
 from tests.bad_input.conftest import refused
 from twinflow_rt.config import MAX_PROMPT, SizeRule, resolve_dtype, resolve_prompts
 from twinflow_rt.errors import ConfigError, DeviceError
+from twinflow_rt.loading import load
 from twinflow_rt.noise import MAX_SEEDS, resolve_seeds
-from twinflow_rt.pipeline import load
 from twinflow_rt.schedule import SamplerConfig, preset
 from twinflow_rt.text import PromptEmbeds
 

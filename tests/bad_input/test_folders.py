@@ -21,7 +21,7 @@ from tests.factory import WEIGHTS, shard
 from twinflow_rt import cli, files
 from twinflow_rt.describe import describe
 from twinflow_rt.errors import CheckpointError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 T, TEXT, TOKENIZER, VAE = "transformer/config.json", "text_encoder/config.json", "tokenizer/", "vae/config.json"
 

@@ -15,7 +15,7 @@ import twinflow_rt
 from tests.bad_input.conftest import refused
 from twinflow_rt import cli
 from twinflow_rt.describe import describe
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 
 @pytest.fixture

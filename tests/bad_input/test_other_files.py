@@ -18,7 +18,7 @@ from twinflow_rt import cli
 from twinflow_rt.bench import record
 from twinflow_rt.convert import convert
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 MODULE = "transformer.layers.0.attention.to_k"
 A, B = f"{MODULE}.lora_A.weight", f"{MODULE}.lora_B.weight"

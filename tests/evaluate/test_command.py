@@ -50,7 +50,7 @@ def test_every_precision_can_be_scored(model, capsys, precision):
 
 def test_guidance_extrapolates_from_the_empty_prompt(model):
     from twinflow_rt.evaluate.command import Generator
-    from twinflow_rt.pipeline import load
+    from twinflow_rt.loading import load
     from twinflow_rt.schedule import preset
 
     pipe = load(model, device="cpu")

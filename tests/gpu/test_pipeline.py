@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from twinflow_rt.bench.random_weights import temporary
+from twinflow_rt.loading import load
 from twinflow_rt.ops import EAGER
-from twinflow_rt.pipeline import load
 
 
 @pytest.fixture(scope="module", params=["z-image", "qwen-image"])

@@ -11,7 +11,7 @@ from tests import factory
 from tests.test_capture import CALLS, FAMILIES, both
 from tests.test_streaming import least
 from twinflow_rt.capture import Captures, CudaGraphs
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 pytestmark = pytest.mark.gpu
 

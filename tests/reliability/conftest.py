@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 FACTORIES = {
     "z-image": factory.make_model, "qwen-image": qwen_image_factory.make_model, "sd3": sd3_factory.make_model,

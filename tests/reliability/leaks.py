@@ -24,7 +24,8 @@ import torch
 
 from twinflow_rt.errors import CancelledError
 from twinflow_rt.host_memory import resident_bytes
-from twinflow_rt.pipeline import Pipeline, load
+from twinflow_rt.loading import load
+from twinflow_rt.pipeline import Pipeline
 from twinflow_rt.report import release_free_memory
 
 RUNS, KINDS = 2000, 24

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 CALLS = [
     {"prompt": prompt, "seed": seed, "height": height, "width": 32, "nfe": nfe}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.reliability.conftest import FACTORIES
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 PROMPTS = ["a red circle", "two blue circles above a green square, and a big purple triangle", "a green triangle", "a"]
 SEEDS = [5, 6, 7, 8]

@@ -16,7 +16,7 @@ import torch
 import twinflow_rt
 from twinflow_rt import cli, out_of_memory
 from twinflow_rt.errors import ConfigError, DeviceError, OutOfMemoryError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 FAILURES = {
@@ -131,7 +131,7 @@ def test_split_of_prompts(pipe, monkeypatch):
 
 @pytest.mark.parametrize("command", ["generate", "batch"])
 def test_split_on_the_command_line(pipe, monkeypatch, tmp_path, capsys, command):
-    monkeypatch.setattr("twinflow_rt.pipeline.load", lambda *args, **options: pipe)
+    monkeypatch.setattr("twinflow_rt.loading.load", lambda *args, **options: pipe)
     called, _ = fail_above(monkeypatch, pipe, 1, "cuda")
     (tmp_path / "p.txt").write_text("a")
     words = {

@@ -18,8 +18,8 @@ from tests.factory import make_model
 from twinflow_rt import atomic
 from twinflow_rt.cli import main
 from twinflow_rt.errors import CheckpointError, StorageError, TwinFlowError
+from twinflow_rt.loading import load
 from twinflow_rt.passes import artifact
-from twinflow_rt.pipeline import load
 
 SAVE = """
 import sys, time, twinflow_rt

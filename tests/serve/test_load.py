@@ -10,7 +10,7 @@ import pytest
 from benches import load as bench
 from tests.serve.conftest import served
 from tests.serve.fake import FakePipe
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 from twinflow_rt.serve.engine import Limits
 
 SIZES = [(64, 64), (48, 64)]

@@ -35,7 +35,7 @@ from benches import load as bench
 from twinflow_rt import batch, cli
 from twinflow_rt.config import SizeRule
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 from twinflow_rt.prompt_file import read_rows
 from twinflow_rt.sample import preset
 from twinflow_rt.serve import cluster as cluster_module

@@ -22,7 +22,7 @@ from PIL import Image
 from tests.factory import make_model
 from tests.serve.conftest import PATIENCE, eventually, served
 from twinflow_rt import cli
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 from twinflow_rt.serve.app import PAGE, PAGE_HEADERS
 from twinflow_rt.serve.engine import Limits
 

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file
 
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.pipeline import load
+from twinflow_rt.loading import load
 from twinflow_rt.training.demo import RECIPES, train
 from twinflow_rt.training.trainer import Trainer, TrainerConfig
 

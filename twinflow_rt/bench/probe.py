@@ -65,7 +65,7 @@ def cold(task: Task, origin: float) -> dict[str, Any]:
     """
     with Timeline(origin) as timeline:
         timeline.mark("start")
-        from .. import pipeline
+        from .. import loading
         from .timing import synchronize
 
         timeline.mark("import")
@@ -81,7 +81,7 @@ def cold(task: Task, origin: float) -> dict[str, Any]:
             return call
 
         for name in ("compile_network", "load_program"):
-            setattr(pipeline, name, marked(getattr(pipeline, name)))
+            setattr(loading, name, marked(getattr(loading, name)))
         generate = _generator(task)
         synchronize(task.device)
         timeline.mark("load")
@@ -113,7 +113,7 @@ def _generator(task: Task) -> Any:
     import torch
 
     torch.set_num_threads(task.threads)
-    from ..pipeline import load
+    from ..loading import load
 
     pipe = load(task.model, device=task.device, dtype=task.dtype, precision=task.precision, nfe=task.nfe)
     return lambda: pipe(task.prompt, seed=task.seed, width=task.width, height=task.height)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..config import dtype_name, resolve_device, resolve_dtype, resolve_precision
 from ..errors import ConfigError
+from ..loading import DEMO, load
 from ..ops.select import Choice
 from ..passes.load import Checkpoint, model_folder
-from ..pipeline import DEMO, Pipeline, load
+from ..pipeline import Pipeline
 from . import energy, facts, instructions, peers, random_weights, sweeps
 from .ceilings import Ceilings
 from .ceilings import measure as measure_ceilings

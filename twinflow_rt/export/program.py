@@ -22,11 +22,12 @@ from .. import __version__
 from ..atomic import check_target
 from ..config import dtype_name
 from ..errors import ConfigError, TwinFlowError
+from ..loading import load
 from ..ops import EAGER
 from ..passes.lora import Loras
 from ..passes.quantize import unpack
 from ..passes.upsample import fold_upsampling
-from ..pipeline import Pipeline, load
+from ..pipeline import Pipeline
 from ..sample import SamplerConfig, sample, schedule
 from ..schedule import steps
 from ..text import TextEncoder

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..pipeline import Pipeline, load
+from ..loading import load
+from ..pipeline import Pipeline
 from ..text import PromptEmbeds
 
 MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else

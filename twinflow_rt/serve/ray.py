@@ -89,7 +89,7 @@ class Worker:
     """A model behind an engine. model, options: as `twinflow_rt.load` takes them."""
 
     def __init__(self, model: str, options: dict[str, Any], limits: Limits) -> None:
-        from ..pipeline import load
+        from ..loading import load
         from .command import warm_up
 
         self.engine = Engine(load(model, **options), limits)

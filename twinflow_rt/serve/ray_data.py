@@ -29,7 +29,7 @@ class Painter:
     them, as Ray starts a worker that cannot start again and again."""
 
     def __init__(self, model: str, options: dict[str, Any], on_oom: str) -> None:
-        from ..pipeline import load
+        from ..loading import load
 
         self.on_oom = on_oom
         self.refusal: TwinFlowError | None = None
