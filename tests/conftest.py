@@ -31,11 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def nan_poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uninitialised memory becomes NaN (or 173 for integers), so that an element a kernel forgets shows."""
+    """Uninitialised memory becomes NaN (or 101 for integers), so that an element a kernel forgets shows."""
     plain, plain_like, plain_new = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
     def poison(x: torch.Tensor) -> torch.Tensor:
-        return x.fill_(float("nan") if x.is_floating_point() else 173)
+        return x.fill_(float("nan") if x.is_floating_point() else 101)
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(plain(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_like(*a, **k)))

@@ -16,8 +16,9 @@ import torch
 from .config import dtype_name
 from .ops.select import Target
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
+FORMATS = {torch.int8: 0, torch.float8_e4m3fn: 1}  # twinflow_format
 CUDA_LIBRARY = Path(__file__).with_name("libtwinflow_cuda.so")
 
 
@@ -30,8 +31,8 @@ class _Strides:
 
 
 class CudaKernels:
-    """libtwinflow_cuda's functions under the names and argument orders of `_native`; the last
-    argument is a CUDA stream instead of a number of threads."""
+    """libtwinflow_cuda's functions under the names and argument orders of `_native`; the last argument is
+    a CUDA stream instead of a number of threads, and those that quantize take a format before the dtype."""
 
     def __init__(self, path: Path) -> None:
         pointer, size, real, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -52,6 +53,15 @@ class CudaKernels:
         )
         self._declare("swiglu", [pointer, pointer, size, size, *end])
         self._declare("gelu_tanh", [pointer, pointer, size, size, *end])
+        made, shape = [pointer, pointer], [size, size, size, real, kind, *end]
+        self._declare("quantize_rows", [*rows, *made, size, size, size, kind, *end])
+        self._declare("rms_norm_quantized", [*rows, *weight, *made, *shape])
+        self._declare("layer_norm_quantized", [*rows, *weight * 2, *made, *shape])
+        self._declare("residual_norm_quantized", [*rows * 2, *weight * 2, pointer, *made, *shape])
+        self._declare("residual_layer_norm_quantized", [*rows * 2, *weight * 3, pointer, *made, *shape])
+        self._declare("swiglu_quantized", [pointer, *made, size, size, kind, *end])
+        self._declare("gelu_tanh_quantized", [pointer, *made, size, size, kind, *end])
+        self._declare("dequantize", [*[pointer] * 5, size, size, *end])
         self._declare("x0_project", [pointer, pointer, pointer, size, real, *end])
         self._declare("to_uint8", [pointer, _Strides, pointer, *[size] * 4, *end])
 

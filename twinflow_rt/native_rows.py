@@ -1,15 +1,18 @@
-"""Quantized rows on a CPU: int8 values and scales in the one pass of the native norm or activation that makes them,
-and the way back from the product. One rounding, as the references have it: what a norm of bfloat16 rows gives is not
-rounded in between.
+"""Quantized rows: 8-bit values and scales in the one pass of the native norm or activation that makes them, and the
+way back from the product. One rounding, as the references have it: what a norm of bfloat16 rows gives is not rounded
+in between.
 
-Only the ops of int8 networks are here; float8 rows, which a CPU emulates, are the references'.
+A GPU's kernels make int8 and float8, a CPU's int8: float8 rows, which it emulates, are the references'.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from . import library
 from .native import as_rows, fake, halves, op, run, same, shape_of, weight_of
 from .ops.linear import int8_sums
 
@@ -18,10 +21,19 @@ Rows = tuple[Tensor, Tensor]
 
 def _made(x: Tensor, dtype: torch.dtype, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Room for the values and scales of x's rows, or of others of `width`."""
-    if dtype != torch.int8:
-        raise TypeError(f"native rows are int8, not {dtype}")
-    values = x.new_empty((*x.shape[:-1], x.shape[-1] if width is None else width), dtype=torch.int8)
+    if dtype not in library.FORMATS:
+        raise TypeError(f"rows are int8 or float8_e4m3fn, not {dtype}")
+    values = x.new_empty((*x.shape[:-1], x.shape[-1] if width is None else width), dtype=dtype)
     return values, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _quantize(name: str, x: Tensor, dtype: torch.dtype, *arguments: Any) -> None:
+    """`run` of a kernel that makes rows of `dtype`: a GPU's are told which, a CPU's make int8."""
+    if isinstance(library.load(x.device.type), library.CudaKernels):
+        arguments = (*arguments, library.FORMATS[dtype])
+    elif dtype != torch.int8:
+        raise TypeError(f"native rows of a CPU are int8, not {dtype}")
+    run(name, x, *arguments)
 
 
 @op("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)")
@@ -29,7 +41,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
     """See ops/linear.py."""
     values, scales = _made(x, dtype)
     rows, *strides = as_rows(x)
-    run("quantize_rows", x, rows.data_ptr(), *strides, values.data_ptr(), scales.data_ptr(), *shape_of(x))
+    _quantize("quantize_rows", x, dtype, rows.data_ptr(), *strides, values.data_ptr(), scales.data_ptr(), *shape_of(x))
     return values, scales
 
 
@@ -40,7 +52,7 @@ def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
     rows, *strides = as_rows(x)
     _held, *w = weight_of(weight, x)
     made = values.data_ptr(), scales.data_ptr()
-    run("rms_norm_quantized", x, rows.data_ptr(), *strides, *w, *made, *shape_of(x), eps)
+    _quantize("rms_norm_quantized", x, dtype, rows.data_ptr(), *strides, *w, *made, *shape_of(x), eps)
     return values, scales
 
 
@@ -55,7 +67,7 @@ def layer_norm_quantized(
     rows, *strides = as_rows(x)
     (_held, *w), (_too, *b) = weight_of(weight, x), weight_of(bias, x)
     made = values.data_ptr(), scales.data_ptr()
-    run("layer_norm_quantized", x, rows.data_ptr(), *strides, *w, *b, *made, *shape_of(x), eps)
+    _quantize("layer_norm_quantized", x, dtype, rows.data_ptr(), *strides, *w, *b, *made, *shape_of(x), eps)
     return values, scales
 
 
@@ -71,8 +83,8 @@ def residual_norm_quantized(
     total, (values, scales) = x.new_empty(x.shape), _made(x, dtype)
     (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
     (_held, *after), (_too, *before) = weight_of(post, x), weight_of(pre, x)
-    run(
-        "residual_norm_quantized", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before,
+    _quantize(
+        "residual_norm_quantized", x, dtype, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before,
         total.data_ptr(), values.data_ptr(), scales.data_ptr(), *shape_of(x), eps,
     )  # fmt: skip
     return total, values, scales
@@ -91,8 +103,8 @@ def residual_layer_norm_quantized(
     total, (values, scales) = x.new_empty(x.shape), _made(x, dtype)
     (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
     kept = [weight_of(w, x) for w in (gate, weight, bias)]
-    run(
-        "residual_layer_norm_quantized", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides,
+    _quantize(
+        "residual_layer_norm_quantized", x, dtype, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides,
         *(place for _, *one in kept for place in one), total.data_ptr(), values.data_ptr(), scales.data_ptr(),
         *shape_of(x), eps,
     )  # fmt: skip
@@ -104,7 +116,7 @@ def swiglu_quantized(x: Tensor, dtype: torch.dtype) -> Rows:
     """See ops/mlp.py."""
     x, hidden = halves(x)
     values, scales = _made(x, dtype, hidden)
-    run("swiglu_quantized", x, x.data_ptr(), values.data_ptr(), scales.data_ptr(), scales.numel(), hidden)
+    _quantize("swiglu_quantized", x, dtype, x.data_ptr(), values.data_ptr(), scales.data_ptr(), scales.numel(), hidden)
     return values, scales
 
 
@@ -112,7 +124,8 @@ def swiglu_quantized(x: Tensor, dtype: torch.dtype) -> Rows:
 def gelu_tanh_quantized(x: Tensor, dtype: torch.dtype) -> Rows:
     """See ops/mlp.py."""
     x, (values, scales) = x.contiguous(), _made(x, dtype)
-    run("gelu_tanh_quantized", x, x.data_ptr(), values.data_ptr(), scales.data_ptr(), scales.numel(), x.shape[-1])
+    made = values.data_ptr(), scales.data_ptr()
+    _quantize("gelu_tanh_quantized", x, dtype, x.data_ptr(), *made, scales.numel(), x.shape[-1])
     return values, scales
 
 
@@ -147,18 +160,18 @@ def linear_quantized(
 
 
 @fake("quantize_rows", "rms_norm_quantized", "layer_norm_quantized", "gelu_tanh_quantized")
-def _rows_like(x: Tensor, *_: object) -> Rows:
-    return _made(x, torch.int8)
+def _rows_like(x: Tensor, *rest: Any) -> Rows:
+    return _made(x, rest[-1])
 
 
 @fake("residual_norm_quantized", "residual_layer_norm_quantized")
-def _sum_and_rows_like(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *_made(x, torch.int8)
+def _sum_and_rows_like(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_made(x, rest[-1])
 
 
 @fake("swiglu_quantized")
-def _half_rows(x: Tensor, *_: object) -> Rows:
-    return _made(x, torch.int8, x.shape[-1] // 2)
+def _half_rows(x: Tensor, dtype: torch.dtype) -> Rows:
+    return _made(x, dtype, x.shape[-1] // 2)
 
 
 @fake("dequantize")

@@ -24,7 +24,7 @@ const char* twinflow_cuda_error_message(int status) {
     case TWINFLOW_OK: return "no error";
     case TWINFLOW_NULL_POINTER: return "a required pointer is NULL";
     case TWINFLOW_BAD_SHAPE: return "a size or stride is out of range for this kernel";
-    case TWINFLOW_BAD_DTYPE: return "the dtype is none of twinflow_dtype";
+    case TWINFLOW_BAD_DTYPE: return "the dtype is none of twinflow_dtype, or the format none of twinflow_format";
     case TWINFLOW_TOO_WIDE: return "rows are too wide for this kernel; see twinflow_rt.h";
     default: return "unknown status";
   }

@@ -1,18 +1,25 @@
-// Activations of the feed-forward blocks: a thread, 16 bytes of a row of the output.
+// Activations of the feed-forward blocks: a thread, 16 bytes of a row of the output; quantized, a block a row.
 
-#include "common.cuh"
+#include "rows.cuh"
 
 namespace twinflow {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int WIDEST = 40;  // elements of a row that a thread holds: Qwen2.5-VL's MLP has 18944
 
 // e^x to float32 precision for float32 storage; the hardware's (2 ulp) disappears in bfloat16's rounding.
 __device__ inline float exponential(float, float x) { return expf(x); }
 __device__ inline float exponential(__nv_bfloat16, float x) { return __expf(x); }
 
-// silu(a) * b (GATED, the second half of a row of 2 * width) or tanh-GELU of a: x * logistic(2u), the
-// same function as x / 2 * (1 + tanh(u)), without cancellation.
+// silu(a), or tanh-GELU of a: x * logistic(2u), the same function as x / 2 * (1 + tanh(u)), without cancellation.
+template <class T, bool GATED>
+__device__ inline float activate(float a) {
+  const float u = GATED ? a : 1.5957691216057308f * (a + 0.044715f * a * a * a);
+  return a / (1.0f + exponential(T{}, -u));
+}
+
+// silu(a) * b (GATED, b being the second half of a row of 2 * width) or tanh-GELU of a.
 template <class T, int N, bool GATED>
 __global__ void __launch_bounds__(THREADS) activation(const T* x, T* out, int pieces, int width) {
   const int64_t row = blockIdx.x / pieces;
@@ -24,18 +31,32 @@ __global__ void __launch_bounds__(THREADS) activation(const T* x, T* out, int pi
   if (GATED) read_as_float<N>(source + width, b);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const float u = GATED ? a[i] : 1.5957691216057308f * (a[i] + 0.044715f * a[i] * a[i] * a[i]);
-    y[i] = a[i] / (1.0f + exponential(T{}, -u));
+    y[i] = activate<T, GATED>(a[i]);
     if (GATED) y[i] *= b[i];
   }
   write_rounded<N>(y, out + row * width + at);
 }
 
+// The same without rounding to storage, in 8 bits.
+template <class T, int N, int PER, bool GATED>
+__global__ void __launch_bounds__(MAX_THREADS) activation_quantized(const T* x, Quantized to, int width) {
+  const T* source = x + static_cast<int64_t>(blockIdx.x) * width * (GATED ? 2 : 1);
+  Share<T, N, PER> row, gated;
+  row.read(source, width);
+  if (GATED) gated.read(source + width, width);
+  row.with(gated, [](float a, float b) { return activate<T, GATED>(a) * (GATED ? b : 1.0f); });
+  to.put(row, blockIdx.x, width);
+}
+
+int check(const void* x, bool complete, int64_t rows, int64_t width) {
+  if (rows < 0 || width < 1 || width > INT32_MAX / 2) return TWINFLOW_BAD_SHAPE;
+  return rows == 0 || (x && complete) ? TWINFLOW_OK : TWINFLOW_NULL_POINTER;
+}
+
 template <bool GATED>
 int launch_activation(const void* x, void* out, int64_t rows, int64_t width, int dtype, void* stream) {
-  if (rows < 0 || width < 1 || width > INT32_MAX / 2) return TWINFLOW_BAD_SHAPE;
-  if (rows == 0) return TWINFLOW_OK;
-  if (!(x && out)) return TWINFLOW_NULL_POINTER;
+  const int error = check(x, out, rows, width);
+  if (error || rows == 0) return error;
   return typed(dtype, [&](auto kind) {
     using T = decltype(kind);
     const bool wide = width % WIDE<T> == 0 && aligned16(x) && aligned16(out);
@@ -49,6 +70,21 @@ int launch_activation(const void* x, void* out, int64_t rows, int64_t width, int
   });
 }
 
+template <bool GATED>
+int launch_quantized(const void* x, const Quantized& to, int64_t rows, int64_t width, int dtype, void* stream) {
+  const int error = check(x, to.complete(), rows, width);
+  if (error || rows == 0) return error;
+  if (to.error()) return to.error();
+  return typed(dtype, [&](auto kind) {
+    using T = decltype(kind);
+    const bool wide = width % WIDE<T> == 0 && aligned16(x) && to.wide();
+    return with_config<T, WIDEST>(wide, width, [&](auto config, int threads) {
+      return launch(activation_quantized<T, config.group, config.per, GATED>, rows, threads, stream,
+                    static_cast<const T*>(x), to, static_cast<int>(width));
+    });
+  });
+}
+
 }  // namespace
 }  // namespace twinflow
 
@@ -58,4 +94,14 @@ int twinflow_cuda_swiglu(const void* x, void* out, int64_t rows, int64_t hidden,
 
 int twinflow_cuda_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype, void* stream) {
   return twinflow::launch_activation<false>(x, out, rows, width, dtype, stream);
+}
+
+int twinflow_cuda_swiglu_quantized(const void* x, void* values, float* scales, int64_t rows, int64_t hidden, int format,
+                                   int dtype, void* stream) {
+  return twinflow::launch_quantized<true>(x, {values, scales, format}, rows, hidden, dtype, stream);
+}
+
+int twinflow_cuda_gelu_tanh_quantized(const void* x, void* values, float* scales, int64_t rows, int64_t width,
+                                      int format, int dtype, void* stream) {
+  return twinflow::launch_quantized<false>(x, {values, scales, format}, rows, width, dtype, stream);
 }

@@ -24,9 +24,12 @@
 extern "C" {
 #endif
 
-#define TWINFLOW_ABI_VERSION 4
+#define TWINFLOW_ABI_VERSION 5
 
 typedef enum { TWINFLOW_F32 = 0, TWINFLOW_BF16 = 1 } twinflow_dtype;
+
+/* What rows are quantized to: integers up to 127, or float8 e4m3 ("fn": no infinity) up to 448. */
+typedef enum { TWINFLOW_I8 = 0, TWINFLOW_E4M3 = 1 } twinflow_format;
 
 typedef enum {
   TWINFLOW_OK = 0,
@@ -156,7 +159,7 @@ TWINFLOW_API int twinflow_cpu_dequantize(const int32_t* sums, const float* x_sca
  * machine has cores, libgomp puts each to sleep between kernels, and waking them costs more than small kernels do. */
 TWINFLOW_API int twinflow_cpu_release_threads(void);
 
-/* On a GPU. Rows of at most 16384 bfloat16 or 8192 float32; rows that are not whole 16-byte groups, or
+/* On a GPU. Rows of at most 16384 elements; rows that are not whole 16-byte groups, or
  * not aligned to 16 bytes, at most 2048. batch * seq stays below 2^31; offsets may exceed it. */
 TWINFLOW_API int twinflow_cuda_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
                                         int64_t weight_batch, void* out, int64_t batch, int64_t seq, int64_t dim,
@@ -191,6 +194,45 @@ TWINFLOW_API int twinflow_cuda_swiglu(const void* x, void* out, int64_t rows, in
 
 TWINFLOW_API int twinflow_cuda_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype,
                                          void* stream);
+
+/* Quantized rows as the cpu functions make them, in either twinflow_format: the limit of e4m3 is 448 in place of 127.
+ * hidden and width: at most 20480. e4m3 is emulated below compute capability 8.9. */
+TWINFLOW_API int twinflow_cuda_quantize_rows(const void* x, int64_t x_batch, int64_t x_row, void* values, float* scales,
+                                             int64_t batch, int64_t seq, int64_t dim, int format, int dtype,
+                                             void* stream);
+
+TWINFLOW_API int twinflow_cuda_rms_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                                  int64_t weight_batch, void* values, float* scales, int64_t batch,
+                                                  int64_t seq, int64_t dim, float eps, int format, int dtype,
+                                                  void* stream);
+
+TWINFLOW_API int twinflow_cuda_layer_norm_quantized(const void* x, int64_t x_batch, int64_t x_row, const float* weight,
+                                                    int64_t weight_batch, const float* bias, int64_t bias_batch,
+                                                    void* values, float* scales, int64_t batch, int64_t seq,
+                                                    int64_t dim, float eps, int format, int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_residual_norm_quantized(const void* x, int64_t x_batch, int64_t x_row,
+                                                       const void* branch, int64_t branch_batch, int64_t branch_row,
+                                                       const float* post, int64_t post_batch, const float* pre,
+                                                       int64_t pre_batch, void* x_out, void* values, float* scales,
+                                                       int64_t batch, int64_t seq, int64_t dim, float eps, int format,
+                                                       int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_residual_layer_norm_quantized(
+    const void* x, int64_t x_batch, int64_t x_row, const void* branch, int64_t branch_batch, int64_t branch_row,
+    const float* gate, int64_t gate_batch, const float* weight, int64_t weight_batch, const float* bias,
+    int64_t bias_batch, void* x_out, void* values, float* scales, int64_t batch, int64_t seq, int64_t dim, float eps,
+    int format, int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_swiglu_quantized(const void* x, void* values, float* scales, int64_t rows,
+                                                int64_t hidden, int format, int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_gelu_tanh_quantized(const void* x, void* values, float* scales, int64_t rows,
+                                                   int64_t width, int format, int dtype, void* stream);
+
+TWINFLOW_API int twinflow_cuda_dequantize(const int32_t* sums, const float* x_scales, const float* w_scales,
+                                          const void* bias, void* out, int64_t rows, int64_t columns, int dtype,
+                                          void* stream);
 
 TWINFLOW_API int twinflow_cuda_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t, int dtype,
                                           void* stream);

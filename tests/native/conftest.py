@@ -47,4 +47,5 @@ def at(request, monkeypatch, nan_poison):
             return tuple(move(v) for v in value)
         return value.to("cuda" if place == "cuda" else "cpu") if isinstance(value, torch.Tensor) else value
 
+    move.place = place
     return move

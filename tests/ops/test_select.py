@@ -125,10 +125,12 @@ def test_float8_attention_is_chosen_only_where_asked_for():
 @pytest.mark.parametrize("op", ROW_OPS)
 def test_rows_of_float8_need_a_chip_that_stores_them(op):
     float8 = replace(H100, rows=torch.float8_e4m3fn)
-    name = "scaled-mm" if op == "linear_quantized" else "triton"
-    refuses = IMPLEMENTATIONS[op][name].refuses
-    assert rank(op, float8) == (name,)
-    assert "8.9" in refuses(replace(float8, arch=86)) and "8.9" not in (refuses(replace(float8, arch=89)) or "")
+    product = op == "linear_quantized"
+    names = ("scaled-mm", "cuda") if product else ("cuda", "triton")
+    assert rank(op, float8) == names
+    for name in names[:1] if product else names:
+        refuses = IMPLEMENTATIONS[op][name].refuses
+        assert "8.9" in refuses(replace(float8, arch=86)) and "8.9" not in (refuses(replace(float8, arch=89)) or "")
 
 
 def test_rows_of_a_cpu_are_made_by_its_kernels():
@@ -143,6 +145,8 @@ def test_products_of_rows_say_what_they_multiply():
     refuses = {name: i.refuses for name, i in IMPLEMENTATIONS["linear_quantized"].items()}
     assert "not int8" in refuses["scaled-mm"](replace(H100, rows=torch.int8))
     assert "gives bfloat16, not float16" in refuses["scaled-mm"](replace(H100, dtype=torch.float16))
+    assert "not float8" in refuses["cuda"](replace(H100, rows=torch.float8_e4m3fn))
+    assert "not float8" not in (refuses["cuda"](replace(H100, rows=torch.int8)) or "")
     cpu = Target("cpu", torch.float32, rows=torch.float8_e4m3fn)
     assert "not float8" in refuses["int8-mm"](cpu) and "not on cpu" in refuses["scaled-mm"](cpu)
     assert refuses["int8-mm"](replace(cpu, rows=torch.int8)) is None

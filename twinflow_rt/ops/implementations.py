@@ -32,6 +32,7 @@ NATIVE = (
     "rms_norm", "layer_norm", "residual_norm", "residual_layer_norm", "qk_norm_rope", "joint_qk_norm_rope", "swiglu",
     "gelu_tanh", "x0_project", "to_uint8",
 )  # fmt: skip
+_MULTIPLIES_INT8 = "multiplies int8, not float8_e4m3fn"
 # a product and what follows it -> the op that follows: "separate" is torch's product, then that op as chosen
 SEPARATE = {"linear_swiglu": "swiglu", "linear_gelu": "gelu_tanh"}
 NO_TRITON = ("linear_gelu", "linear_residual", "upsample_conv")
@@ -105,21 +106,30 @@ def _float8_refuses(arch: int | None) -> str | None:
     return None
 
 
-def _triton_rows_refuses(target: Target) -> str | None:
-    reason = _float8_refuses(target.arch) if target.rows == torch.float8_e4m3fn else None
-    return reason or triton_refuses(target)
+def _rows_refuse(refuses: Callable[[Target], str | None]) -> Callable[[Target], str | None]:
+    """`refuses` of kernels on a GPU that make quantized rows: float8 needs a chip that stores it."""
+
+    def of_rows(target: Target) -> str | None:
+        reason = _float8_refuses(target.arch) if target.rows == torch.float8_e4m3fn else None
+        return reason or refuses(target)
+
+    return of_rows
 
 
 def _int8_mm_refuses(target: Target) -> str | None:
     if target.device != "cpu":
         return f"runs on the CPU, not on {target.device}"
-    return "multiplies int8, not float8_e4m3fn" if target.rows == torch.float8_e4m3fn else None
+    return _MULTIPLIES_INT8 if target.rows == torch.float8_e4m3fn else None
 
 
 def _native_rows_refuses(target: Target) -> str | None:
     if target.rows == torch.float8_e4m3fn:
         return "makes int8 rows, not float8_e4m3fn"
     return _library("refuses")(target)
+
+
+def _cuda_product_refuses(target: Target) -> str | None:
+    return _MULTIPLIES_INT8 if target.rows == torch.float8_e4m3fn else _library("cuda_refuses")(target)
 
 
 def _scaled_mm_refuses(target: Target) -> str | None:
@@ -177,13 +187,19 @@ def _implementations(op: str) -> dict[str, Implementation]:
 
 
 def _row_implementations(op: str) -> dict[str, Implementation]:
-    found = [Implementation("triton", _from("triton_rows", op), _triton_rows_refuses)]
+    native = _from("native_rows", op)
     if op == "linear_quantized":
         found = [
             Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm_refuses),
             Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm_refuses),
+            Implementation("cuda", native, _cuda_product_refuses),
         ]
-    found.append(Implementation("native", _from("native_rows", op), _native_rows_refuses))
+    else:
+        found = [
+            Implementation("triton", _from("triton_rows", op), _rows_refuse(triton_refuses)),
+            Implementation("cuda", native, _rows_refuse(_library("cuda_refuses"))),
+        ]
+    found.append(Implementation("native", native, _native_rows_refuses))
     found.append(Implementation("eager", lambda: getattr(EAGER_ROWS, op)))
     return {i.name: i for i in found}
 

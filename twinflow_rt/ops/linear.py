@@ -1,7 +1,7 @@
 """Linear layers, and their quantized form: each row of activations carries its own scale, as each row of weights does.
 
-`linear_quantized` is the specification of precisions "int8" and "fp8". `int8_mm` is it for a CPU's int8,
-`scaled_mm` for float8 on an NVIDIA GPU; where neither serves, the specification runs, slowly.
+`linear_quantized` is the specification of precisions "int8" and "fp8". `int8_mm` and the native one are it for int8,
+`scaled_mm` for float8 on an NVIDIA GPU; where none serves, the specification runs, slowly.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
 
 # the largest magnitude of each quantized dtype; int8 keeps its range symmetric
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+GPU_ROWS = 16  # cuBLASLt's int8 product takes more rows than these
 SMALLEST = 1e-12  # rows whose largest magnitude is below quantize as if it were this: no division by zero
 
 
@@ -97,8 +99,15 @@ def quantize_weight(weight: Tensor, dtype: torch.dtype, limit: float | None = No
 
 
 def int8_sums(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T in int32, exactly: x int8 [..., K], weight int8 [N, K]; returns [rows of x, N]."""
-    sums: Tensor = torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t())
+    """x weight^T in int32, exactly: x int8 [..., K], weight int8 [N, K]; returns [rows of x, N].
+
+    On a GPU K and N are multiples of 8. Its product asks for more than 16 rows: fewer are padded with zeros.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.is_cuda and len(rows) <= GPU_ROWS:
+        padded: Tensor = torch._int_mm(F.pad(rows, (0, 0, 0, GPU_ROWS + 1 - len(rows))), weight.t())
+        return padded[: len(rows)]
+    sums: Tensor = torch._int_mm(rows, weight.t())
     return sums
 
 

@@ -80,14 +80,14 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
     if op in _RANKS:
         return _RANKS[op](target) if target.device in ("cpu", "cuda") else ()
     if op == "linear_quantized":
-        return {"cpu": ("native", "int8-mm"), "cuda": ("scaled-mm",)}.get(target.device, ())
+        return {"cpu": ("native", "int8-mm"), "cuda": ("scaled-mm", "cuda")}.get(target.device, ())
     if target.device == "cpu":
         return ("native",) if op in NATIVE or op in ROW_OPS else ()
     if target.device != "cuda":
         return ()
     if op == "attention":
         return backends.order(target.arch)
-    return ("cuda", "triton") if op in NATIVE else ("triton",)
+    return ("cuda", "triton") if op in NATIVE or op in ROW_OPS else ("triton",)
 
 
 def _rank_linear_swiglu(target: Target) -> tuple[str, ...]:

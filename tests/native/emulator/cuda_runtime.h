@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -43,7 +44,7 @@ struct Thread {
 
 struct Machine {
   std::vector<Thread> threads;
-  std::vector<float> shuffled;
+  std::vector<uint32_t> shuffled;
   ucontext_t scheduler;
   std::function<void()> body;
   unsigned current = 0;
@@ -129,18 +130,35 @@ inline cudaError_t run(const dim3& grid, const dim3& size, std::function<void()>
 
 inline void __syncthreads() { emulator::wait(emulator::State::barrier); }
 
-inline float __shfl_xor_sync(unsigned, float v, int mask) {
+template <class V>
+V __shfl_xor_sync(unsigned, V v, int mask) {
+  static_assert(sizeof(V) == sizeof(uint32_t), "");
   const unsigned self = emulator::machine.current;
-  emulator::machine.shuffled[self] = v;
+  std::memcpy(&emulator::machine.shuffled[self], &v, sizeof v);
   emulator::wait(emulator::State::shuffle);  // all lanes have written
-  const float other = emulator::machine.shuffled[self ^ mask];
+  V other;
+  std::memcpy(&other, &emulator::machine.shuffled[self ^ mask], sizeof other);
   emulator::wait(emulator::State::shuffle);  // all lanes have read
   return other;
 }
 
+inline unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
+
+inline unsigned __float_as_uint(float v) {
+  unsigned bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+inline float __uint_as_float(unsigned bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
+inline int __float2int_rn(float x) { return std::isnan(x) ? 0 : static_cast<int>(std::nearbyint(x)); }
 
 template <class... P, class... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
