@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,35 @@ def test_inspect(model, capsys):
     assert cli.main(["inspect", model]) == 0
     text = capsys.readouterr().out
     assert "z-image" in text and "t_embedder" in text and f"{facts['folded_share']:.1%}" in text
+
+
+def test_inspect_counts_what_the_plan_counts(model, capsys, tmp_path):
+    """Work and least times per stage, for a size, a prompt and a machine that was measured."""
+    record = json.loads((Path(__file__).parents[1] / "benches" / "records" / "demo-cpu.json").read_text())
+    (tmp_path / "r.json").write_text(json.dumps(record))
+    asked = ["inspect", model, "--ceilings", str(tmp_path / "r.json")]
+    assert cli.main([*asked, "--json"]) == 0
+    facts, plan = json.loads(capsys.readouterr().out), load(model, device="cpu").plan
+    assert (facts["size"], facts["tokens"], facts["dtype"]) == ([64, 64], 32, "float32")
+    for ours, theirs in zip(facts["stages"], plan.stages, strict=True):
+        assert (ours["name"], ours["flops"]) == (theirs.name, theirs.flops)
+        assert ours["activation_bytes"] == theirs.activation_bytes > 0
+        assert ours["weight_bytes"] == theirs.weight_bytes
+        gemm, copy = record["ceilings"]["gemm"]["float32"], record["ceilings"]["copy"]
+        floor = max(ours["flops"] / gemm, (ours["weight_bytes"] + ours["activation_bytes"]) / copy)
+        assert facts["floors"][ours["name"]]["measured"] == pytest.approx(floor)
+        assert facts["floors"][ours["name"]]["h200"] > 0
+    assert cli.main(["inspect", model, "--size", "128x64", "--tokens", "64", "--dtype", "bfloat16", "--json"]) == 0
+    other = json.loads(capsys.readouterr().out)
+    (text, *_, decode), (text_before, *_, before) = other["stages"], facts["stages"]
+    assert other["size"] == [64, 128] and decode["flops"] > 1.9 * before["flops"]
+    assert text["flops"] > 1.9 * text_before["flops"] and 2 * decode["weight_bytes"] == before["weight_bytes"]
+    assert cli.main(asked) == 0
+    text = capsys.readouterr().out
+    assert "work of one 64x64 image from 32 prompt tokens at one evaluation, float32" in text and "measured" in text
+    for wrong, message in ((["--tokens", "0"], "tokens must be 1 to"), (["--size", "33x32"], "multiple of")):
+        assert cli.main(["inspect", model, *wrong]) == 2 and message in capsys.readouterr().err
+    assert cli.main([*asked, "--dtype", "bfloat16"]) == 2 and "not bfloat16" in capsys.readouterr().err
 
 
 def test_inspect_refuses_what_load_refuses(tmp_path, capsys):

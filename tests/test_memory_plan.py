@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 
 import pytest
@@ -12,11 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.factory import make_model
+from tests.memory import run_script
 from twinflow_rt.bench.random_weights import skeleton
+from twinflow_rt.config import parse_bytes
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.footprint import peak_bytes
+from twinflow_rt.footprint import peak_of
 from twinflow_rt.loading import load
-from twinflow_rt.memory_plan import Costs, Weights, choose, parse_bytes
+from twinflow_rt.memory_costs import Costs, Weights
+from twinflow_rt.memory_plan import choose
 from twinflow_rt.passes.load import Checkpoint
 
 LARGEST = (1024, 1024, 1)
@@ -89,9 +90,9 @@ def test_peak_of_live_tensors():
         c = torch.zeros(5, device="meta")  # 80
         return (a + c).view(5, 1), b  # 100
 
-    assert peak_bytes(run) == 100
+    assert peak_of(run)[1] == 100
     q = torch.zeros(1, 2, 1000, 8, device="meta")
-    assert peak_bytes(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q)) == q.nbytes
+    assert peak_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))[1] == q.nbytes
 
 
 def test_calls_beyond_the_plan_are_refused(tmp_path):
@@ -117,43 +118,24 @@ def test_a_saved_program_is_planned_for_too(tmp_path):
 
 
 SCRIPT = """
-import json, sys, threading, time
+import json, sys
 import torch
 torch.set_num_threads(1)
 from PIL import Image
-from twinflow_rt import memory_plan
-from twinflow_rt.errors import ConfigError
-from twinflow_rt.memory_plan import return_freed_memory
+from tests.memory import Peak, least
+from twinflow_rt.host_memory import return_freed_memory
 from twinflow_rt.loading import load
-from twinflow_rt.report import anonymous_bytes
 
 folder, tight, size = sys.argv[1], sys.argv[2] == "tight", int(sys.argv[3])
+options = {"device": "cpu", "dtype": "float32", "largest": (size, size, 1), **json.loads(sys.argv[4])}
 return_freed_memory()
 torch.nn.functional.conv2d(torch.ones(1, 8, 8, 8), torch.ones(8, 8, 3, 3)) @ torch.ones(6, 6)
-plans, planned = [], memory_plan._planned
-memory_plan._planned = lambda *args: plans.append(planned(*args)) or plans[-1]
-try:
-    load(folder, memory_budget=1, device="cpu", dtype="float32", largest=(size, size, 1))
-except ConfigError:
-    pass
-budget = min(plan.peak for plan in plans) if tight else 4_000_000_000
-peak = base = anonymous_bytes()
-done = False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous_bytes())
-        time.sleep(0.002)
-
-thread = threading.Thread(target=watch)
-thread.start()
-pipe = load(folder, device="cpu", dtype="float32", memory_budget=budget, largest=(size, size, 1))
-pipe("a red circle " * 300, height=size, width=size, seed=0)
-done = True
-thread.join()
+budget = least(folder, **options) if tight else 4_000_000_000
+with Peak() as peak:
+    pipe = load(folder, memory_budget=budget, **options)
+    pipe("a red circle " * 300, height=size, width=size, seed=0)
 m = pipe.memory
-print(json.dumps({"predicted": m.peak, "measured": peak - base, "streamed": m.streamed, "tile": m.tile,
+print(json.dumps({"predicted": m.peak, "measured": peak.bytes, "streamed": m.streamed, "tile": m.tile,
                   "text": m.text_streams, "stages": dict(m.stages), "weights": dict(m.weights)}))
 """
 
@@ -170,13 +152,15 @@ def medium(tmp_path_factory):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("budget", [pytest.param("ample", marks=pytest.mark.full), "tight"])
-def test_the_prediction_is_what_is_measured(medium, budget):
+@pytest.mark.parametrize(
+    ("budget", "options"),
+    [
+        pytest.param("ample", {}, marks=pytest.mark.full),
+        ("tight", {}),
+    ],
+)
+def test_the_prediction_is_what_is_measured(medium, budget, options):
     """Within 10 %, with everything resident and with as little as possible."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, medium, budget, "512"]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr
-    seen = json.loads(ran.stdout)
+    seen = json.loads(run_script(SCRIPT, medium, budget, 512, json.dumps(options)))
     assert (seen["streamed"] > 0) is (seen["tile"] is not None) is seen["text"] is (budget == "tight"), seen
     assert abs(seen["measured"] - seen["predicted"]) <= 0.1 * seen["predicted"], seen

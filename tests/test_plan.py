@@ -10,10 +10,11 @@ import torch
 from tests.factory import TRANSFORMER, make_model
 from tests.qwen_image_factory import SMALL
 from twinflow_rt.errors import CheckpointError
+from twinflow_rt.footprint import work_of
 from twinflow_rt.loading import load
 from twinflow_rt.models.qwen_image import QwenImageTransformer
 from twinflow_rt.models.z_image import ZImageConfig, ZImageTransformer, pad_length
-from twinflow_rt.plan import CEILINGS, Ceiling, Plan, Stage, count_flops, group_parameters
+from twinflow_rt.plan import CEILINGS, Ceiling, Plan, Stage, group_parameters, milliseconds
 
 HEIGHT, WIDTH, PROMPT = 12, 20, 40
 
@@ -29,8 +30,8 @@ def counted(network, channels, width):
         latents = torch.empty(1, channels, HEIGHT, WIDTH)
         embeds = torch.empty(1, PROMPT, width)
     context = network.encode_context(embeds, (PROMPT,))
-    velocity = count_flops(lambda: network(latents, network.step_modulation(0), context))
-    return velocity, count_flops(lambda: network.encode_context(embeds, (PROMPT,)))
+    velocity = work_of(lambda: network(latents, network.step_modulation(0), context))
+    return velocity.flops, work_of(lambda: network.encode_context(embeds, (PROMPT,))).flops
 
 
 def test_z_image_work_is_the_closed_form():
@@ -65,10 +66,43 @@ def test_qwen_image_work_is_the_closed_form(absorbed):
     assert counted(network, SMALL.out_channels, SMALL.joint_attention_dim) == expected
 
 
+def test_traffic_is_what_products_read_and_write():
+    """Weights apart, expanded operands once, attention without its scores, whatever runs between left out."""
+    with torch.device("meta"):
+        linear, conv, x = torch.nn.Linear(8, 6), torch.nn.Conv2d(3, 5, 3, padding=1), torch.empty(2, 7, 8)
+        image, q, k = torch.empty(1, 3, 4, 4), torch.empty(1, 2, 9, 8), torch.empty(1, 1, 10, 8)
+
+    def run():
+        y = linear(x.sin()).relu()
+        torch.nn.functional.scaled_dot_product_attention(q, *[k.expand(1, 2, 10, 8)] * 2)
+        return y, conv(image)
+
+    work = work_of(run, [*linear.parameters(), *conv.parameters()], [linear.weight])
+    products = 2 * 14 * 8 * 6, 2 * 2 * 9 * 10 * 16, 2 * 16 * 5 * 3 * 9
+    assert (work.flops, work.narrow_flops) == (sum(products), products[0])
+    assert work.moved == 4 * (14 * (8 + 6) + (2 * 2 * 9 * 8 + 2 * 10 * 8) + 16 * (3 + 5))
+    assert work_of(run).moved == work.moved + sum(p.nbytes for m in (linear, conv) for p in m.parameters())
+
+
+def test_layers_of_8_bits_are_told_apart(tmp_path):
+    folder = make_model(tmp_path / "m")
+    plain, narrow = (load(folder, device="cpu", **how) for how in ({}, {"precision": "int8", "text_precision": "int8"}))
+    for before, after in zip(plain.plan.stages, narrow.plan.stages, strict=True):
+        assert (before.flops, before.activation_bytes) == (after.flops, after.activation_bytes)
+        assert not before.narrow_flops and after.narrow_flops <= after.flops
+        assert bool(after.narrow_flops) is (after.name in ("text", "velocity"))
+        assert after.weight_bytes <= before.weight_bytes
+    assert "h200 unknown" in str(narrow.plan) and "h200 unknown" not in str(plain.plan)
+
+
 def test_a_stage_takes_what_the_slower_of_work_and_traffic_takes():
     ceiling = Ceiling(flops=1e12, bandwidth=1e9)
     assert Stage("a", flops=2 * 10**12, weight_bytes=10**9).seconds(ceiling) == 2.0
     assert Stage("b", flops=10**12, weight_bytes=3 * 10**9).seconds(ceiling) == 3.0
+    assert Stage("c", flops=10**12, weight_bytes=10**9, activation_bytes=4 * 10**9).seconds(ceiling) == 5.0
+    narrow = Stage("d", flops=4 * 10**12, weight_bytes=10**9, narrow_flops=3 * 10**12)
+    assert narrow.seconds(ceiling) is None and milliseconds(None) == "unknown"
+    assert narrow.seconds(Ceiling(1e12, 1e9, narrow=2e12)) == 2.5
 
 
 def test_everything_is_printed(pipe):
@@ -85,6 +119,7 @@ def test_everything_is_printed(pipe):
     for stage in plan.stages:
         line = next(line for line in text.splitlines() if line.startswith(f"stage        {stage.name}"))
         assert f"{stage.flops / 1e9:,.2f} GFLOP  {stage.weight_bytes / 1e6:.2f} MB of weights" in line
+        assert f"{stage.activation_bytes / 1e6:.2f} MB of activations" in line
         assert all(f"{name} {stage.seconds(c) * 1e3:.3g} ms" in line for name, c in CEILINGS.items())
     loads = [line for line in text.splitlines() if "loaded in" in line]
     assert [line.split()[1] for line in loads] == ["transformer", "text_encoder", "vae"]

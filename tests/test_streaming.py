@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from tests.memory import least
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.passes.load import assign
@@ -29,21 +30,6 @@ def folder(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain(folder):
     return load(folder, device="cpu")
-
-
-def least(folder, **options) -> int:
-    """The smallest budget the model runs in, of which the refusal of a smaller one tells."""
-    from twinflow_rt import memory_plan
-
-    plans = []
-    keep = memory_plan._planned
-    memory_plan._planned = lambda *args: plans.append(keep(*args)) or plans[-1]
-    try:
-        with pytest.raises(ConfigError, match="is too small for this model: with everything streamed"):
-            load(folder, memory_budget=1, **options)
-    finally:
-        memory_plan._planned = keep
-    return min(plan.peak for plan in plans)
 
 
 def test_images_are_those_of_the_resident_model(folder, plain):

@@ -8,6 +8,7 @@ import torch
 from tests import factory, qwen_image_factory, sana_factory
 from tests.test_capture import FakeGraphs
 from twinflow_rt.capture import BUCKET, Captures
+from twinflow_rt.footprint import work_of
 from twinflow_rt.text import QwenImageText, ZImageText
 from twinflow_rt.text_sana import SanaText
 
@@ -98,15 +99,13 @@ def test_other_weights_forget_it(text, whole):
 
 
 def test_what_is_counted_leaves_the_beginning_out(text):
-    from twinflow_rt.plan import count_flops
-
     tokens = len(text.prefix_ids) + 8
     assert text.probe(tokens).embeds.shape == (1, tokens, text.width)
-    with_prefix = count_flops(lambda: text.probe(tokens))
+    with_prefix = work_of(lambda: text.probe(tokens)).flops
     text.least_prefix = 10**9
     try:
         assert text.probe(tokens).embeds.shape == (1, tokens, text.width)
-        assert with_prefix < count_flops(lambda: text.probe(tokens))
+        assert with_prefix < work_of(lambda: text.probe(tokens)).flops
     finally:
         text.least_prefix = 1
 

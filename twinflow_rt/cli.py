@@ -14,7 +14,7 @@ from typing import Any
 
 from . import generate
 from .errors import TwinFlowError
-from .options import add_download, add_model, loading, precision_options
+from .options import add_download, add_model, loading, parse_size, precision_options
 
 Parser = argparse.ArgumentParser
 
@@ -69,14 +69,24 @@ def build_parser(argv: Sequence[str] = ()) -> Parser:
 def add_inspect(parser: Parser) -> None:
     parser.add_argument("model", help="model folder (diffusers layout), hf://owner/name, or 'demo'")
     add_download(parser)
+    parser.add_argument("--size", type=parse_size, metavar="WxH", help="of the image whose work is counted")
+    parser.add_argument("--tokens", type=int, metavar="N", help="length of its prompt (default: 32)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    parser.add_argument("--ceilings", type=Path, metavar="RECORD", help="a bench's: state times for its machine, too")
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
+    from .config import DTYPES
     from .describe import describe
     from .loading import model_path
 
-    description = describe(model_path(args.model, args.download))
+    width, height = args.size or (None, None)
+    options: dict[str, Any] = {} if args.tokens is None else {"tokens": args.tokens}
+    if args.dtype is not None:
+        options["dtype"] = DTYPES[args.dtype]
+    folder = model_path(args.model, args.download)
+    description = describe(folder, (height, width), ceilings=args.ceilings, **options)
     print(json.dumps(description.to_dict(), indent=1) if args.json else description)
     return 0
 

@@ -16,6 +16,7 @@ PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloa
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 ON_OOM = ("raise", "split")
 OUTPUTS = ("pil", "np", "pt", "latent")
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 MAX_PROMPT = 100_000  # characters; models read at most some thousand tokens of a prompt
 
 
@@ -157,3 +158,20 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a positive integer; got {value!r}")
+
+
+def parse_bytes(value: int | str | None, what: str = "memory_budget") -> int | None:
+    """Bytes of an int or of text such as "12GB", "900 MiB"; None stays None. Raises ConfigError for others."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        text = value.strip().lower()
+        number = text.rstrip("abcdefghijklmnopqrstuvwxyz").strip()
+        unit = text[len(number) :].strip()
+        try:
+            value = round(float(number) * UNITS[unit])
+        except (ValueError, KeyError, OverflowError):
+            raise ConfigError(f"{what} {value!r} is no size; give bytes, or text like '12GB' or '900MiB'") from None
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(f"{what} must be a positive number of bytes, or text like '12GB'; got {value!r}")
+    return value

@@ -1,8 +1,8 @@
-"""What a model folder holds, read from configs and file headers alone: no weight is loaded."""
+"""What a model folder holds and what an image costs, from configs and file headers alone: no weight is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from . import stage
+from .bench import record
 from .config import dtype_name
+from .errors import ConfigError
 from .models import family_of
 from .passes import quantize
 from .passes.fold import folded_away
-from .passes.load import Checkpoint, Layout, check, model_folder
-from .passes.upsample import folded_bytes
-from .plan import group_parameters
+from .passes.load import Checkpoint, Layout, assign, check, model_folder
+from .passes.upsample import fold_upsampling, folded_bytes
+from .plan import CEILINGS, Ceiling, Stage, group_parameters, milliseconds
+from .predict import PROMPT_TOKENS, predict_stages
+from .shadow import FOLDED
 
 # the transformer's linear layers, the rest; float16 as bfloat16. int8 stands beside float32 on a CPU
 PRECISIONS = {
@@ -40,13 +44,20 @@ class Part:
 @dataclass(frozen=True)
 class Description:
     """parts; folded: parameters of the transformer that a fixed schedule turns into constants, by kind;
-    memory: bytes of weights resident on the device per precision, after folding (activations excluded)."""
+    memory: bytes of weights resident on the device per precision, after folding (activations excluded).
+    size, tokens, dtype: of the image, its prompt and the arithmetic that `stages` is for: what each stage computes
+    and moves. floors: the least time it can take, in seconds, per stage and machine of known ceilings."""
 
     family: str
     path: str
     parts: tuple[Part, ...]
     folded: dict[str, int]
     memory: dict[str, int]
+    size: tuple[int, int]
+    tokens: int
+    dtype: str
+    stages: tuple[Stage, ...]
+    floors: dict[str, dict[str, float | None]]
 
     @property
     def folded_share(self) -> float:
@@ -72,15 +83,38 @@ class Description:
         lines += [f"  {n:>12,}  {name}" for name, n in self.folded.items()]
         lines += ["", "weights resident after folding, without activations:"]
         lines += [f"  {name:<9} {size / 1e6:>11,.2f} MB" for name, size in self.memory.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, "", *self._work()])
+
+    def _work(self) -> list[str]:
+        height, width = self.size
+        machines = [f"{name:>12}" for name in next(iter(self.floors.values()))]
+        lines = [
+            f"work of one {width}x{height} image from {self.tokens} prompt tokens at one evaluation, {self.dtype}; "
+            "the least time it takes:",
+            "".join(("stage             GFLOP       weights   activations", *machines)),
+        ]
+        for s in self.stages:
+            floors = "".join(f"{milliseconds(seconds):>12}" for seconds in self.floors[s.name].values())
+            moved = f"{s.weight_bytes / 1e6:>11,.2f} MB{s.activation_bytes / 1e6:>11,.2f} MB"
+            lines.append(f"{s.name:<9} {s.flops / 1e9:>13,.2f}{moved}{floors}")
+        return lines
 
 
-def describe(path: Path) -> Description:
-    """Describes a model folder; raises CheckpointError where loading it would."""
+def describe(
+    path: Path, size: tuple[int | None, int | None] = (None, None), tokens: int = PROMPT_TOKENS,
+    dtype: torch.dtype | None = None, ceilings: str | Path | None = None,
+) -> Description:  # fmt: skip
+    """Describes a model folder; raises CheckpointError where loading it would.
+
+    size, tokens, dtype: height and width of the image whose work is counted, length of its prompt, and what it is
+    computed in; default: the model's size, a short prompt, the checkpoint's dtype. ceilings: the record of a bench,
+    for whose machine the least times are stated, too, beside those of `plan.CEILINGS`. Raises ConfigError for what
+    these cannot be.
+    """
     folder = model_folder(path)
     transformer = Checkpoint(folder / "transformer")
     family = family_of(transformer.config)
-    text, vae, _ = family.open(folder, transformer.config)
+    text, vae, sizes = family.open(folder, transformer.config)
     config = family.config.from_dict(transformer.config)
     network, folded = family.build(config), family.build(config, folded_steps=1)
     parts = (
@@ -95,7 +129,32 @@ def describe(path: Path) -> Description:
         for name, (precision, dtype) in PRECISIONS.items()
     }
     away = group_parameters(folded_away(network, folded))
-    return Description(family.name, str(path), parts, away, memory)
+    size, dtype = sizes.resolve(*size), dtype or transformer.main_dtype()
+    if not 1 <= tokens <= text.max_tokens:
+        raise ConfigError(f"tokens must be 1 to {text.max_tokens} for this model's prompts, not {tokens}")
+    for part in (*text.parts, *vae.parts):
+        _in_dtype(part.network, part.layout, dtype)
+        fold_upsampling(part.network, FOLDED)
+    _in_dtype(folded, family.layout, dtype)
+    stages = predict_stages(text, folded, vae, *size, dtype, tokens)
+    known: dict[str, Ceiling] = CEILINGS if ceilings is None else {**CEILINGS, "measured": _measured(ceilings, dtype)}
+    floors = {stage.name: stage.floors(known) for stage in stages}
+    return Description(family.name, str(path), parts, away, memory, size, tokens, dtype_name(dtype), stages, floors)
+
+
+def _in_dtype(network: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
+    """Has the parameters of a network on the meta device be of the dtypes they are loaded in."""
+    for name, parameter in list(network.named_parameters()):
+        assign(network, name, parameter.to(layout.dtype_of(name, dtype) or dtype))
+
+
+def _measured(path: str | Path, dtype: torch.dtype) -> Ceiling:
+    """The ceilings in a record of `twinflow-rt bench`."""
+    found: Mapping[str, Any] = record.load(path)["ceilings"]
+    name = dtype_name(dtype)
+    if name not in found["gemm"]:
+        raise ConfigError(f"{path} has ceilings of {', '.join(found['gemm'])}, not {name}: bench with --dtype {name}")
+    return Ceiling(found["gemm"][name], found["copy"], found["gemm"].get("float8"))
 
 
 def resident_bytes(

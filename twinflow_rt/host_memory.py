@@ -57,6 +57,16 @@ def keep_freed_memory() -> bool:
     return all(mallopt(*setting) for setting in settings)
 
 
+def return_freed_memory() -> None:
+    """Has the C library (glibc) give tensors of 1 MB and more back to the system when they are freed, for the
+    rest of this process: it would keep the place of smaller ones, and what is resident would exceed what is
+    used. A page fault more per page is what it costs."""
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
 def _usage() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -18,6 +18,7 @@ from .config import (
     SizeRule,
     check_choice,
     check_count,
+    parse_bytes,
     resolve_device,
     resolve_dtype,
     resolve_precision,
@@ -25,7 +26,7 @@ from .config import (
 )
 from .errors import ConfigError
 from .host_memory import keep_freed_memory
-from .memory_plan import parse_bytes, plan_memory
+from .memory_plan import plan_memory
 from .models import family_of
 from .passes import artifact
 from .passes.fold import Schedule

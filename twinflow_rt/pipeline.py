@@ -84,7 +84,7 @@ class Pipeline:
         """What compiling decided, and the least each stage must cost for an image of the default size."""
         if self._stages is None:
             size = self.sizes.resolve(None, None)
-            self._stages = predict_stages(self.text, self.program.network, self.vae, *size)
+            self._stages = predict_stages(self.text, self.program.network, self.vae, *size, self.dtype)
         loads = tuple(note for stage in (self.text, self.vae) for note in stage.notes())
         graphs = self.captures.notes() if self.captures is not None else ()
         graphs += self.memory.notes() if self.memory is not None else ()

@@ -1,18 +1,17 @@
 """The plan: what the compile path decided and what it expects, as data and as text.
 
-Predictions are a roofline: FLOPs are counted by running a stage on the meta device (no memory, no
-arithmetic), bytes are its weights; a stage takes at least max(FLOPs / peak, bytes / bandwidth) on a
-device whose ceilings are declared in `CEILINGS`.
+Predictions are a roofline: a stage takes at least max(FLOPs / peak, bytes / bandwidth) on a device of known
+ceilings. FLOPs and bytes are counted by running the stage on the meta device (`predict`); ceilings are declared in
+`CEILINGS`, or measured ones are given.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from .config import DTYPES, PRECISIONS
@@ -21,38 +20,58 @@ from .ops.select import Choice
 from .typed import typed
 from .versions import refusal
 
-SCHEMA = 4
+SCHEMA = 5
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Peak dense rate in FLOP/s of the network's matrix products, and memory bandwidth in bytes/s."""
+    """Peak dense rate in FLOP/s of matrix products in a model's dtype, memory bandwidth in bytes/s, and the rate of
+    products of 8 bits, None where it is not known."""
 
     flops: float
     bandwidth: float
+    narrow: float | None = None
 
 
 # Declared, not measured here: large bf16 GEMM and copy rates reported for these cards; for the CPU,
-# float32 GEMM on the two cores this project is developed on.
+# float32 and int8 GEMM on two cores with AVX2.
 CEILINGS = {
     "h200": Ceiling(0.72e15, 4.0e12),
     "h100": Ceiling(0.65e15, 2.8e12),
     "a100": Ceiling(0.25e15, 1.7e12),
-    "cpu-2-cores": Ceiling(0.136e12, 2.0e10),
+    "cpu-2-cores": Ceiling(0.136e12, 2.0e10, 0.3e12),
 }
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage costs for one image: FLOPs and the bytes of its resident weights."""
+    """What one stage costs for one image.
+
+    flops: of matrix products, convolutions and attention, multiply and add counted apart. weight_bytes: of the weights
+    it reads, each once; token embeddings, of which it reads a few rows, do not count. activation_bytes: what those
+    products read and write besides, everything between them fused into them. narrow_flops: those of layers that have
+    8-bit weights.
+    """
 
     name: str
     flops: int
     weight_bytes: int
+    activation_bytes: int = 0
+    narrow_flops: int = 0
 
-    def seconds(self, ceiling: Ceiling) -> float:
-        """Least time the roofline allows."""
-        return max(self.flops / ceiling.flops, self.weight_bytes / ceiling.bandwidth)
+    def seconds(self, ceiling: Ceiling) -> float | None:
+        """Least time the roofline allows; None where it has products of 8 bits, whose rate is not known."""
+        narrow = 0.0
+        if self.narrow_flops:
+            if ceiling.narrow is None:
+                return None
+            narrow = self.narrow_flops / ceiling.narrow
+        compute = (self.flops - self.narrow_flops) / ceiling.flops + narrow
+        return max(compute, (self.weight_bytes + self.activation_bytes) / ceiling.bandwidth)
+
+    def floors(self, ceilings: Mapping[str, Ceiling]) -> dict[str, float | None]:
+        """`seconds` for each of several."""
+        return {name: self.seconds(ceiling) for name, ceiling in ceilings.items()}
 
 
 @dataclass(frozen=True)
@@ -169,20 +188,11 @@ class Plan:
         for group in self.sensitivity:
             lines.append(f"sensitivity  {group}" + ("  exempt" if group.name in exempt else ""))
         for stage in self.stages:
-            floors = ", ".join(f"{name} {stage.seconds(c) * 1e3:.3g} ms" for name, c in CEILINGS.items())
+            floors = ", ".join(f"{name} {milliseconds(t)}" for name, t in stage.floors(CEILINGS).items())
             work = f"{stage.flops / 1e9:,.2f} GFLOP  {_bytes(stage.weight_bytes)} of weights"
+            work += f"  {_bytes(stage.activation_bytes)} of activations"
             lines.append(f"stage        {stage.name:<20} {work}  floor: {floors}")
         return "\n".join(lines + [f"note         {note}" for note in self.notes])
-
-
-def count_flops(run: Callable[[], object]) -> int:
-    """FLOPs (multiply and add counted apart) of the matrix products and convolutions `run` performs;
-    meant for modules on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        run()
-    return int(counter.get_total_flops())
 
 
 def parameter_bytes(module: nn.Module) -> int:
@@ -199,6 +209,11 @@ def group_parameters(sizes: dict[str, int]) -> dict[str, int]:
         key = "norm weights" if "norm" in key.rpartition(".")[2] else key
         groups[key] = groups.get(key, 0) + n
     return groups
+
+
+def milliseconds(seconds: float | None) -> str:
+    """A floor as text."""
+    return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"
 
 
 def _count(n: int) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,6 @@ from .capture import bucket
 from .errors import CheckpointError, ConfigError
 from .models import qwen2_5_vl, qwen3
 from .models.language_model import Past
-from .ops import EAGER
-from .ops.select import OpTable
 from .passes.load import Progress
 from .stage import Model, Part, Stage
 from .tokenizer import ChatTokenizer, Tokenizer
@@ -134,12 +133,16 @@ class TextEncoder(Stage):
             )
         prefix = self.prefix(ids)
         start = 0 if prefix is None else len(prefix.ids)
+        return PromptEmbeds(self.kept(self._states(self.padded(ids, start), prefix)), lengths)
+
+    def padded(self, ids: Sequence[list[int]], start: int) -> Tensor:
+        """Tokens from number `start` on, int64 [B, L] on the device: L the longest's, or its bucket where graphs are
+        recorded."""
         longest = max(len(i) for i in ids) - start
         if self.captures is not None:
             longest = bucket(longest)
         device = self.network.embed_tokens.weight.device
-        padded = torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=device)
-        return PromptEmbeds(self.kept(self._states(padded, prefix)), lengths)
+        return torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=device)
 
     def _states(self, ids: Tensor, prefix: Prefix | None) -> Tensor:
         """The model's states of whole prompts, of which ids [B, L] come after `prefix`."""
@@ -166,6 +169,11 @@ class TextEncoder(Stage):
             self._prefix = Prefix(fixed, *self.network.read(torch.tensor([fixed], device=device)))
         return self._prefix
 
+    def shared(self, length: int) -> int:
+        """How many of a prompt's `length` tokens, instruction included, `prefix` has read before."""
+        fixed = len(self.prefix_ids)
+        return fixed if self.least_prefix <= fixed < length else 0
+
     @cached_property
     def prefix_ids(self) -> list[int]:
         """The tokens that all prompts begin with, as far as `PROBES` tell; `prefix` compares every prompt."""
@@ -177,10 +185,10 @@ class TextEncoder(Stage):
         """Of the model's states [B, dropped + L, width], those that are embeddings."""
         return states[:, self.dropped :]
 
-    def probe(self, tokens: int, ops: OpTable = EAGER) -> PromptEmbeds:
-        """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""
-        shadow, start = self.parts[0].shadow(ops), len(self.prefix_ids)
-        start = start if self.least_prefix <= start < self.dropped + tokens else 0
+    def probe(self, tokens: int, shadows: Sequence[Any] = ()) -> PromptEmbeds:
+        """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted. shadows: of its
+        parts, made if not given."""
+        (shadow,), start = shadows or self.shadows(), self.shared(self.dropped + tokens)
         ids = torch.zeros(1, self.dropped + tokens - start, dtype=torch.int64, device="meta")
         states = shadow(ids, shadow.blank_past(start)) if start else shadow(ids)
         return PromptEmbeds(self.kept(F.pad(states, (0, 0, start, 0))), (tokens,))

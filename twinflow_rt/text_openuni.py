@@ -10,11 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .capture import bucket
 from .errors import CheckpointError
 from .models import openuni
-from .ops import EAGER
-from .ops.select import OpTable
+from .models.language_model import Past
 from .text import PromptEmbeds, TextEncoder
 from .tokenizer import Tokenizer
 
@@ -56,31 +54,39 @@ class OpenUniText(TextEncoder):
         return int(self.connector.config.caption_channels)
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        ids, device = self.tokenizer(prompts, self.max_tokens), self.network.embed_tokens.weight.device
-        longest = max(len(i) for i in ids)
-        if self.captures is not None:
-            longest = bucket(longest)
-        padded = torch.tensor([i + [0] * (longest - len(i)) for i in ids], device=device)
-        lengths = torch.tensor([len(i) for i in ids], device=device)
+        ids = self.tokenizer(prompts, self.max_tokens)
+        prefix = self.prefix(ids)
+        start = 0 if prefix is None else len(prefix.ids)
+        padded = self.padded(ids, start)
+        lengths = torch.tensor([len(i) - start for i in ids], device=padded.device)
 
         def run(ids: Tensor, lengths: Tensor) -> PromptEmbeds:
-            return self._embed(self.network, self.connector, ids, lengths)
+            past = None if prefix is None else prefix.past
+            return self._embed(self.network, self.connector, ids, lengths, past)
 
-        embeds: PromptEmbeds = self.captured("text", run, padded, lengths)
+        embeds: PromptEmbeds
+        if prefix is None:
+            embeds = self.captured("text", run, padded, lengths)
+        else:
+            embeds = self.captured("text after prefix", run, padded, lengths, owner=prefix)
         return embeds
 
-    def probe(self, tokens: int, ops: OpTable = EAGER) -> PromptEmbeds:
-        """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted."""
-        ids, lengths = (torch.zeros(*shape, dtype=torch.int64, device="meta") for shape in ((1, tokens), (1,)))
-        language, connector = (part.shadow(ops) for part in self.parts)
-        return self._embed(language, connector, ids, lengths)
+    def probe(self, tokens: int, shadows: Sequence[Any] = ()) -> PromptEmbeds:
+        """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted. shadows: of its
+        parts, made if not given."""
+        language, connector = shadows or self.shadows()
+        start = self.shared(tokens)
+        ids, lengths = (torch.zeros(*shape, dtype=torch.int64, device="meta") for shape in ((1, tokens - start), (1,)))
+        return self._embed(language, connector, ids, lengths, language.blank_past(start) if start else None)
 
-    def _embed(self, language: Any, connector: Any, ids: Tensor, lengths: Tensor) -> PromptEmbeds:
-        """ids: [B, L], prompt b's first lengths[b] count."""
+    def _embed(
+        self, language: Any, connector: Any, ids: Tensor, lengths: Tensor, past: Past | None
+    ) -> PromptEmbeds:
+        """ids: [B, L], of which prompt b's first lengths[b] count; past: of the tokens before them."""
         queries, count = connector.meta_queries, connector.config.num_queries
         x = F.pad(F.embedding(ids, language.embed_tokens.weight), (0, 0, 0, count))
         rows = torch.arange(len(ids), device=ids.device)[:, None]
         at = lengths[:, None] + torch.arange(count, device=ids.device)
         x = x.index_put((rows, at), queries.to(x.dtype))
-        states = language.encode(x)[rows, at]
+        states = language.encode(x, past)[rows, at]
         return PromptEmbeds(connector(states), (count,) * len(ids))

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from .files import read_json
 from .models import clip_text, t5
-from .ops import EAGER
-from .ops.select import OpTable
 from .stage import Stage
 from .text import PromptEmbeds, check_vocabulary
 from .tokenizer import PaddingTokenizer
@@ -57,11 +55,12 @@ class SD3Text(Stage):
         embeds: PromptEmbeds = self.captured("text", run, *ids)
         return embeds
 
-    def probe(self, tokens: int, ops: OpTable = EAGER) -> PromptEmbeds:
-        """The stage's work for one prompt, which is the same at any length, on the meta device: to be counted."""
+    def probe(self, tokens: int, shadows: Sequence[Any] = ()) -> PromptEmbeds:
+        """The stage's work for one prompt, which is the same at any length, on the meta device: to be counted.
+        shadows: of its parts, made if not given."""
         lengths = [part.network.config.max_position_embeddings for part in self.parts[:2]] + [self.max_tokens]
         ids = [torch.zeros(1, n, dtype=torch.int64, device="meta") for n in lengths[: len(self.parts)]]
-        return self._embed([part.shadow(ops) for part in self.parts], ids)
+        return self._embed(shadows or self.shadows(), ids)
 
     def _embed(self, networks: Sequence[Any], ids: Sequence[Tensor]) -> PromptEmbeds:
         states, pooled = zip(*(network(i) for network, i in zip(networks[:2], ids[:2], strict=True)), strict=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from .ops import EAGER
 from .ops.backends import PLANS_PER_SHAPE, shape_bucket, warm_up
 from .ops.select import Choice
+from .shadow import Shadow
 
 TOKENS = 128  # prompts up to this length are prepared for unasked
 
@@ -47,17 +48,14 @@ def attention_shapes(
             seen[q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]] = None
         return q.flatten(2)
 
-    with torch.device("meta"):
-        velocity = type(network)(network.config, folded_steps=1)
-        latents = torch.zeros(images, vae.channels, size[0] // vae.scale, size[1] // vae.scale)
-    velocity.ops = replace(EAGER, attention=attention)
-    with torch.no_grad():
+    shadow = Shadow.of(text, network, vae, size, images)
+    shadow.network.ops = replace(EAGER, attention=attention)
+    with torch.inference_mode():
         for length in lengths:
-            probe = text.probe(length)
+            prompt = shadow.prompt(length)
             for prompts in dict.fromkeys((1, images)):  # one for all, or one each
-                prompt = probe.select([0] * prompts)
-                context = velocity.encode_context(prompt.embeds, prompt.lengths, **prompt.extras)
-                velocity(latents, velocity.step_modulation(0), context.select([0] * images))
+                context = shadow.encode(prompt.select([0] * prompts))
+                shadow.velocity(context.select([0] * images))
     return tuple(seen)
 
 

@@ -24,13 +24,13 @@ from twinflow_rt import load
 from twinflow_rt.bench import peers
 from twinflow_rt.bench.workload import Workload, stages
 from twinflow_rt.files import read_json
+from twinflow_rt.footprint import work_of
 from twinflow_rt.models import family_of
 from twinflow_rt.models.context import Context
 from twinflow_rt.noise import initial_noise
 from twinflow_rt.ops import EAGER
 from twinflow_rt.passes.load import Checkpoint
 from twinflow_rt.passes.quantize import unpack
-from twinflow_rt.plan import count_flops
 
 from .cases import PROMPTS, SEED
 
@@ -261,7 +261,7 @@ def flops(part: str, folder: Path, size: int | None) -> dict[str, int]:
     spec = _spec(folder)
     height, width = spec.sizes.resolve(size, size)
     if part == "vae":
-        return {"total": count_flops(lambda: spec.vae.probe(height, width))}
+        return {"total": work_of(lambda: spec.vae.probe(height, width)).flops}
     checkpoint = Checkpoint(folder / "transformer")
     family = family_of(checkpoint.config)
     with torch.device("meta"):
@@ -269,4 +269,4 @@ def flops(part: str, folder: Path, size: int | None) -> dict[str, int]:
         latents = torch.zeros(1, spec.vae.channels, height // spec.vae.scale, width // spec.vae.scale)
         embeds = torch.zeros(1, 32, network.config.cap_feat_dim)
     context = network.encode_context(embeds, (32,))
-    return {"network": count_flops(lambda: network(latents, network.step_modulation(0), context))}
+    return {"network": work_of(lambda: network(latents, network.step_modulation(0), context)).flops}

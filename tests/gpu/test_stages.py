@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import factory
+from tests.memory import least
 from tests.test_capture import CALLS, FAMILIES, both
-from tests.test_streaming import least
 from twinflow_rt.capture import Captures, CudaGraphs
 from twinflow_rt.loading import load
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 
 from tests.qwen_image_factory import VAE, autoencoder
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.footprint import work_of
 from twinflow_rt.models.autoencoder_qwen import MODEL, QwenAutoencoderConfig
 from twinflow_rt.ops import EAGER
 from twinflow_rt.ops.select import Choice
 from twinflow_rt.passes.upsample import fold_upsampling
-from twinflow_rt.plan import count_flops
 from twinflow_rt.vae import QwenImageDecoder
 
 CPU = torch.device("cpu")
@@ -154,8 +154,8 @@ def test_work_saved_at_the_released_size():
         video = AutoencoderKLQwenImage(**RELEASED)
         image = MODEL.network(config)
         latents = torch.empty(1, 16, 128, 128)
-    before = count_flops(lambda: video.decode(latents[:, :, None], return_dict=False))
-    after = count_flops(lambda: image(latents))
+    before = work_of(lambda: video.decode(latents[:, :, None], return_dict=False)).flops
+    after = work_of(lambda: image(latents)).flops
     assert (round(before / 1e12, 2), round(after / 1e12, 2)) == (11.68, 4.71)
     assert sum(p.numel() for p in video.parameters()) == 126_892_531
     assert sum(p.numel() for p in image.parameters()) == 25_291_955

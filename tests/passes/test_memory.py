@@ -7,8 +7,6 @@ counts is anonymous memory, followed by a thread while the network is compiled.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.memory import run_script
 from twinflow_rt.models import family_of
 from twinflow_rt.models.qwen_image import QwenImageConfig
 from twinflow_rt.models.z_image import ZImageConfig
@@ -27,8 +26,9 @@ CONFIGS = {
     "qwen_image": QwenImageConfig(num_attention_heads=4, num_layers=20),
 }
 SCRIPT = """
-import json, sys, threading, time
+import json, sys
 import torch
+from tests.memory import Peak
 from twinflow_rt.compile import compile_network
 from twinflow_rt.models import family_of
 from twinflow_rt.passes.load import Checkpoint
@@ -42,22 +42,11 @@ checkpoint = Checkpoint(folder)
 family = family_of(checkpoint.config)
 with torch.device("meta"):
     family.network(family.config.from_dict(checkpoint.config), folded_steps=1)
-peak, done = base, _ = anonymous_bytes(), False
-
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous_bytes())
-        time.sleep(0.0005)
-
-thread = threading.Thread(target=watch)
-thread.start()
 times = tuple((1 - i / steps, 0.0) for i in range(steps))
-with torch.no_grad():
+with Peak() as peak, torch.no_grad():
     program = compile_network(checkpoint, family, times, device=torch.device("cpu"), dtype=dtype)
-done = True
-thread.join()
-print(json.dumps({"peak": peak - base, "held": anonymous_bytes() - base, "kept": parameter_bytes(program.network),
+held = anonymous_bytes() - peak.base
+print(json.dumps({"peak": peak.bytes, "held": held, "kept": parameter_bytes(program.network),
                   "note": program.plan.notes[0], "absorbed": program.plan.absorbed}))
 """
 
@@ -102,12 +91,8 @@ def folders(tmp_path_factory):
 def test_peak_is_what_is_kept(folders, name, dtype, steps):
     """Peak <= 1.1x the kept tensors; beyond those that stay in host memory (on a GPU none do) a fraction
     of the largest shard: a tensor or two in float32."""
-    folder, environment = folders[name], {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT, folder, dtype, str(steps)], capture_output=True, text=True, env=environment
-    )
-    assert ran.returncode == 0, ran.stderr
-    seen = json.loads(ran.stdout)
+    folder = folders[name]
+    seen = json.loads(run_script(SCRIPT, folder, dtype, steps))
     stored = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     largest = max(p.stat().st_size for p in folder.glob("*.safetensors"))
     assert stored > 2e8 and seen["kept"] > 1.2e8  # or this would measure nothing

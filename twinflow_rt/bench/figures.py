@@ -12,7 +12,6 @@ from ..ops.select import Choice, Target, select
 from ..pipeline import Pipeline
 from ..plan import parameter_bytes
 from ..predict import predict_stages
-from ..stage import Part
 from . import stats
 from .ceilings import Ceilings
 from .correctness import Verdict
@@ -46,11 +45,10 @@ def efficiency(
     pipe: Pipeline, work: Workload, timed: dict[str, Samples], ceiling: Ceilings, dtype: str
 ) -> dict[str, Any]:
     """Achieved FLOP/s and bytes/s per stage against the roofline: FLOPs of the batch, weights read once
-    (of an embedding table only some rows are read: it does not count)."""
+    (see `plan.Stage`; activations are left out here, so the floor is a low one)."""
     rows = {}
-    for stage in predict_stages(pipe.text, pipe.program.network, pipe.vae, work.height, work.width):
-        flops, seconds = stage.flops * len(work.prompts), timed[stage.name].median
-        weights = stage.weight_bytes - (_table_bytes(pipe.text.parts) if stage.name == "text" else 0)
+    for stage in predict_stages(pipe.text, pipe.program.network, pipe.vae, work.height, work.width, pipe.dtype):
+        flops, seconds, weights = stage.flops * len(work.prompts), timed[stage.name].median, stage.weight_bytes
         floor = ceiling.seconds(flops, weights, dtype)
         compute = flops / ceiling.gemm[dtype] >= weights / ceiling.copy
         rows[stage.name] = {
@@ -59,13 +57,6 @@ def efficiency(
             "fraction_of_floor": floor / seconds, "bound": "compute" if compute else "memory",
         }  # fmt: skip
     return rows
-
-
-def _table_bytes(parts: Sequence[Part]) -> int:
-    """Bytes of the token embeddings of a text stage's networks."""
-    networks: list[Any] = [part.network for part in parts]
-    sized = ((network.config.vocab_size, p) for network in networks for p in network.parameters())
-    return sum(p.nbytes for tokens, p in sized if p.ndim == 2 and p.shape[0] == tokens)
 
 
 def describe(pipe: Pipeline, work: Workload, choices: Sequence[Choice]) -> dict[str, Any]:

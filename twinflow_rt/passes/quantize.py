@@ -25,7 +25,8 @@ from .layers import ROWS, SCALE, PackedLinear, QuantizedLinear, Trial, exchange,
 
 __all__ = [
     "ROWS", "PackedLinear", "QuantizedLinear", "Trial", "arrived", "attach", "check_names", "check_quantized",
-    "convert", "converted", "expect_quantized", "group_of", "groups", "packing_refuses", "refuses", "require", "unpack",
+    "convert", "converted", "expect_quantized", "group_of", "groups", "packing_refuses", "quantizes",
+    "refuses", "require", "unpack",
 ]  # fmt: skip
 
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
@@ -58,6 +59,14 @@ def convert(
     return tuple(Layers(kind, len(sizes), sum(sizes), why) for (kind, why), sizes in done.items())
 
 
+def quantizes(
+    network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None, exempt: Sequence[str]
+) -> str | None:
+    """The 8-bit precision that `convert` would give the linear layer `name`, or None."""
+    kind = None if precision is None else _kind(network, name, layer, device, precision, exempt)[0]
+    return kind if kind in ROWS else None
+
+
 def arrived(
     network: nn.Module, name: str, device: torch.device, precision: str | None, exempt: Sequence[str] = ()
 ) -> None:
@@ -65,9 +74,9 @@ def arrived(
     never exists in two precisions at once, only one of its weights."""
     owner, _, leaf = name.rpartition(".")
     layer = network.get_submodule(owner)
-    if precision is None or leaf != "weight" or not isinstance(layer, nn.Linear):
+    if leaf != "weight" or not isinstance(layer, nn.Linear):
         return
-    if (kind := _kind(network, owner, layer, device, precision, exempt)[0]) in ROWS:
+    if (kind := quantizes(network, owner, layer, device, precision, exempt)) is not None:
         exchange(layer, kind)
 
 
