@@ -10,6 +10,7 @@ from tests.test_capture import FakeGraphs
 from twinflow_rt.capture import BUCKET, Captures
 from twinflow_rt.footprint import work_of
 from twinflow_rt.text import QwenImageText, ZImageText
+from twinflow_rt.text_openuni import OpenUniText
 from twinflow_rt.text_sana import SanaText
 
 CPU = torch.device("cpu")
@@ -18,6 +19,7 @@ STAGES = {
     "qwen3": (factory.make_model, ZImageText),
     "qwen2.5-vl": (qwen_image_factory.make_model, QwenImageText),
     "gemma2": (sana_factory.make_model, SanaText),
+    "openuni": (lambda folder: sana_factory.make_openuni(folder)[0], OpenUniText),
 }
 
 
@@ -46,21 +48,30 @@ def whole(text):
 
 
 def seen(text, prompts):
-    """Tokens per row of each run of the network."""
+    """Embeddings, and tokens per row of the network's last run, OpenUni's queries among them."""
     lengths = []
-    handle = text.network.register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
+    handle = text.network.layers[0].register_forward_pre_hook(lambda m, args: lengths.append(args[0].shape[1]))
     try:
-        return rows(text, prompts), lengths
+        return rows(text, prompts), lengths[-1]
     finally:
         handle.remove()
 
 
+def tokens_of(text):
+    """Tokens of each of the prompts."""
+    return [len(ids) for ids in text.tokenizer(PROMPTS, 900)]
+
+
+def queries(text):
+    return text.connector.config.num_queries if isinstance(text, OpenUniText) else 0
+
+
 def test_embeddings_are_those_of_the_whole_prompt(text, whole):
-    ours, lengths = seen(text, PROMPTS)
+    ours, length = seen(text, PROMPTS)
     for a, b in zip(ours, whole, strict=True):
         assert a.shape == b.shape and (a - b).abs().max() < 1e-5 * b.abs().max()
     fixed = len(text.prefix_ids)
-    assert fixed >= 3 and lengths == [max(len(b) for b in whole) + text.dropped - fixed]
+    assert fixed >= 3 and length == max(tokens_of(text)) + queries(text) - fixed
 
 
 def test_the_beginning_is_read_once(text):
@@ -83,11 +94,11 @@ def test_prompts_that_begin_otherwise_are_read_whole(text, whole):
     plain = text.tokenizer.__class__
     text.tokenizer.__class__ = Other
     try:
-        ours, lengths = seen(text, PROMPTS)
+        ours, length = seen(text, PROMPTS)
     finally:
         text.tokenizer.__class__ = plain
     assert (ours[0] - whole[0]).abs().max() < 1e-5 * whole[0].abs().max()
-    assert lengths == [max(len(b) for b in whole) + text.dropped]
+    assert length == max(tokens_of(text)) + queries(text)
 
 
 def test_other_weights_forget_it(text, whole):
@@ -100,11 +111,11 @@ def test_other_weights_forget_it(text, whole):
 
 def test_what_is_counted_leaves_the_beginning_out(text):
     tokens = len(text.prefix_ids) + 8
-    assert text.probe(tokens).embeds.shape == (1, tokens, text.width)
+    assert text.probe(tokens).embeds.shape == (1, queries(text) or tokens, text.width)
     with_prefix = work_of(lambda: text.probe(tokens)).flops
     text.least_prefix = 10**9
     try:
-        assert text.probe(tokens).embeds.shape == (1, tokens, text.width)
+        assert text.probe(tokens).embeds.shape == (1, queries(text) or tokens, text.width)
         assert with_prefix < work_of(lambda: text.probe(tokens)).flops
     finally:
         text.least_prefix = 1
@@ -122,6 +133,6 @@ def test_lengths_in_a_bucket_share_a_graph(text, whole):
         text.captures = None
     for a, b in zip(together, whole, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
-    lengths = {-(-(len(row) + text.dropped - len(text.prefix_ids)) // BUCKET) for row in whole}
-    assert graphs.stats()["text after prefix"].recorded == len(lengths) + 1
+    buckets = {-(-(length - len(text.prefix_ids)) // BUCKET) for length in tokens_of(text)}
+    assert graphs.stats()["text after prefix"].recorded == len(buckets) + 1
     assert graphs.stats()["text after prefix"].replayed == len(PROMPTS) + 1

@@ -59,6 +59,6 @@ def _bytes_read(network: Any) -> int:
     """Bytes of weights without a text encoder's token embeddings, of which some rows are read, and the kernels of a
     decoder that have a folded form."""
     tokens = getattr(network.config, "vocab_size", None)
-    unread = [p for p in network.parameters() if p.ndim == 2 and p.shape[0] == tokens]
+    unread: list[Tensor] = [p for p in network.parameters() if p.ndim == 2 and p.shape[0] == tokens]
     unread += [m.weight for m in network.modules() if isinstance(m, UpsampleConv) and m.folded is not None]
     return parameter_bytes(network) - sum(weight.nbytes for weight in unread)
