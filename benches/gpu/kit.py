@@ -56,9 +56,9 @@ def parts(out: Path, dry: bool) -> list[Part]:
     def kernels(name: str, *arguments: str) -> tuple[str, ...]:
         return (*python, "benches.gpu.kernels", str(out / f"{name}.json"), *device, *arguments)
 
-    def pytest(*arguments: str) -> tuple[str, ...]:
-        plain = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", f"--junitxml={out}/tests.xml")
-        return (*python, "pytest", *plain, *arguments)
+    def pytest(name: str, *arguments: str) -> tuple[str, ...]:
+        plain = ("-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib")
+        return (*python, "pytest", *plain, f"--junitxml={out}/{name}.xml", *arguments)
 
     def bench(model: str, record: str, *arguments: str, precision: tuple[str, ...] = ()) -> tuple[str, ...]:
         command = (*python, "twinflow_rt.cli", "bench", "--random-weights", model, "--json", f"{out}/{record}.json")
@@ -68,13 +68,16 @@ def parts(out: Path, dry: bool) -> list[Part]:
     fp8 = ("--precision", "fp8", "--tolerance", "0.15")  # of random weights; `sensitivity` says what trained ones lose
     large = ("--size", "1328")
     native = "tests/native/test_native.py"
-    watched = pytest("-m", "gpu", "-k", "test_ops and odd and cuda", native)
+    watched = pytest("sanitizer", "-m", "gpu", "-k", "(test_ops or test_rows) and odd and cuda", native)
+    compiled = "tests/ops/test_registered.py" if dry else "tests/gpu"
+    marked = ("-m", "not gpu" if dry else "gpu", "-k")
     watch = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
     return [
         Part("build", ((*python, "benches.gpu.build", str(BUILD), *(("--dry",) if dry else ())),)),
         Part("env", ((*python, "benches.gpu.env", f"{out}/env.json"),)),
         Part("checks", (kernels("checks", "--check-only", "--sizes", "tiny", *(() if dry else sizes.values())),)),
-        Part("tests", (pytest("-m", "not gpu" if dry else "gpu", "-k", "not emulated", "tests/gpu", native),)),
+        Part("tests", (pytest("tests", *marked, "not emulated and not torch_compile", "tests/gpu", native),)),
+        Part("tests-compile", (pytest("tests-compile", *marked, "torch_compile", compiled),)),
         Part("sanitizer", tuple((*watch, tool, *watched) for tool in ("memcheck", "racecheck")), "compute-sanitizer"),
         *(
             Part(n, (kernels(n, "--dtypes", "bfloat16", "--sizes", size, "--kinds", kind, *quick),))

@@ -43,8 +43,8 @@ def at(request, monkeypatch, nan_poison):
         pytest.fail(reason)  # `make test` builds it: absence is a defect, not a reason to skip
 
     def move(value):
-        if isinstance(value, tuple):
-            return tuple(move(v) for v in value)
+        if isinstance(value, (tuple, list)):
+            return type(value)(move(v) for v in value)
         return value.to("cuda" if place == "cuda" else "cpu") if isinstance(value, torch.Tensor) else value
 
     move.place = place

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
+from tests.registered import registered
 from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
 from twinflow_rt.bench.standalone_cases import QUANTIZED, standalone
@@ -53,7 +54,12 @@ def test_ops_keep_torchs_rules(table):
     o, x, w = torch.ops.twinflow, torch.randn(2, 3, 16), torch.rand(16)
     q, k, v = torch.randn(1, 5, 3, 2, 16).half().unbind(2)
     tables = (torch.rand(8), torch.rand(8), torch.rand(1, 3, 4), torch.rand(1, 3, 4))
-    check = lambda op, *args: torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+    checked = set()
+
+    def check(op, *args):
+        torch.library.opcheck(op, args)
+        checked.add(op.name().split("::")[1])
+
     check(o.triton_rms_norm.default, x, w, EPS)
     check(o.triton_layer_norm.default, x, None, EPS, w)
     check(o.triton_residual_norm.default, x, x.clone(), w, w, EPS)
@@ -83,6 +89,7 @@ def test_ops_keep_torchs_rules(table):
     check(o.triton_group_norm_silu.default, image, 2, w[:4], w[4:8], EPS)
     check(o.triton_rms_norm_silu.default, image, w[:4], EPS)
     check(o.triton_linear_swiglu.default, torch.randn(2, 3, 64).half(), torch.randn(10, 64).half())
+    assert checked == registered("triton")
 
 
 def test_one_graph_under_torch_compile(table):
