@@ -11,11 +11,11 @@ from . import launch
 
 
 @triton.jit
-def quantized(y, dtype: tl.constexpr):
-    """Rows of y [ROWS, BLOCK], zero where masked, as (values in `dtype`, scales [ROWS, 1]).
+def encoded(y, largest, dtype: tl.constexpr):
+    """Rows of y [ROWS, BLOCK], of magnitudes up to `largest` [ROWS, 1], as (values in `dtype`, scales [ROWS, 1]).
 
     The factor is rounded to nearest: one unit less and values half way between two codes go astray."""
-    top = tl.maximum(tl.max(tl.abs(y), 1, keep_dims=True), 1e-12)
+    top = tl.maximum(largest, 1e-12)
     if dtype == tl.int8:
         # 1.5 * 2^23: at that size a float32 has no fraction, so the addition rounds, half to even
         values = (y * tl.div_rn(127.0, top) + 12582912.0) - 12582912.0
@@ -24,6 +24,12 @@ def quantized(y, dtype: tl.constexpr):
         values = y * tl.div_rn(448.0, top)
         scale = top / 448.0
     return values.to(dtype), scale
+
+
+@triton.jit
+def quantized(y, dtype: tl.constexpr):
+    """`encoded` for whole rows, zero where masked."""
+    return encoded(y, tl.max(tl.abs(y), 1, keep_dims=True), dtype)
 
 
 @triton.jit

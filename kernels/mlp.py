@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import launch
-from .linear import quantized
+from .linear import encoded, quantized
+
+WIDE_BLOCK = 8192  # bytes of a row that a program takes at a time where it does not hold the row
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,25 @@ def _activation_quantized(
     tl.store(out + row.to(tl.int64) * width + col, values, mask)
 
 
+@triton.jit
+def _activation_quantized_wide(x, out, scales, seq, width, x_batch, x_row, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    # rows that registers do not hold: once for the largest magnitude, once more, out of the cache, for the values
+    row = tl.program_id(0)
+    batch, s = (row // seq).to(tl.int64), (row % seq).to(tl.int64)
+    source, to = x + batch * x_batch + s * x_row, out + row.to(tl.int64) * width
+    col = tl.arange(0, BLOCK)[None, :]
+    largest = tl.full([1, BLOCK], 0.0, tl.float32)
+    for at in tl.range(0, width, BLOCK):
+        y = _activate(source + at + col, width, at + col < width, GATED)
+        largest = tl.maximum(largest, tl.abs(y))
+    largest = tl.max(largest, 1, keep_dims=True)
+    for at in tl.range(0, width, BLOCK):
+        y = _activate(source + at + col, width, at + col < width, GATED)
+        values, scale = encoded(y, largest, out.dtype.element_ty)
+        tl.store(to + at + col, values, at + col < width)
+        tl.store(scales + row + tl.arange(0, 1)[None, :], scale)
+
+
 def _launch(where: str, x: Tensor, width: int, gated: bool) -> Tensor:
     launch.require_floats(where, x)
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
@@ -88,6 +109,13 @@ def _launch_quantized(where: str, x: Tensor, width: int, gated: bool, dtype: tor
         return out, scales
     x = launch.rows(x)
     count = x.shape[0] * x.shape[1]
+    if width > launch.MAX_WIDTH:
+        block = WIDE_BLOCK // x.dtype.itemsize
+        with torch.cuda.device_of(x):
+            _activation_quantized_wide[(count,)](
+                x, out, scales, x.shape[1], width, x.stride(0), x.stride(1), gated, block, num_warps=8
+            )
+        return out, scales
     c = launch.row_tile(where, count, width, x.dtype)
     with torch.cuda.device_of(x):
         _activation_quantized[(launch.ceil_div(count, c.rows),)](
@@ -109,7 +137,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def swiglu_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`ops.swiglu_quantized` in one pass: x [..., 2*hidden], any row strides, hidden <= 16384."""
+    """`ops.swiglu_quantized` in one pass over memory: x [..., 2*hidden], any row strides."""
     return _launch_quantized("swiglu_quantized", x, _half("swiglu_quantized", x), True, dtype)
 
 
@@ -119,7 +147,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 def gelu_tanh_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`ops.gelu_tanh_quantized` in one pass: x [..., D], any row strides, D <= 16384."""
+    """`ops.gelu_tanh_quantized` in one pass over memory: x [..., D], any row strides."""
     return _launch_quantized("gelu_tanh_quantized", x, x.shape[-1], False, dtype)
 
 

@@ -5,12 +5,14 @@ What a machine cannot run is skipped with the sentence selection would print.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
-from twinflow_rt.bench.standalone_cases import aimed, standalone
+from twinflow_rt.bench.standalone_cases import QUANTIZED, aimed, dequantized, standalone
 from twinflow_rt.ops.backends import BACKENDS
 from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, Target
 
@@ -86,6 +88,21 @@ def test_under_torch_compile(name, implementation):
     case, call = prepared(name, implementation, "tiny", torch.bfloat16)
     compiled = torch.compile(lambda *args: call(*args), fullgraph=implementation not in THIRD_PARTY)
     check(case, compiled(*case.inputs()), case.inputs())
+
+
+@pytest.mark.parametrize("to", QUANTIZED.values())
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+def test_rows_of_the_widest_text_encoder(implementation, to):
+    """Qwen2.5-VL's MLP, whose rows Triton's kernel does not hold in registers."""
+    target = replace(Target.of(torch.device("cuda"), torch.bfloat16), rows=to)
+    chosen = IMPLEMENTATIONS["swiglu_quantized"][implementation]
+    if reason := chosen.refuses(target):
+        pytest.skip(reason)
+    x = 2 * torch.randn(300, 2 * 18944, device="cuda", dtype=torch.bfloat16)
+    a, b = x.double().chunk(2, -1)
+    got, eager = (dequantized(call(x, to))[0] for call in (chosen.load(), ops.swiglu_quantized))
+    problem = judge(got, eager, [a * a.sigmoid() * b])
+    assert problem is None, problem
 
 
 def tensors(value):

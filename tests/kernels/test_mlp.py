@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from oracle import draw, judge, judge_quantized, strided
-from twinflow_rt.kernels import mlp
+from twinflow_rt.kernels import launch, mlp
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
@@ -47,6 +47,22 @@ def test_quantized(dtype, width, quantized):
     judge_quantized(
         mlp.swiglu_quantized(strided(x), quantized), ops.swiglu_quantized(x, quantized), exact_swiglu(x)
     )
+    judge_quantized(
+        mlp.gelu_tanh_quantized(strided(x), quantized), ops.gelu_tanh_quantized(x, quantized), exact_gelu(x)
+    )
+
+
+@pytest.mark.parametrize("quantized", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_wide(dtype, quantized):
+    """Rows that one program does not hold, as Qwen2.5-VL's MLP has."""
+    x = 4 * draw(1, 2, 2 * 18944, dtype=dtype)
+    x[0, 1, ::2] = 0
+    x[0, 0, 18943], x[0, 0, -1] = 100, 100  # the largest of its row is the last
+    judge_quantized(
+        mlp.swiglu_quantized(strided(x), quantized), ops.swiglu_quantized(x, quantized), exact_swiglu(x)
+    )
+    x = x[..., : launch.MAX_WIDTH + 1]
     judge_quantized(
         mlp.gelu_tanh_quantized(strided(x), quantized), ops.gelu_tanh_quantized(x, quantized), exact_gelu(x)
     )

@@ -77,6 +77,14 @@ def test_quantized(monkeypatch, tmp_path, arch, width, dtype):
         assert list(check(monkeypatch, tmp_path, linear, arch, lambda to=to: linear.quantize_rows(x, to)))
 
 
+@pytest.mark.parametrize("arch, hidden, dtype", matrix((18944, launch.MAX_WIDTH + 1), DTYPES))
+def test_quantized_wide(monkeypatch, tmp_path, arch, hidden, dtype):
+    x = meta(2, 512, 2 * hidden, dtype=dtype)
+    for to in formats(arch):
+        call = lambda to=to: (mlp.swiglu_quantized(x, to), mlp.gelu_tanh_quantized(x[..., :hidden], to))
+        assert len(list(check(monkeypatch, tmp_path, mlp, arch, call))) == 2
+
+
 @pytest.mark.parametrize("arch, hidden, dtype", matrix((10240, 37), DTYPES))
 def test_elementwise(monkeypatch, tmp_path, arch, hidden, dtype):
     x, image, latents = meta(1, 4224, 2 * hidden, dtype=dtype), meta(1, 3, 512, 512, dtype=dtype), meta(1, 16, 128, 128)
