@@ -48,8 +48,20 @@ def test_loading_plans_for_the_first_calls(planned):
 def test_cross_attention_has_fewer_keys_than_queries(planned):
     with temporary("sana", scale=0.02, layers=1) as folder:
         pipe = load(folder, device="cpu", dtype="float32")
+    assert planned == []  # every length of a prompt is a shape: too many to hold up loading for
+    assert pipe.warm_up(tokens=3) == 3
     queries = (pipe.sizes.default // pipe.vae.scale) ** 2
-    assert [shape[:3] for shape in planned] == [(1, queries, n) for n in (32, 64, 96, 128)]
+    assert [shape[:3] for shape in planned] == [(1, queries, n) for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("family, loaded, more", [("qwen-image", 0, 4), ("sd3.5-m", 3, 0)])
+def test_prompts_of_few_lengths_are_prepared_for_by_loading(planned, family, loaded, more):
+    """Qwen-Image's last block asks with fewer queries: two shapes a length."""
+    with temporary(family, scale=0.05, layers=2) as folder:
+        pipe = load(folder, device="cpu", dtype="float32")
+    assert len(planned) == loaded
+    pipe.warm_up(tokens=2)
+    assert len(planned) == loaded + more
 
 
 def test_what_needs_no_plan_is_left_alone():

@@ -192,13 +192,15 @@ class Pipeline:
             self.program.set_loras(resolve_loras(loras))
 
     def warm_up(
-        self, height: int | None = None, width: int | None = None, num_images: int = 1, tokens: int = warm.TOKENS
+        self, height: int | None = None, width: int | None = None, num_images: int = 1, tokens: int | None = None
     ) -> int:
         """Prepares for calls of this size, and prompts of up to `tokens` tokens, what an attention backend prepares
         per shape (see `warm`); `load` does for one image of the default size. Returns how many shapes there were,
-        0 for backends that need no such thing."""
+        0 for backends that need no such thing. Qwen-Image's and SANA's prompts keep their own lengths, each of which
+        is a shape, for up to 400 ms of planning: they are prepared for only where `tokens` is given."""
         check_count("num_images", num_images)
-        check_count("tokens", tokens)
+        if tokens is not None:
+            check_count("tokens", tokens)
         size, network = self.sizes.resolve(height, width), self.program.network
         with self._lock, torch.inference_mode():
             return warm.warm(

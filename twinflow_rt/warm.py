@@ -4,7 +4,8 @@ Which shapes a network asks for is not computed but seen: a copy of it runs on t
 writes them down. Prompts are taken at the lengths of `ops.backends.shape_bucket`; Z-Image pads its prompts to just
 these up to 512 tokens, SD3.5's and OpenUni's have one length. Prompts of Qwen-Image and SANA keep their own length
 where the network is not recorded as a graph (padding would need a mask, which costs every image more than planning
-costs the first of a length), so there a prompt of a new length plans anew.
+costs the first of a length). A plan for each length would hold up loading, so there a prompt of a new length plans
+anew, unless all lengths up to one were asked for.
 """
 
 from __future__ import annotations
@@ -36,6 +37,12 @@ def prompt_lengths(most: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(min(shape_bucket(n), most) for n in range(1, most + 1)))
 
 
+def keeps_lengths(text: Any, network: Any, vae: Any, size: tuple[int, int], images: int) -> bool:
+    """Whether attention is asked for at every length that prompts have, not at a few."""
+    one, other = (attention_shapes(text, network, vae, size, images, [length]) for length in (1, 2))
+    return one != other
+
+
 def attention_shapes(
     text: Any, network: Any, vae: Any, size: tuple[int, int], images: int, lengths: Sequence[int]
 ) -> tuple[Shape, ...]:
@@ -60,12 +67,16 @@ def attention_shapes(
 
 
 def warm(
-    text: Any, network: Any, vae: Any, choices: Sequence[Choice], size: tuple[int, int], images: int, tokens: int,
-    dtype: torch.dtype, device: torch.device,
+    text: Any, network: Any, vae: Any, choices: Sequence[Choice], size: tuple[int, int], images: int,
+    tokens: int | None, dtype: torch.dtype, device: torch.device,
 ) -> int:  # fmt: skip
-    """Has the chosen attention plan for `attention_shapes` of prompts of up to `tokens` tokens; the number of
-    shapes, 0 where nothing plans."""
+    """Has the chosen attention plan for `attention_shapes` of prompts of up to `tokens` tokens (None: of `TOKENS`, and
+    of none where prompts keep their lengths); the number of shapes, 0 where nothing plans."""
     if not plans_per_shape(choices):
         return 0
-    shapes = attention_shapes(text, network, vae, size, images, prompt_lengths(min(tokens, text.max_tokens)))
+    each = keeps_lengths(text, network, vae, size, images)
+    if each and tokens is None:
+        return 0
+    most = min(TOKENS if tokens is None else tokens, text.max_tokens)
+    shapes = attention_shapes(text, network, vae, size, images, range(1, most + 1) if each else prompt_lengths(most))
     return warm_up(network.ops.attention, shapes, dtype, device)
