@@ -70,13 +70,14 @@ def config(queries: int, head_dim: int, dtype: torch.dtype, arch: int, aligned: 
 
 
 @triton.jit
-def _fold(acc, top, total, q, k_block, v_block, at, count, scale, MASKED: tl.constexpr, N: tl.constexpr):
-    """Folds the block of keys at..at + N into the running softmax; `top` is in the units of the unscaled scores."""
-    scores = tl.dot(q, tl.trans(k_block))
+def fold(acc, top, total, scores, v_block, at, count, scale, across, MASKED: tl.constexpr, N: tl.constexpr):
+    """Folds the `scores` [M, N] of keys at..at + N, and their values, into the running softmax.
+
+    scale: of the scores, one for all or one a query; across: the same, as it meets [M, N]. `top`: unscaled."""
     if MASKED:
         scores = tl.where(at + tl.arange(0, N)[None, :] < count, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, 1))
-    p = tl.exp2(scores * scale - (higher * scale)[:, None])
+    p = tl.exp2(scores * across - (higher * scale)[:, None])
     decay = tl.exp2((top - higher) * scale)
     total = total * decay + tl.sum(p, 1)
     acc = tl.dot(p.to(v_block.dtype), v_block, acc * decay[:, None])
@@ -103,7 +104,8 @@ def _accumulate(
             v_block = tl.load(v_tile + v_at, col < head_dim, other=0.0)
         else:
             k_block, v_block = tl.load(k_tile + k_at), tl.load(v_tile + v_at)
-        acc, top, total = _fold(acc, top, total, q, k_block, v_block, at, count, scale, MASKED, N)
+        scores = tl.dot(q, tl.trans(k_block))
+        acc, top, total = fold(acc, top, total, scores, v_block, at, count, scale, scale, MASKED, N)
         k_at += N * k_row
         v_at += N * v_row
     return acc, top, total
@@ -161,7 +163,8 @@ def _specialized(
     for at in tl.range(0, count, N, warp_specialize=True):
         k_block = k.load([batch, head, at, 0]).reshape(N, D)
         v_block = v.load([batch, head, at, 0]).reshape(N, D)
-        acc, top, total = _fold(acc, top, total, q_tile, k_block, v_block, at, count, scale, MASKED, N)
+        scores = tl.dot(q_tile, tl.trans(k_block))
+        acc, top, total = fold(acc, top, total, scores, v_block, at, count, scale, scale, MASKED, N)
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # no key at all: zeros
     row = first + tl.arange(0, M)[:, None]
     col = tl.arange(0, D)[None, :]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import launch
-from .attention import DTYPES, MAX_HEAD_DIM, Config, _check
+from .attention import DTYPES, MAX_HEAD_DIM, Config, _check, fold
 from .linear import quantized
 
 FP8 = torch.float8_e4m3fn
@@ -80,14 +80,7 @@ def _accumulate(
         else:
             v_block = tl.load(v_tile + v_at)
         scores = tl.dot(q, tl.trans(k_block)) * tl.load(k_scales + at + key)[None, :]
-        if MASKED:
-            scores = tl.where(at + key[None, :] < count, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores * q_scale[:, None] - (higher * q_scale)[:, None])
-        decay = tl.exp2((top - higher) * q_scale)
-        total = total * decay + tl.sum(p, 1)
-        acc = tl.dot(p.to(v_block.dtype), v_block, acc * decay[:, None])
-        top = higher
+        acc, top, total = fold(acc, top, total, scores, v_block, at, count, q_scale, q_scale[:, None], MASKED, N)
         v_at += N * v_row
     return acc, top, total
 
