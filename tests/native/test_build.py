@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ def test_c_interface_under_the_sanitizers(tmp_path):
     assert "C interface: ok" in out
 
 
-ARCHS = ("90a", *(pytest.param(sm, marks=pytest.mark.full) for sm in ("80", "86", "89", "100", "120")))
+CHIPS = ("80", "86", "89", "90a", "100", "120")
+ARCHS = [pytest.param(sm, marks=() if sm == "90a" else pytest.mark.full) for sm in CHIPS]
 # stem -> kernel -> how many instantiations, most registers of one: 128 lets 512 threads live on a multiprocessor
 KERNELS = {
     "norm": {"norm": (32, 128), "residual": (32, 128)},
@@ -74,8 +76,29 @@ def kernel_of(symbol: str) -> str:
 
 def test_every_gpu_source_is_built_and_checked():
     stems = {p.stem for p in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    listed = re.search(r"set\(stems ([a-z ]+)\)", (ROOT / "CMakeLists.txt").read_text())
-    assert stems == set(KERNELS) == set(listed.group(1).split())
+    text = (ROOT / "CMakeLists.txt").read_text()
+    assert stems == set(KERNELS) == set(re.search(r"set\(stems ([a-z ]+)\)", text)[1].split())
+    assert tuple(re.search(r"foreach\(sm ([0-9a ]+)\)", text)[1].split()) == CHIPS
+
+
+def test_gpu_library_has_code_for_every_chip():
+    """What the newest nvcc builds: machine code for each, and PTX of the newest, which later chips compile."""
+    cuda_kernels()
+    triton = find_spec("triton")
+    cuobjdump = f"{Path(triton.origin).parent}/backends/nvidia/bin/cuobjdump" if triton else shutil.which("cuobjdump")
+    if not cuobjdump:
+        pytest.skip("needs cuobjdump, which CUDA and Triton have")
+    code, ptx = (run(cuobjdump, kind, str(library.CUDA_LIBRARY)) for kind in ("--list-elf", "--list-ptx"))
+    found = set(re.findall(r"\.sm_(\w+)\.", code))
+    assert found and found <= set(CHIPS)
+    assert set(re.findall(r"\.sm_(\w+)\.", ptx)) == {max(found, key=number)}
+    if NVCC:  # which built it
+        known = run(NVCC, "--list-gpu-code")
+        assert found == {sm for sm in CHIPS if f"sm_{number(sm)}" in known.split()}
+
+
+def number(sm: str) -> int:
+    return int(sm.rstrip("a"))
 
 
 def cuda_kernels() -> library.CudaKernels:

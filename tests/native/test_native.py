@@ -304,7 +304,7 @@ def test_wide_rows(at, width, hidden, dtype):
             assert ((values.cpu().float() - wanted.float()).abs() <= step).all()
 
 
-def test_rows_too_wide_for_a_gpu_are_refused(emulated, monkeypatch):
+def test_emulated_rows_too_wide_are_refused(emulated, monkeypatch):
     monkeypatch.setattr(library, "load", lambda device: emulated)
     for call in (
         lambda: native_rows.quantize_rows(draw(1, 16392), torch.int8),

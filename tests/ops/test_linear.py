@@ -10,6 +10,7 @@ from twinflow_rt.ops import linear_quantized, quantize_rows
 from twinflow_rt.ops.linear import (
     int8_limit,
     int8_mm,
+    int8_sums,
     linear_packed,
     linear_upcast,
     pack,
@@ -124,6 +125,17 @@ def test_fp8_error_is_that_of_4_significant_bits():
     y = linear_quantized(*quantize_rows(x, FP8), *quantize_weight(w, FP8), None, x.dtype)
     exact = F.linear(x.double(), w.double())
     assert 0.01 < (y.double() - exact).norm() / exact.norm() < 2**0.5 * 2**-4 / 3**0.5
+
+
+@pytest.mark.parametrize("rows", [0, 3, 16, 17])
+def test_few_rows_are_padded_for_the_product_of_a_gpu(rows):
+    """With fake CUDA tensors: arithmetic needs a GPU."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x, w = (torch.empty(n, 64, device="cuda", dtype=torch.int8) for n in (rows, 32))
+        sums = int8_sums(x, w)
+    assert sums.shape == (rows, 32) and sums.dtype == torch.int32 and sums.is_cuda
 
 
 def test_scaled_mm_calls_an_operator_that_exists():

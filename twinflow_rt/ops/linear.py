@@ -106,7 +106,7 @@ def int8_sums(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if rows.is_cuda and len(rows) <= GPU_ROWS:
         padded: Tensor = torch._int_mm(F.pad(rows, (0, 0, 0, GPU_ROWS + 1 - len(rows))), weight.t())
-        return padded[: len(rows)]
+        return padded.narrow(0, 0, len(rows))
     sums: Tensor = torch._int_mm(rows, weight.t())
     return sums
 
