@@ -22,13 +22,23 @@ inline float load(bf16 v) {
   return out;
 }
 
-inline void store(float* p, float v) { *p = v; }
-inline void store(bf16* p, float v) {
+// v, rounded to nearest even, in the upper half of a word, below it rests; a NaN must not round up into an infinity.
+inline uint32_t rounded_bits(float v) {
   uint32_t wide;
   std::memcpy(&wide, &v, sizeof wide);
-  // to nearest even; a NaN must not round up into an infinity
-  const uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-  p->bits = static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? (wide >> 16) | 0x40 : rounded);
+  return v != v ? wide | 0x400000 : wide + 0x7fff + ((wide >> 16) & 1);
+}
+
+inline void store(float* p, float v) { *p = v; }
+inline void store(bf16* p, float v) { p->bits = static_cast<uint16_t>(rounded_bits(v) >> 16); }
+
+// What `load` returns after `store`: rounding without the way through memory.
+template <class T>
+inline float as_stored(float v) {
+  if constexpr (sizeof(T) == sizeof(float)) return v;
+  const uint32_t bits = rounded_bits(v) & 0xffff0000;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
 }
 
 // exp by 2^n * polynomial, relative error below 2e-7; branch-free, so that it vectorises. Infinite
@@ -62,7 +72,7 @@ inline int team(int64_t elements, int threads) { return elements < SERIAL ? 1 : 
 // What speaks against a kernel over such rows; complete: whether its pointers are all there.
 inline int rows_error(int64_t batch, int64_t seq, int64_t dim, bool complete) {
   if (batch < 0 || seq < 0 || dim < 1) return TWINFLOW_BAD_SHAPE;
-  return batch * seq && !complete ? TWINFLOW_NULL_POINTER : TWINFLOW_OK;
+  return batch * seq > 0 && !complete ? TWINFLOW_NULL_POINTER : TWINFLOW_OK;
 }
 
 template <class F>

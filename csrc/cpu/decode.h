@@ -40,7 +40,7 @@ void to_uint8(const T* image, const int64_t* s, uint8_t* out, int64_t batch, int
 int c_to_uint8(const void* image, const int64_t strides[4], uint8_t* out, int64_t batch, int64_t channels,
                int64_t height, int64_t width, int dtype, int threads) {
   if (batch < 0 || channels < 1 || height < 0 || width < 0) return TWINFLOW_BAD_SHAPE;
-  if (batch * height * width && !(image && strides && out)) return TWINFLOW_NULL_POINTER;
+  if (batch * height * width > 0 && !(image && strides && out)) return TWINFLOW_NULL_POINTER;
   return typed(dtype, [&](auto t) {
     to_uint8(static_cast<const decltype(t)*>(image), strides, out, batch, channels, height, width, threads);
   });

@@ -23,11 +23,9 @@ struct Turn {
 // A tile of one head: out = rotate(round(x * factor * weight)); the reference networks round before the rotation.
 template <class T>
 inline void norm_rotate(const T* x, T* out, const float* weight, const Turn& turn, int64_t n, float factor) {
-  T rounded[TILE];
   float v[TILE], other[TILE];
-  scale_row(x, weight, rounded, n, factor);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) v[i] = load(rounded[i]);
+  for (int64_t i = 0; i < n; ++i) v[i] = as_stored<T>(load(x[i]) * factor * weight[i]);
 #pragma omp simd
   for (int64_t i = 0; i < n / 2; ++i) {
     other[2 * i] = v[2 * i + 1];
@@ -87,7 +85,7 @@ int c_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t 
                    const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads,
                    int64_t dim, int parts, float eps, int dtype, int threads) {
   if (batch < 0 || seq < 0 || heads < 1 || dim < 2 || dim % 2 || parts < 2 || parts > 3) return TWINFLOW_BAD_SHAPE;
-  if (batch * seq && !(qkv && out && q_weight && k_weight && cos && sin)) return TWINFLOW_NULL_POINTER;
+  if (batch * seq > 0 && !(qkv && out && q_weight && k_weight && cos && sin)) return TWINFLOW_NULL_POINTER;
   return typed(dtype, [&](auto t) {
     using T = decltype(t);
     qk_norm_rope(static_cast<const T*>(qkv), qkv_batch, qkv_row, qkv_part, static_cast<T*>(out), out_batch, out_row,

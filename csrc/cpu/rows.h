@@ -38,6 +38,19 @@ inline void quantize_row(int8_t* values, float* scale, int64_t n, F value) {
   *scale = top / INT8_LIMIT;
 }
 
+constexpr int64_t STAGED = 16384;  // floats on the stack
+
+// The same for a value that costs more than a pass over memory in the cache, an exponential: computed once.
+template <class F>
+inline void quantize_staged_row(int8_t* values, float* scale, int64_t n, F value) {
+  if (n > STAGED) return quantize_row(values, scale, n, value);
+  float kept[STAGED];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) kept[i] = value(i);
+  const float* row = kept;
+  quantize_row(values, scale, n, [=](int64_t i) { return row[i]; });
+}
+
 // Layer norm of one row; either of w and b may be null.
 template <class T>
 inline void quantize_layer_row(const T* x, const float* w, const float* b, int8_t* values, float* scale, int64_t dim,
@@ -124,7 +137,8 @@ int c_swiglu_quantized(const void* x, int8_t* values, float* scales, int64_t row
     using T = decltype(t);
     each_row(1, rows, 8 * hidden, threads, [&](int64_t, int64_t, int64_t r) {
       const T *a = static_cast<const T*>(x) + 2 * r * hidden, *b = a + hidden;
-      quantize_row(values + r * hidden, scales + r, hidden, [=](int64_t i) { return silu(load(a[i])) * load(b[i]); });
+      quantize_staged_row(values + r * hidden, scales + r, hidden,
+                          [=](int64_t i) { return silu(load(a[i])) * load(b[i]); });
     });
   });
 }
@@ -136,7 +150,7 @@ int c_gelu_tanh_quantized(const void* x, int8_t* values, float* scales, int64_t 
     using T = decltype(t);
     each_row(1, rows, 8 * width, threads, [&](int64_t, int64_t, int64_t r) {
       const T* row = static_cast<const T*>(x) + r * width;
-      quantize_row(values + r * width, scales + r, width, [=](int64_t i) { return gelu(load(row[i])); });
+      quantize_staged_row(values + r * width, scales + r, width, [=](int64_t i) { return gelu(load(row[i])); });
     });
   });
 }
