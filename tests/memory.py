@@ -20,7 +20,10 @@ from twinflow_rt.report import anonymous_bytes
 
 class Peak:
     """with Peak() as peak: ...; then `peak.bytes`: the most of this process's anonymous memory meanwhile above what
-    it was at the start, looked at every half millisecond."""
+    it was at the start, looked at every so many seconds."""
+
+    def __init__(self, every: float = 0.0005) -> None:
+        self.every = every
 
     def __enter__(self) -> Peak:
         self.base = self.most = anonymous_bytes()
@@ -32,7 +35,7 @@ class Peak:
     def _watch(self) -> None:
         while not self._done.is_set():
             self.most = max(self.most, anonymous_bytes())
-            time.sleep(0.0005)
+            time.sleep(self.every)
 
     def __exit__(self, *_: object) -> None:
         self._done.set()

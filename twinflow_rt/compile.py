@@ -15,7 +15,7 @@ merged into the checkpoint's tensors as these passes read them (`passes.lora`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,13 +166,11 @@ def compile_network(
     precision, exempt: of the linear layers, see `passes.quantize.convert`. fp8_attention, sensitivity, notes: see
     `Recipe`.
     streamed: how many of the last blocks come and go as they run (see `streaming`); on a CPU they are read from
-    the checkpoint then, so no constants go into weights. Excludes a precision.
+    the checkpoint then, so no constants go into weights.
     Raises CheckpointError for anything about the files, ConfigError for the schedule or the precision.
     """
     schedule = _checked(schedule)
     quantize.require(precision, device, dtype)
-    if streamed and precision is not None:
-        raise ConfigError(f"blocks that stream have no precision {precision}: give a larger memory_budget, or neither")
     absorb = absorb and not (streamed and device.type == "cpu")
     recipe = Recipe(
         source, family, device, dtype, absorb, precision, tuple(exempt), fp8_attention, tuple(sensitivity),
@@ -185,11 +183,10 @@ def compile_network(
     quantize.check_names(network, exempt, sensitivity)
     expected = network.state_dict()
     into: set[str] = set()
-    streaming = Streaming(
-        network, streamed, device, lambda name: fetch(name, expected[name], source, family.layout, device, dtype)
-    )
+    read = lambda name: fetch(name, expected[name], source, family.layout, device, dtype)
+    streaming = Streaming(network, streamed, device, read, precision, exempt)
     tables = recipe.tables(unfolded, schedule, into.add)
-    for name, tensor in _tensors(recipe, network, tables, streaming.names if streaming.mapped else ()):
+    for name, tensor in _tensors(recipe, network, expected, tables, streaming.names if streaming.mapped else ()):
         if name in streaming.names:
             streaming.put(name, tensor)
             continue
@@ -251,10 +248,11 @@ def _folded(family: Family, config: Any, steps: int, absorb: bool) -> Any:
 
 
 def _tensors(
-    recipe: Recipe, network: Any, tables: dict[str, Tensor], without: Collection[str] = ()
+    recipe: Recipe, network: Any, expected: Mapping[str, Tensor], tables: dict[str, Tensor], without: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the compiled `network` but those named in `without`, on the device, made one at a time."""
-    source, layout, device, expected = recipe.source, recipe.family.layout, recipe.device, network.state_dict()
+    """Every tensor `expected` of the compiled `network` but those named in `without`, on the device, made one at a
+    time."""
+    source, layout, device = recipe.source, recipe.family.layout, recipe.device
     done = set()
     if _is_absorbed(network):
 

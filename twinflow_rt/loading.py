@@ -106,7 +106,9 @@ def load(
     if tile is not None:
         check_tile(vae.network, tile)
     if (budget := parse_bytes(memory_budget)) is not None:
-        kinds = {"quantized": how.get("precision"), "exempt": how.get("exempt", ()), "saved": plan is not None}
+        kinds = {"precision": how.get("precision"), "exempt": how.get("exempt", ())}
+        if plan is not None:
+            kinds = {"precision": plan.precision, "exempt": plan.exempt, "saved": True}
         whole = resolve_largest(largest, sizes)
         memory = plan_memory(text, vae, checkpoint, family, times, target, kind, budget, whole, tile, **kinds)
         text.streams, tile, how["streamed"] = memory.text_streams, memory.tile, memory.streamed

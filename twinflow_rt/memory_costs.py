@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from . import tiles
 from .footprint import peak_of
 from .ops.select import Target, select
+from .passes import quantize
 from .passes.blocks import block_names, parameters_of
 from .passes.fuse import sources
 from .passes.layers import ROWS, quantized_values
 from .passes.load import Checkpoint, Layout
-from .passes.quantize import quantizes
 from .passes.upsample import folded_bytes
 from .prompt_cache import context_bytes
 from .shadow import Shadow
@@ -83,17 +83,14 @@ class Network:
     exempt: Sequence[str] = ()
 
     def narrow(self, linears: Mapping[str, nn.Linear], device: torch.device) -> dict[str, str]:
-        """Of `linears`, by the names of their weights: those that have 8 bits, and of which precision."""
-        found = {}
-        for name, layer in linears.items():
-            owner = name.removesuffix(".weight")
-            precision = quantizes(self.module, owner, layer, device, self.precision, self.exempt)
-            if name in self.checkpoint:  # as a saved program's are, with what it made of its layers
-                stored = self.checkpoint.dtype(name)
-                precision = next((p for p, dtype in ROWS.items() if dtype == stored), precision)
-            if precision is not None:
-                found[name] = precision
-        return found
+        """Of `linears`, by the names of their weights: those that will have 8 bits, and of which precision."""
+        kinds = {
+            name: quantize.quantizes(
+                self.module, name.removesuffix(".weight"), layer, device, self.precision, self.exempt
+            )
+            for name, layer in linears.items()
+        }  # fmt: skip
+        return {name: kind for name, kind in kinds.items() if kind is not None}
 
 
 def costs_of(
@@ -101,8 +98,15 @@ def costs_of(
 ) -> Costs:  # fmt: skip
     """Counts a model whose stages are open but not read."""
     height, width, images = largest
-    ops, _ = select(Target.of(torch.device("cpu"), torch.float32))  # which run on the meta device, too
-    shadow = Shadow.of(text, network.module, vae, (height, width), images, ops)
+    encoders = [
+        Network(p.network, p.checkpoint, p.layout, precision=text.precision, exempt=text.exempt) for p in text.parts
+    ]
+    target = Target.of(torch.device("cpu"), torch.float32)  # whose ops run on the meta device, too
+    shadow = Shadow.of(text, network.module, vae, (height, width), images, select(target)[0])
+    if device.type == "cpu":  # whose products of 8 bits need more room for their results than others
+        for real, twin in (*zip(encoders, shadow.encoders, strict=True), (network, shadow.network)):
+            quantize.declare(twin, twin.state_dict(), device, real.precision, real.exempt)
+            quantize.attach(twin, target)
     prompt, text_work = peak_of(lambda: shadow.prompt(text.max_tokens))
     context, context_work = peak_of(lambda: shadow.encode(prompt))
     with torch.inference_mode():
@@ -112,8 +116,6 @@ def costs_of(
     image = 4 * images * 3 * height * width
     # beside what the decoder makes: the float image becomes bytes in float32 (see ops.decode.to_uint8)
     decode = cache(lambda tile: round(ratio * _decode(shadow, tile, image)))
-    how: dict[str, Any] = {"precision": text.precision, "exempt": text.exempt}
-    encoders = [Network(p.network, p.checkpoint, p.layout, **how) for p in text.parts]
     decoders = [Network(p.network, p.checkpoint, p.layout, channels_last=True) for p in vae.parts]
     weights = {
         name: Weights.of_parts(_weights(one, device, dtype) for one in several)

@@ -126,17 +126,17 @@ def _planned(
 def plan_memory(
     text: Any, vae: Any, checkpoint: Checkpoint, family: Any, times: Sequence[tuple[float, float]],
     device: torch.device, dtype: torch.dtype, budget: int, largest: tuple[int, int, int], tile: int | None = None, *,
-    quantized: str | None = None, exempt: Sequence[str] = (), saved: bool = False,
+    precision: str | None = None, exempt: Sequence[str] = (), saved: bool = False,
 ) -> MemoryPlan:  # fmt: skip
-    """The plan for a model of `family` that is open but not read; see `choose`. quantized, exempt: the network's
-    precision, see `passes.quantize.convert`. saved: `checkpoint` is a compiled program's, whose network does not
+    """The plan for a model of `family` that is open but not read; see `choose`. precision, exempt: of the network's
+    linear layers, see `passes.quantize.convert`. saved: `checkpoint` is a compiled program's, whose network does not
     stream. Raises ConfigError if `budget` is too small."""
     with torch.device("meta"):
         module = family.network(family.config.from_dict(checkpoint.config), folded_steps=len(times))
     layout = Layout(dtype_of=family.layout.dtype_of) if saved else family.layout
     absorb = not saved and len(times) == 1 and hasattr(family.network, "absorptions")
     network = Network(
-        module, checkpoint, layout, streams=not saved, absorb=absorb, precision=quantized, exempt=tuple(exempt)
+        module, checkpoint, layout, streams=not saved, absorb=absorb, precision=precision, exempt=exempt
     )  # fmt: skip
     costs = costs_of(text, vae, network, device=device, dtype=dtype, largest=largest)
     if device.type == "cpu":

@@ -71,7 +71,8 @@ class Part:
         as they run (see `streaming`). precision, exempt: see `passes.quantize.convert`."""
         report: LoadReport
         if streams:
-            report = load_part(self, len(block_names(self.network)), device, dtype, progress)
+            blocks = len(block_names(self.network))
+            report = load_part(self, blocks, device, dtype, progress, precision, exempt)
         else:
             narrow = partial(quantize.arrived, self.network, device=device, precision=precision, exempt=exempt)
             report = materialize(self.network, self.checkpoint, self.layout, device, dtype, progress, narrow)

@@ -5,7 +5,9 @@ files on a CPU (the system keeps as much of them as it has room for), over the b
 where the next block is copied by a stream of its own while one computes, into two buffers in turn.
 
 What streams are the linear layers and convolutions of a network's repeated blocks. Tables, norms, embedders and
-whatever runs once per prompt stay; so do the first blocks, where only some need to go.
+whatever runs once per prompt stay; so do the first blocks, where only some need to go. Layers of 8 bits are
+quantized while loading for a GPU, so that only their 8 bits and scales cross the bus; for a CPU each time they come,
+since what lies in the files has more.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .passes import quantize
 from .passes.blocks import block_names, parameters_of
 from .passes.load import Progress, assign, check, fetch
 
@@ -35,11 +38,11 @@ class Store(Protocol):
 class Files:
     """Blocks read when they are needed, and dropped: for a CPU, where reading is mapping a file."""
 
-    def __init__(self, names: Sequence[Sequence[str]], read: Callable[[str], Tensor]) -> None:
+    def __init__(self, names: Sequence[Sequence[str]], read: Callable[[str], dict[str, Tensor]]) -> None:
         self.names, self.read = names, read
 
     def bring(self, block: int) -> dict[str, Tensor]:
-        return {name: self.read(name) for name in self.names[block]}
+        return {name: tensor for stored in self.names[block] for name, tensor in self.read(stored).items()}
 
     def done(self, block: int) -> None:
         pass
@@ -171,16 +174,20 @@ class Stream:
 class Streaming:
     """A network being loaded of which the last `count` blocks will stream.
 
-    names: their parameters. On a CPU these are never read while loading (`read` does when they run); on a GPU
-    `put` takes each as it comes.
+    names: their parameters, before any has 8 bits (precision, exempt: see `passes.quantize.convert`). On a CPU these
+    are never read while loading (`read` does when they run); on a GPU `put` takes each as it comes.
     """
 
-    def __init__(self, network: nn.Module, count: int, device: torch.device, read: Callable[[str], Tensor]) -> None:
+    def __init__(
+        self, network: nn.Module, count: int, device: torch.device, read: Callable[[str], Tensor],
+        precision: str | None = None, exempt: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.network, self.device, self.read = network, device, read
         self.blocks = block_names(network)[-count:] if count else []
-        self._each = [parameters_of(network, block) for block in self.blocks]
-        self.names = frozenset(name for names in self._each for name in names)
+        self._stored = [parameters_of(network, block) for block in self.blocks]
+        self.names = frozenset(name for names in self._stored for name in names)
         self._waiting: dict[str, Tensor] = {}
+        quantize.declare(network, self.names, device, precision, exempt)
 
     @property
     def mapped(self) -> bool:
@@ -189,41 +196,45 @@ class Streaming:
 
     def put(self, name: str, tensor: Tensor) -> None:
         """Takes one parameter, to be kept on the host."""
-        self._waiting[name] = tensor.to("cpu")
+        self._waiting |= {n: t.to("cpu") for n, t in quantize.held_as(self.network, name, tensor).items()}
 
     def start(self) -> None:
         """All parameters have come: from now on blocks stream."""
         if not self.blocks:
             return
         if self.mapped:
-            Stream(self.network, self.blocks, Files(self._each, self.read))
+            read = lambda name: quantize.held_as(self.network, name, self.read(name))
+            Stream(self.network, self.blocks, Files(self._stored, read))
             return
         buffers = Buffers(self.device, CudaLane(self.device), pinned=True)
-        for names in self._each:
-            buffers.add({name: self._waiting.pop(name) for name in names})
+        for block in self.blocks:
+            buffers.add({name: self._waiting.pop(name) for name in parameters_of(self.network, block)})
         buffers.ready()
         Stream(self.network, self.blocks, buffers)
 
 
 def load_part(
-    part: Any, count: int, device: torch.device, dtype: torch.dtype, progress: Progress | None = None
+    part: Any, count: int, device: torch.device, dtype: torch.dtype, progress: Progress | None = None,
+    precision: str | None = None, exempt: Sequence[str] = (),
 ) -> Any:  # fmt: skip
-    """`passes.load.materialize` for a part of which the last `count` blocks stream. Returns its report."""
+    """`passes.load.materialize` for a part of which the last `count` blocks stream. Returns its report.
+    precision, exempt: see `passes.quantize.convert`."""
     network, checkpoint, layout = part.network, part.checkpoint, part.layout
     checkpoint.meter.start()
     expected = dict(network.state_dict())
     check(expected, checkpoint, layout)
 
-    def read(name: str, where: torch.device = device) -> Tensor:
-        return fetch(name, expected[name], checkpoint, layout, where, dtype)
+    def read(name: str) -> Tensor:
+        return fetch(name, expected[name], checkpoint, layout, device, dtype)
 
-    streaming = Streaming(network, count, device, read)
+    streaming = Streaming(network, count, device, read, precision, exempt)
     for name in _kept(expected, streaming):
         before = checkpoint.meter.bytes_read
         if name in streaming.names:
-            streaming.put(name, read(name, torch.device("cpu")))
+            streaming.put(name, read(name))
         else:
             assign(network, name, read(name))
+            quantize.arrived(network, name, device, precision, exempt)
         if progress is not None:
             progress(checkpoint.meter.bytes_read - before)
     network.eval()

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
@@ -21,12 +21,23 @@ from ..ops.select import FLOAT8_ARCH, Choice, Target, select_rows
 from ..plan import Group, Layers
 from ..report import TRIM_EVERY, release_free_memory
 from .blocks import group_of, in_block
-from .layers import ROWS, SCALE, PackedLinear, QuantizedLinear, Trial, exchange, linear_layers, quantize_layer, unpack
+from .layers import (
+    ROWS,
+    SCALE,
+    PackedLinear,
+    QuantizedLinear,
+    Trial,
+    exchange,
+    linear_layers,
+    quantize_layer,
+    quantized_values,
+    unpack,
+)
 
 __all__ = [
     "ROWS", "PackedLinear", "QuantizedLinear", "Trial", "arrived", "attach", "check_names", "check_quantized",
-    "convert", "converted", "expect_quantized", "group_of", "groups", "packing_refuses", "quantizes",
-    "refuses", "require", "unpack",
+    "convert", "converted", "declare", "expect_quantized", "group_of", "groups", "held_as", "packing_refuses",
+    "quantizes", "refuses", "require", "unpack",
 ]  # fmt: skip
 
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
@@ -78,6 +89,27 @@ def arrived(
         return
     if (kind := quantizes(network, owner, layer, device, precision, exempt)) is not None:
         exchange(layer, kind)
+
+
+def declare(
+    network: nn.Module, names: Container[str], device: torch.device, precision: str | None, exempt: Sequence[str] = ()
+) -> None:
+    """Makes room, on the meta device, for what `convert` would make of the layers whose weights are in `names`: they
+    come later, one by one, in the form that `held_as` gives them."""
+    for name, layer in list(linear_layers(network)):
+        kind = quantizes(network, name, layer, device, precision, exempt)
+        if kind is not None and f"{name}.weight" in names:
+            quantize_layer(layer, layer.weight, ROWS[kind])
+
+
+def held_as(network: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What `network` holds for its tensor `name`, read as `tensor`: that, or the weight and scales of a layer that was
+    declared to have 8 bits."""
+    owner, _, leaf = name.rpartition(".")
+    layer = network.get_submodule(owner)
+    if leaf != "weight" or not isinstance(layer, QuantizedLinear):
+        return {name: tensor}
+    return dict(zip((name, f"{owner}.{SCALE}"), quantized_values(tensor, layer.weight.dtype), strict=True))
 
 
 def attach(network: Any, target: Target) -> tuple[Choice, ...]:
