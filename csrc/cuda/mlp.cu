@@ -41,21 +41,26 @@ __global__ void __launch_bounds__(THREADS) activation(const T* x, T* out, int pi
 template <class T, int N, int PER, bool GATED>
 __global__ void __launch_bounds__(MAX_THREADS) activation_quantized(const T* x, Quantized to, int width) {
   const T* source = x + static_cast<int64_t>(blockIdx.x) * width * (GATED ? 2 : 1);
-  Share<T, N, PER> row, gated;
+  Share<T, N, PER> row;
   row.read(source, width);
-  if (GATED) gated.read(source + width, width);
-  row.with(gated, [](float a, float b) { return activate<T, GATED>(a) * (GATED ? b : 1.0f); });
+  if constexpr (GATED) {
+    Share<T, N, PER> gate;
+    gate.read(source + width, width);  // both loads are under way before the first is needed
+    row.with(gate, [](float a, float b) { return activate<T, true>(a) * b; });
+  } else {
+    row.with(row, [](float a, float) { return activate<T, false>(a); });
+  }
   to.put(row, blockIdx.x, width);
 }
 
-int check(const void* x, bool complete, int64_t rows, int64_t width) {
+int arguments_error(const void* x, bool complete, int64_t rows, int64_t width) {
   if (rows < 0 || width < 1 || width > INT32_MAX / 2) return TWINFLOW_BAD_SHAPE;
   return rows == 0 || (x && complete) ? TWINFLOW_OK : TWINFLOW_NULL_POINTER;
 }
 
 template <bool GATED>
 int launch_activation(const void* x, void* out, int64_t rows, int64_t width, int dtype, void* stream) {
-  const int error = check(x, out, rows, width);
+  const int error = arguments_error(x, out, rows, width);
   if (error || rows == 0) return error;
   return typed(dtype, [&](auto kind) {
     using T = decltype(kind);
@@ -72,7 +77,7 @@ int launch_activation(const void* x, void* out, int64_t rows, int64_t width, int
 
 template <bool GATED>
 int launch_quantized(const void* x, const Quantized& to, int64_t rows, int64_t width, int dtype, void* stream) {
-  const int error = check(x, to.complete(), rows, width);
+  const int error = arguments_error(x, to.complete(), rows, width);
   if (error || rows == 0) return error;
   if (to.error()) return to.error();
   return typed(dtype, [&](auto kind) {
