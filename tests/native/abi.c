@@ -96,6 +96,91 @@ static void pointwise(int64_t rows, int64_t hidden) {
   free(x), free(out);
 }
 
+/* Rows of int8 stand for those of `want`. */
+static void stand_for(const int8_t* values, const float* scales, const float* want, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r) {
+    double top = 0;
+    for (int64_t i = 0; i < dim; ++i) top = fmax(top, fabs(want[r * dim + i]));
+    close_to(scales[r] * 127, top);
+    for (int64_t i = 0; i < dim; ++i)
+      EXPECT(fabs((double)values[r * dim + i] * scales[r] - want[r * dim + i]) <= 0.5 * scales[r] + 1e-5 * (1 + top));
+  }
+}
+
+static void quantized_norms(int64_t batch, int64_t seq, int64_t dim) {
+  const int64_t rows = batch * seq, n = rows * dim, each = seq * dim;
+  float *x = numbers(n, 15), *branch = numbers(n, 16), *w = numbers(dim, 17), *b = numbers(batch * dim, 18);
+  float *sum = numbers(n, 19), *other = numbers(n, 20), *want = numbers(n, 21), *scales = numbers(rows, 22);
+  int8_t* values = malloc((size_t)(n ? n : 1));
+  EXPECT(!twinflow_cpu_quantize_rows(x, each, dim, values, scales, batch, seq, dim, TWINFLOW_F32, 2));
+  stand_for(values, scales, x, rows, dim);
+  EXPECT(!twinflow_cpu_rms_norm(x, each, dim, b, dim, want, batch, seq, dim, 1e-5f, TWINFLOW_F32, 2));
+  EXPECT(
+      !twinflow_cpu_rms_norm_quantized(x, each, dim, b, dim, values, scales, batch, seq, dim, 1e-5f, TWINFLOW_F32, 2));
+  stand_for(values, scales, want, rows, dim);
+  EXPECT(!twinflow_cpu_layer_norm(x, each, dim, w, 0, b, dim, want, batch, seq, dim, 1e-3f, TWINFLOW_F32, 2));
+  EXPECT(!twinflow_cpu_layer_norm_quantized(x, each, dim, w, 0, b, dim, values, scales, batch, seq, dim, 1e-3f,
+                                            TWINFLOW_F32, 2));
+  stand_for(values, scales, want, rows, dim);
+  EXPECT(!twinflow_cpu_residual_norm(x, each, dim, branch, each, dim, w, 0, b, dim, sum, want, batch, seq, dim, 1e-5f,
+                                     TWINFLOW_F32, 2));
+  EXPECT(!twinflow_cpu_residual_norm_quantized(x, each, dim, branch, each, dim, w, 0, b, dim, other, values, scales,
+                                               batch, seq, dim, 1e-5f, TWINFLOW_F32, 2));
+  stand_for(values, scales, want, rows, dim);
+  for (int64_t i = 0; i < n; ++i) close_to(other[i], sum[i]);
+  EXPECT(!twinflow_cpu_residual_layer_norm(x, each, dim, branch, each, dim, b, dim, w, 0, NULL, 0, sum, want, batch,
+                                           seq, dim, 1e-3f, TWINFLOW_F32, 2));
+  EXPECT(!twinflow_cpu_residual_layer_norm_quantized(x, each, dim, branch, each, dim, b, dim, w, 0, NULL, 0, other,
+                                                     values, scales, batch, seq, dim, 1e-3f, TWINFLOW_F32, 2));
+  stand_for(values, scales, want, rows, dim);
+  for (int64_t i = 0; i < n; ++i) close_to(other[i], sum[i]);
+  free(x), free(branch), free(w), free(b), free(sum), free(other), free(want), free(scales), free(values);
+}
+
+static void quantized_activations(int64_t rows, int64_t width) {
+  const int64_t n = rows * width;
+  float *x = numbers(2 * n, 23), *want = numbers(n, 24), *scales = numbers(rows, 25);
+  int8_t* values = malloc((size_t)(n ? n : 1));
+  EXPECT(!twinflow_cpu_swiglu(x, want, rows, width, TWINFLOW_F32, 2));
+  EXPECT(!twinflow_cpu_swiglu_quantized(x, values, scales, rows, width, TWINFLOW_F32, 2));
+  stand_for(values, scales, want, rows, width);
+  EXPECT(!twinflow_cpu_gelu_tanh(x, want, rows, width, TWINFLOW_F32, 2));
+  EXPECT(!twinflow_cpu_gelu_tanh_quantized(x, values, scales, rows, width, TWINFLOW_F32, 2));
+  stand_for(values, scales, want, rows, width);
+  free(x), free(want), free(scales), free(values);
+}
+
+static void sums_of_a_product(int64_t rows, int64_t columns) {
+  const int64_t n = rows * columns;
+  float *x = numbers(rows, 26), *w = numbers(columns, 27), *bias = numbers(columns, 28), *out = numbers(n, 29);
+  int32_t* sums = malloc((size_t)(n ? n : 1) * sizeof *sums);
+  for (int64_t i = 0; i < n; ++i) sums[i] = (int32_t)(i * 7919 % 2001 - 1000);
+  EXPECT(!twinflow_cpu_dequantize(sums, x, w, bias, out, rows, columns, TWINFLOW_F32, 2));
+  for (int64_t i = 0; i < n; ++i)
+    close_to(out[i], (double)sums[i] * x[i / columns] * w[i % columns] + bias[i % columns]);
+  EXPECT(!twinflow_cpu_dequantize(sums, x, w, NULL, out, rows, columns, TWINFLOW_F32, 2));
+  for (int64_t i = 0; i < n; ++i) close_to(out[i], (double)sums[i] * x[i / columns] * w[i % columns]);
+  free(x), free(w), free(bias), free(out), free(sums);
+}
+
+static void group_norm(int64_t batch, int64_t size, int64_t channels, int64_t groups) {
+  const int64_t n = batch * size * channels, width = channels / groups;
+  float *x = numbers(n, 30), *w = numbers(channels, 31), *b = numbers(channels, 32), *out = numbers(n, 33);
+  float *scratch = numbers(32 * batch * channels, 34), *group = numbers(size * width, 35);
+  EXPECT(!twinflow_cpu_group_norm_silu(x, w, b, out, scratch, batch, size, channels, groups, 1e-3f, TWINFLOW_F32, 2));
+  for (int64_t k = 0; k < batch * groups; ++k) {
+    const int64_t first = k / groups * size * channels + k % groups * width;
+    for (int64_t i = 0; i < size * width; ++i) group[i] = x[first + i / width * channels + i % width];
+    double scale, mean = centre(group, size * width, 1e-3, &scale);
+    for (int64_t i = 0; i < size * width; ++i) {
+      const int64_t at = first + i / width * channels + i % width;
+      const double v = (x[at] - mean) * scale * w[at % channels] + b[at % channels];
+      close_to(out[at], v / (1 + exp(-v)));
+    }
+  }
+  free(x), free(w), free(b), free(out), free(scratch), free(group);
+}
+
 static void rotary(int64_t batch, int64_t seq, int64_t heads, int64_t dim) {
   const int64_t row = 3 * heads * dim, n = batch * seq * row;
   float *qkv = numbers(n, 9), *before = malloc((size_t)n * sizeof *before), *joint = numbers(n, 14);
@@ -153,6 +238,8 @@ static void errors(void) {
   EXPECT(twinflow_cpu_qk_norm_rope(v, 0, 0, 1, v, 0, 0, 1, v, v, v, v, 0, 0, 1, 1, 1, 1, 2, 0, TWINFLOW_F32, 1) ==
          TWINFLOW_BAD_SHAPE);
   EXPECT(twinflow_cpu_swiglu(NULL, NULL, 0, 2, TWINFLOW_F32, 1) == TWINFLOW_OK);
+  EXPECT(twinflow_cpu_group_norm_silu(v, v, v, v, v, 1, 1, 4, 3, 1, TWINFLOW_F32, 1) == TWINFLOW_BAD_SHAPE);
+  EXPECT(twinflow_cpu_dequantize(NULL, v, v, NULL, v, 1, 4, TWINFLOW_F32, 1) == TWINFLOW_NULL_POINTER);
   EXPECT(strstr(twinflow_error_message(TWINFLOW_NULL_POINTER), "NULL") != NULL);
   EXPECT(strcmp(twinflow_error_message(-1), "unknown status") == 0);
   EXPECT(twinflow_abi_version() == TWINFLOW_ABI_VERSION);
@@ -163,8 +250,16 @@ int main(void) {
   pointwise(1, 1), pointwise(3, 37), pointwise(0, 8);
   rotary(1, 1, 1, 2), rotary(2, 5, 3, 26);
   pixels(1, 1), pixels(5, 37);
+  quantized_norms(1, 1, 1), quantized_norms(2, 3, 37), quantized_norms(3, 1, 199), quantized_norms(2, 0, 8);
+  quantized_activations(1, 1), quantized_activations(3, 37), quantized_activations(0, 8);
+  quantized_activations(1, 16385); /* wider than what is staged on the stack */
+  sums_of_a_product(1, 1), sums_of_a_product(5, 37), sums_of_a_product(0, 8);
+  group_norm(1, 1, 1, 1), group_norm(2, 37, 12, 3), group_norm(1, 19, 144, 2), group_norm(1, 0, 8, 2);
   bfloat16_rounds_to_even();
   errors();
+  const int released = twinflow_cpu_release_threads();
+  EXPECT(released == 0 || released == -1);
+  pointwise(3, 37); /* with threads that are started anew */
   printf("C interface: ok, %s\n", twinflow_cpu_isa());
   return 0;
 }

@@ -81,6 +81,11 @@ def test_cpu_library_exports_what_is_declared():
     assert exported(Path(library.load("cpu").__file__)) == of("cpu") | {"PyInit__native"}
 
 
+def test_every_cpu_function_is_called_from_c():
+    called = set(re.findall(r"\b(twinflow_\w+)\(", (ROOT / "tests" / "native" / "abi.c").read_text()))
+    assert of("cpu") <= called
+
+
 def test_one_version_everywhere():
     assert version() == library.ABI_VERSION
     assert library.load("cpu").abi_version == version()
