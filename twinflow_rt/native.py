@@ -6,106 +6,14 @@ Where one is absent the ops raise DeviceError, and the op table keeps another im
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import library
-from .errors import DeviceError
-from .library import KINDS
-from .tracing import watched
-
-Function = Callable[..., Any]
-
-_torch_library = torch.library.Library("twinflow", "DEF")
-
-
-def run(name: str, x: Tensor, *arguments: Any) -> None:
-    """Runs a kernel where x lives; its dtype and the threads or the stream are the last arguments."""
-    kernels = library.load(x.device.type)
-    if isinstance(kernels, str):
-        raise DeviceError(kernels)
-    kind = KINDS.get(x.dtype)
-    if kind is None:
-        raise TypeError(f"twinflow::{name} stores float32 or bfloat16, not {x.dtype}")
-    if x.device.type == "cpu":
-        getattr(kernels, name)(*arguments, kind, torch.get_num_threads())
-    else:
-        with torch.cuda.device(x.device):
-            getattr(kernels, name)(*arguments, kind, torch.cuda.current_stream().cuda_stream)
-
-
-def as_rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x as [B, S, D], its batch and row strides; copied only if elements of a row are not adjacent."""
-    if x.ndim != 3:
-        x = x.reshape(x.shape[0] if x.ndim > 3 else 1, -1, x.shape[-1])
-    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-    return x, x.stride(0), x.stride(1)
-
-
-def shape_of(x: Tensor) -> tuple[int, int, int]:
-    rows = x.shape[1:-1].numel() if x.ndim > 2 else x.shape[0]
-    return x.shape[0] if x.ndim > 2 else 1, rows, x.shape[-1]
-
-
-def same(name: str, x: Tensor, other: Tensor) -> None:
-    if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
-        raise ValueError(f"{name} must be like x: {other.dtype} {tuple(other.shape)}, {x.dtype} {tuple(x.shape)}")
-
-
-def weight_of(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
-    """A weight, [D] or [B or 1, 1, D] or None; its address, and the stride between samples (0: shared)."""
-    if weight is None:
-        return None, 0, 0
-    dim, batch = x.shape[-1], x.shape[0]
-    if weight.dtype != torch.float32 or weight.device != x.device:
-        raise TypeError(f"a norm weight is float32 on {x.device}, not {weight.dtype} on {weight.device}")
-    shared = weight.numel() == dim
-    if weight.shape[-1] != dim or not (shared or (x.ndim == 3 and weight.shape == (batch, 1, dim))):
-        raise ValueError(f"a norm weight for {tuple(x.shape)} is [D] or [B or 1, 1, D], not {tuple(weight.shape)}")
-    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    return weight, weight.data_ptr(), 0 if shared else weight.stride(0)
-
-
-def op(schema: str) -> Callable[[Function], Function]:
-    """Registers a function as `twinflow::<schema>` for both devices, and returns what calls it: at once, unless
-    torch must see the op. Its dispatcher takes as long as a small kernel."""
-    name = schema.split("(")[0]
-    _torch_library.define(schema)
-
-    def register(function: Function) -> Function:
-        for device in ("CPU", "CUDA"):
-            _torch_library.impl(name, function, device)
-        dispatched: Function = getattr(torch.ops.twinflow, name).default
-
-        @wraps(function)
-        def call(first: Any, *others: Any) -> Any:
-            return (dispatched if _watched(first) else function)(first, *others)
-
-        return call
-
-    return register
-
-
-def _watched(first: Any) -> bool:
-    """Whether torch must see an op with this first argument: `tracing.watched`, or tensors that stand for others
-    (meta and fake ones)."""
-    x = first if isinstance(first, Tensor) else first[0]
-    return type(x) is not Tensor or x.is_meta or watched()
-
-
-def fake(*names: str) -> Callable[[Function], Function]:
-    def register(function: Function) -> Function:
-        for name in names:
-            torch.library.register_fake(f"twinflow::{name}", function, lib=_torch_library)
-        return function
-
-    return register
-
+from .native_op import as_rows, fake, halves, op, run, same, shape_of, weight_of
 
 # -- norm -------------------------------------------------------------------------------------------------
 
@@ -247,14 +155,6 @@ def joint_qk_norm_rope(
 
 
 # -- mlp, sample, decode ------------------------------------------------------------------------------------
-
-
-def halves(x: Tensor) -> tuple[Tensor, int]:
-    """x, contiguous, and the size of the halves of its last axis."""
-    hidden = x.shape[-1] // 2
-    if hidden * 2 != x.shape[-1] or not hidden:
-        raise ValueError(f"swiglu halves the last axis, which has {x.shape[-1]} elements")
-    return x.contiguous(), hidden
 
 
 @op("swiglu(Tensor x) -> Tensor")

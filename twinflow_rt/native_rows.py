@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .native import as_rows, fake, halves, op, run, same, shape_of, weight_of
+from .native_op import as_rows, fake, halves, op, run, same, shape_of, weight_of
 from .ops.linear import int8_sums
 
 Rows = tuple[Tensor, Tensor]
@@ -56,9 +56,7 @@ def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
     return values, scales
 
 
-@op(
-    "layer_norm_quantized(Tensor x, Tensor? weight, float eps, Tensor? bias, ScalarType dtype) -> (Tensor, Tensor)"
-)
+@op("layer_norm_quantized(Tensor x, Tensor? weight, float eps, Tensor? bias, ScalarType dtype) -> (Tensor, Tensor)")
 def layer_norm_quantized(
     x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None, dtype: torch.dtype
 ) -> Rows:  # fmt: skip
