@@ -21,8 +21,9 @@ from twinflow_rt.bench import ceilings, facts
 from twinflow_rt.bench.timing import Samples
 from twinflow_rt.config import has_native
 
-from .cases import CASES, PEERS, Case, applies
+from .cases import CASES, DEFAULT, PEERS, Case, applies
 from .contenders import flops
+from .goals import judge
 
 REFERENCE = "diffusers"
 # relative rms against the reference; float32 peers get EXACT
@@ -115,16 +116,17 @@ def _rounds(workers: dict[str, Worker], case: Case, rounds: int, seconds: float)
     figures = ("total", "network") if case.part == "image" else ("total",)
     samples: dict[str, dict[str, list[float]]] = {peer: {f: [] for f in figures} for peer in workers}
     order, begin = list(workers), time.perf_counter()
-    for n in range(1, rounds + 2):
+    for figure in figures[1:]:  # totals are warm from the first output and the one that was compared
+        for peer in order:
+            workers[peer].ask("time", figure, 0)
+    for n in range(1, rounds + 1):
         if n > 3 and time.perf_counter() - begin > seconds:
             break
         random.Random(n).shuffle(order)
         for figure in figures:
             for peer in order:
                 time.sleep(PAUSE)
-                taken = workers[peer].ask("time", figure, n)["seconds"]
-                if n > 1:  # the first round warms up
-                    samples[peer][figure].append(taken)
+                samples[peer][figure].append(workers[peer].ask("time", figure, n)["seconds"])
     return samples
 
 
@@ -173,12 +175,12 @@ def import_ratio(repeats: int = 5) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benches.peers", description="This runtime beside its CPU peers.")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(DEFAULT))
     parser.add_argument(
         "--peers", nargs="+", choices=PEERS, help="default: all; in bfloat16 where the CPU multiplies it"
     )
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each peer (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=300, help="per case; no round begins after so long")
+    parser.add_argument("--seconds", type=float, default=40, help="per case; then only the first three rounds begin")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
@@ -191,7 +193,9 @@ def main() -> None:
     for name in args.cases:
         record["cases"][name] = run_case(name, selected, args.rounds, args.seconds, args.threads)
         print(_table(name, record["cases"][name]), flush=True)
-    print(f"import twinflow_rt takes {record['import_seconds']['ratio']:.2f}x import torch")
+    verdicts = judge(record)
+    record["goals"] = [verdict.to_dict() for verdict in verdicts]
+    print("goals", *verdicts, sep="\n")
     if args.json:
         args.json.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -35,11 +35,13 @@ class Case:
 MEDIUM = ("z-image", {"scale": 0.2, "layers": 16})
 CASES = {
     "demo": Case(None),
-    "medium": Case(MEDIUM, size=512),
+    "medium": Case(MEDIUM, size=384),
     "medium-256": Case(MEDIUM, size=256),
-    "vae": Case(("z-image", {"layers": 1}), "vae", 512),
-    "qwen-vae": Case(("qwen-image", {"layers": 1}), "vae", 512),
+    "medium-1024": Case(MEDIUM, size=512),
+    "vae": Case(("z-image", {"layers": 1}), "vae", 256),
+    "qwen-vae": Case(("qwen-image", {"layers": 1}), "vae", 256),
 }
+DEFAULT = ("demo", "medium", "vae", "qwen-vae")
 PEERS = ("ours", "ours-int8", "ours-bf16", "diffusers", "diffusers-compile", "openvino", "openvino-bf16")
 PROMPTS = "a photograph of a lighthouse {n:03d}"
 SEED = 7

@@ -146,9 +146,9 @@ class Converted:
         import openvino
 
         self.module.forward = self.call
-        self.module(*tensors)  # fills tables kept between calls, which a trace must find as constants
-        with patch.object(F, "interpolate", _nearest):
-            model = openvino.convert_model(self.module, example_input=tensors, input=[list(t.shape) for t in tensors])
+        with patch.object(F, "interpolate", _nearest):  # convert_model's own trace is checked by several more runs
+            traced = torch.jit.trace(self.module, tensors, check_trace=False, strict=False)
+        model = openvino.convert_model(traced, example_input=tensors, input=[list(t.shape) for t in tensors])
         self.module.forward = self
         options = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
         return openvino.Core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
