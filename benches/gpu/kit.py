@@ -67,8 +67,8 @@ def parts(out: Path, dry: bool) -> list[Part]:
 
     fp8 = ("--precision", "fp8", "--tolerance", "0.15")  # of random weights; `sensitivity` says what trained ones lose
     large = ("--size", "1328")
-    native = "tests/native/test_native.py"
-    watched = pytest("sanitizer", "-m", "gpu", "-k", "(test_ops or test_rows) and odd and cuda", native)
+    native = ("tests/native/test_native.py", "tests/native/test_rows.py")
+    watched = pytest("sanitizer", "-m", "gpu", "-k", "(test_ops or test_rows) and odd and cuda", *native)
     compiled = "tests/ops/test_registered.py" if dry else "tests/gpu"
     marked = ("-m", "not gpu" if dry else "gpu", "-k")
     watch = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
@@ -76,7 +76,7 @@ def parts(out: Path, dry: bool) -> list[Part]:
         Part("build", ((*python, "benches.gpu.build", str(BUILD), *(("--dry",) if dry else ())),)),
         Part("env", ((*python, "benches.gpu.env", f"{out}/env.json"),)),
         Part("checks", (kernels("checks", "--check-only", "--sizes", "tiny", *(() if dry else sizes.values())),)),
-        Part("tests", (pytest("tests", *marked, "not emulated and not torch_compile", "tests/gpu", native),)),
+        Part("tests", (pytest("tests", *marked, "not emulated and not torch_compile", "tests/gpu", *native),)),
         Part("tests-compile", (pytest("tests-compile", *marked, "torch_compile", compiled),)),
         Part("sanitizer", tuple((*watch, tool, *watched) for tool in ("memcheck", "racecheck")), "compute-sanitizer"),
         *(

@@ -2,7 +2,7 @@
 # The CPU kernels under the sanitizers. Usage: sanitize.sh CHECK FOLDER [FLAGS...]
 #   address   abi.c (as strict C99) drives the C interface under the address and undefined-behaviour sanitizers
 #   thread    abi.c in eight threads at once, and threads.cpp, under ThreadSanitizer
-#   python    tests/native/test_native.py on an extension built with the address and undefined-behaviour sanitizers
+#   python    test_native.py and test_rows.py on an extension built with the address and undefined-behaviour sanitizers
 #   all       address and thread for each instruction set that the kernels are built for and this CPU has; python
 # FOLDER: for what is built. FLAGS: of the instruction set, such as -mavx2. PYTHON: with torch, pytest and pip.
 set -eu
@@ -47,7 +47,8 @@ python)
   # leaks: the interpreter's own would drown ours. libstdc++: python is not linked with it, its exceptions are watched
   SANITIZED="$out/_native.so" ASAN_OPTIONS=detect_leaks=0 \
     LD_PRELOAD="$($cxx -print-file-name=libasan.so) $($cxx -print-file-name=libstdc++.so)" \
-    $python -m pytest -s -p tests.native.sanitized tests/native/test_native.py -k "not emulated and not cuda"
+    $python -m pytest -s -p tests.native.sanitized tests/native/test_native.py tests/native/test_rows.py \
+      -k "not emulated and not cuda"
   ;;
 all)
   has() { grep -qw "$1" /proc/cpuinfo 2>/dev/null; }

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from tests.registered import registered
 from twinflow_rt import library, native, native_rows, ops
 from twinflow_rt.bench.op_cases import SIZES, Sizes, cases, exact_layer, exact_rms, exact_rope, judge
-from twinflow_rt.bench.standalone_cases import QUANTIZED, standalone
+from twinflow_rt.bench.standalone_cases import QUANTIZED
 from twinflow_rt.errors import DeviceError
-from twinflow_rt.ops.select import NATIVE, ROW_OPS, Target, select
+from twinflow_rt.ops.select import NATIVE, Target, select
 
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
@@ -33,6 +33,11 @@ def check(got, eager, *exact):
     got = tuple(x.cpu() for x in got) if isinstance(got, tuple) else got.cpu()
     problem = judge(got, eager, exact)
     assert problem is None, problem
+
+
+def formats(at):
+    """What rows are quantized to there."""
+    return (torch.int8,) if at.place == "cpu" else tuple(QUANTIZED.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -248,100 +253,6 @@ def test_selection_states_its_refusals(monkeypatch):
     assert "not built" in str(choices)
     with pytest.raises(DeviceError, match="not built"):
         native.rms_norm(draw(1, 1, 8), draw(8), EPS)
-
-
-ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op in ROW_OPS]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [SIZES["tiny"], ODD], ids=["tiny", "odd"])
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "linear_quantized, float8"])
-def test_rows(at, name, sizes, dtype):
-    """Quantized rows of norms and activations: one rounding, whatever the storage."""
-    (case,) = (c for c in standalone(sizes, dtype, "cpu") if c.name == name)
-    if at.place == "cuda" and case.op == "linear_quantized" and sizes.width % 8:
-        pytest.skip("torch's int8 product of a GPU takes multiples of 8")
-    if at.place == "cpu" and "float8" in name:
-        with pytest.raises(TypeError, match="int8"):
-            getattr(native_rows, case.op)(*case.inputs())
-        return
-    got = getattr(native_rows, case.op)(*at(case.inputs()))
-    got = tuple(x.cpu() for x in got) if isinstance(got, tuple) else got.cpu()
-    check(case.read(got), case.read(getattr(ops, case.op)(*case.inputs())), *case.exact(*case.inputs()))
-
-
-def formats(at):
-    return (torch.int8,) if at.place == "cpu" else tuple(QUANTIZED.values())
-
-
-@pytest.mark.parametrize("width", [1, 37, 760, 10240])
-def test_values_of_rows_are_the_references(at, width):
-    """x itself needs no arithmetic before it is quantized: values and scales are equal to the last bit."""
-    wide = draw(3, 5, width + 3)
-    for x in (wide[..., :width], wide[:, ::2, 3:], torch.zeros(2, width), 1e30 * wide, 1e-13 * wide, wide[:0]):
-        for to in formats(at):
-            x = x if width < 2048 or at.place == "cpu" else x[..., :width].contiguous()  # aligned, as wide rows must be
-            got, eager = native_rows.quantize_rows(at(x), to), ops.quantize_rows(x, to)
-            assert torch.equal(got[0].cpu().float(), eager[0].float()) and torch.equal(got[1].cpu(), eager[1])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width, hidden", [(2048, 18944), (5120, 20480), (16384, 12288)])
-def test_wide_rows(at, width, hidden, dtype):
-    """As wide as a GPU's kernels take them: what the MLP of the widest text encoder has, and the limits."""
-    x, w = draw(2, 1, width, dtype=dtype), 1 + 0.3 * draw(width, seed=1)
-    wide = draw(2, 2 * hidden, dtype=dtype)
-    for to in formats(at):
-        for op, args in (
-            ("quantize_rows", (x, to)), ("residual_norm_quantized", (x, x.flip(0), w, w, EPS, to)),
-            ("residual_layer_norm_quantized", (x, x.flip(0), w, None, w, EPS, to)), ("swiglu_quantized", (wide, to)),
-            ("gelu_tanh_quantized", (wide[:, :hidden].contiguous(), to)),
-        ):  # fmt: skip
-            *_, values, scales = getattr(native_rows, op)(*at(args))
-            *_, wanted, reference = getattr(ops, op)(*args)
-            torch.testing.assert_close(scales.cpu(), reference, rtol=1e-4, atol=0)
-            step = 1 if to == torch.int8 else 2**-3 * wanted.float().abs().clamp_min(2**-6)
-            assert ((values.cpu().float() - wanted.float()).abs() <= step).all()
-
-
-def test_emulated_rows_too_wide_are_refused(emulated, monkeypatch):
-    monkeypatch.setattr(library, "load", lambda device: emulated)
-    for call in (
-        lambda: native_rows.quantize_rows(draw(1, 16392), torch.int8),
-        lambda: native_rows.swiglu_quantized(draw(1, 2 * 20488), torch.int8),
-        lambda: native_rows.quantize_rows(draw(1, 2049), torch.int8),
-    ):
-        with pytest.raises(RuntimeError, match="too wide"):
-            call()
-
-
-def test_rows_that_hold_no_number_say_so(at):
-    x = draw(3, 40)
-    x[0, 17], x[1, 3] = torch.nan, -torch.inf
-    values, scales = native_rows.quantize_rows(at(x), torch.int8)
-    assert scales[0].isnan() and scales[1].isinf() and scales[2].isfinite()
-    sums = native_rows.dequantize(values.int(), scales, at(torch.ones(40, 1)), None, torch.float32)
-    assert not sums[:2].isfinite().any() and sums[2].isfinite().all()
-    if at.place != "cpu":
-        values, scales = native_rows.quantize_rows(at(x), torch.float8_e4m3fn)
-        assert values[0].float().isnan().all() and scales[1].isinf() and values[2].float().isfinite().all()
-    with pytest.raises(TypeError, match="float8_e5m2"):
-        native_rows.quantize_rows(at(x), torch.float8_e5m2)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (17, 64), (0, 8)])
-def test_dequantize(at, shape, dtype):
-    rows, columns = shape
-    sums = torch.randint(-(2**20), 2**20, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(columns))
-    x_scales, w_scales, bias = draw(rows, 1).abs(), draw(columns, 1, seed=1).abs(), draw(columns, dtype=dtype)
-    for b in (bias, None):
-        got = native_rows.dequantize(*at((sums, x_scales, w_scales, b)), dtype)
-        exact = sums.double() * x_scales.double() * w_scales.double().t() + (0 if b is None else b.double())
-        assert got.dtype == dtype and got.shape == shape
-        if rows:
-            error = (got.cpu().double() - exact).abs().max()
-            assert error <= torch.finfo(dtype).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
