@@ -103,6 +103,11 @@ def test_kernels_records_and_reports(tmp_path, capsys):
     assert "rms_norm" in text and "native" in text
 
 
+def test_everything_that_serves_this_machine_is_right(tmp_path):
+    options = ["--device", "cpu", "--sizes", "tiny", "--dtypes", "bfloat16", "--check-only"]
+    assert kernels.main([str(tmp_path / "checks.json"), *options]) == 0
+
+
 def test_every_case_has_a_kind_and_layers_meet_their_rivals(tmp_path):
     everything = (*cases(SIZES["tiny"], torch.float32, "cpu"), *standalone(SIZES["tiny"], torch.float32, "cpu"))
     kinds = {case.op: kernels.kind_of(case) for case in everything}

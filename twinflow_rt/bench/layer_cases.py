@@ -79,7 +79,9 @@ def decoding(s: Sizes, draw: _Draw, b: int) -> list[Case]:
         return (F.conv2d(large, kernel().double(), bias.double(), padding=1),)
 
     whole, small = b * channels * edge**2, b * channels * half**2
-    weights: Callable[[], tuple[Tensor, ...]] = lambda: (draw.weight(channels), draw.weight(channels, seed=1) - 1)
+    weights: Callable[[], tuple[Tensor, ...]] = lambda: (  # of the decoder's dtype, as it has them
+        draw.weight(channels).to(draw.dtype), (draw.weight(channels, seed=1) - 1).to(draw.dtype)
+    )  # fmt: skip
     return [
         Case("x0_to_vae", "x0_to_vae", latent, unpacked, 3 * latents * draw.item),
         Case("group_norm_silu", "group_norm_silu", lambda: (image(edge), groups, *weights(), EPS), group,
