@@ -24,8 +24,8 @@ from twinflow_rt.training.demo import RECIPES, train
 from twinflow_rt.training.trainer import Trainer, TrainerConfig
 
 TINY = replace(
-    RECIPES["twinflow"], scenes=16, autoencoder_steps=1, text_steps=2, flow_steps=2, flow_batch=4, last_steps=2,
-    last_batch=4,
+    RECIPES["twinflow"], scenes=16, autoencoder_steps=1, text_steps=2, flow_steps=2, flow_batch=4,
+    settle_steps=2, settle_batch=4, last_steps=2, last_batch=4,
 )  # fmt: skip
 
 
