@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
-from twinflow_rt.capture import BUCKET, Captures, _shape, bucket, open_captures
-from twinflow_rt.errors import DeviceError
+from tests.memory import least
+from twinflow_rt import tiles
+from twinflow_rt.capture import BUCKET, Captures, Stats, _shape, bucket, open_captures
+from twinflow_rt.errors import ConfigError, DeviceError
 from twinflow_rt.loading import load
 
 CPU = torch.device("cpu")
@@ -221,12 +223,63 @@ def test_prompts_of_one_bucket_share_the_graphs_of_every_stage(pipes):
     """Images are those of the plain pipeline, padding or not."""
     made = [both(pipes, prompts) for prompts in CALLS]
     text = next(name for name in made[0] if name.startswith("text"))
-    assert {*made[0]} == {text, "velocity", "decode"}
-    assert made[0]["velocity"] == made[1]["velocity"] == 1 == made[1]["decode"]
+    assert {*made[0]} == {text, "context", "velocity", "decode"}
+    assert made[0]["velocity"] == made[1]["velocity"] == 1 == made[1]["decode"] == made[1]["context"]
     assert made[2]["decode"] == made[3]["decode"] == 2  # one per batch size
     before = dict(made[-1])
     assert both(pipes, CALLS[0], seed=9) == before  # nothing new
     assert "graphs of velocity" in str(pipes[1].plan)
+
+
+def test_nothing_is_recorded_twice(pipes):
+    """Sizes, batches and prompt lengths come and go; what was seen before is replayed, whatever came between."""
+    multiple = pipes[0].sizes.multiple
+    sizes = [(2 * multiple, multiple), (multiple, 3 * multiple)]
+    made = []
+    for seed in (1, 2):
+        for height, width in sizes:
+            for prompts in CALLS:
+                counts = both(pipes, prompts, height=height, width=width, seed=seed)
+            made.append(counts)
+    small, large, *again = made
+    assert again == [large, large] and large["decode"] == small["decode"] + 2  # one per batch size
+    assert all(large[name] == small[name] for name in small if name.startswith(("text", "context")))  # no size in those
+
+
+def test_tiles_share_one_graph(pipes):
+    """Whatever the tile's place; with another size of image, too, that is cut into tiles of that size."""
+    plain, recorded = (pipe.vae for pipe in pipes)
+    network, graphs = plain.network, recorded.captures
+    core, far = tiles.smallest(network) // tiles.cell(network), tiles.margin(network)
+    wide = core * -(-(core + 2 * far) // core)  # latents
+    plain.tile = recorded.tile = tiles.smallest(network)
+    try:
+        for made, width in ((1, wide), (2, 2 * wide), (2, wide)):
+            latents = torch.randn(1, plain.channels, 1, width, generator=torch.Generator().manual_seed(made))
+            before = graphs.stats().get("decode tile", Stats()).replayed
+            with torch.inference_mode():
+                assert torch.equal(recorded.decode(latents), plain.decode(latents))
+            stats = graphs.stats()
+            assert (stats["decode trunk"].recorded, stats["decode tile"].recorded) == (made, 1)
+            cells = width * plain.scale // tiles.cell(network)
+            assert stats["decode tile"].replayed - before == cells // core > 1
+    finally:
+        plain.tile = recorded.tile = None
+
+
+def test_blocks_that_stream_are_not_recorded_and_the_plan_says_why(tmp_path, monkeypatch):
+    folder = factory.make_model(tmp_path / "m")
+    budget = least(folder, device="cpu")
+    pipes = load(folder, device="cpu"), load(folder, device="cpu", memory_budget=budget)
+    pipes[1].record(Captures(FakeGraphs()))
+    made = both(pipes, CALLS[0], height=64, width=64)
+    assert made["text"] == made["velocity"] == 0 and made["context"] == 1
+    stats = pipes[1].captures.stats()
+    assert all("its blocks stream" in stats[name].refused for name in ("text", "velocity"))
+    assert "graphs of velocity: 0 graphs" in str(pipes[1].plan) and "launches are hidden" in str(pipes[1].plan)
+    monkeypatch.setattr("twinflow_rt.loading.open_captures", lambda *args: Captures(FakeGraphs(), strict=True))
+    with pytest.raises(ConfigError, match="blocks stream within memory_budget"):
+        load(folder, device="cpu", memory_budget=budget)
 
 
 def test_another_schedule_forgets_the_networks_graphs(pipes):

@@ -98,10 +98,16 @@ def test_cuts_and_ramps_cover_every_pixel_once():
             assert [a for a, _ in spans[1:]] == [b for _, b in spans[:-1]]
             assert spans[0][0] == 0 and spans[-1][1] == length
             assert max(b - a for a, b in spans) <= core
+            for far in (0, 5, 30):
+                side = tiles.window_side(length, core, far)
+                windows = [tiles.window(a, side, length, far) for a, _ in spans]
+                assert {w.stop - w.start for w in windows} == {side}
+                for (a, b), w in zip(spans, windows, strict=True):
+                    assert 0 <= w.start <= max(a - far, 0) and min(b + far, length) <= w.stop <= length
             total = torch.zeros(length * 2)
             blend = min(8, min(b - a for a, b in spans) // 2)
             for span in spans:
-                at = tiles.window(*span, length, blend)
+                at = tiles.around(*span, length, blend)
                 total[tiles.pixels(at, 2)] += tiles.ramp(span, at, length, blend, 2) if blend else 1
             assert (total - 1).abs().max() < 1e-6
 

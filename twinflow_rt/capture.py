@@ -174,6 +174,11 @@ class Captures:
             self.backend.leave()
             return result
 
+    def refuse(self, stage: str, why: str) -> None:
+        """Notes why calls of a stage do not come here."""
+        with self._lock:
+            self._refuse((stage, None), why)
+
     @property
     def nbytes(self) -> int:
         """Bytes that graphs hold: their pool and their inputs."""
@@ -247,9 +252,9 @@ class Captures:
         self._refuse(key, f"its graph alone needs {needed / 1e6:,.1f} MB, beyond the budget")
         return None
 
-    def _refuse(self, key: Hashable, reason: str) -> None:
+    def _refuse(self, key: tuple[str, Hashable], reason: str) -> None:
         self._plain[key] = reason
-        self._count(key[0])  # type: ignore[index]
+        self._count(key[0])
 
     def _count(self, stage: str, **more: int) -> None:
         stats = self._stats.get(stage, Stats())

@@ -111,6 +111,11 @@ def load(
             kinds = {"precision": plan.precision, "exempt": plan.exempt, "saved": True}
         whole = resolve_largest(largest, sizes)
         memory = plan_memory(text, vae, checkpoint, family, times, target, kind, budget, whole, tile, **kinds)
+        if captures is not None and captures.strict and (memory.text_streams or memory.streamed):
+            raise ConfigError(
+                f"capture='graphs' records every stage; blocks stream within memory_budget {memory_budget}, and such "
+                "are not recorded: use capture='auto', or a larger budget"
+            )
         text.streams, tile, how["streamed"] = memory.text_streams, memory.tile, memory.streamed
     vae.tile = tile
     part: Callable[[str], Callable[[int], None] | None] = lambda name: progress and partial(progress, name)

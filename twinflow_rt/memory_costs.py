@@ -136,8 +136,8 @@ def _decode(shadow: Shadow, tile: int | None, image: int) -> int:
     one = latents[:1]
     with torch.inference_mode():
         features: Tensor = decoder.trunk(one)
-    size, far = tiles.cell(decoder), tiles.margin(decoder)
-    sides = [min(n, -(-n // -(-n // max(tile // size, 1))) + 2 * far) for n in features.shape[2:]]
+    core, far = max(tile // tiles.cell(decoder), 1), tiles.margin(decoder)
+    sides = [tiles.window_side(n, core, far) for n in features.shape[2:]]
     part = features.new_empty((1, features.shape[1], *sides))
     tail = peak_of(lambda: decoder.tail(part))[1] + part.nbytes
     both = 2 * image if len(latents) > 1 else image  # images are put together at the end

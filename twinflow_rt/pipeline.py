@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .config import (
 )
 from .errors import ConfigError, DeviceError, OutOfMemoryError
 from .memory_plan import MemoryPlan
-from .models.context import Context
+from .models.context import Context, recorded_context
 from .noise import check_batch, initial_noise, resolve_seeds, step_noise
 from .ops import EAGER
 from .parallel import Ulysses
@@ -38,6 +39,7 @@ from .prompt_cache import PromptCache
 from .report import Stages
 from .sample import SamplerConfig, sample, schedule
 from .schedule import steps
+from .streaming import NOT_RECORDED
 from .text import PromptEmbeds
 from .vae import PreviewDecoder
 
@@ -106,6 +108,8 @@ class Pipeline:
     def record(self, captures: Captures | None) -> None:
         """Has the stages recorded by `captures` from now on, or (None) run as they are."""
         self.captures = self.text.captures = self.vae.captures = captures
+        if self.preview is not None:
+            self.preview.captures = captures
 
     def __call__(
         self, prompt: str | Sequence[str] | PromptEmbeds, *, height: int | None = None, width: int | None = None,
@@ -292,8 +296,10 @@ class Pipeline:
             return raw
 
         positions = noise[:, 0].numel()
-        streamed = self.memory is not None and self.memory.streamed  # weights that have another place every time
+        streamed = self.memory is not None and self.memory.streamed
         if graphs is None or streamed or not (graphs.strict or positions <= AUTO_POSITIONS):
+            if graphs is not None and streamed:
+                graphs.refuse("velocity", NOT_RECORDED)
             return lambda x, step: run(x, step, context)
         static = context.in_bucket(bucket)
         name = "velocity" if direct is None else "vae input"
@@ -338,8 +344,11 @@ class Pipeline:
         return embeds
 
     def _encode(self, embeds: PromptEmbeds) -> Context:
-        given = embeds.to(self.device, self.dtype)
-        context: Context = self.program.network.encode_context(given.embeds, given.lengths, **given.extras)
+        given, network = embeds.to(self.device, self.dtype), self.program.network
+        if self.captures is not None:
+            call = partial(self.captures, "context", self.program.plan)
+            return recorded_context(network, call, given.embeds, given.lengths, **given.extras)
+        context: Context = network.encode_context(given.embeds, given.lengths, **given.extras)
         return context
 
 

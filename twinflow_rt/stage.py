@@ -23,7 +23,7 @@ from .passes.load import Checkpoint, Layout, Progress, materialize
 from .passes.upsample import fold_upsampling
 from .plan import Layers
 from .report import LoadReport
-from .streaming import load_part
+from .streaming import NOT_RECORDED, load_part
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,9 @@ class Stage:
 
     def captured(self, name: str, run: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
         """run(*args), by a graph where there are any. owner: what else but the weights the graph reads, if anything."""
-        if self.captures is None or self.streams:  # what streams has another place every time
+        if self.captures is None:
+            return run(*args)
+        if self.streams:
+            self.captures.refuse(name, NOT_RECORDED)
             return run(*args)
         return self.captures(name, self.reports if owner is None else owner, run, *args)

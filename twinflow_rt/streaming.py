@@ -23,6 +23,7 @@ from .passes.blocks import block_names, parameters_of
 from .passes.load import Progress, assign, check, fetch
 
 ALIGNMENT = 256  # bytes, of a tensor in a buffer
+NOT_RECORDED = "its blocks stream: copying them takes the time, behind which launches are hidden"
 
 
 class Store(Protocol):

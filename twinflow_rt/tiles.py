@@ -13,6 +13,9 @@ convolutions: a pixel depends on the features within `reach` cells.
     overlap by `BLEND` cells on each side of their edge, in which one fades into the other, and with it what the
     zeros beyond a tile's border have changed.
 
+All tiles of an image are computed from windows of one size, at the image's border moved inwards: one shape, so one
+recorded graph and one choice of kernels.
+
 (diffusers runs trunk and tail per tile and fades over a quarter of it: attention then sees one tile, and
 the borders are those of zero padding.)
 """
@@ -71,34 +74,44 @@ def check_tile(network: Any, tile: int) -> None:
         raise ConfigError(f"tile must be a number of pixels, at least {smallest(network)} for this VAE; got {tile!r}")
 
 
-def decode(network: Any, latents: Tensor, tile: int, check: Callable[[], None] = lambda: None) -> Tensor:
+def plainly(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
+def decode(
+    network: Any, latents: Tensor, tile: int, check: Callable[[], None] = lambda: None,
+    call: Callable[[str, Callable[[Tensor], Tensor], Tensor], Tensor] = plainly,
+) -> Tensor:  # fmt: skip
     """`network(latents)` for raw latents [B, C, h, w], with the tail run on one tile of one image at a time.
 
     tile: its side in pixels without margins, at least `smallest`; tiles of one image have equal sizes up to
-    a cell. check(): called before every tile; it may raise to give up.
+    a cell. check(): called before every tile; it may raise to give up. call(name, function, x): runs the trunk and
+    each tile, by a recorded graph perhaps.
     """
     check_tile(network, tile)
-    images = [_decode_one(network, one[None], tile // cell(network), check) for one in latents]
+    images = [_decode_one(network, one[None], tile // cell(network), check, call) for one in latents]
     return torch.cat(images) if len(images) > 1 else images[0]
 
 
-def _decode_one(network: Any, latents: Tensor, core: int, check: Callable[[], None]) -> Tensor:
-    features = network.trunk(latents)
+def _decode_one(
+    network: Any, latents: Tensor, core: int, check: Callable[[], None], call: Callable[..., Tensor]
+) -> Tensor:  # fmt: skip
+    features = call("trunk", network.trunk, latents)
     size, blend, far = cell(network), BLEND if blends(network) else 0, margin(network)
     rows, columns = (cuts(n, core) for n in features.shape[2:])
+    sides = [window_side(n, core, far) for n in features.shape[2:]]
     if len(rows) == len(columns) == 1:
-        whole: Tensor = network.tail(features)
-        return whole
+        return call("tile", network.tail, features)
     image: Tensor | None = None
     for top, bottom in rows:
         for left, right in columns:
             check()
-            y, x = window(top, bottom, features.shape[2], far), window(left, right, features.shape[3], far)
-            part = network.tail(features[:, :, y, x].contiguous(memory_format=torch.channels_last))
+            y, x = window(top, sides[0], features.shape[2], far), window(left, sides[1], features.shape[3], far)
+            part = call("tile", network.tail, features[:, :, y, x].clone(memory_format=torch.channels_last))
             if image is None:
                 shape = (1, part.shape[1], features.shape[2] * size, features.shape[3] * size)
                 image = part.new_zeros(shape)
-            a, b = window(top, bottom, features.shape[2], blend), window(left, right, features.shape[3], blend)
+            a, b = around(top, bottom, features.shape[2], blend), around(left, right, features.shape[3], blend)
             part = part[:, :, inside(a, y, size), inside(b, x, size)]
             target = image[:, :, pixels(a, size), pixels(b, size)]
             if not blend:
@@ -123,7 +136,20 @@ def cuts(length: int, core: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def window(start: int, end: int, length: int, beyond: int) -> slice:
+def window_side(length: int, core: int, far: int) -> int:
+    """Cells along an axis of `length` that every tile of up to `core` cells is computed from, `far` more on each side
+    among them where the image has them."""
+    count = -(-length // core)
+    return min(-(-length // count) + 2 * far, length)
+
+
+def window(start: int, side: int, length: int, far: int) -> slice:
+    """The `side` cells that a tile beginning at `start` is computed from: from `far` before it on, within the image."""
+    first = min(max(start - far, 0), length - side)
+    return slice(first, first + side)
+
+
+def around(start: int, end: int, length: int, beyond: int) -> slice:
     """The cells from `beyond` before start to `beyond` behind end, within the image."""
     return slice(max(start - beyond, 0), min(end + beyond, length))
 

@@ -23,10 +23,12 @@ class VaeDecoder(Stage):
 
     std, mean: float32 [C], of raw latents: z * std + mean, as `ops.x0_to_vae` takes them.
     tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); None: images whole.
+    recorded_as: the name of its graphs.
     """
 
     model: Model
     tile: int | None = None
+    recorded_as = "decode"
 
     def __init__(self, folder: Path, name: str = "vae") -> None:
         self.parts = (self.model.open(folder / name),)
@@ -64,8 +66,9 @@ class VaeDecoder(Stage):
             latents = latents.float() / self._divisor + self._offset
         latents = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if self.tile is None:
-            return self.captured("decode", self.network, latents)
-        return tiles.decode(self.network, latents, self.tile, check)
+            return self.captured(self.recorded_as, self.network, latents)
+        call = lambda part, run, x: self.captured(f"{self.recorded_as} {part}", run, x)
+        return tiles.decode(self.network, latents, self.tile, check, call)
 
     def decode_uint8(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
         """Normalised latents -> uint8 pixels [B, H, W, 3]."""
@@ -87,6 +90,7 @@ class PreviewDecoder(VaeDecoder):
     """An AutoencoderTiny in a folder of its own, in the place of a model's decoder: small, fast, not exact."""
 
     model = autoencoder_tiny.MODEL
+    recorded_as = "preview"
 
     def __init__(self, folder: Path, vae: VaeDecoder) -> None:
         super().__init__(folder.parent, folder.name)

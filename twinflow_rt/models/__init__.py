@@ -8,6 +8,7 @@ then. The networks have in common:
     network(latents, modulation, context) -> velocity       in latent space, as the VAE has it
     network.patches(...) -> (velocity's patches, sign)      the same before unpacking, for `ops.x0_to_vae`
     prompt_modules                                          names of the modules encode_context runs
+    prompt_multiple, all_rows                               where prompts have only such lengths, or the longest
 
 `encode_context` takes lengths on the host, or as a tensor on the device, where they shape nothing (`export`).
 

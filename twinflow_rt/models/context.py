@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..capture import bucket
+
 
 def host_lengths(embeds: Tensor, lengths: Sequence[int] | Tensor) -> tuple[tuple[int, ...], int, Tensor | None]:
     """Of prompts embeds [B, L, D] that count up to `lengths`: (lengths on the host, rows to compute, lengths on
@@ -49,6 +51,17 @@ class Context:
                 changed["ragged"] = torch.tensor(self.lengths, device=self.tokens.device)
         return replace(self, **changed)
 
+    def within(self, lengths: Sequence[int]) -> Self:
+        """`in_bucket` undone: of prompts of these lengths, no longer than the longest, unmasked where all are equal."""
+        longest, names = max(lengths), {f.name for f in fields(self)}
+        changed: dict[str, Any] = {"lengths": tuple(lengths)}
+        for name, axis in self.prompt_axes.items():
+            if (value := getattr(self, name)).shape[axis] > longest:
+                changed[name] = value.narrow(axis, 0, longest).clone()
+        if "ragged" in names and min(lengths) == longest:
+            changed["ragged"] = None
+        return replace(self, **changed)
+
     def select(self, rows: Sequence[int]) -> Self:
         """The context of prompts `rows`, in that order and repeated as often as named: one per image."""
         if list(rows) == list(range(len(self.lengths))):
@@ -61,3 +74,21 @@ class Context:
             return value if value is None or value.shape[0] == 1 < len(self.lengths) else value[index]
 
         return replace(self, **{f.name: pick(getattr(self, f.name)) for f in fields(self)})
+
+
+def recorded_context(
+    network: Any, call: Callable[..., Any], embeds: Tensor, lengths: Sequence[int], **extras: Tensor
+) -> Context:
+    """network.encode_context(embeds, lengths, **extras) where `call(function, *args)` records a graph per shape of
+    args: prompts are padded to a bucket, and their lengths mask them on the device. A network that reads every row
+    (`all_rows`) has prompts of one length."""
+    if not getattr(network, "all_rows", False):
+        longest = bucket(max(lengths))
+        embeds = F.pad(embeds[:, :longest], (0, 0, 0, max(longest - embeds.shape[1], 0)))
+
+    def run(embeds: Tensor, lengths: Tensor, extras: dict[str, Tensor]) -> Any:
+        return network.encode_context(embeds, lengths, **extras)
+
+    context: Context = call(run, embeds, torch.tensor(lengths, device=embeds.device), extras)
+    multiple = getattr(network, "prompt_multiple", 1)  # tokens of a context may be padding that counts
+    return context.within([-(-n // multiple) * multiple for n in lengths])

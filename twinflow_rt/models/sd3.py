@@ -143,6 +143,8 @@ class SD3Transformer(nn.Module):
     time_table: Tensor
     gap_table: Tensor
 
+    all_rows = True  # of a prompt count
+
     def __init__(self, config: SD3Config, *, folded_steps: int | None = None) -> None:
         super().__init__()
         self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
