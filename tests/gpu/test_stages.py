@@ -62,6 +62,27 @@ def test_streamed_blocks_give_the_same_images(tmp_path):
         assert (pipe("a", **args).images - plain("a", **args).images).abs().max() < 1e-3
 
 
+def test_layers_of_8_bits_stream_bit_for_bit(tmp_path):
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("float8 products need compute capability 8.9")
+    folder, how = factory.make_model(tmp_path / "m"), {"device": "cuda", "dtype": "bfloat16", "precision": "fp8"}
+    plain = load(folder, capture="off", **how)
+    pipe = load(folder, memory_budget=least(folder, **how), **how)
+    assert pipe.memory.streamed and any(layers.kind == "fp8" for layers in pipe.plan.layers)
+    for seed in range(10):
+        args = {"height": 64, "width": 64, "seed": seed, "output": "latent"}
+        assert torch.equal(pipe("a", **args).images, plain("a", **args).images)
+
+
+def test_tiles_are_recorded_as_one_graph(tmp_path):
+    folder = factory.make_model(tmp_path / "m")
+    plain, recorded = (load(folder, device="cuda", capture=how, tile=64) for how in ("off", "graphs"))
+    args = {"height": 128, "width": 128, "seed": 3, "output": "pt"}
+    assert (recorded("a", **args).images - plain("a", **args).images).abs().max() < 1e-3
+    stats = recorded.captures.stats()
+    assert stats["decode tile"].recorded == 1 < stats["decode tile"].replayed and stats["context"].recorded == 1
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_predicted_peak_is_what_the_allocator_gave(streamed, tmp_path):
     """Within 10 %, on a Z-Image of a third of the width."""
