@@ -40,7 +40,7 @@ def stage(request, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def narrow(monkeypatch):
     monkeypatch.setattr(quantize, "NARROWEST", 4)
-    monkeypatch.setattr(quantize, "FP8_MULTIPLE", 4)
+    monkeypatch.setitem(quantize.MULTIPLES, "fp8", 4)
 
 
 def quantized(kind, folder, precision, exempt=(), dtype=torch.float32):

@@ -18,7 +18,7 @@ from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, Target
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-OF_CPU = ("eager", "native", "int8-mm")
+OF_CPU = ("eager", "native")
 THIRD_PARTY = [name for name, backend in BACKENDS.items() if backend.module]
 
 

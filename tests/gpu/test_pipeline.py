@@ -15,8 +15,8 @@ def folder(request):
         yield path
 
 
-def latents(folder, device, dtype):
-    pipe = load(folder, device=device, dtype=dtype)
+def latents(folder, device, dtype, precision=None):
+    pipe = load(folder, device=device, dtype=dtype, precision=precision)
     prompts = ["a red circle", "a blue square above a circle"]
     return pipe(prompts, seed=7, height=64, width=64, output="latent").images.cpu()
 
@@ -28,6 +28,13 @@ def test_latents_agree_with_the_cpu(folder, dtype, bound):
     want, got = latents(folder, "cpu", "float32").double(), latents(folder, "cuda", dtype).double()
     assert got.isfinite().all()
     assert ((got - want).square().mean() / want.square().mean()).sqrt() < bound
+
+
+@pytest.mark.gpu
+def test_int8_agrees_with_the_cpu(folder):
+    """Both quantize alike, from activations that differ in rounding."""
+    want, got = (latents(folder, device, "float32", "int8").double() for device in ("cpu", "cuda"))
+    assert ((got - want).square().mean() / want.square().mean()).sqrt() < 3e-2
 
 
 @pytest.mark.gpu

@@ -126,7 +126,7 @@ def test_float8_attention_is_chosen_only_where_asked_for():
 def test_rows_of_float8_need_a_chip_that_stores_them(op):
     float8 = replace(H100, rows=torch.float8_e4m3fn)
     product = op == "linear_quantized"
-    names = ("scaled-mm", "cuda") if product else ("cuda", "triton")
+    names = ("scaled-mm", "cuda", "int8-mm") if product else ("cuda", "triton")
     assert rank(op, float8) == names
     for name in names[:1] if product else names:
         refuses = IMPLEMENTATIONS[op][name].refuses
@@ -147,6 +147,8 @@ def test_products_of_rows_say_what_they_multiply():
     assert "gives bfloat16, not float16" in refuses["scaled-mm"](replace(H100, dtype=torch.float16))
     assert "not float8" in refuses["cuda"](replace(H100, rows=torch.float8_e4m3fn))
     assert "not float8" not in (refuses["cuda"](replace(H100, rows=torch.int8)) or "")
+    assert refuses["int8-mm"](replace(H100, rows=torch.int8)) is None
+    assert "8.0" in refuses["int8-mm"](replace(H100, rows=torch.int8, arch=75))
     cpu = Target("cpu", torch.float32, rows=torch.float8_e4m3fn)
     assert "not float8" in refuses["int8-mm"](cpu) and "not on cpu" in refuses["scaled-mm"](cpu)
     assert refuses["int8-mm"](replace(cpu, rows=torch.int8)) is None

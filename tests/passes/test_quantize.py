@@ -169,20 +169,30 @@ def test_precision_is_checked(folder):
         load(folder, precision="int4")
     with pytest.raises(ConfigError, match="give one of the two"):
         load(folder, precision="bf16", dtype="float32")
-    with pytest.raises(ConfigError, match="runs on the CPU"):
-        quantize.convert(nn.Linear(64, 64), torch.device("cuda"), "int8")
+    with pytest.raises(ConfigError, match="runs on CPUs and NVIDIA GPUs, not on mps"):
+        quantize.convert(nn.Linear(64, 64), torch.device("mps"), "int8")
     with pytest.raises(ConfigError, match="come out in bfloat16, not float32"):
         quantize.require("fp8", torch.device("cuda"), torch.float32)
     assert load(folder, device="cpu", precision="fp32").dtype == torch.float32
     assert load(folder, device="cpu", precision="auto").plan.precision is None
 
 
-def test_gpus_without_float8_are_refused_by_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    with pytest.raises(ConfigError, match=r"precision fp8: .* 8\.9 or newer, cuda has 8\.6; use bf16"):
-        quantize.require("fp8", torch.device("cuda"), torch.bfloat16)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    quantize.require("fp8", torch.device("cuda"), torch.bfloat16)
+@pytest.mark.parametrize(("precision", "too_old", "old_enough"), [("fp8", (8, 6), (8, 9)), ("int8", (7, 5), (8, 0))])
+def test_gpus_without_such_products_are_refused_by_name(monkeypatch, precision, too_old, old_enough):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: too_old)
+    least, has = (r"\.".join(map(str, version)) for version in (old_enough, too_old))
+    with pytest.raises(ConfigError, match=f"precision {precision}: .* {least} or newer, cuda has {has}; use bf16"):
+        quantize.require(precision, torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: old_enough)
+    quantize.require(precision, torch.device("cuda"), torch.bfloat16)
+
+
+def test_layers_that_a_gpu_cannot_align_stay_as_they_are():
+    network = nn.Module()
+    network.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 36))])
+    for device, second in ((torch.device("cuda"), None), (CPU, "int8")):
+        kinds = [quantize.quantizes(network, f"blocks.0.{i}", network.blocks[0][i], device, "int8", ()) for i in (0, 1)]
+        assert kinds == ["int8", second]
 
 
 @PRECISIONS

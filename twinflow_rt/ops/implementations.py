@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TRITON = (3, 6)
 OLDEST_ARCH = 80
 FLOAT8_ARCH = 89  # the first compute capability that stores and multiplies float8
+INT8_ARCH = 80  # the first whose int8 products cuBLASLt gives rows of any number
 RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of several lengths
 FP8 = "attention_fp8"  # attention with float8 scores, where the target asks for it
 
@@ -117,8 +118,10 @@ def _rows_refuse(refuses: Callable[[Target], str | None]) -> Callable[[Target], 
 
 
 def _int8_mm_refuses(target: Target) -> str | None:
-    if target.device != "cpu":
-        return f"runs on the CPU, not on {target.device}"
+    if target.device not in ("cpu", "cuda"):
+        return f"runs on a CPU or an NVIDIA GPU, not on {target.device}"
+    if target.arch is not None and target.arch < INT8_ARCH:
+        return f"int8 needs compute capability 8.0, this GPU has {target.arch / 10:.1f}"
     return _MULTIPLIES_INT8 if target.rows == torch.float8_e4m3fn else None
 
 

@@ -77,7 +77,7 @@ def linear_upcast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def int8_limit(capabilities: Mapping[str, bool]) -> float:
-    """Largest magnitude of int8 weights on a CPU of these `torch.cpu.get_capabilities()`.
+    """Largest magnitude of int8 weights on a CPU of these `torch.cpu.get_capabilities()`. (A GPU sums in 32 bits.)
 
     127 where 8-bit products are summed in 32 bits (VNNI, AMX). Elsewhere pairs of products are summed
     in 16 bits and saturate beyond: 2 * 255 * 63 < 2^15, so there weights use 7 of their 8 bits.
@@ -114,7 +114,7 @@ def int8_sums(x: Tensor, weight: Tensor) -> Tensor:
 def int8_mm(
     x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`linear_quantized` of int8 on a CPU: products are summed exactly, in int32; scaled in float32, rounded once."""
+    """`linear_quantized` of int8: products are summed exactly, in int32; scaled in float32, rounded once."""
     y = int8_sums(x, weight) * x_scales.reshape(-1, 1)
     y.mul_(weight_scales.view(1, -1))
     return (y if bias is None else y.add_(bias)).to(dtype).view(*x.shape[:-1], len(weight))

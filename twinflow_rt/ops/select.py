@@ -21,6 +21,7 @@ from .implementations import (
     FLOAT8_ARCH,
     FP8,
     IMPLEMENTATIONS,
+    INT8_ARCH,
     NATIVE,
     NO_TRITON,
     RAGGED,
@@ -33,9 +34,9 @@ from .rows import Op, RowTable
 from .table import EAGER, OpTable
 
 __all__ = [
-    "EAGER", "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "NATIVE", "NO_TRITON", "RAGGED", "ROW_OPS",
-    "SEPARATE", "Choice", "Implementation", "OpTable", "RowTable", "Target", "choose", "rank", "select", "select_rows",
-    "triton_refuses",
+    "EAGER", "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "INT8_ARCH", "NATIVE", "NO_TRITON", "RAGGED",
+    "ROW_OPS", "SEPARATE", "Choice", "Implementation", "OpTable", "RowTable", "Target", "choose", "rank", "select",
+    "select_rows", "triton_refuses",
 ]  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
     if op in _RANKS:
         return _RANKS[op](target) if target.device in ("cpu", "cuda") else ()
     if op == "linear_quantized":
-        return {"cpu": ("native", "int8-mm"), "cuda": ("scaled-mm", "cuda")}.get(target.device, ())
+        return {"cpu": ("native", "int8-mm"), "cuda": ("scaled-mm", "cuda", "int8-mm")}.get(target.device, ())
     if target.device == "cpu":
         return ("native",) if op in NATIVE or op in ROW_OPS else ()
     if target.device != "cuda":

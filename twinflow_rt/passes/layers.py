@@ -79,8 +79,9 @@ def quantize_layer(layer: nn.Linear, weight: Tensor, to: torch.dtype) -> None:
 
 
 def quantized_values(weight: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values and scales that a QuantizedLinear on this machine may have."""
-    return quantize_weight(weight, to, int8_limit(torch.cpu.get_capabilities()) if to == torch.int8 else None)
+    """Values and scales that a QuantizedLinear may have where `weight` is."""
+    limited = to == torch.int8 and not weight.is_cuda
+    return quantize_weight(weight, to, int8_limit(torch.cpu.get_capabilities()) if limited else None)
 
 
 def become(layer: nn.Linear, values: Tensor, scales: Tensor) -> None:

@@ -17,7 +17,7 @@ from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
 from ..ops.linear import int8_limit
 from ..ops.rows import producing
-from ..ops.select import FLOAT8_ARCH, Choice, Target, select_rows
+from ..ops.select import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_rows
 from ..plan import Group, Layers
 from ..report import TRIM_EVERY, release_free_memory
 from .blocks import group_of, in_block
@@ -42,7 +42,7 @@ __all__ = [
 
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
-FP8_MULTIPLE = 16  # of inputs and outputs of an fp8 layer: the products' alignment on a GPU
+MULTIPLES = {"fp8": 16, "int8": 8}  # of inputs and outputs of a layer: the products' alignment on a GPU
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -155,15 +155,18 @@ def check_names(network: nn.Module, exempt: Sequence[str], measured: Sequence[Gr
 def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why linear layers cannot multiply in `precision`, "int8" or "fp8", on `device`, or None. dtype: of the
     network, where known."""
-    if precision == "fp8":
-        if device.type == "cuda" and dtype not in (None, torch.bfloat16):
+    if device.type == "cuda":
+        if precision == "fp8" and dtype not in (None, torch.bfloat16):
             return f"float8 products come out in bfloat16, not {dtype_name(dtype)}; use dtype bfloat16"
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < divmod(FLOAT8_ARCH, 10):
-            have = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            return f"float8 products need compute capability 8.9 or newer, {device} has {have}; use bf16 there"
+        needs = divmod(FLOAT8_ARCH if precision == "fp8" else INT8_ARCH, 10)
+        if (have := torch.cuda.get_device_capability(device)) < needs:
+            least, found = (".".join(map(str, version)) for version in (needs, have))
+            return f"its products need compute capability {least} or newer, {device} has {found}; use bf16 there"
+        return None
+    if precision == "fp8":
         return None
     if device.type != "cpu":
-        return f"runs on the CPU, not on {device}; use fp8 or bf16 there"
+        return f"runs on CPUs and NVIDIA GPUs, not on {device}"
     return None if torch.backends.mkldnn.is_available() else "needs a torch built with oneDNN"
 
 
@@ -202,9 +205,14 @@ def check_quantized(network: nn.Module, device: torch.device, dtype: torch.dtype
         return
     if reason := refuses(precision, device, dtype):
         raise CheckpointError(f"this artifact holds {precision} weights: {reason}")
+    if _aligned(precision, device) and any(n % MULTIPLES[precision] for m in found for n in m.weight.shape):
+        raise CheckpointError(
+            f"this artifact holds {precision} weights whose inputs or outputs are no multiple of "
+            f"{MULTIPLES[precision]}, as {device} needs; compile from the model folder for it"
+        )
     if wrong := {m.weight.dtype for m in found} - {ROWS[precision]}:
         raise CheckpointError(f"this artifact of precision {precision} holds weights of {wrong.pop()}; save it again")
-    limit = int8_limit(torch.cpu.get_capabilities())
+    limit = _int8_limit(device)
     if precision == "int8" and limit < 127 and any(m.weight.abs().max() > limit for m in found):
         raise CheckpointError(
             "this artifact's int8 weights need a CPU with VNNI, where products do not saturate; "
@@ -235,8 +243,8 @@ def _kind(
             why = f"sensitive: kept out of {precision}"
         elif not in_block(network, name):
             why = f"embedder, projection or once per prompt: kept out of {precision}"
-        elif precision == "fp8" and any(n % FP8_MULTIPLE for n in layer.weight.shape):
-            why = f"inputs or outputs are no multiple of {FP8_MULTIPLE}: kept out of fp8"
+        elif _aligned(precision, device) and any(n % MULTIPLES[precision] for n in layer.weight.shape):
+            why = f"inputs or outputs are no multiple of {MULTIPLES[precision]}: kept out of {precision}"
         else:
             return precision, _how(precision, device)
     if layer.weight.is_meta:  # never in a network of some precision
@@ -249,10 +257,19 @@ def _kind(
     return "packed", why
 
 
+def _aligned(precision: str, device: torch.device) -> bool:
+    """Whether layers have to be of MULTIPLES: on a GPU; fp8 everywhere, since a CPU merely tries it out for one."""
+    return precision == "fp8" or device.type != "cpu"
+
+
 def _how(precision: str, device: torch.device) -> str:
     """A word on the products of a quantized layer."""
     if precision == "fp8":
         emulated = "emulated in float32, slowly: a CPU has no float8 products"
         return emulated if device.type == "cpu" else "e4m3, rows of activations and weights scaled"
-    limit = int8_limit(torch.cpu.get_capabilities())
-    return "rows of activations and weights scaled" if limit == 127 else "7-bit weights: no VNNI"
+    return "rows of activations and weights scaled" if _int8_limit(device) == 127 else "7-bit weights: no VNNI"
+
+
+def _int8_limit(device: torch.device) -> float:
+    """Of the magnitude of int8 weights."""
+    return int8_limit(torch.cpu.get_capabilities()) if device.type == "cpu" else 127.0
