@@ -63,8 +63,8 @@ def load(
     precision: "fp32", "fp16" or "bf16", the dtypes; "int8" (CPUs, NVIDIA GPUs from compute capability 8.0 on) or "fp8"
     (GPUs from 8.9 on; a CPU emulates it, slowly): linear layers of the transformer's blocks with 8-bit weights and
     activations; None: what suits checkpoint and device; "auto": that, or int8, fp8 or bf16 if it measured faster here
-    and accurate (`twinflow-rt sensitivity --save`; the plan says why). exempt: parts of names of layers kept out of int8 or
-    fp8, because they measured sensitive, or a file of that command, whose errors go into the plan.
+    and accurate (`twinflow-rt sensitivity --save`; the plan says why). exempt: parts of names of layers kept out of
+    int8 or fp8, because they measured sensitive, or a file of that command, whose errors go into the plan.
     fp8_attention: beside "fp8", attention's scores are float8 products as well.
     text_precision: "int8" or "fp8", for the linear layers of the text encoders' blocks, where `precision` never
     reaches; text_exempt: parts of names of layers kept out of it.
