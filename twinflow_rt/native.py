@@ -13,38 +13,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native_op import as_rows, fake, halves, op, run, same, shape_of, weight_of
+from .native_op import as_rows, fake, fresh, halves, op, run, same, weight_of
 
 # -- norm -------------------------------------------------------------------------------------------------
 
 
 @op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = fresh(x)
     rows, *strides = as_rows(x)
     _held, address, each = weight_of(weight, x)
-    run("rms_norm", x, rows.data_ptr(), *strides, address, each, out.data_ptr(), *shape_of(x), eps)
+    run("rms_norm", x, rows.data_ptr(), *strides, address, each, out.data_ptr(), *rows.shape, eps)
     return out
 
 
 @op("layer_norm(Tensor x, Tensor? weight, float eps, Tensor? bias=None) -> Tensor")
 def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = fresh(x)
     rows, *strides = as_rows(x)
     (_held, *w), (_too, *b) = weight_of(weight, x), weight_of(bias, x)
-    run("layer_norm", x, rows.data_ptr(), *strides, *w, *b, out.data_ptr(), *shape_of(x), eps)
+    run("layer_norm", x, rows.data_ptr(), *strides, *w, *b, out.data_ptr(), *rows.shape, eps)
     return out
 
 
 @op("residual_norm(Tensor x, Tensor branch, Tensor post, Tensor? pre, float eps) -> Tensor[]")
 def _residual_norm(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
     same("branch", x, branch)
-    out = [x.new_empty(x.shape) for _ in range(1 if pre is None else 2)]
+    out = [fresh(x) for _ in range(1 if pre is None else 2)]
     (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
     (_held, *after), (_too, *before) = weight_of(post, x), weight_of(pre, x)
     run(
         "residual_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before, out[0].data_ptr(),
-        0 if pre is None else out[1].data_ptr(), *shape_of(x), eps,
+        0 if pre is None else out[1].data_ptr(), *a.shape, eps,
     )  # fmt: skip
     return out
 
@@ -57,13 +57,13 @@ def residual_layer_norm(
     x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     same("branch", x, branch)
-    total, normed = x.new_empty(x.shape), x.new_empty(x.shape)
+    total, normed = fresh(x), fresh(x)
     (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
     kept = [weight_of(w, x) for w in (gate, weight, bias)]
     places = [place for _, *one in kept for place in one]
     run(
         "residual_layer_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *places, total.data_ptr(),
-        normed.data_ptr(), *shape_of(x), eps,
+        normed.data_ptr(), *a.shape, eps,
     )  # fmt: skip
     return total, normed
 
@@ -168,7 +168,7 @@ def swiglu(x: Tensor) -> Tensor:
 @op("gelu_tanh(Tensor x) -> Tensor")
 def gelu_tanh(x: Tensor) -> Tensor:
     x = x.contiguous()
-    out, width = x.new_empty(x.shape), max(x.shape[-1], 1)
+    out, width = fresh(x), max(x.shape[-1], 1)
     run("gelu_tanh", x, x.data_ptr(), out.data_ptr(), out.numel() // width, width)
     return out
 
@@ -177,7 +177,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def x0_project(x: Tensor, velocity: Tensor, t: float = 1.0) -> Tensor:
     same("velocity", x, velocity)
     x, velocity = x.contiguous(), velocity.contiguous()
-    out = x.new_empty(x.shape)
+    out = fresh(x)
     run("x0_project", x, x.data_ptr(), velocity.data_ptr(), out.data_ptr(), x.numel(), t)
     return out
 

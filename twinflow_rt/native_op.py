@@ -21,13 +21,13 @@ _torch_library = torch.library.Library("twinflow", "DEF")
 
 def run(name: str, x: Tensor, *arguments: Any) -> None:
     """Runs a kernel where x lives; its dtype and the threads or the stream are the last arguments."""
-    kernels = library.load(x.device.type)
+    kernels = library.load("cpu" if x.is_cpu else x.device.type)  # a device's name takes as long as a few arguments
     if isinstance(kernels, str):
         raise DeviceError(kernels)
     kind = KINDS.get(x.dtype)
     if kind is None:
         raise TypeError(f"twinflow::{name} stores float32 or bfloat16, not {x.dtype}")
-    if x.device.type == "cpu":
+    if x.is_cpu:
         getattr(kernels, name)(*arguments, kind, torch.get_num_threads())
     else:
         with torch.cuda.device(x.device):
@@ -42,9 +42,9 @@ def as_rows(x: Tensor) -> tuple[Tensor, int, int]:
     return x, x.stride(0), x.stride(1)
 
 
-def shape_of(x: Tensor) -> tuple[int, int, int]:
-    rows = x.shape[1:-1].numel() if x.ndim > 2 else x.shape[0]
-    return x.shape[0] if x.ndim > 2 else 1, rows, x.shape[-1]
+def fresh(x: Tensor) -> Tensor:
+    """Contiguous room for a tensor like x; `new_empty` takes twice as long."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def same(name: str, x: Tensor, other: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .native_op import as_rows, fake, halves, op, run, same, shape_of, weight_of
+from .native_op import as_rows, fake, fresh, halves, op, run, same, weight_of
 from .ops.linear import int8_sums
 
 Rows = tuple[Tensor, Tensor]
@@ -41,7 +41,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
     """See ops/linear.py."""
     values, scales = _made(x, dtype)
     rows, *strides = as_rows(x)
-    _quantize("quantize_rows", x, dtype, rows.data_ptr(), *strides, values.data_ptr(), scales.data_ptr(), *shape_of(x))
+    _quantize("quantize_rows", x, dtype, rows.data_ptr(), *strides, values.data_ptr(), scales.data_ptr(), *rows.shape)
     return values, scales
 
 
@@ -52,7 +52,7 @@ def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
     rows, *strides = as_rows(x)
     _held, *w = weight_of(weight, x)
     made = values.data_ptr(), scales.data_ptr()
-    _quantize("rms_norm_quantized", x, dtype, rows.data_ptr(), *strides, *w, *made, *shape_of(x), eps)
+    _quantize("rms_norm_quantized", x, dtype, rows.data_ptr(), *strides, *w, *made, *rows.shape, eps)
     return values, scales
 
 
@@ -65,7 +65,7 @@ def layer_norm_quantized(
     rows, *strides = as_rows(x)
     (_held, *w), (_too, *b) = weight_of(weight, x), weight_of(bias, x)
     made = values.data_ptr(), scales.data_ptr()
-    _quantize("layer_norm_quantized", x, dtype, rows.data_ptr(), *strides, *w, *b, *made, *shape_of(x), eps)
+    _quantize("layer_norm_quantized", x, dtype, rows.data_ptr(), *strides, *w, *b, *made, *rows.shape, eps)
     return values, scales
 
 
@@ -78,12 +78,12 @@ def residual_norm_quantized(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ops/norm.py."""
     same("branch", x, branch)
-    total, (values, scales) = x.new_empty(x.shape), _made(x, dtype)
+    total, (values, scales) = fresh(x), _made(x, dtype)
     (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
     (_held, *after), (_too, *before) = weight_of(post, x), weight_of(pre, x)
     _quantize(
         "residual_norm_quantized", x, dtype, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before,
-        total.data_ptr(), values.data_ptr(), scales.data_ptr(), *shape_of(x), eps,
+        total.data_ptr(), values.data_ptr(), scales.data_ptr(), *a.shape, eps,
     )  # fmt: skip
     return total, values, scales
 
@@ -98,13 +98,13 @@ def residual_layer_norm_quantized(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See ops/norm.py."""
     same("branch", x, branch)
-    total, (values, scales) = x.new_empty(x.shape), _made(x, dtype)
+    total, (values, scales) = fresh(x), _made(x, dtype)
     (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
     kept = [weight_of(w, x) for w in (gate, weight, bias)]
     _quantize(
         "residual_layer_norm_quantized", x, dtype, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides,
         *(place for _, *one in kept for place in one), total.data_ptr(), values.data_ptr(), scales.data_ptr(),
-        *shape_of(x), eps,
+        *a.shape, eps,
     )  # fmt: skip
     return total, values, scales
 
