@@ -14,7 +14,7 @@ from twinflow_rt.footprint import work_of
 from twinflow_rt.loading import load
 from twinflow_rt.models.qwen_image import QwenImageTransformer
 from twinflow_rt.models.z_image import ZImageConfig, ZImageTransformer, pad_length
-from twinflow_rt.plan import CEILINGS, Ceiling, Plan, Stage, group_parameters, milliseconds
+from twinflow_rt.plan import CEILINGS, Ceiling, Plan, Stage, duration, group_parameters
 
 HEIGHT, WIDTH, PROMPT = 12, 20, 40
 
@@ -101,7 +101,8 @@ def test_a_stage_takes_what_the_slower_of_work_and_traffic_takes():
     assert Stage("b", flops=10**12, weight_bytes=3 * 10**9).seconds(ceiling) == 3.0
     assert Stage("c", flops=10**12, weight_bytes=10**9, activation_bytes=4 * 10**9).seconds(ceiling) == 5.0
     narrow = Stage("d", flops=4 * 10**12, weight_bytes=10**9, narrow_flops=3 * 10**12)
-    assert narrow.seconds(ceiling) is None and milliseconds(None) == "unknown"
+    assert narrow.seconds(ceiling) is None and duration(None) == "unknown"
+    assert [duration(t) for t in (0.0123, 1.5)] == ["12.3 ms", "1.5 s"]
     assert narrow.seconds(Ceiling(1e12, 1e9, narrow=2e12)) == 2.5
 
 

@@ -19,7 +19,7 @@ from .passes import quantize
 from .passes.fold import folded_away
 from .passes.load import Checkpoint, Layout, assign, check, model_folder
 from .passes.upsample import fold_upsampling, folded_bytes
-from .plan import CEILINGS, Ceiling, Stage, group_parameters, milliseconds
+from .plan import CEILINGS, Ceiling, Stage, duration, group_parameters
 from .predict import PROMPT_TOKENS, predict_stages
 from .shadow import FOLDED
 
@@ -94,7 +94,7 @@ class Description:
             "".join(("stage             GFLOP       weights   activations", *machines)),
         ]
         for s in self.stages:
-            floors = "".join(f"{milliseconds(seconds):>12}" for seconds in self.floors[s.name].values())
+            floors = "".join(f"{duration(seconds):>12}" for seconds in self.floors[s.name].values())
             moved = f"{s.weight_bytes / 1e6:>11,.2f} MB{s.activation_bytes / 1e6:>11,.2f} MB"
             lines.append(f"{s.name:<9} {s.flops / 1e9:>13,.2f}{moved}{floors}")
         return lines

@@ -188,7 +188,7 @@ class Plan:
         for group in self.sensitivity:
             lines.append(f"sensitivity  {group}" + ("  exempt" if group.name in exempt else ""))
         for stage in self.stages:
-            floors = ", ".join(f"{name} {milliseconds(t)}" for name, t in stage.floors(CEILINGS).items())
+            floors = ", ".join(f"{name} {duration(t)}" for name, t in stage.floors(CEILINGS).items())
             work = f"{stage.flops / 1e9:,.2f} GFLOP  {_bytes(stage.weight_bytes)} of weights"
             work += f"  {_bytes(stage.activation_bytes)} of activations"
             lines.append(f"stage        {stage.name:<20} {work}  floor: {floors}")
@@ -211,9 +211,11 @@ def group_parameters(sizes: dict[str, int]) -> dict[str, int]:
     return groups
 
 
-def milliseconds(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """A floor as text."""
-    return "unknown" if seconds is None else f"{seconds * 1e3:.3g} ms"
+    if seconds is None:
+        return "unknown"
+    return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _count(n: int) -> str:
