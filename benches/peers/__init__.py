@@ -16,7 +16,8 @@ take a core from whoever comes next. Before anything is timed, outputs are compa
 A whole image has a new prompt in every call, so that nothing is answered from a cache of prompts.
 `network` is the transformer alone and its rate is stated as a share of the matrix product rate measured
 in the same run. First image: from the start of the process, imports included. At the end the goals are
-printed and written, each met or missed in this run (`goals.py`).
+printed and written, each met or missed in this run (`goals.py`). Where an image's time goes: `python -m
+benches.peers.profile`.
 
 diffusers' Z-Image network does not convert to OpenVINO (complex rotary tables, pad_sequence), so that
 peer gets this project's plain torch networks of the same mathematics and weights, at fixed shapes and
