@@ -19,6 +19,14 @@ PRECISIONS = pytest.mark.parametrize("precision", ["int8", "fp8"])
 ARGUMENTS = {"height": 16, "width": 24, "seed": 3, "output": "latent"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_layers_are_packed():
+    """Models of tests are made of layers that are too small to gain by it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "SMALLEST_PACKED", 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("quantize") / "model")
@@ -52,6 +60,13 @@ def test_packed_is_as_exact_and_states_itself(folder, exact):
     assert kinds(pipe.plan)["packed"] > 0 and "linear       packed" in str(pipe.plan)
     assert any(isinstance(m, quantize.PackedLinear) for m in pipe.text.network.modules())
     assert distance(pipe("a red square", **ARGUMENTS).images, exact) < 1e-5
+
+
+def test_small_float32_layers_stay_plain(monkeypatch):
+    monkeypatch.setattr(quantize, "SMALLEST_PACKED", 64 * 64)
+    layers = quantize.convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 63)), CPU)
+    assert [(g.kind, g.parameters) for g in layers] == [("packed", 64 * 64), ("plain", 64 * 63)]
+    assert "small" in layers[1].why
 
 
 def test_packed_layers_keep_names_sizes_and_weights():

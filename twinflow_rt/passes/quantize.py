@@ -42,6 +42,7 @@ __all__ = [
 
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
+SMALLEST_PACKED = 1 << 16  # elements of a float32 weight: calling oneDNN for fewer takes longer than it saves
 MULTIPLES = {"fp8": 16, "int8": 8}  # of inputs and outputs of a layer: the products' alignment on a GPU
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -254,6 +255,8 @@ def _kind(
         return "plain", reason if precision is None else why
     if stored == torch.bfloat16 and not has_native(stored, device):
         return "upcast", "this CPU has no bfloat16 instructions (AVX512-BF16, AMX)"
+    if stored == torch.float32 and layer.weight.numel() < SMALLEST_PACKED:
+        return "plain", "small: multiplied sooner than a packed product is called" if precision is None else why
     return "packed", why
 
 
