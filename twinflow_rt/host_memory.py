@@ -11,6 +11,7 @@ import sys
 STATUS = "/proc/self/status"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
+DEFAULT_THRESHOLD = 128 << 10  # glibc's, both
 
 
 def resident_bytes() -> int:
@@ -50,21 +51,20 @@ def keep_freed_memory() -> bool:
     theirs = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
     if any(name in os.environ for name in theirs) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is None:
-        return False
-    settings = (M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD), (M_TRIM_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
-    return all(mallopt(*setting) for setting in settings)
+    return _set_thresholds(LARGEST_MMAP_THRESHOLD, 2 * LARGEST_MMAP_THRESHOLD)
 
 
 def return_freed_memory() -> None:
     """Has malloc give tensors of 1 MB and more back to the system when they are freed, for the rest of this process:
     it would keep the place of smaller ones, and what is resident would exceed what is used. A page fault more per page
     is what it costs. Takes back what `keep_freed_memory` said."""
+    _set_thresholds(DEFAULT_THRESHOLD, DEFAULT_THRESHOLD)
+
+
+def _set_thresholds(mmap: int, trim: int) -> bool:
+    """malloc's thresholds in bytes; whether it took them (glibc's does)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 17)
-        mallopt(M_TRIM_THRESHOLD, 128 << 10)  # its default
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, mmap)) and bool(mallopt(M_TRIM_THRESHOLD, trim))
 
 
 def _usage() -> int:

@@ -96,18 +96,19 @@ def load(
     checkpoint = _transformer(folder, pairs, plan)
     family = family_of(checkpoint.config)
     kind = resolve_dtype(dtype, target, DTYPES[plan.dtype] if plan else checkpoint.main_dtype())
-    how: dict[str, Any] = {"dtype": kind} if plan is not None else precisions.resolve(
+    how: dict[str, Any] = {} if plan is not None else precisions.resolve(
         folder / "transformer", precision, exempt, fp8_attention, target, kind, free=dtype is None
     )  # fmt: skip
-    kind = how.pop("dtype")
+    kind = how.pop("dtype", kind)
     text, vae, sizes = family.open(folder, checkpoint.config)
     text.quantize(text_precision, text_exempt, target, kind)
     times, memory = schedule(config, kind), None
     if tile is not None:
         check_tile(vae.network, tile)
     if (budget := parse_bytes(memory_budget)) is not None:
-        kinds = {"precision": how.get("precision"), "exempt": how.get("exempt", ())}
-        if plan is not None:
+        if plan is None:
+            kinds = {"precision": how.get("precision"), "exempt": how.get("exempt", ())}
+        else:
             kinds = {"precision": plan.precision, "exempt": plan.exempt, "saved": True}
         whole = resolve_largest(largest, sizes)
         memory = plan_memory(text, vae, checkpoint, family, times, target, kind, budget, whole, tile, **kinds)

@@ -21,7 +21,7 @@ _torch_library = torch.library.Library("twinflow", "DEF")
 
 def run(name: str, x: Tensor, *arguments: Any) -> None:
     """Runs a kernel where x lives; its dtype and the threads or the stream are the last arguments."""
-    kernels = library.load("cpu" if x.is_cpu else x.device.type)  # a device's name takes as long as a few arguments
+    kernels = kernels_of(x)
     if isinstance(kernels, str):
         raise DeviceError(kernels)
     kind = KINDS.get(x.dtype)
@@ -32,6 +32,11 @@ def run(name: str, x: Tensor, *arguments: Any) -> None:
     else:
         with torch.cuda.device(x.device):
             getattr(kernels, name)(*arguments, kind, torch.cuda.current_stream().cuda_stream)
+
+
+def kernels_of(x: Tensor) -> Any:
+    """The kernels where x lives, or why there are none."""
+    return library.load("cpu" if x.is_cpu else x.device.type)  # a device's name takes as long as a few arguments
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int, int]:

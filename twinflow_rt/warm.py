@@ -37,17 +37,14 @@ def prompt_lengths(most: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(min(shape_bucket(n), most) for n in range(1, most + 1)))
 
 
-def keeps_lengths(text: Any, network: Any, vae: Any, size: tuple[int, int], images: int) -> bool:
+def keeps_lengths(shadow: Shadow) -> bool:
     """Whether attention is asked for at every length that prompts have, not at a few."""
-    one, other = (attention_shapes(text, network, vae, size, images, [length]) for length in (1, 2))
+    one, other = (attention_shapes(shadow, [length]) for length in (1, 2))
     return one != other
 
 
-def attention_shapes(
-    text: Any, network: Any, vae: Any, size: tuple[int, int], images: int, lengths: Sequence[int]
-) -> tuple[Shape, ...]:
-    """Of every dense attention for `images` images of size (height, width) in pixels, with prompts of `lengths`
-    tokens; text, network, vae: the loaded stages, of which nothing runs."""
+def attention_shapes(shadow: Shadow, lengths: Sequence[int]) -> tuple[Shape, ...]:
+    """Of every dense attention for the shadow's images, with prompts of `lengths` tokens."""
     seen: dict[Shape, None] = {}
 
     def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -55,7 +52,7 @@ def attention_shapes(
             seen[q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]] = None
         return q.flatten(2)
 
-    shadow = Shadow.of(text, network, vae, size, images)
+    images = len(shadow.latents)
     shadow.network.ops = replace(EAGER, attention=attention)
     with torch.inference_mode():
         for length in lengths:
@@ -74,9 +71,10 @@ def warm(
     of none where prompts keep their lengths); the number of shapes, 0 where nothing plans."""
     if not plans_per_shape(choices):
         return 0
-    each = keeps_lengths(text, network, vae, size, images)
+    shadow = Shadow.of(text, network, vae, size, images)
+    each = keeps_lengths(shadow)
     if each and tokens is None:
         return 0
     most = min(TOKENS if tokens is None else tokens, text.max_tokens)
-    shapes = attention_shapes(text, network, vae, size, images, range(1, most + 1) if each else prompt_lengths(most))
+    shapes = attention_shapes(shadow, range(1, most + 1) if each else prompt_lengths(most))
     return warm_up(network.ops.attention, shapes, dtype, device)

@@ -10,7 +10,7 @@ from tests.factory import make_model
 from twinflow_rt import load, sensitivity
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.ops import QuantizedRows, linear
-from twinflow_rt.passes import quantize
+from twinflow_rt.passes import layers, quantize
 from twinflow_rt.passes.load import Checkpoint
 from twinflow_rt.plan import Plan
 
@@ -157,7 +157,7 @@ def test_saturating_cpus_refuse_weights_of_8_bits(folder, tmp_path, monkeypatch)
     if linear.int8_limit(torch.cpu.get_capabilities()) < 127:
         pytest.skip("this CPU has no VNNI")
     saved = pipe.save(tmp_path / "saved")
-    monkeypatch.setattr(quantize, "int8_limit", lambda capabilities: 63.0)
+    monkeypatch.setattr(layers, "int8_limit", lambda capabilities: 63.0)
     with pytest.raises(CheckpointError, match="VNNI"):
         load(saved, device="cpu")
     plan = load(folder, device="cpu", dtype="float32", precision="int8").plan

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TRITON = (3, 6)
 OLDEST_ARCH = 80
 FLOAT8_ARCH = 89  # the first compute capability that stores and multiplies float8
-INT8_ARCH = 80  # the first whose int8 products cuBLASLt gives rows of any number
+INT8_ARCH = 80  # the first that torch._int_mm serves
 RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of several lengths
 FP8 = "attention_fp8"  # attention with float8 scores, where the target asks for it
 
@@ -102,8 +102,12 @@ def _triton_linear_attention_refuses(target: Target) -> str | None:
 
 
 def _float8_refuses(arch: int | None) -> str | None:
-    if arch is not None and arch < FLOAT8_ARCH:
-        return f"float8 needs compute capability 8.9, this GPU has {arch / 10:.1f}"
+    return _older_refuses("float8", FLOAT8_ARCH, arch)
+
+
+def _older_refuses(what: str, least: int, arch: int | None) -> str | None:
+    if arch is not None and arch < least:
+        return f"{what} needs compute capability {least / 10:.1f}, this GPU has {arch / 10:.1f}"
     return None
 
 
@@ -120,8 +124,8 @@ def _rows_refuse(refuses: Callable[[Target], str | None]) -> Callable[[Target], 
 def _int8_mm_refuses(target: Target) -> str | None:
     if target.device not in ("cpu", "cuda"):
         return f"runs on a CPU or an NVIDIA GPU, not on {target.device}"
-    if target.arch is not None and target.arch < INT8_ARCH:
-        return f"int8 needs compute capability 8.0, this GPU has {target.arch / 10:.1f}"
+    if reason := _older_refuses("int8", INT8_ARCH, target.arch):
+        return reason
     return _MULTIPLIES_INT8 if target.rows == torch.float8_e4m3fn else None
 
 

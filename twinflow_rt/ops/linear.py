@@ -77,7 +77,7 @@ def linear_upcast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def int8_limit(capabilities: Mapping[str, bool]) -> float:
-    """Largest magnitude of int8 weights on a CPU of these `torch.cpu.get_capabilities()`. (A GPU sums in 32 bits.)
+    """Largest magnitude of int8 weights on a CPU of these `torch.cpu.get_capabilities()`.
 
     127 where 8-bit products are summed in 32 bits (VNNI, AMX). Elsewhere pairs of products are summed
     in 16 bits and saturate beyond: 2 * 255 * 63 < 2^15, so there weights use 7 of their 8 bits.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.linear import int8_limit, linear_packed, linear_upcast, pack, quantize_weight
+from ..ops.linear import LIMITS, int8_limit, linear_packed, linear_upcast, pack, quantize_weight
 from ..ops.rows import EAGER_ROWS, QuantizedRows, RowTable
 
 ROWS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # precision -> what its layers multiply
@@ -80,8 +80,12 @@ def quantize_layer(layer: nn.Linear, weight: Tensor, to: torch.dtype) -> None:
 
 def quantized_values(weight: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values and scales that a QuantizedLinear may have where `weight` is."""
-    limited = to == torch.int8 and not weight.is_cuda
-    return quantize_weight(weight, to, int8_limit(torch.cpu.get_capabilities()) if limited else None)
+    return quantize_weight(weight, to, largest_int8(weight.device) if to == torch.int8 else None)
+
+
+def largest_int8(device: torch.device) -> float:
+    """Of the magnitudes that int8 weights may have on `device`: a GPU sums products in 32 bits, some CPUs do not."""
+    return LIMITS[torch.int8] if device.type == "cuda" else int8_limit(torch.cpu.get_capabilities())
 
 
 def become(layer: nn.Linear, values: Tensor, scales: Tensor) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
-from ..ops.linear import int8_limit
 from ..ops.rows import producing
 from ..ops.select import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_rows
 from ..plan import Group, Layers
@@ -28,6 +27,7 @@ from .layers import (
     QuantizedLinear,
     Trial,
     exchange,
+    largest_int8,
     linear_layers,
     quantize_layer,
     quantized_values,
@@ -206,14 +206,15 @@ def check_quantized(network: nn.Module, device: torch.device, dtype: torch.dtype
         return
     if reason := refuses(precision, device, dtype):
         raise CheckpointError(f"this artifact holds {precision} weights: {reason}")
-    if _aligned(precision, device) and any(n % MULTIPLES[precision] for m in found for n in m.weight.shape):
+    multiple = _multiple(precision, device)
+    if any(n % multiple for m in found for n in m.weight.shape):
         raise CheckpointError(
             f"this artifact holds {precision} weights whose inputs or outputs are no multiple of "
-            f"{MULTIPLES[precision]}, as {device} needs; compile from the model folder for it"
+            f"{multiple}, as {device} needs; compile from the model folder for it"
         )
     if wrong := {m.weight.dtype for m in found} - {ROWS[precision]}:
         raise CheckpointError(f"this artifact of precision {precision} holds weights of {wrong.pop()}; save it again")
-    limit = _int8_limit(device)
+    limit = largest_int8(device)
     if precision == "int8" and limit < 127 and any(m.weight.abs().max() > limit for m in found):
         raise CheckpointError(
             "this artifact's int8 weights need a CPU with VNNI, where products do not saturate; "
@@ -244,8 +245,8 @@ def _kind(
             why = f"sensitive: kept out of {precision}"
         elif not in_block(network, name):
             why = f"embedder, projection or once per prompt: kept out of {precision}"
-        elif _aligned(precision, device) and any(n % MULTIPLES[precision] for n in layer.weight.shape):
-            why = f"inputs or outputs are no multiple of {MULTIPLES[precision]}: kept out of {precision}"
+        elif any(n % (multiple := _multiple(precision, device)) for n in layer.weight.shape):
+            why = f"inputs or outputs are no multiple of {multiple}: kept out of {precision}"
         else:
             return precision, _how(precision, device)
     if layer.weight.is_meta:  # never in a network of some precision
@@ -260,9 +261,9 @@ def _kind(
     return "packed", why
 
 
-def _aligned(precision: str, device: torch.device) -> bool:
-    """Whether layers have to be of MULTIPLES: on a GPU; fp8 everywhere, since a CPU merely tries it out for one."""
-    return precision == "fp8" or device.type != "cpu"
+def _multiple(precision: str, device: torch.device) -> int:
+    """What a layer's inputs and outputs are multiples of: on a GPU; fp8's everywhere, a CPU merely tries it out."""
+    return MULTIPLES[precision] if precision == "fp8" or device.type != "cpu" else 1
 
 
 def _how(precision: str, device: torch.device) -> str:
@@ -270,9 +271,4 @@ def _how(precision: str, device: torch.device) -> str:
     if precision == "fp8":
         emulated = "emulated in float32, slowly: a CPU has no float8 products"
         return emulated if device.type == "cpu" else "e4m3, rows of activations and weights scaled"
-    return "rows of activations and weights scaled" if _int8_limit(device) == 127 else "7-bit weights: no VNNI"
-
-
-def _int8_limit(device: torch.device) -> float:
-    """Of the magnitude of int8 weights."""
-    return int8_limit(torch.cpu.get_capabilities()) if device.type == "cpu" else 127.0
+    return "rows of activations and weights scaled" if largest_int8(device) == 127 else "7-bit weights: no VNNI"
