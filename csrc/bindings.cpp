@@ -208,4 +208,6 @@ PYBIND11_MODULE(_native, m) {
       Release());
 
   m.def("release_threads", [] { return twinflow_cpu_release_threads() == 0; }, Release());
+  m.def("threads_apart", twinflow_cpu_threads_apart, Release());
+  m.def("threads_together", twinflow_cpu_threads_together, Release());
 }

@@ -6,6 +6,8 @@ Each is loaded on first use. Where one is absent, or cannot serve a target, a se
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -117,6 +119,20 @@ def release_threads() -> bool:
     threads that OpenMP would then wait for."""
     kernels = load("cpu")
     return torch.get_num_threads() > 1 and not isinstance(kernels, str) and bool(kernels.release_threads())
+
+
+@contextmanager
+def threads_apart(device: torch.device) -> Iterator[None]:
+    """While entered, where this thread computes on the CPU with others, those stay off the CPU that it runs on: see
+    twinflow_cpu_threads_apart in twinflow_rt.h. They end with the affinity that they had; its own is not touched."""
+    kernels, threads = load("cpu"), torch.get_num_threads()
+    several = device.type == "cpu" and threads > 1 and not isinstance(kernels, str)
+    apart = several and kernels.threads_apart(threads)
+    try:
+        yield
+    finally:
+        if apart:
+            kernels.threads_together()
 
 
 def unusable_reason() -> str | None:

@@ -160,7 +160,7 @@ class Pipeline:
             with torch.inference_mode():
                 return self._run(prompts, num_images, size, seeds, config, output, callback, stages, at_once, preview)
 
-        with self._lock:
+        with self._lock, library.threads_apart(self.device):
             while (attempt := out_of_memory.attempt(run))[1] is not None:
                 if self.captures is not None:
                     self.captures.clear()

@@ -1,6 +1,7 @@
 // Picks the kernels for this CPU once, and gives them their C names.
 
 #include "kernels.h"
+#include "threads.h"
 
 // Of OpenMP 5.0; weak, because a runtime may lack it, or there be none.
 extern "C" __attribute__((weak)) int omp_pause_resource_all(int kind);
@@ -47,8 +48,14 @@ const char* twinflow_error_message(int status) {
 
 int twinflow_cpu_release_threads(void) {
   constexpr int soft = 1;  // omp_pause_soft: what can be made again
-  return omp_pause_resource_all && omp_pause_resource_all(soft) == 0 ? 0 : -1;
+  if (!omp_pause_resource_all || omp_pause_resource_all(soft) != 0) return -1;
+  forget_team();
+  return 0;
 }
+
+int twinflow_cpu_threads_apart(int threads) { return part_team(threads); }
+
+int twinflow_cpu_threads_together(void) { return join_team(); }
 
 int twinflow_cpu_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight, int64_t weight_batch,
                           void* out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {

@@ -159,6 +159,16 @@ TWINFLOW_API int twinflow_cpu_dequantize(const int32_t* sums, const float* x_sca
  * machine has cores, libgomp puts each to sleep between kernels, and waking them costs more than small kernels do. */
 TWINFLOW_API int twinflow_cpu_release_threads(void);
 
+/* Keeps the calling thread's OpenMP threads, of a team of `threads`, off the CPU that it runs on now, until
+ * twinflow_cpu_threads_together gives them their CPUs back; the caller's own are not touched. For work that begins
+ * after a pause: schedulers may wake a thread on the caller's CPU although others are idle, and there it waits while
+ * the caller spins for it. The first call starts the team where there is none. Both return how many threads they
+ * changed: 0 where the caller may use one CPU only, where the threads are bound to CPUs already, when they are apart
+ * already, on systems other than Linux and without OpenMP. Like a kernel, not for a forked child with more than one
+ * thread. */
+TWINFLOW_API int twinflow_cpu_threads_apart(int threads);
+TWINFLOW_API int twinflow_cpu_threads_together(void);
+
 /* On a GPU. Rows of at most 16384 elements; rows that are not whole 16-byte groups, or
  * not aligned to 16 bytes, at most 2048. batch * seq stays below 2^31; offsets may exceed it. */
 TWINFLOW_API int twinflow_cuda_rms_norm(const void* x, int64_t x_batch, int64_t x_row, const float* weight,

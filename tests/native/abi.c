@@ -260,6 +260,11 @@ int main(void) {
   const int released = twinflow_cpu_release_threads();
   EXPECT(released == 0 || released == -1);
   pointwise(3, 37); /* with threads that are started anew */
+  const int apart = twinflow_cpu_threads_apart(2);
+  EXPECT(apart == 0 || apart == 1);
+  EXPECT(twinflow_cpu_threads_apart(2) == 0); /* they are */
+  pointwise(3, 37);
+  EXPECT(twinflow_cpu_threads_together() <= apart && twinflow_cpu_threads_together() == 0);
   printf("C interface: ok, %s\n", twinflow_cpu_isa());
   return 0;
 }
