@@ -128,6 +128,24 @@ PYBIND11_MODULE(_native, m) {
       Release());
 
   m.def(
+      "winograd_input",
+      [](uintptr_t x, uintptr_t points, int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t first,
+         int64_t last, bool enlarged, int dtype, int threads) {
+        check(twinflow_cpu_winograd_input(ptr<float>(x), ptr<float>(points), batch, height, width, channels, first,
+                                          last, enlarged, dtype, threads));
+      },
+      Release());
+
+  m.def(
+      "winograd_output",
+      [](uintptr_t points, uintptr_t bias, uintptr_t added, uintptr_t out, int64_t batch, int64_t height,
+         int64_t width, int64_t channels, int64_t first, int64_t last, bool enlarged, int dtype, int threads) {
+        check(twinflow_cpu_winograd_output(ptr<float>(points), ptr<float>(bias), ptr<float>(added), ptr<float>(out),
+                                           batch, height, width, channels, first, last, enlarged, dtype, threads));
+      },
+      Release());
+
+  m.def(
       "quantize_rows",
       [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t values, uintptr_t scales, int64_t batch, int64_t seq,
          int64_t dim, int dtype, int threads) {

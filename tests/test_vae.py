@@ -23,6 +23,10 @@ VARIANTS = [
 ]  # fmt: skip
 
 
+WIDE = {"block_out_channels": (96, 128), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2}  # of which convolutions become Winograd's
+
+
 def saved(tmp_path, **changes):
     from diffusers import AutoencoderKL
 
@@ -37,7 +41,7 @@ def theirs(vae, latents):
     return vae.decode(raw.to(vae.dtype)).sample
 
 
-@pytest.mark.parametrize("changes", VARIANTS)
+@pytest.mark.parametrize("changes", [*VARIANTS, WIDE])
 @pytest.mark.parametrize("size", [(16, 16), (2, 10), (1, 1)])
 def test_equals_diffusers(tmp_path, changes, size):
     vae, folder = saved(tmp_path, **changes)

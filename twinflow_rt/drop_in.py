@@ -32,6 +32,7 @@ from .compile import compile_network
 from .errors import CheckpointError, ConfigError
 from .models import FAMILIES, Family, family_of
 from .ops.select import Target, select
+from .passes.convolutions import convert_convolutions
 from .passes.load import Checkpoint, materialize, some
 from .passes.upsample import fold_upsampling
 from .plan import Plan
@@ -127,7 +128,9 @@ def _decoder(vae: Any, stage: Any) -> CompiledDecoder:
     fold_upsampling(network, choices)
     if getattr(network, "post_quant_conv", None) is not None:
         network.post_quant_conv = nn.Identity()  # diffusers applies its own before the decoder
-    return CompiledDecoder(network.to(memory_format=torch.channels_last))
+    network.to(memory_format=torch.channels_last)
+    convert_convolutions(network, Target.of(vae.device, vae.dtype), weights.get)
+    return CompiledDecoder(network)
 
 
 def _config(module: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from .config import dtype_name
 from .ops.select import Target
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
 FORMATS = {torch.int8: 0, torch.float8_e4m3fn: 1}  # twinflow_format
 CUDA_LIBRARY = Path(__file__).with_name("libtwinflow_cuda.so")

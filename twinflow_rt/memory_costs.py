@@ -16,6 +16,7 @@ from .footprint import peak_of
 from .ops.select import Target, select
 from .passes import quantize
 from .passes.blocks import block_names, parameters_of
+from .passes.convolutions import refuses, winograd_bytes
 from .passes.fuse import sources
 from .passes.layers import ROWS, quantized_values
 from .passes.load import Checkpoint, Layout
@@ -181,6 +182,8 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     blocks = [parameters_of(module, block) for block in block_names(module)]
     streaming = {name for names in blocks for name in names}
     fixed = sum(size(name) for name in tensors if name not in streaming) + folded_bytes(module, dtype)
+    if network.channels_last and refuses(Target.of(device, dtype)) is None:
+        fixed += winograd_bytes(module)
     kept, passing = (tuple(sum(size(n, streams) for n in names) for names in blocks) for streams in (False, True))
     if not network.streams:
         return Weights(fixed + sum(kept))

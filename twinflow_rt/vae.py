@@ -11,7 +11,10 @@ from torch import Tensor
 from . import tiles
 from .errors import CheckpointError
 from .models import autoencoder_dc, autoencoder_kl, autoencoder_qwen, autoencoder_tiny
+from .ops.select import Target
+from .passes.convolutions import convert_convolutions
 from .passes.load import Progress
+from .plan import Layers
 from .stage import Model, Stage
 
 
@@ -23,12 +26,13 @@ class VaeDecoder(Stage):
 
     std, mean: float32 [C], of raw latents: z * std + mean, as `ops.x0_to_vae` takes them.
     tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); None: images whole.
-    recorded_as: the name of its graphs.
+    recorded_as: the name of its graphs. convolutions: what became of them, where they changed.
     """
 
     model: Model
     tile: int | None = None
     recorded_as = "decode"
+    convolutions: tuple[Layers, ...] = ()
 
     def __init__(self, folder: Path, name: str = "vae") -> None:
         self.parts = (self.model.open(folder / name),)
@@ -36,15 +40,21 @@ class VaeDecoder(Stage):
         self.config = self.network.config
 
     def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
-        """As every stage's; convolutions are kept in channels-last order."""
+        """As every stage's; convolutions are kept in channels-last order, or become Winograd's (`convolutions`)."""
         super().materialize(device, dtype, progress)
         self.network.to(memory_format=torch.channels_last)
+        part = self.parts[0]
+        read = lambda name: part.checkpoint.get(name, device, part.layout.dtype_of(name, dtype))
+        self.convolutions = convert_convolutions(self.network, Target.of(device, dtype), read)
         self.dtype = dtype
         self._offset, self._divisor = (
             torch.tensor(value, device=device).view(-1, 1, 1) for value in (self.config.offset, self.config.divisor)
         )
         each = torch.ones(self.channels, device=device)
         self.std, self.mean = each / self._divisor.flatten(), each * self._offset.flatten()
+
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes(), *(f"{self.parts[0].name} convolutions {group}" for group in self.convolutions))
 
     @property
     def scale(self) -> int:

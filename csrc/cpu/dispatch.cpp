@@ -122,6 +122,19 @@ int twinflow_cpu_group_norm_silu(const void* x, const void* weight, const void* 
                                           threads);
 }
 
+int twinflow_cpu_winograd_input(const float* x, float* points, int64_t batch, int64_t height, int64_t width,
+                                int64_t channels, int64_t first, int64_t last, int enlarged, int dtype, int threads) {
+  return chosen().kernels.winograd_input(x, points, batch, height, width, channels, first, last, enlarged, dtype,
+                                         threads);
+}
+
+int twinflow_cpu_winograd_output(const float* points, const float* bias, const float* added, float* out, int64_t batch,
+                                 int64_t height, int64_t width, int64_t channels, int64_t first, int64_t last,
+                                 int enlarged, int dtype, int threads) {
+  return chosen().kernels.winograd_output(points, bias, added, out, batch, height, width, channels, first, last,
+                                          enlarged, dtype, threads);
+}
+
 int twinflow_cpu_quantize_rows(const void* x, int64_t x_batch, int64_t x_row, int8_t* values, float* scales,
                                int64_t batch, int64_t seq, int64_t dim, int dtype, int threads) {
   return chosen().kernels.quantize_rows(x, x_batch, x_row, values, scales, batch, seq, dim, dtype, threads);

@@ -10,6 +10,7 @@
 #include "rope.h"
 #include "rows.h"
 #include "sample.h"
+#include "winograd.h"
 
 const twinflow_kernels& TWINFLOW_ISA() {
   static const twinflow_kernels table = {c_rms_norm,
@@ -22,6 +23,8 @@ const twinflow_kernels& TWINFLOW_ISA() {
                                          c_x0_project,
                                          c_to_uint8,
                                          c_group_norm_silu,
+                                         c_winograd_input,
+                                         c_winograd_output,
                                          c_quantize_rows,
                                          c_rms_norm_quantized,
                                          c_layer_norm_quantized,

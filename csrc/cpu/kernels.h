@@ -14,6 +14,8 @@ struct twinflow_kernels {
   decltype(&twinflow_cpu_x0_project) x0_project;
   decltype(&twinflow_cpu_to_uint8) to_uint8;
   decltype(&twinflow_cpu_group_norm_silu) group_norm_silu;
+  decltype(&twinflow_cpu_winograd_input) winograd_input;
+  decltype(&twinflow_cpu_winograd_output) winograd_output;
   decltype(&twinflow_cpu_quantize_rows) quantize_rows;
   decltype(&twinflow_cpu_rms_norm_quantized) rms_norm_quantized;
   decltype(&twinflow_cpu_layer_norm_quantized) layer_norm_quantized;

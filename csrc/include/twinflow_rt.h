@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define TWINFLOW_ABI_VERSION 5
+#define TWINFLOW_ABI_VERSION 6
 
 typedef enum { TWINFLOW_F32 = 0, TWINFLOW_BF16 = 1 } twinflow_dtype;
 
@@ -110,6 +110,21 @@ TWINFLOW_API int twinflow_cpu_to_uint8(const void* image, const int64_t strides[
 TWINFLOW_API int twinflow_cpu_group_norm_silu(const void* x, const void* weight, const void* bias, void* out,
                                               float* scratch, int64_t batch, int64_t pixels, int64_t channels,
                                               int64_t groups, float eps, int dtype, int threads);
+
+/* The transforms of a 3x3 convolution with a border of zeros by F(2x2, 3x3); float32 only. Tile k of an output [batch,
+ * height, width, channels] covers 2x2 pixels; tiles go row by row, (height + 1) / 2 * ((width + 1) / 2) a sample.
+ * enlarged: the convolution reads a nearest enlargement by 2 of its input. Tiles have 16 points, 9 where enlarged.
+ * `input`: x [batch, height, width, channels] to points [last - first, points, channels] of tiles [first, last).
+ * The product of each point with its matrix is the caller's.
+ * `output`: points, of the output's channels, to pixels, plus bias [channels] and `added`, like out; both may be NULL.
+ * height and width are those of x in the first, of out in the second. */
+TWINFLOW_API int twinflow_cpu_winograd_input(const float* x, float* points, int64_t batch, int64_t height,
+                                             int64_t width, int64_t channels, int64_t first, int64_t last, int enlarged,
+                                             int dtype, int threads);
+
+TWINFLOW_API int twinflow_cpu_winograd_output(const float* points, const float* bias, const float* added, float* out,
+                                              int64_t batch, int64_t height, int64_t width, int64_t channels,
+                                              int64_t first, int64_t last, int enlarged, int dtype, int threads);
 
 /* Quantized rows. values[r, i] = round(y[r, i] / scales[r]) with scales[r] = max |y[r]| / 127, y being x itself or
  * what the function of the same name without "_quantized" computes, in float32 and not rounded to storage before.

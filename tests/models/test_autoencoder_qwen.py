@@ -28,6 +28,7 @@ VARIANTS = [
     {"dim_mult": [1, 2], "temperal_downsample": [True], "base_dim": 12, "z_dim": 3, "latents_mean": [0.1, 0.2, 0.3],
      "latents_std": [1.1, 0.9, 0.7]},
 ]  # fmt: skip
+WIDE = {"base_dim": 96, "dim_mult": [1, 2], "temperal_downsample": [True]}  # convolutions become Winograd's
 RELEASED = {
     "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
     "temperal_downsample": [False, True, True], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16,
@@ -53,7 +54,7 @@ def random_latents(vae, *size, batch=2):
     return torch.randn(batch, vae.config.z_dim, *size, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("changes", VARIANTS)
+@pytest.mark.parametrize("changes", [*VARIANTS, WIDE])
 @pytest.mark.parametrize("size", [(12, 12), (2, 10), (1, 1)])
 def test_equals_diffusers(tmp_path, changes, size):
     vae, folder = saved(tmp_path, **changes)

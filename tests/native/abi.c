@@ -181,6 +181,50 @@ static void group_norm(int64_t batch, int64_t size, int64_t channels, int64_t gr
   free(x), free(w), free(b), free(out), free(scratch), free(group);
 }
 
+/* One pixel of a 3x3 convolution of x [size, size, channels], enlarged or not, with kernel [3, 3, channels]. */
+static double convolved(const float* x, const float* kernel, int64_t size, int64_t channels, int64_t at, int enlarged) {
+  const int64_t all = size << enlarged;
+  double sum = 0;
+  for (int64_t tap = 0; tap < 9; ++tap) {
+    const int64_t y = at / all + tap / 3 - 1, c = at % all + tap % 3 - 1;
+    if (y < 0 || c < 0 || y >= all || c >= all) continue;
+    for (int64_t i = 0; i < channels; ++i)
+      sum += (double)x[((y >> enlarged) * size + (c >> enlarged)) * channels + i] * kernel[tap * channels + i];
+  }
+  return sum;
+}
+
+static void winograd(int64_t size, int64_t channels, int enlarged) {
+  static const double g[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+  const int64_t side = enlarged ? 3 : 4, all = size << enlarged, across = (all + 1) / 2, tiles = across * across;
+  float *x = numbers(size * size * channels, 36), *kernel = numbers(9 * channels, 37), *bias = numbers(1, 38);
+  float *points = numbers(tiles * side * side * channels, 39), *sums = numbers(tiles * side * side, 40);
+  float *added = numbers(all * all, 41), *out = numbers(all * all, 42);
+  EXPECT(!twinflow_cpu_winograd_input(x, points, 1, size, size, channels, 0, tiles, enlarged, TWINFLOW_F32, 2));
+  for (int64_t k = 0; k < tiles * side * side; ++k) { /* the product of a point is the caller's */
+    const int64_t u = k / side % side + (enlarged && k / side % side == 2), v = k % side + (enlarged && k % side == 2);
+    double sum = 0;
+    for (int64_t i = 0; i < channels; ++i) {
+      double entry = 0;
+      for (int64_t tap = 0; tap < 9; ++tap) entry += g[u][tap / 3] * g[v][tap % 3] * kernel[tap * channels + i];
+      sum += entry * points[k * channels + i];
+    }
+    sums[k] = (float)sum;
+  }
+  for (int half = 0; half < 2; ++half) /* strips of tiles may be asked for one by one */
+    EXPECT(!twinflow_cpu_winograd_output(sums + half * (tiles / 2) * side * side, bias, added, out, 1, all, all, 1,
+                                         half ? tiles / 2 : 0, half ? tiles : tiles / 2, enlarged, TWINFLOW_F32, 2));
+  for (int64_t i = 0; i < all * all; ++i)
+    EXPECT(fabs(out[i] - (convolved(x, kernel, size, channels, i, enlarged) + bias[0] + added[i])) < 1e-4);
+  EXPECT(twinflow_cpu_winograd_input(x, points, 1, size, size, channels, 0, tiles + 1, enlarged, TWINFLOW_F32, 1) ==
+         TWINFLOW_BAD_SHAPE);
+  EXPECT(twinflow_cpu_winograd_output(sums, NULL, NULL, NULL, 1, all, all, 1, 0, 1, enlarged, TWINFLOW_F32, 1) ==
+         TWINFLOW_NULL_POINTER);
+  EXPECT(twinflow_cpu_winograd_output(sums, NULL, NULL, out, 1, all, all, 1, 0, 1, enlarged, TWINFLOW_BF16, 1) ==
+         TWINFLOW_BAD_DTYPE);
+  free(x), free(kernel), free(bias), free(points), free(sums), free(added), free(out);
+}
+
 static void rotary(int64_t batch, int64_t seq, int64_t heads, int64_t dim) {
   const int64_t row = 3 * heads * dim, n = batch * seq * row;
   float *qkv = numbers(n, 9), *before = malloc((size_t)n * sizeof *before), *joint = numbers(n, 14);
@@ -255,6 +299,7 @@ int main(void) {
   quantized_activations(1, 16385); /* wider than what is staged on the stack */
   sums_of_a_product(1, 1), sums_of_a_product(5, 37), sums_of_a_product(0, 8);
   group_norm(1, 1, 1, 1), group_norm(2, 37, 12, 3), group_norm(1, 19, 144, 2), group_norm(1, 0, 8, 2);
+  winograd(1, 1, 0), winograd(7, 5, 0), winograd(4, 130, 0), winograd(1, 1, 1), winograd(5, 9, 1);
   bfloat16_rounds_to_even();
   errors();
   const int released = twinflow_cpu_release_threads();

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import EAGER, OpTable
+from ..passes.convolutions import conv_residual
 from ..passes.load import Layout
 from ..passes.upsample import UpsampleConv
 from ..stage import Model
@@ -82,8 +83,8 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         h = self.conv1(norm_silu(self.norm1, x, ops))
-        h = self.conv2(norm_silu(self.norm2, h, ops))
-        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = norm_silu(self.norm2, h, ops)
+        return conv_residual(x if self.conv_shortcut is None else self.conv_shortcut(x), self.conv2, h)
 
 
 class SpatialAttention(nn.Module):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops import EAGER, OpTable
+from ..passes.convolutions import conv_residual
 from ..passes.load import Checkpoint, Layout
 from ..passes.upsample import UpsampleConv
 from ..stage import Model
@@ -106,8 +107,8 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         h = self.conv1(self.norm1.silu(x, ops))
-        h = self.conv2(self.norm2.silu(h, ops))
-        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self.norm2.silu(h, ops)
+        return conv_residual(x if self.conv_shortcut is None else self.conv_shortcut(x), self.conv2, h)
 
 
 class SpatialAttention(nn.Module):

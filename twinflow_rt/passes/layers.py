@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..ops.linear import LIMITS, int8_limit, linear_packed, linear_upcast, pack, quantize_weight
 from ..ops.rows import EAGER_ROWS, QuantizedRows, RowTable
+from .convolutions import plain_convolutions
 
 ROWS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # precision -> what its layers multiply
 SCALE = "weight_scale"  # beside a quantized weight
@@ -120,7 +121,9 @@ class Trial:
 
 
 def unpack(network: nn.Module) -> None:
-    """Gives packed layers their plain weights back: for tracers, which cannot see into oneDNN's layout."""
+    """Gives packed layers and converted convolutions their plain weights back: for tracers, which cannot see into
+    oneDNN's layout."""
+    plain_convolutions(network)
     for _, layer in list(linear_layers(network)):
         if isinstance(layer, PackedLinear):
             plain: Any = layer

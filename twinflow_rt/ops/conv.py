@@ -1,0 +1,58 @@
+"""3x3 convolutions by Winograd's F(2x2, 3x3): 16 products per 2x2 outputs and pair of channels in place of 36.
+
+    Y = A^T [ (G g G^T) * (B^T d B) ] A      per tile: d 4x4 inputs, g the kernel, Y 2x2 outputs
+
+(Lavin and Gray, arXiv 1509.09308). G g G^T is made once, at load (`winograd_weight`). Of a nearest enlargement by 2
+the middle two of a tile's four rows and columns are equal: one of the four points of each axis is zero, and 9 products
+remain, of which the 2x2 outputs of plain code take 36 and of `fold_upsample` 16. In float32 the error is no larger than
+that of the direct sum, which is longer. The transforms are native kernels (`native_conv`), the products are oneDNN's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+STRIP = 256  # tiles transformed and multiplied at once: what lies between stays in the cache
+LEAST = 64  # fewer are padded to so many: oneDNN's layout of the weights is the same from here to STRIP
+_G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None, enlarged: bool = False, added: Tensor | None = None
+) -> Tensor:
+    """conv3x3(x) + added, with a border of zeros; enlarged: of x after nearest upsampling by 2.
+
+    x: [B, I, H, W]; weight: [O, I, 3, 3]; bias: [O] or None; added: like the result, or None. Returns [B, O, H, W],
+    enlarged [B, O, 2H, 2W]. The specification of `native_conv.conv_winograd`.
+    """
+    y = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest") if enlarged else x, weight, bias, padding=1)
+    return y if added is None else y + added
+
+
+def winograd_points(enlarged: bool) -> int:
+    """Products per tile and pair of channels."""
+    return 9 if enlarged else 16
+
+
+def winograd_weight(weight: Tensor, enlarged: bool) -> Tensor:
+    """G g G^T of every kernel g of weight [O, I, 3, 3] float32, computed in float64 and rounded once: one matrix
+    [O, I] per point, as the groups of a 1x1 convolution [points * O, I, 1, 1], in oneDNN's layout for `STRIP` tiles."""
+    g = torch.tensor(_G, dtype=torch.float64)
+    g = g[[0, 1, 3]] if enlarged else g
+    matrices = torch.einsum("ua,vb,ocab->uvoc", g, g, weight.double()).float()
+    points, inner = winograd_points(enlarged), weight.shape[1]
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(
+        matrices.reshape(-1, inner, 1, 1), [0, 0], [1, 1], [1, 1], points, [1, points * inner, 1, STRIP]
+    )
+    return packed
+
+
+def winograd_products(x: Tensor, weight: Tensor, points: int) -> Tensor:
+    """Points [T, points, I] times their matrices, a `winograd_weight`; returns [T, points, O]."""
+    tiles = x.view(1, len(x), 1, -1).permute(0, 3, 2, 1)
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+        tiles, weight, None, [0, 0], [1, 1], [1, 1], points, "none", [], ""
+    )
+    return y.permute(0, 3, 2, 1).view(len(x), points, -1)
