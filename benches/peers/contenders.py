@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twinflow_rt import load
+from twinflow_rt import library, load
 from twinflow_rt.bench import peers
 from twinflow_rt.bench.workload import Workload, stages
 from twinflow_rt.files import read_json
@@ -43,7 +43,10 @@ def build(peer: str, part: str, folder: Path, size: int | None) -> Calls:
     """The calls of a peer, loaded and ready."""
     calls = {"image": image, "vae": decoder}[part](peer, folder, size)
     mode = torch.inference_mode() if peer.startswith("ours") else torch.no_grad()  # diffusers' pipelines use no_grad
-    return {name: mode(call) for name, call in calls.items()}
+    calls = {name: mode(call) for name, call in calls.items()}
+    if peer.startswith("ours"):  # as a pipeline's calls have it, also for a part of one
+        return {name: library.threads_apart(CPU)(call) for name, call in calls.items()}
+    return calls
 
 
 # -- whole images ---------------------------------------------------------------------------------------
