@@ -103,6 +103,17 @@ PYBIND11_MODULE(_native, m) {
       Release());
 
   m.def(
+      "grouped_qk_norm_rope",
+      [](uintptr_t qkv, int64_t qkv_batch, int64_t qkv_row, uintptr_t q_weight, uintptr_t k_weight, uintptr_t cos,
+         uintptr_t sin, int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads,
+         int64_t kv_heads, int64_t dim, float eps, int dtype, int threads) {
+        check(twinflow_cpu_grouped_qk_norm_rope(ptr<void>(qkv), qkv_batch, qkv_row, ptr<float>(q_weight),
+                                                ptr<float>(k_weight), ptr<float>(cos), ptr<float>(sin), angle_batch,
+                                                angle_row, batch, seq, heads, kv_heads, dim, eps, dtype, threads));
+      },
+      Release());
+
+  m.def(
       "x0_project",
       [](uintptr_t x, uintptr_t velocity, uintptr_t out, int64_t n, float t, int dtype, int threads) {
         check(twinflow_cpu_x0_project(ptr<void>(x), ptr<void>(velocity), ptr<void>(out), n, t, dtype, threads));

@@ -88,20 +88,39 @@ def _rotate(
     dim = width // (3 * heads)
     if dim * 3 * heads != width or dim % 2 or dim == 0 or qkv.stride(2) != 1:
         raise ValueError(f"qkv must be [B, S, 3 * {heads} * even] with adjacent elements, got {tuple(qkv.shape)}")
-    if any(w.shape != (dim,) for w in (q_weight, k_weight)) or cos.shape != sin.shape:
-        raise ValueError(f"norm weights are [{dim}] and cos is shaped as sin")
-    if cos.shape not in ((1, seq, dim // 2), (batch, seq, dim // 2)):
-        raise ValueError(f"cos and sin are [{batch} or 1, {seq}, {dim // 2}], not {tuple(cos.shape)}")
-    if any(x.dtype != torch.float32 or x.device != qkv.device for x in (q_weight, k_weight, cos, sin)):
-        raise TypeError(f"norm weights, cos and sin are float32 on {qkv.device}")
-    if cos.stride() != sin.stride() or cos.stride(2) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
-    tables = [x.contiguous() for x in (q_weight, k_weight)] + [cos, sin]
+    (_held, q_address), (_too, k_address) = _head_weight(q_weight, qkv, dim), _head_weight(k_weight, qkv, dim)
+    cos, sin, *angle_strides = _angles(cos, sin, qkv, dim // 2)
     run(
         "qk_norm_rope", qkv, qkv.data_ptr(), *qkv.stride()[:2], heads * dim, out.data_ptr(), *out.stride()[:2],
-        heads * dim, *(x.data_ptr() for x in tables), 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1),
-        batch, seq, heads, dim, parts, eps,
+        heads * dim, q_address, k_address, cos.data_ptr(), sin.data_ptr(), *angle_strides, batch, seq, heads, dim,
+        parts, eps,
     )  # fmt: skip
+
+
+def _head_weight(weight: Tensor | None, qkv: Tensor, dim: int) -> tuple[Tensor | None, int]:
+    """The weight [D] of a norm of heads, or None; and its address."""
+    if weight is None:
+        return None, 0
+    if weight.shape != (dim,):
+        raise ValueError(f"norm weights of heads are [{dim}], not {tuple(weight.shape)}")
+    if weight.dtype != torch.float32 or weight.device != qkv.device:
+        raise TypeError(f"norm weights are float32 on {qkv.device}, not {weight.dtype} on {weight.device}")
+    weight = weight.contiguous()
+    return weight, weight.data_ptr()
+
+
+def _angles(cos: Tensor, sin: Tensor, qkv: Tensor, half: int) -> tuple[Tensor, Tensor, int, int]:
+    """cos and sin with adjacent elements; their stride between samples (0: shared), and between rows."""
+    (batch, seq, _), shape, device = qkv.shape, cos.shape, qkv.device
+    if shape not in ((1, seq, half), (batch, seq, half)) or sin.shape != shape:
+        raise ValueError(f"cos and sin are [{batch} or 1, {seq}, {half}], not {tuple(shape)}, {tuple(sin.shape)}")
+    if cos.dtype != torch.float32 or sin.dtype != torch.float32 or cos.device != device or sin.device != device:
+        raise TypeError(f"cos and sin are float32 on {device}")
+    strides = cos.stride()
+    if strides != sin.stride() or strides[2] != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        strides = cos.stride()
+    return cos, sin, 0 if shape[0] == 1 else strides[0], strides[1]
 
 
 @op(
@@ -140,7 +159,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ops/rope.py; writes q and k in place."""
     _qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
+    q, k, v = torch.unflatten(qkv, -1, (3, heads, -1)).unbind(-3)
     return q, k, v
 
 
@@ -150,7 +169,41 @@ def joint_qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See ops/rope.py; the results are views of one joint buffer."""
     joint = _joint_qk_norm_rope(list(qkv), list(q_weights), list(k_weights), cos, sin, heads, eps)
-    q, k, v = joint.unflatten(-1, (3, heads, -1)).unbind(-3)
+    q, k, v = torch.unflatten(joint, -1, (3, heads, -1)).unbind(-3)
+    return q, k, v
+
+
+@op(
+    "grouped_qk_norm_rope_(Tensor(a!) qkv, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int heads,"
+    " int kv_heads, float eps) -> ()"
+)
+def _grouped_qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, heads: int,
+    kv_heads: int, eps: float,
+) -> None:  # fmt: skip
+    (batch, seq, width), (rows, row, adjacent) = qkv.shape, qkv.stride()
+    dim = width // (heads + 2 * kv_heads)
+    if dim * (heads + 2 * kv_heads) != width or dim % 2 or dim == 0 or adjacent != 1:
+        raise ValueError(
+            f"qkv must be [B, S, {heads} + 2 * {kv_heads} heads of an even size] with adjacent elements, "
+            f"got {tuple(qkv.shape)}"
+        )
+    (_held, q_address), (_too, k_address) = _head_weight(q_weight, qkv, dim), _head_weight(k_weight, qkv, dim)
+    cos, sin, *angle_strides = _angles(cos, sin, qkv, dim // 2)
+    run(
+        "grouped_qk_norm_rope", qkv, qkv.data_ptr(), rows, row, q_address, k_address, cos.data_ptr(), sin.data_ptr(),
+        *angle_strides, batch, seq, heads, kv_heads, dim, eps,
+    )  # fmt: skip
+
+
+def grouped_qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, heads: int,
+    kv_heads: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See ops/rope.py; writes q and k in place."""
+    _grouped_qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, kv_heads, eps)
+    parts = torch.unflatten(qkv, -1, (heads + 2 * kv_heads, -1)).transpose(1, 2)
+    q, k, v = parts.split_with_sizes((heads, kv_heads, kv_heads), 1)
     return q, k, v
 
 
@@ -235,7 +288,7 @@ def _two_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-fake("qk_norm_rope_")(lambda *_: None)
+fake("qk_norm_rope_", "grouped_qk_norm_rope_")(lambda *_: None)
 fake("joint_qk_norm_rope")(_joint_buffer)
 
 

@@ -105,6 +105,14 @@ int twinflow_cpu_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_ro
                                        dtype, threads);
 }
 
+int twinflow_cpu_grouped_qk_norm_rope(void* qkv, int64_t qkv_batch, int64_t qkv_row, const float* q_weight,
+                                      const float* k_weight, const float* cos, const float* sin, int64_t angle_batch,
+                                      int64_t angle_row, int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads,
+                                      int64_t dim, float eps, int dtype, int threads) {
+  return chosen().kernels.grouped_qk_norm_rope(qkv, qkv_batch, qkv_row, q_weight, k_weight, cos, sin, angle_batch,
+                                               angle_row, batch, seq, heads, kv_heads, dim, eps, dtype, threads);
+}
+
 int twinflow_cpu_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t, int dtype,
                             int threads) {
   return chosen().kernels.x0_project(x, velocity, out, n, t, dtype, threads);

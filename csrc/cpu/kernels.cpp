@@ -18,6 +18,7 @@ const twinflow_kernels& TWINFLOW_ISA() {
                                          c_residual_norm,
                                          c_residual_layer_norm,
                                          c_qk_norm_rope,
+                                         c_grouped_qk_norm_rope,
                                          c_swiglu,
                                          c_gelu_tanh,
                                          c_x0_project,

@@ -9,6 +9,7 @@ struct twinflow_kernels {
   decltype(&twinflow_cpu_residual_norm) residual_norm;
   decltype(&twinflow_cpu_residual_layer_norm) residual_layer_norm;
   decltype(&twinflow_cpu_qk_norm_rope) qk_norm_rope;
+  decltype(&twinflow_cpu_grouped_qk_norm_rope) grouped_qk_norm_rope;
   decltype(&twinflow_cpu_swiglu) swiglu;
   decltype(&twinflow_cpu_gelu_tanh) gelu_tanh;
   decltype(&twinflow_cpu_x0_project) x0_project;

@@ -80,6 +80,60 @@ void qk_norm_rope(const T* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_
   }
 }
 
+// Heads whose halves are the pairs, each behind its norm where there is a weight: (x[i] + j x[i + dim/2]) * (cos[i] +
+// j sin[i]). The norm is rounded as above.
+template <class T>
+inline void norm_rotate_halves(T* from, const float* weight, const float* cos, const float* sin, int64_t heads,
+                               int64_t dim, float eps) {
+  const int64_t half = dim / 2;
+  for (T *x = from, *y = from + half; x < from + heads * dim; x += dim, y += dim) {
+    const float factor = weight ? inverse_rms(x, dim, eps) : 1;
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) {
+      float a = load(x[i]), b = load(y[i]);
+      if (weight) {
+        a = as_stored<T>(a * factor * weight[i]);
+        b = as_stored<T>(b * factor * weight[half + i]);
+      }
+      store(x + i, a * cos[i] - b * sin[i]);
+      store(y + i, b * cos[i] + a * sin[i]);
+    }
+  }
+}
+
+template <class T>
+void grouped_qk_norm_rope(T* qkv, int64_t qkv_batch, int64_t qkv_row, const float* q_weight, const float* k_weight,
+                          const float* cos, const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch,
+                          int64_t seq, int64_t heads, int64_t kv_heads, int64_t dim, float eps, int threads) {
+#pragma omp parallel for num_threads(team(2 * batch * seq * (heads + kv_heads) * dim, threads)) schedule(static)
+  for (int64_t r = 0; r < batch * seq; ++r) {
+    const int64_t b = r / seq, s = r % seq, angle = b * angle_batch + s * angle_row;
+    T* token = qkv + b * qkv_batch + s * qkv_row;
+    for (int p = 0; p < 2; ++p) {
+      T* x = p ? token + heads * dim : token;
+      const float *weight = p ? k_weight : q_weight, *c = cos + angle, *n = sin + angle;
+      const int64_t count = p ? kv_heads : heads;
+      switch (dim) {  // of the models here
+        case 24: norm_rotate_halves(x, weight, c, n, count, 24, eps); break;
+        case 128: norm_rotate_halves(x, weight, c, n, count, 128, eps); break;
+        default: norm_rotate_halves(x, weight, c, n, count, dim, eps);
+      }
+    }
+  }
+}
+
+int c_grouped_qk_norm_rope(void* qkv, int64_t qkv_batch, int64_t qkv_row, const float* q_weight, const float* k_weight,
+                           const float* cos, const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch,
+                           int64_t seq, int64_t heads, int64_t kv_heads, int64_t dim, float eps, int dtype,
+                           int threads) {
+  if (batch < 0 || seq < 0 || heads < 1 || kv_heads < 1 || dim < 2 || dim % 2) return TWINFLOW_BAD_SHAPE;
+  if (batch * seq > 0 && !(qkv && cos && sin)) return TWINFLOW_NULL_POINTER;
+  return typed(dtype, [&](auto t) {
+    grouped_qk_norm_rope(static_cast<decltype(t)*>(qkv), qkv_batch, qkv_row, q_weight, k_weight, cos, sin, angle_batch,
+                         angle_row, batch, seq, heads, kv_heads, dim, eps, threads);
+  });
+}
+
 int c_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part, void* out, int64_t out_batch,
                    int64_t out_row, int64_t out_part, const float* q_weight, const float* k_weight, const float* cos,
                    const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads,

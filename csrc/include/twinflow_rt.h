@@ -95,6 +95,14 @@ TWINFLOW_API int twinflow_cpu_qk_norm_rope(const void* qkv, int64_t qkv_batch, i
                                            int64_t seq, int64_t heads, int64_t dim, int parts, float eps, int dtype,
                                            int threads);
 
+/* The same in place for language models: q has `heads` heads, k and v have kv_heads each, adjacent, and a head's
+ * halves are its pairs: (x[i] + j x[dim/2 + i]) * (cos[i] + j sin[i]). Either weight may be NULL: no norm. */
+TWINFLOW_API int twinflow_cpu_grouped_qk_norm_rope(void* qkv, int64_t qkv_batch, int64_t qkv_row, const float* q_weight,
+                                                   const float* k_weight, const float* cos, const float* sin,
+                                                   int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq,
+                                                   int64_t heads, int64_t kv_heads, int64_t dim, float eps, int dtype,
+                                                   int threads);
+
 /* out = x - t * velocity, elementwise over n contiguous elements: the clean end of a TwinFlow path. */
 TWINFLOW_API int twinflow_cpu_x0_project(const void* x, const void* velocity, void* out, int64_t n, float t, int dtype,
                                          int threads);

@@ -249,6 +249,26 @@ static void rotary(int64_t batch, int64_t seq, int64_t heads, int64_t dim) {
   free(qkv), free(before), free(joint), free(w), free(cos), free(sin);
 }
 
+static void rotary_halves(int64_t batch, int64_t seq, int64_t heads, int64_t kv_heads, int64_t dim) {
+  const int64_t row = (heads + 2 * kv_heads) * dim, n = batch * seq * row, half = dim / 2;
+  float *qkv = numbers(n, 31), *before = numbers(n, 31), *w = numbers(dim, 32);
+  float *cos = numbers(seq * half, 33), *sin = numbers(seq * half, 34);
+  EXPECT(!twinflow_cpu_grouped_qk_norm_rope(qkv, seq * row, row, w, NULL, cos, sin, 0, half, batch, seq, heads,
+                                            kv_heads, dim, 1e-5f, TWINFLOW_F32, 2));
+  for (int64_t r = 0; r < batch * seq; ++r)
+    for (int64_t h = 0; h < heads + 2 * kv_heads; ++h)
+      for (int64_t i = 0; i < half; ++i) {
+        const float *old = before + r * row + h * dim, *new = qkv + r * row + h * dim;
+        const float c = cos[r % seq * half + i], s = sin[r % seq * half + i];
+        const double f = factor(old, dim, 1e-5);
+        const double re = h < heads ? old[i] * f * w[i] : old[i],
+                     im = h < heads ? old[half + i] * f * w[half + i] : old[half + i];
+        close_to(new[i], h < heads + kv_heads ? re * c - im * s : old[i]);
+        close_to(new[half + i], h < heads + kv_heads ? re * s + im * c : old[half + i]);
+      }
+  free(qkv), free(before), free(w), free(cos), free(sin);
+}
+
 static void pixels(int64_t height, int64_t width) {
   const int64_t plane = height * width, strides[4] = {3 * plane, plane, width, 1};
   float* image = numbers(2 * 3 * plane, 13);
@@ -281,6 +301,10 @@ static void errors(void) {
   EXPECT(twinflow_cpu_swiglu(v, v, 1, 2, 7, 1) == TWINFLOW_BAD_DTYPE);
   EXPECT(twinflow_cpu_qk_norm_rope(v, 0, 0, 1, v, 0, 0, 1, v, v, v, v, 0, 0, 1, 1, 1, 1, 2, 0, TWINFLOW_F32, 1) ==
          TWINFLOW_BAD_SHAPE);
+  EXPECT(twinflow_cpu_grouped_qk_norm_rope(v, 0, 0, v, v, v, v, 0, 0, 1, 1, 1, 0, 2, 0, TWINFLOW_F32, 1) ==
+         TWINFLOW_BAD_SHAPE);
+  EXPECT(twinflow_cpu_grouped_qk_norm_rope(v, 0, 0, v, v, NULL, v, 0, 0, 1, 1, 1, 1, 2, 0, TWINFLOW_F32, 1) ==
+         TWINFLOW_NULL_POINTER);
   EXPECT(twinflow_cpu_swiglu(NULL, NULL, 0, 2, TWINFLOW_F32, 1) == TWINFLOW_OK);
   EXPECT(twinflow_cpu_group_norm_silu(v, v, v, v, v, 1, 1, 4, 3, 1, TWINFLOW_F32, 1) == TWINFLOW_BAD_SHAPE);
   EXPECT(twinflow_cpu_dequantize(NULL, v, v, NULL, v, 1, 4, TWINFLOW_F32, 1) == TWINFLOW_NULL_POINTER);
@@ -293,6 +317,7 @@ int main(void) {
   norms(1, 1, 1), norms(2, 3, 37), norms(3, 2, 199), norms(2, 0, 8);
   pointwise(1, 1), pointwise(3, 37), pointwise(0, 8);
   rotary(1, 1, 1, 2), rotary(2, 5, 3, 26);
+  rotary_halves(1, 1, 1, 1, 2), rotary_halves(2, 5, 3, 1, 26), rotary_halves(1, 2, 4, 2, 24);
   pixels(1, 1), pixels(5, 37);
   quantized_norms(1, 1, 1), quantized_norms(2, 3, 37), quantized_norms(3, 1, 199), quantized_norms(2, 0, 8);
   quantized_activations(1, 1), quantized_activations(3, 37), quantized_activations(0, 8);

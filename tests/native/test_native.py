@@ -15,7 +15,16 @@ import torch.nn.functional as F
 
 from tests.registered import registered
 from twinflow_rt import library, native, native_rows, ops
-from twinflow_rt.bench.op_cases import SIZES, Sizes, cases, exact_layer, exact_rms, exact_rope, judge
+from twinflow_rt.bench.op_cases import (
+    SIZES,
+    Sizes,
+    cases,
+    exact_layer,
+    exact_rms,
+    exact_rope,
+    exact_rope_of_halves,
+    judge,
+)
 from twinflow_rt.bench.standalone_cases import QUANTIZED
 from twinflow_rt.errors import DeviceError
 from twinflow_rt.ops.select import NATIVE, Target, select
@@ -23,6 +32,7 @@ from twinflow_rt.ops.select import NATIVE, Target, select
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
 EPS = 1e-5
+ONLY_CPU = {"group_norm_silu", "grouped_qk_norm_rope_"}  # Triton's and the reference's on a GPU
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -85,6 +95,26 @@ def test_rope_head_dims(at, head_dim, dtype):
     exact = [exact_rope(x, t, *tables[2:], EPS) for x, t in ((q, w), (k, 2 * w))]
     got = native.qk_norm_rope(*at((qkv.clone(), *tables, 2, EPS)))
     check(got, ops.qk_norm_rope(qkv, *tables, 2, EPS), *exact, v.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 6, 24, 64, 128, 256, 384])
+@pytest.mark.parametrize("normed", [True, False])
+def test_rope_of_groups(head_dim, dtype, normed):
+    """Strided tokens, heads in groups, angles per sample: q and k are rewritten, v and what lies between stays."""
+    buffer = torch.full((2, 9, 7 * head_dim + 8), torch.nan, dtype=dtype)
+    qkv = buffer[:, 1::2, 8:]
+    qkv.copy_(draw(2, 4, 7 * head_dim, dtype=dtype))
+    source, angle = qkv.clone(), 6 * draw(2, 4, head_dim // 2)
+    weights = (1 + 0.3 * draw(head_dim), 1 + 0.3 * draw(head_dim, seed=1)) if normed else (None, None)
+    tables = (*weights, angle.cos(), angle.sin())
+    q, k, v = source.unflatten(-1, (7, head_dim)).transpose(1, 2).split((3, 2, 2), 1)
+    exact = [exact_rope_of_halves(x, w, *tables[2:], EPS) for x, w in zip((q, k), weights, strict=True)]
+    got = native.grouped_qk_norm_rope(qkv, *tables, 3, 2, EPS)
+    check(got, ops.grouped_qk_norm_rope(source, *tables, 3, 2, EPS), *exact, v.double())
+    assert got[0].data_ptr() == qkv.data_ptr()
+    qkv[:] = torch.nan
+    assert buffer.isnan().all()
 
 
 def test_rope_in_place_between_gaps(at):
@@ -183,6 +213,12 @@ def test_wrong_arguments_are_refused_before_the_kernel():
         (lambda: native.residual_layer_norm(x, x.bfloat16(), w, w, w, EPS), ValueError),
         (lambda: native.swiglu(draw(2, 7)), ValueError),
         (lambda: native.qk_norm_rope(x, w, w, x, x, 1, EPS), ValueError),
+        (lambda: native.qk_norm_rope(x, w[:2], w[:2].double(), *[draw(1, 3, 1)] * 2, 1, EPS), ValueError),
+        (lambda: native.grouped_qk_norm_rope(x, None, None, *[draw(1, 3, 1)] * 2, 3, 1, EPS), ValueError),
+        (lambda: native.grouped_qk_norm_rope(x, w[:4], None, *[draw(1, 3, 1)] * 2, 2, 1, EPS), ValueError),
+        (lambda: native.grouped_qk_norm_rope(x, w[:2].double(), None, *[draw(1, 3, 1)] * 2, 2, 1, EPS), TypeError),
+        (lambda: native.grouped_qk_norm_rope(x, None, None, *[draw(3, 3, 1)] * 2, 2, 1, EPS), ValueError),
+        (lambda: native.grouped_qk_norm_rope(x, None, None, *[draw(1, 3, 1).double()] * 2, 2, 1, EPS), TypeError),
         (lambda: native.joint_qk_norm_rope((x, x[:1]), (w, w), (w, w), *[draw(2, 6, 8)] * 2, 1, EPS), ValueError),
         (lambda: native.x0_project(x, x.bfloat16()), ValueError),
     ]:
@@ -213,6 +249,7 @@ def test_ops_keep_torchs_rules(at):
     check(o.joint_qk_norm_rope.default, streams, [draw(8)] * 2, [draw(8, seed=1)] * 2, *tables[2:], 2, EPS)
     check(o.to_uint8.default, draw(1, 3, 4, 4))
     if at.place == "cpu":
+        check(o.grouped_qk_norm_rope_.default, draw(2, 3, 40), None, draw(8), *tables[2:], 3, 1, EPS)
         check(o.group_norm_silu.default, draw(1, 4, 3, 3), 2, draw(4), draw(4), EPS)
     check(o.dequantize.default, torch.ones(3, 4, dtype=torch.int32), draw(3), draw(4), None, torch.bfloat16)
     for to in formats(at):
@@ -223,7 +260,7 @@ def test_ops_keep_torchs_rules(at):
         check(o.residual_layer_norm_quantized.default, x, draw(2, 3, 16, seed=1), w, None, w, EPS, to)
         check(o.swiglu_quantized.default, x, to)
         check(o.gelu_tanh_quantized.default, x, to)
-    assert checked == registered("native") - (set() if at.place == "cpu" else {"group_norm_silu"})  # Triton's on a GPU
+    assert checked == registered("native") - (set() if at.place == "cpu" else ONLY_CPU)
 
 
 def test_every_thread_count_gives_the_same_bits():

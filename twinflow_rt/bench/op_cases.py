@@ -115,6 +115,13 @@ def exact_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) 
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
 
 
+def exact_rope_of_halves(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """`exact_rope` of pairs (x[i], x[i + D/2]), x: [B, H, S, D]; without a weight, without the norm."""
+    x = (x if weight is None else exact_rms(x, weight, eps).to(x.dtype)).double()
+    turned = torch.complex(*x.chunk(2, -1)) * torch.complex(cos.double(), sin.double()).unsqueeze(1)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """One sample and head at a time, so that full-size score matrices fit."""
     out = torch.empty(*q.shape, dtype=torch.float64, device=q.device)
@@ -192,11 +199,24 @@ def _ropes(s: Sizes, draw: _Draw, b: int) -> list[Case]:
         parts = zip(qkv, qw, kw, cos.split(lengths, 1), sin.split(lengths, 1), strict=True)
         return tuple(torch.cat(t, 1) for t in zip(*(single(*p, heads, eps) for p in parts), strict=True))
 
+    def grouped(
+        qkv: Tensor, qw: Tensor | None, kw: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int,
+        eps: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+        return exact_rope_of_halves(q, qw, cos, sin, eps), exact_rope_of_halves(k, kw, cos, sin, eps), v.double()
+
+    def of_groups() -> tuple[Any, ...]:
+        return draw(b, s.text, 5 * s.width), w(1), w(2), *angles(s.text), 3 * s.heads, s.heads, EPS
+
+    text = b * s.text * s.width * draw.item
     streams = lambda: ((qkv(s.image), qkv(s.text, 7)), (w(1), w(2)), (w(3), w(4)), *angles(s.tokens), s.heads, EPS)
     return [
         Case("qk_norm_rope", "qk_norm_rope", lambda: (qkv(s.tokens), w(1), w(2), *angles(s.tokens), s.heads, EPS),
              single, 4 * one + table, in_place=True),
         Case("joint_qk_norm_rope", "joint_qk_norm_rope", streams, joint, 6 * one + table),
+        Case("grouped_qk_norm_rope", "grouped_qk_norm_rope", of_groups, grouped, 8 * text + s.text * s.head_dim * 4,
+             in_place=True),
     ]  # fmt: skip
 
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops import EAGER, into
+from ..ops import EAGER, OpTable, into
 from ..passes.load import Layout
 from ..stage import Model
 from .containers import ModuleList
-from .language_model import FUSED, FeedForward, Past, Weight, after, rotate_halves
+from .language_model import FUSED, FeedForward, Past, Weight, after
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
@@ -58,21 +58,19 @@ class Gemma2Config:
 class Attention(nn.Module):
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
-        self.head_dim, self.kv_heads = config.head_dim, config.num_key_value_heads
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.scale, self.cap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
-        heads = config.num_attention_heads, self.kv_heads, self.kv_heads
-        self.split = tuple(h * config.head_dim for h in heads)
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split), bias=False)
-        self.o_proj = nn.Linear(self.split[0], config.hidden_size, bias=False)
+        width = (self.heads + 2 * self.kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(self.heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None,
+        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
         kept: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:  # fmt: skip
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(self.split, -1))
-        q, k = rotate_halves(q, *rope), rotate_halves(k, *rope)
-        q = q.unflatten(2, (self.kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, kv heads, queries per key, L, D]
-        k, v = (y.transpose(1, 2) for y in (k, v))
+        qkv = self.qkv_proj(x)
+        q, k, v = ops.grouped_qk_norm_rope(qkv, None, None, *rope, self.heads, self.kv_heads, 0.0)
+        q = q.unflatten(1, (self.kv_heads, -1))  # [B, kv heads, queries per key, L, D]
         if kept is not None:
             kept.append((k.contiguous(), v.contiguous()))
         k, v, seen = after(past, k, v)
@@ -102,7 +100,7 @@ class Layer(nn.Module):
         """h: x under this layer's first norm; following: the weight of the norm that reads the output, reader: the
         layer that reads that."""
         _, post_a, pre_f, post_f = (1 + getattr(self, name).weight.float() for name in NORMS)
-        branch = self.self_attn(h, rope, past, kept)
+        branch = self.self_attn(h, rope, ops, past, kept)
         x, h = into(self.mlp.gate_up_proj, ops).residual_norm(x, branch, post_a, pre_f, eps)
         gate, up = self.mlp.gate_up_proj(h).chunk(2, -1)
         return into(reader, ops).residual_norm(x, self.mlp.down_proj(ops.gelu_tanh(gate) * up), post_f, following, eps)
@@ -145,7 +143,7 @@ class Gemma2(nn.Module):
         x = F.embedding(ids, weight) * torch.tensor(config.hidden_size**0.5, dtype=weight.dtype).item()
         exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
         angles = torch.arange(start, length, device=device).float()[:, None] / config.rope_theta**exponents
-        rope = angles.cos()[:, None], angles.sin()[:, None]
+        rope = angles.cos()[None], angles.sin()[None]
         firsts = [1 + layer.input_layernorm.weight.float() for layer in self.layers] + [1 + self.norm.weight.float()]
         readers = [*(layer.self_attn.qkv_proj for layer in self.layers), None]
         h = into(readers[0], self.ops).rms_norm(x, firsts[0], config.rms_norm_eps)

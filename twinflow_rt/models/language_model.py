@@ -77,12 +77,6 @@ class LanguageConfig:
         return self.depth + self.state + 1
 
 
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (x[i], x[i + D/2]); x: [B, S, H, D], cos and sin: float32 [S, 1, D/2]. One rounding."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
-
-
 def after(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values [B, H, P + L, D] with those of `past` in front, and the causal mask [L, P + L] that
     says so (True: is seen); without a past k and v as they are, and None: the plain causal mask."""
@@ -109,21 +103,19 @@ class Attention(nn.Module):
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
-        self.split = tuple(h * config.head_dim for h in (config.heads, config.kv_heads, config.kv_heads))
-        self.head_dim, self.eps, self.grouped = config.head_dim, config.eps, config.heads != config.kv_heads
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.split), bias=config.qkv_bias)
-        self.o_proj = nn.Linear(self.split[0], config.hidden_size, bias=False)
+        self.heads, self.kv_heads, self.eps = config.heads, config.kv_heads, config.eps
+        self.grouped = config.heads != config.kv_heads
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
         self.q_norm, self.k_norm = (Weight(config.head_dim) if config.qk_norm else None for _ in range(2))
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
         kept: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:  # fmt: skip
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv_proj(x).split(self.split, -1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q = ops.rms_norm(q, self.q_norm.weight.float(), self.eps)
-            k = ops.rms_norm(k, self.k_norm.weight.float(), self.eps)
-        q, k, v = (y.transpose(1, 2) for y in (rotate_halves(q, *rope), rotate_halves(k, *rope), v))
+        weights = [None if norm is None else norm.weight.float() for norm in (self.q_norm, self.k_norm)]
+        q, k, v = ops.grouped_qk_norm_rope(self.qkv_proj(x), *weights, *rope, self.heads, self.kv_heads, self.eps)
         if kept is not None:
             kept.append((k.contiguous(), v.contiguous()))
         k, v, mask = after(past, k, v)
@@ -153,11 +145,11 @@ class Layer(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
         kept: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:  # fmt: skip
-        h = into(self.self_attn.qkv_proj, ops).rms_norm(x, self.input_layernorm.weight.float(), self.eps)
-        x = with_residual(x, self.self_attn.o_proj, self.self_attn(h, rope, ops, past, kept), ops)
-        h = into(self.mlp.gate_up_proj, ops).rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
-        up = with_swiglu(self.mlp.gate_up_proj, h, into(self.mlp.down_proj, ops))
-        return with_residual(x, self.mlp.down_proj, up, ops)
+        attention, gate_up, down = self.self_attn, self.mlp.gate_up_proj, self.mlp.down_proj
+        h = into(attention.qkv_proj, ops).rms_norm(x, self.input_layernorm.weight.float(), self.eps)
+        x = with_residual(x, attention.o_proj, attention(h, rope, ops, past, kept), ops)
+        h = into(gate_up, ops).rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
+        return with_residual(x, down, with_swiglu(gate_up, h, into(down, ops)), ops)
 
 
 class LanguageModel(nn.Module):
@@ -200,11 +192,11 @@ class LanguageModel(nn.Module):
         return x if self.norm is None else self.ops.rms_norm(x, self.norm.weight.float(), self.config.eps)
 
     def _rope(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin of positions start to end, [L, 1, head_dim/2] float32."""
+        """cos, sin of positions start to end, [1, L, head_dim/2] float32."""
         exponents = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
         positions = torch.arange(start, end, device=device).float()[:, None]
         angles = positions / self.config.rope_theta**exponents
-        return angles.cos()[:, None], angles.sin()[:, None]
+        return angles.cos()[None], angles.sin()[None]
 
 
 def layout(config: LanguageConfig) -> Layout:

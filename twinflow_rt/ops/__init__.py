@@ -22,7 +22,7 @@ from .norm import (
     rms_norm,
     rms_norm_quantized,
 )
-from .rope import joint_qk_norm_rope, qk_norm_rope, rotate
+from .rope import grouped_qk_norm_rope, joint_qk_norm_rope, qk_norm_rope, rotate
 from .rows import QuantizedRows, into
 from .sample import x0_project
 from .select import Target, select
@@ -30,9 +30,9 @@ from .table import EAGER, OpTable
 
 __all__ = [
     "EAGER", "OpTable", "QuantizedRows", "Target", "attention", "attention_fp8", "fold_upsample", "gelu_tanh",
-    "gelu_tanh_quantized", "group_norm_silu", "into", "joint_qk_norm_rope", "layer_norm", "layer_norm_quantized",
-    "linear_attention", "linear_gelu", "linear_quantized", "linear_residual", "linear_swiglu", "qk_norm_rope",
-    "quantize_rows", "residual_layer_norm", "residual_layer_norm_quantized", "residual_norm",
-    "residual_norm_quantized", "rms_norm", "rms_norm_quantized", "rms_norm_silu", "rotate", "select", "swiglu",
-    "swiglu_quantized", "to_uint8", "upsample_conv", "x0_project", "x0_to_vae",
+    "gelu_tanh_quantized", "group_norm_silu", "grouped_qk_norm_rope", "into", "joint_qk_norm_rope", "layer_norm",
+    "layer_norm_quantized", "linear_attention", "linear_gelu", "linear_quantized", "linear_residual", "linear_swiglu",
+    "qk_norm_rope", "quantize_rows", "residual_layer_norm", "residual_layer_norm_quantized", "residual_norm",
+    "residual_norm_quantized", "rms_norm", "rms_norm_quantized", "rms_norm_silu", "rotate", "select",
+    "swiglu", "swiglu_quantized", "to_uint8", "upsample_conv", "x0_project", "x0_to_vae",
 ]  # fmt: skip

@@ -36,7 +36,7 @@ NATIVE = (
 _MULTIPLIES_INT8 = "multiplies int8, not float8_e4m3fn"
 # a product and what follows it -> the op that follows: "separate" is torch's product, then that op as chosen
 SEPARATE = {"linear_swiglu": "swiglu", "linear_gelu": "gelu_tanh"}
-NO_TRITON = ("linear_gelu", "linear_residual", "upsample_conv")
+NO_TRITON = ("linear_gelu", "linear_residual", "upsample_conv", "grouped_qk_norm_rope")
 ROW_OPS = tuple(f.name for f in fields(RowTable))
 
 
@@ -175,6 +175,7 @@ _OTHERS = {
     ],
     "linear_residual": [Implementation("cublas", _from("ops.mlp", "linear_residual_epilogue"), _cublas_refuses)],
     "upsample_conv": [Implementation("folded", _from("ops.decode", "upsample_conv"), _folded_refuses)],
+    "grouped_qk_norm_rope": [Implementation("native", _from("native", "grouped_qk_norm_rope"), _library("refuses"))],
     "group_norm_silu": [Implementation("native", _from("native", "group_norm_silu"), _library("refuses"))],
     "rms_norm_silu": [Implementation("native", _from("native", "rms_norm_silu"), _library("refuses"))],
     "attention": [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()],

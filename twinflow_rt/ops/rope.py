@@ -35,6 +35,27 @@ def qk_norm_rope(
     return q, k, v
 
 
+def grouped_qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, heads: int,
+    kv_heads: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`qk_norm_rope` of language models: [B, S, (H + 2*G)*D] with G heads of keys and of values for H of queries,
+    rotated by halves. A weight that is None: no norm. Returns [B, H, S, D] and twice [B, G, S, D], as torch's
+    attention takes them.
+    """
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2).split((heads, kv_heads, kv_heads), 1)
+    q = q if q_weight is None else rms_norm(q, q_weight, eps)
+    k = k if k_weight is None else rms_norm(k, k_weight, eps)
+    return _rotate_halves(q, cos, sin), _rotate_halves(k, cos, sin), v
+
+
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` of pairs (x[i], x[i + D/2]); x: [B, H, S, D]."""
+    a, b = x.float().chunk(2, -1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
 def joint_qk_norm_rope(
     qkv: Sequence[Tensor], q_weights: Sequence[Tensor], k_weights: Sequence[Tensor],
     cos: Tensor, sin: Tensor, heads: int, eps: float,

@@ -105,6 +105,7 @@ _RANKS: dict[str, Callable[[Target], tuple[str, ...]]] = {
     "linear_gelu": lambda target: ("cublaslt", "separate"),
     "linear_residual": lambda target: ("cublas",),
     "upsample_conv": lambda target: ("folded",),
+    "grouped_qk_norm_rope": lambda target: ("native",) if target.device == "cpu" else (),
     "group_norm_silu": lambda target: ("native",) if target.device == "cpu" else ("triton",),
     "rms_norm_silu": lambda target: ("native",) if target.device == "cpu" else ("triton",),
 }

@@ -8,7 +8,7 @@ from .attention import attention, linear_attention
 from .decode import group_norm_silu, rms_norm_silu, to_uint8, upsample_conv, x0_to_vae
 from .mlp import gelu_tanh, linear_gelu, linear_residual, linear_swiglu, swiglu
 from .norm import layer_norm, residual_layer_norm, residual_norm, rms_norm
-from .rope import joint_qk_norm_rope, qk_norm_rope
+from .rope import grouped_qk_norm_rope, joint_qk_norm_rope, qk_norm_rope
 from .rows import Op
 from .sample import x0_project
 
@@ -27,6 +27,7 @@ class OpTable:
     to_uint8: Op
     residual_layer_norm: Op
     joint_qk_norm_rope: Op
+    grouped_qk_norm_rope: Op
     gelu_tanh: Op
     linear_attention: Op
     linear_swiglu: Op
@@ -49,6 +50,7 @@ EAGER = OpTable(
     to_uint8=to_uint8,
     residual_layer_norm=residual_layer_norm,
     joint_qk_norm_rope=joint_qk_norm_rope,
+    grouped_qk_norm_rope=grouped_qk_norm_rope,
     gelu_tanh=gelu_tanh,
     linear_attention=linear_attention,
     linear_swiglu=linear_swiglu,
