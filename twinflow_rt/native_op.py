@@ -21,30 +21,29 @@ _torch_library = torch.library.Library("twinflow", "DEF")
 
 def run(name: str, x: Tensor, *arguments: Any) -> None:
     """Runs a kernel where x lives; its dtype and the threads or the stream are the last arguments."""
-    kernels = kernels_of(x)
+    on_cpu = x.is_cpu
+    kernels = library.load("cpu" if on_cpu else x.device.type)  # a device's name takes as long as a few arguments
     if isinstance(kernels, str):
         raise DeviceError(kernels)
     kind = KINDS.get(x.dtype)
     if kind is None:
         raise TypeError(f"twinflow::{name} stores float32 or bfloat16, not {x.dtype}")
-    if x.is_cpu:
+    if on_cpu:
         getattr(kernels, name)(*arguments, kind, torch.get_num_threads())
     else:
         with torch.cuda.device(x.device):
             getattr(kernels, name)(*arguments, kind, torch.cuda.current_stream().cuda_stream)
 
 
-def kernels_of(x: Tensor) -> Any:
-    """The kernels where x lives, or why there are none."""
-    return library.load("cpu" if x.is_cpu else x.device.type)  # a device's name takes as long as a few arguments
-
-
 def as_rows(x: Tensor) -> tuple[Tensor, int, int]:
     """x as [B, S, D], its batch and row strides; copied only if elements of a row are not adjacent."""
     if x.ndim != 3:
         x = x.reshape(x.shape[0] if x.ndim > 3 else 1, -1, x.shape[-1])
-    x = x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
-    return x, x.stride(0), x.stride(1)
+    batch, row, element = x.stride()
+    if element != 1 and x.shape[2] != 1:
+        x = x.contiguous()
+        batch, row, _ = x.stride()
+    return x, batch, row
 
 
 def fresh(x: Tensor) -> Tensor:
@@ -61,12 +60,13 @@ def weight_of(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int
     """A weight, [D] or [B or 1, 1, D] or None; its address, and the stride between samples (0: shared)."""
     if weight is None:
         return None, 0, 0
-    dim, batch = x.shape[-1], x.shape[0]
+    shape, of_weight = x.shape, weight.shape
+    dim = shape[-1]
     if weight.dtype != torch.float32 or weight.device != x.device:
         raise TypeError(f"a norm weight is float32 on {x.device}, not {weight.dtype} on {weight.device}")
     shared = weight.numel() == dim
-    if weight.shape[-1] != dim or not (shared or (x.ndim == 3 and weight.shape == (batch, 1, dim))):
-        raise ValueError(f"a norm weight for {tuple(x.shape)} is [D] or [B or 1, 1, D], not {tuple(weight.shape)}")
+    if of_weight[-1] != dim or not (shared or (len(shape) == 3 and of_weight == (shape[0], 1, dim))):
+        raise ValueError(f"a norm weight for {tuple(shape)} is [D] or [B or 1, 1, D], not {tuple(of_weight)}")
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     return weight, weight.data_ptr(), 0 if shared else weight.stride(0)
 
@@ -84,18 +84,13 @@ def op(schema: str) -> Callable[[Function], Function]:
 
         @wraps(function)
         def call(first: Any, *others: Any) -> Any:
-            return (dispatched if _watched(first) else function)(first, *others)
+            x = first if isinstance(first, Tensor) else first[0]
+            seen = type(x) is not Tensor or x.is_meta or watched()  # tensors may stand for others: meta and fake ones
+            return (dispatched if seen else function)(first, *others)
 
         return call
 
     return register
-
-
-def _watched(first: Any) -> bool:
-    """Whether torch must see an op with this first argument: `tracing.watched`, or tensors that stand for others
-    (meta and fake ones)."""
-    x = first if isinstance(first, Tensor) else first[0]
-    return type(x) is not Tensor or x.is_meta or watched()
 
 
 def fake(*names: str) -> Callable[[Function], Function]:

@@ -40,6 +40,8 @@ class Tokenizer:
         texts = [self.render(prompt) for prompt in prompts]
         self.core.no_padding()
         self.core.enable_truncation(max_tokens)
+        if len(texts) == 1:  # a batch goes to the library's threads, and waking one takes longer than a prompt
+            return [self.core.encode(texts[0]).ids]
         return [encoding.ids for encoding in self.core.encode_batch(texts)]
 
     def render(self, prompt: str) -> str:
@@ -67,16 +69,16 @@ class ChatTokenizer(Tokenizer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.template = _chat_template(folder)
-
-    def render(self, prompt: str) -> str:
         from jinja2 import TemplateError
 
+        self.template, self._failures = _chat_template(folder), (TemplateError, *BROKEN)
+
+    def render(self, prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
         try:
             text: str = self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=True)
             return text
-        except (TemplateError, *BROKEN) as error:
+        except self._failures as error:
             raise CheckpointError(f"{self.folder}: the chat template failed ({error}); download it again") from None
 
 

@@ -6,15 +6,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.compiler import is_compiling
 
 KEPT = 8  # tables of one owner: sizes of images and lengths of prompts met of late
 
 
 def watched() -> bool:
     """Whether a compiler, a tracer or a dispatch mode (fake tensors, counters) follows what torch is called with."""
-    traced = torch._C._get_tracing_state() is not None
-    return torch.compiler.is_compiling() or traced or torch._C._len_torch_dispatch_stack() > 0
+    traced = _C._get_tracing_state() is not None
+    return is_compiling() or traced or _C._len_torch_dispatch_stack() > 0
 
 
 class Tables:

@@ -27,6 +27,6 @@ def with_gelu(layer: nn.Linear, x: Tensor, ops: OpTable) -> Tensor:
 
 def with_residual(residual: Tensor, layer: nn.Linear, x: Tensor, ops: OpTable) -> Tensor:
     """residual + layer(x), of a projection without bias. The residual stream may be wider than the layer."""
-    if _plain(layer) and residual.dtype == x.dtype == layer.weight.dtype:
-        return ops.linear_residual(residual, x, layer.weight)
+    if _plain(layer) and residual.dtype == x.dtype == (weight := layer.weight).dtype:
+        return ops.linear_residual(residual, x, weight)
     return residual + layer(x)

@@ -36,6 +36,7 @@ from ..vae import KLDecoder
 from . import Family, must_equal
 from .containers import ModuleDict, ModuleList
 from .context import Context as PromptContext
+from .context import host_lengths
 from .mmdit import linear32
 from .network_config import NetworkConfig, second_embedder
 from .patches import channels_last, joined
@@ -247,22 +248,18 @@ class ZImageTransformer(nn.Module):
         (as in the reference), so the context's lengths are such.
         """
         device, ragged = prompt_embeds.device, None
-        padded: tuple[int, ...] = ()
-        if isinstance(lengths, Tensor):
-            counts, longest = lengths, prompt_embeds.shape[1]
-            ragged = (counts + SEQ_MULTIPLE - 1) // SEQ_MULTIPLE * SEQ_MULTIPLE
-        else:
-            counts = torch.tensor([int(n) for n in lengths], device=device)
-            padded = tuple(pad_length(int(n)) for n in lengths)
-            longest = max(padded)
-            if min(padded) != longest:
-                ragged = torch.tensor(padded, device=device)
-        valid = torch.arange(longest, device=device) < counts[:, None]
-        embeds = prompt_embeds[:, :longest]
+        counts, rows, masked = host_lengths(prompt_embeds, lengths)
+        padded = tuple(pad_length(n) for n in counts)
+        longest = max(padded, default=rows)
+        if masked is not None and (not padded or min(padded) != longest):
+            ragged = (masked + SEQ_MULTIPLE - 1) // SEQ_MULTIPLE * SEQ_MULTIPLE
         norm, linear = self.cap_embedder
-        x = linear(self.ops.rms_norm(embeds, norm.weight.float(), norm.eps))
-        x = F.pad(x, (0, 0, 0, longest - x.shape[1]))
-        x = torch.where(valid[..., None], x, self.cap_pad_token.to(x.dtype))
+        x = linear(self.ops.rms_norm(prompt_embeds[:, :rows], norm.weight.float(), norm.eps))
+        pad = self.cap_pad_token.to(x.dtype)
+        if longest > rows:
+            x = torch.cat((x, pad.expand(len(x), longest - rows, -1)), 1)
+        if masked is not None:
+            x = torch.where((torch.arange(longest, device=device) < masked[:, None])[..., None], x, pad)
         norms = [b.norm_weights() if self.folded_steps is None else b.norm_table for b in self.context_refiner]
         x = self._run(self.context_refiner, norms, x, self._context_rope(longest, device), ragged)
         return Context(x, padded, ragged)
@@ -307,11 +304,13 @@ class ZImageTransformer(nn.Module):
         """All blocks of one stack; the last one computes only its first `rows` rows."""
         if not len(blocks):
             return x
+        *others, last = blocks
         readers = [block.attention.to_qkv for block in blocks]
         h = into(readers[0], self.ops).rms_norm(x, norms[0][:, :1], self.config.norm_eps)
-        for i, block in enumerate(blocks[:-1]):
+        for i, block in enumerate(others):
             x, h = block(x, h, norms[i], norms[i + 1][:, :1], rope, lengths, self.ops, reader=readers[i + 1])
-        return blocks[-1](x, h, norms[-1], None, rope, lengths, self.ops, rows)[0]
+        y: Tensor = last(x, h, norms[-1], None, rope, lengths, self.ops, rows)[0]
+        return y
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, H/2*W/2, 4C], features ordered (row, column, channel)."""

@@ -54,7 +54,7 @@ class Attention(nn.Module):
             self.to_qkv(x), self.norm_q.weight.float(), self.norm_k.weight.float(), *rope,
             self.heads, QK_NORM_EPS,
         )  # fmt: skip
-        return self.to_out[0](ops.attention(q[:, :rows], k, v, lengths))
+        return self.to_out[0](ops.attention(q if rows is None else q[:, :rows], k, v, lengths))
 
 
 class FeedForward(nn.Module):
@@ -103,8 +103,9 @@ class Block(nn.Module):
         layer of the next block. `rows` keeps only the first rows of the output: where nothing reads the others."""
         _, post_a, pre_f, post_f = norms.unsqueeze(2).unbind(1)
         branch = self.attention(h, rope, lengths, rows, ops)
-        x, h = into(self.feed_forward.w13, ops).residual_norm(x[:, :rows], branch, post_a, pre_f, self.eps)
-        return into(reader, ops).residual_norm(x, self.feed_forward(h, ops), post_f, next_pre, self.eps)
+        x, feed_forward = x if rows is None else x[:, :rows], self.feed_forward
+        x, h = into(feed_forward.w13, ops).residual_norm(x, branch, post_a, pre_f, self.eps)
+        return into(reader, ops).residual_norm(x, feed_forward(h, ops), post_f, next_pre, self.eps)
 
 
 class FinalLayer(nn.Module):

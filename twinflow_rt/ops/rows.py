@@ -71,8 +71,8 @@ EAGER_ROWS = RowTable(
 def into(reader: nn.Module | None, ops: OpTable) -> OpTable:
     """The table whose norms and activations return what `reader` multiplies: `ops`, or, for a quantized layer,
     the one that `producing` made of it."""
-    table: OpTable = getattr(reader, "producers", ops)
-    return table
+    # beside __dict__ a module looks for parameters, buffers and modules of that name, as slowly as a small kernel runs
+    return ops if reader is None else reader.__dict__.get("producers", ops)
 
 
 def producing(ops: OpTable, rows: RowTable, to: torch.dtype) -> OpTable:
