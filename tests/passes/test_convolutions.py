@@ -14,16 +14,20 @@ from twinflow_rt.models.autoencoder_kl import AutoencoderDecoder
 from twinflow_rt.ops.select import Target
 from twinflow_rt.passes.convolutions import (
     NARROWEST,
+    PackedConv2d,
+    PackedUpsampleConv,
     WinogradConv2d,
     WinogradUpsampleConv,
     conv_residual,
     convert_convolutions,
+    packing_refuses,
     refuses,
     suited,
     winograd_bytes,
 )
 from twinflow_rt.passes.layers import unpack
-from twinflow_rt.passes.upsample import UpsampleConv, folded_bytes
+from twinflow_rt.passes.upsample import UpsampleConv, fold_upsampling, folded_bytes
+from twinflow_rt.shadow import FOLDED
 from twinflow_rt.vae import KLDecoder
 
 CPU, FLOAT = torch.device("cpu"), Target("cpu", torch.float32)
@@ -33,7 +37,8 @@ pytestmark = pytest.mark.skipif(refuses(FLOAT) is not None, reason="needs oneDNN
 
 def test_which_layers_suit():
     network = nn.ModuleDict({
-        "plain": nn.Conv2d(N, N, 3, padding=1), "enlarging": UpsampleConv(N, N + 1), "narrow": nn.Conv2d(N, 3, 3, padding=1),
+        "plain": nn.Conv2d(N, N, 3, padding=1), "enlarging": UpsampleConv(N, N + 1),
+        "narrow": nn.Conv2d(N, 3, 3, padding=1),
         "from few": nn.Conv2d(N - 1, N, 3, padding=1), "strided": nn.Conv2d(N, N, 3, stride=2, padding=1),
         "grouped": nn.Conv2d(N, N, 3, padding=1, groups=2), "borderless": nn.Conv2d(N, N, 3), "1x1": nn.Conv2d(N, N, 1),
         "dilated": nn.Conv2d(N, N, 3, padding=1, dilation=2),
@@ -47,8 +52,20 @@ def test_which_targets_do(monkeypatch):
     assert "not on cuda" in refuses(Target("cuda", torch.float32))
     monkeypatch.setattr(library, "unavailable_reason", lambda: "not built")
     assert refuses(FLOAT) == "not built"
-    network = nn.Sequential(nn.Conv2d(N, N, 3, padding=1))
-    assert convert_convolutions(network, FLOAT, network.get_parameter) == () and type(network[0]) is nn.Conv2d
+    network = nn.Sequential(nn.Conv2d(N, N, 3, padding=1), UpsampleConv(4, 4))
+    (packed,) = convert_convolutions(network, FLOAT, network.get_parameter)
+    assert (packed.kind, packed.count) == ("packed", 1) and type(network[0]) is PackedConv2d
+    assert "not folded" in packing_refuses(network[1], FLOAT) and type(network[1]) is UpsampleConv
+    mirrored = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+    assert "border" in packing_refuses(mirrored, FLOAT)
+    for target, reason in (
+        (Target("cuda", torch.float32), "not cuda's"),
+        (Target("cpu", torch.float16), "not float16"),
+    ):
+        assert reason in packing_refuses(network[0], target)
+    network = nn.Sequential(nn.Conv2d(4, 4, 3))
+    assert convert_convolutions(network, Target("cpu", torch.float64), network.get_parameter) == ()
+    assert type(network[0]) is nn.Conv2d
 
 
 def test_a_decoder_computes_the_same_and_says_so(tmp_path):
@@ -56,21 +73,41 @@ def test_a_decoder_computes_the_same_and_says_so(tmp_path):
     decoder = KLDecoder.load(folder, CPU, torch.float32)
     kinds = [type(m) for m in decoder.network.modules()]
     assert kinds.count(WinogradUpsampleConv) == 1 and kinds.count(WinogradConv2d) > 8
-    (line,) = [note for note in decoder.notes() if "convolutions" in note]
-    assert "winograd" in line and f"{kinds.count(WinogradConv2d) + 1} layers" in line
+    lines = [note for note in decoder.notes() if "convolutions" in note]
+    counts = {"packed": kinds.count(PackedConv2d), "winograd": kinds.count(WinogradConv2d) + 1}
+    assert [f"{n} layers" in line for (kind, n), line in zip(counts.items(), lines, strict=True)] == [True, True]
+    assert all(kind in line for kind, line in zip(counts, lines, strict=True))
     latents = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         got = decoder.decode(latents)
         unpack(decoder.network)
-        assert not any(isinstance(m, WinogradConv2d) for m in decoder.network.modules())
+        assert not any(isinstance(m, (WinogradConv2d, PackedConv2d)) for m in decoder.network.modules())
         expected = decoder.decode(latents)
     assert not torch.equal(got, expected)  # other sums, to rounding
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_kernels_are_kept_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_ones_compute_the_same(tmp_path, dtype):
+    if packing_refuses(nn.Conv2d(4, 4, 3), Target("cpu", dtype)):
+        pytest.skip("this CPU does not multiply it")
+    _, folder = saved(tmp_path)  # narrow
+    decoder = KLDecoder.load(folder, CPU, dtype)
+    kinds = {type(m) for m in decoder.network.modules()}
+    assert {PackedConv2d, PackedUpsampleConv} <= kinds and not {nn.Conv2d, UpsampleConv, WinogradConv2d} & kinds
+    latents = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        got = decoder.decode(latents)
+        unpack(decoder.network)
+        fold_upsampling(decoder.network, FOLDED)
+        expected = decoder.decode(latents)
+    assert (got - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("changes", [WIDE, {}])
+def test_kernels_are_kept_bit_for_bit(tmp_path, changes):
     """What is saved, and what tracers get, are the weights as they were loaded."""
-    vae, folder = saved(tmp_path, **WIDE)
+    vae, folder = saved(tmp_path, **changes)
     decoder = KLDecoder.load(folder, CPU, torch.float32)
     theirs = vae.state_dict()
     weights = decoder.parts[0].weights()

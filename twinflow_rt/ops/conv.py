@@ -1,4 +1,6 @@
-"""3x3 convolutions by Winograd's F(2x2, 3x3): 16 products per 2x2 outputs and pair of channels in place of 36.
+"""Convolutions on a CPU with weights laid out once, at load: as oneDNN's kernels read them, or in Winograd's form.
+
+F(2x2, 3x3) takes 16 products per 2x2 outputs and pair of channels in place of 36:
 
     Y = A^T [ (G g G^T) * (B^T d B) ] A      per tile: d 4x4 inputs, g the kernel, Y 2x2 outputs
 
@@ -10,9 +12,11 @@ that of the direct sum, which is longer. The transforms are native kernels (`nat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 STRIP = 256  # tiles transformed and multiplied at once: what lies between stays in the cache
 LEAST = 64  # fewer are padded to so many: oneDNN's layout of the weights is the same from here to STRIP
@@ -56,3 +60,34 @@ def winograd_products(x: Tensor, weight: Tensor, points: int) -> Tensor:
         tiles, weight, None, [0, 0], [1, 1], [1, 1], points, "none", [], ""
     )
     return y.permute(0, 3, 2, 1).view(len(x), points, -1)
+
+
+def pack_conv(layer: nn.Conv2d) -> Tensor:
+    """The weight of `layer`, float32 or bfloat16, as oneDNN's kernel for this CPU reads it: an opaque tensor of its
+    shape and size; `.to_dense()` gives the weight back."""
+    settings: Any = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach(), *settings, None)
+    return packed
+
+
+def conv_packed(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """layer(x), whose weight is from `pack_conv`."""
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise.default(
+        x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups, "none", [], ""
+    )
+    return y
+
+
+_FOLDED: Any = ((1, 1), (0, 0), (2, 2), (1, 1), 1)  # `upsample_conv`'s border, output border, stride, dilation, groups
+
+
+def pack_folded(weight: Tensor) -> Tensor:
+    """A kernel from `fold_upsample` as oneDNN reads it."""
+    packed: Tensor = torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *_FOLDED, None)
+    return packed
+
+
+def upsample_conv_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`ops.upsample_conv` with a weight from `pack_folded`."""
+    y: Tensor = torch.ops.mkldnn._convolution_transpose_pointwise.default(x, weight, bias, *_FOLDED, "none", [], "")
+    return y

@@ -1,33 +1,60 @@
-"""What a convolution of a decoder multiplies with, once its network is loaded: Winograd's form where that pays.
+"""What a decoder's convolutions multiply with on a CPU, once its network is loaded, and how one kind becomes another.
 
-Modules are exchanged in place, as linear layers are (`layers`). The kernels as they were loaded are not kept beside
-their transforms, which are larger: what wants them again (saving, tracers) has them read anew.
+    plain       torch's own `F.conv2d`, which arranges the weight anew in every call
+    packed      the weight in oneDNN's layout, made once
+    winograd    wide 3x3 convolutions in float32: transformed weights, fewer products (`ops.conv`)
+
+Modules are exchanged in place, as linear layers are (`layers`). What is saved, and what tracers get, are the weights as
+they were loaded. Transformed ones are larger, so the others are not kept beside them, but read anew where wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import library
-from ..config import dtype_name
+from ..config import dtype_name, has_native
 from ..native_conv import conv_winograd
 from ..ops import OpTable
-from ..ops.conv import winograd_points, winograd_weight
+from ..ops.conv import conv_packed, pack_conv, pack_folded, upsample_conv_packed, winograd_points, winograd_weight
 from ..ops.select import Target
 from ..plan import Layers
 from ..report import TRIM_EVERY, release_free_memory
 from .upsample import UpsampleConv
 
 NARROWEST = 96  # channels: with fewer the transforms take about as long as the products they save
-WHY = "F(2x2, 3x3): 16 products in place of 36; 9 behind an enlargement"
+KINDS = (nn.Conv2d, UpsampleConv)  # that are exchanged; other classes have ways of their own
+NO_ONEDNN = "this torch is built without oneDNN"
+WHY = {"packed": "laid out once, not per call", "winograd": "16 products in place of 36, 9 behind an enlargement"}
+
+
+class PackedConv2d(nn.Conv2d):
+    """A convolution whose weight is in oneDNN's layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_packed(self, x)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight.detach().to_dense()
+
+
+class PackedUpsampleConv(UpsampleConv):
+    """Behind a nearest enlargement by 2, with a folded kernel in oneDNN's layout."""
+
+    folded: Tensor
+
+    def enlarged(self, x: Tensor, ops: OpTable) -> Tensor:
+        return upsample_conv_packed(x, self.folded, self.bias)
 
 
 class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution with a border of one pixel whose weight is a `winograd_weight`; `original` reads its kernels."""
+    """A 3x3 convolution with a border of one pixel and a `winograd_weight`; `original` reads its kernels."""
 
     original: Callable[[], Tensor]
 
@@ -53,43 +80,69 @@ def conv_residual(residual: Tensor, layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def convert_convolutions(network: nn.Module, target: Target, read: Callable[[str], Tensor]) -> tuple[Layers, ...]:
-    """Exchanges the convolutions of a loaded `network` that Winograd's form suits, and says how many.
+    """Exchanges the convolutions of a loaded `network` for what suits them on `target`, and says how many.
 
     read(name): the tensor of that name as it was loaded. One weight at a time exists twice.
     """
-    if refuses(target) is not None:
-        return ()
-    sizes, freed = [], 0
-    for name, layer in list(suited(network)):
-        enlarges = isinstance(layer, UpsampleConv)
-        sizes.append(layer.weight.numel())
+    done: dict[str, list[int]] = {}
+    freed, wide = 0, {name for name, _ in suited(network)} if refuses(target) is None else set()
+    for name, layer in list(network.named_modules()):
+        if type(layer) not in KINDS or (name not in wide and packing_refuses(layer, target)):
+            continue
         freed += layer.weight.nbytes
-        weight = winograd_weight(layer.weight.detach(), enlarges)
-        converted: Any = layer
-        if enlarges:
-            converted.folded = None
-        converted.__class__ = WinogradUpsampleConv if enlarges else WinogradConv2d
-        converted.weight = nn.Parameter(weight, requires_grad=False)
-        converted.original = lambda name=f"{name}.weight": read(name)
+        done.setdefault("winograd" if name in wide else "packed", []).append(layer.weight.numel())
+        if name in wide:
+            _transform(layer, partial(read, f"{name}.weight"))
+        else:
+            _pack(layer)
         if freed > TRIM_EVERY:
             freed = 0
             release_free_memory()
-    return (Layers("winograd", len(sizes), sum(sizes), WHY),) if sizes else ()
+    return tuple(Layers(kind, len(sizes), sum(sizes), WHY[kind]) for kind, sizes in done.items())
+
+
+def _transform(layer: Any, original: Callable[[], Tensor]) -> None:
+    enlarges = isinstance(layer, UpsampleConv)
+    weight = winograd_weight(layer.weight.detach(), enlarges)
+    layer.__class__ = WinogradUpsampleConv if enlarges else WinogradConv2d
+    layer.weight, layer.original = nn.Parameter(weight, requires_grad=False), original
+    if enlarges:
+        layer.folded = None
+
+
+def _pack(layer: Any) -> None:
+    if isinstance(layer, UpsampleConv) and layer.folded is not None:
+        layer.folded = pack_folded(layer.folded)
+        layer.__class__ = PackedUpsampleConv
+    else:
+        layer.weight = nn.Parameter(pack_conv(layer), requires_grad=False)
+        layer.__class__ = PackedConv2d
+
+
+def packing_refuses(layer: nn.Conv2d, target: Target) -> str | None:
+    """Why a convolution is not packed for a target, or None."""
+    if target.device != "cpu":
+        return f"oneDNN's layout is the CPU's, not {target.device}'s"
+    if not torch.backends.mkldnn.is_available():
+        return NO_ONEDNN
+    if target.dtype not in (torch.float32, torch.bfloat16) or not has_native(target.dtype, torch.device("cpu")):
+        return f"oneDNN packs float32, and bfloat16 on CPUs that multiply it, not {dtype_name(target.dtype)}"
+    if isinstance(layer, UpsampleConv):
+        return None if layer.folded is not None else "not folded"
+    return None if layer.padding_mode == "zeros" else "its border is not of zeros"
 
 
 def refuses(target: Target) -> str | None:
     """Why a target has no convolutions in Winograd's form, or None."""
     if target.dtype != torch.float32:
         return f"float32 alone keeps its accuracy in it, not {dtype_name(target.dtype)}"
-    if not torch.backends.mkldnn.is_available():
-        return "this torch is built without oneDNN"
-    return library.refuses(target)
+    return library.refuses(target) if torch.backends.mkldnn.is_available() else NO_ONEDNN
 
 
 def suited(network: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
     """The convolutions that have a form of Winograd's which pays, with their names."""
     for name, layer in network.named_modules():
-        if isinstance(layer, nn.Conv2d) and not isinstance(layer, WinogradConv2d) and _suits(layer):
+        if type(layer) in KINDS and _suits(layer):
             yield name, layer
 
 
@@ -112,7 +165,11 @@ def winograd_bytes(network: nn.Module) -> int:
 def plain_convolutions(network: nn.Module) -> None:
     """Gives converted layers their kernels back, unfolded."""
     for layer in network.modules():
-        if isinstance(layer, WinogradConv2d):
-            plain: Any = layer
+        plain: Any = layer
+        if isinstance(layer, PackedUpsampleConv):
+            plain.__class__, plain.folded = UpsampleConv, None
+        elif isinstance(layer, (PackedConv2d, WinogradConv2d)):
+            own = isinstance(layer, WinogradConv2d)
+            weight = plain.__dict__.pop("original")() if own else layer.weight.detach().to_dense()
             plain.__class__ = UpsampleConv if isinstance(layer, UpsampleConv) else nn.Conv2d
-            plain.weight = nn.Parameter(plain.__dict__.pop("original")(), requires_grad=False)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
