@@ -179,7 +179,7 @@ def test_each_block_in_bfloat16_is_as_exact_as_unfolded(networks):
         blocks = (*network.noise_refiner, *network.layers, *network.context_refiner)
         for block, norms in zip(blocks, (*modulation.blocks, *prompt), strict=True):
             h = rms_norm(x, norms[:, :1], block.eps)
-            yield block(x, h, norms, None, rope, None, network.ops)[0].double()
+            yield block(x, h, norms.unsqueeze(2).unbind(1), None, rope, None, network.ops)[0].double()
 
     with torch.no_grad():
         runs = [

@@ -39,14 +39,14 @@ def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None
 @op("residual_norm(Tensor x, Tensor branch, Tensor post, Tensor? pre, float eps) -> Tensor[]")
 def _residual_norm(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
     same("branch", x, branch)
-    out = [fresh(x) for _ in range(1 if pre is None else 2)]
+    total, normed = fresh(x), None if pre is None else fresh(x)
     (a, *a_strides), (b, *b_strides) = as_rows(x), as_rows(branch)
     (_held, *after), (_too, *before) = weight_of(post, x), weight_of(pre, x)
     run(
-        "residual_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before, out[0].data_ptr(),
-        0 if pre is None else out[1].data_ptr(), *a.shape, eps,
+        "residual_norm", x, a.data_ptr(), *a_strides, b.data_ptr(), *b_strides, *after, *before, total.data_ptr(),
+        0 if normed is None else normed.data_ptr(), *a.shape, eps,
     )  # fmt: skip
-    return out
+    return [total] if normed is None else [total, normed]
 
 
 @op(

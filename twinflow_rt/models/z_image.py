@@ -200,9 +200,11 @@ class ZImageTransformer(nn.Module):
 
     def step_modulation(self, step: int) -> Modulation:
         """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""
-        row = slice(step, step + 1)
         blocks = (*self.noise_refiner, *self.layers)
-        return Modulation(tuple(b.norm_table[row] for b in blocks), self.norm_table[row])
+        tables, final = tuple(b.norm_table for b in blocks), self.norm_table
+        if self.folded_steps == 1:
+            return Modulation(tables, final)
+        return Modulation(tuple(table[step : step + 1] for table in tables), final[step : step + 1])
 
     # -- positions ------------------------------------------------------------------------------
 
@@ -305,11 +307,12 @@ class ZImageTransformer(nn.Module):
         if not len(blocks):
             return x
         *others, last = blocks
+        each = [weights.unsqueeze(2).unbind(1) for weights in norms]
         readers = [block.attention.to_qkv for block in blocks]
-        h = into(readers[0], self.ops).rms_norm(x, norms[0][:, :1], self.config.norm_eps)
+        h = into(readers[0], self.ops).rms_norm(x, each[0][0], self.config.norm_eps)
         for i, block in enumerate(others):
-            x, h = block(x, h, norms[i], norms[i + 1][:, :1], rope, lengths, self.ops, reader=readers[i + 1])
-        y: Tensor = last(x, h, norms[-1], None, rope, lengths, self.ops, rows)[0]
+            x, h = block(x, h, each[i], each[i + 1][0], rope, lengths, self.ops, reader=readers[i + 1])
+        y: Tensor = last(x, h, each[-1], None, rope, lengths, self.ops, rows)[0]
         return y
 
     def _patchify(self, latents: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,12 +97,13 @@ class Block(nn.Module):
         return weights * torch.stack((1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()), 1)
 
     def forward(
-        self, x: Tensor, h: Tensor, norms: Tensor, next_pre: Tensor | None, rope: tuple[Tensor, Tensor],
+        self, x: Tensor, h: Tensor, norms: Sequence[Tensor], next_pre: Tensor | None, rope: tuple[Tensor, Tensor],
         lengths: Tensor | None, ops: OpTable, rows: int | None = None, reader: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x: residual stream; h: x under this block's first norm. Returns the same pair for `reader`, the first
-        layer of the next block. `rows` keeps only the first rows of the output: where nothing reads the others."""
-        _, post_a, pre_f, post_f = norms.unsqueeze(2).unbind(1)
+        """x: residual stream; h: x under this block's first norm; norms: its four weights, [B or 1, 1, dim] each.
+        Returns the first two for `reader`, the first layer of the next block. `rows` keeps only the first rows of the
+        output: where nothing reads the others."""
+        _, post_a, pre_f, post_f = norms
         branch = self.attention(h, rope, lengths, rows, ops)
         x, feed_forward = x if rows is None else x[:, :rows], self.feed_forward
         x, h = into(feed_forward.w13, ops).residual_norm(x, branch, post_a, pre_f, self.eps)
