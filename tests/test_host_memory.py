@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from twinflow_rt import host_memory, load
 
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 
@@ -45,3 +47,29 @@ def test_images_fault_no_memory_in_again():
         pipe("a red circle", seed=seed, output="pt")
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert min(faults[3:]) < 50  # without `keep_freed_memory` hundreds
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="needs Linux with transparent huge pages")
+def test_large_blocks_lie_in_huge_pages():
+    """Of a process of its own: whether a page is huge is told of the mapping that it lies in."""
+    script = """
+import torch
+from twinflow_rt.native_op import roomy
+for wanted in (False, True):
+    x = torch.empty(96 << 20, dtype=torch.uint8)
+    x = (roomy(x) if wanted else x).fill_(1)
+    found, inside = 0, False
+    for line in open("/proc/self/smaps"):
+        head, _, rest = line.partition(" ")
+        if "-" in head:
+            first, last = (int(n, 16) for n in head.split("-"))
+            inside = first <= x.data_ptr() + x.nbytes // 2 < last
+        elif inside and head == "AnonHugePages:":
+            found = int(rest.split()[0]) << 10
+    print(wanted, found)
+    del x
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    (_, small), (_, huge) = (line.split() for line in done.stdout.splitlines())
+    assert int(huge) > 0  # as many as the system had
+    assert int(small) == 0 or "[always]" in THP.read_text()

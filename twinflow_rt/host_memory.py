@@ -4,14 +4,19 @@ so that importing torch can be watched."""
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import resource
 import sys
+from collections.abc import Callable
+from functools import cache
 
 STATUS = "/proc/self/status"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
 DEFAULT_THRESHOLD = 128 << 10  # glibc's, both
+HUGE = 4 << 20  # bytes: smaller blocks have few huge pages, or none
+MADV_HUGEPAGE = 14  # of Linux' mman.h
 
 
 def resident_bytes() -> int:
@@ -61,10 +66,28 @@ def return_freed_memory() -> None:
     _set_thresholds(DEFAULT_THRESHOLD, DEFAULT_THRESHOLD)
 
 
-def _set_thresholds(mmap: int, trim: int) -> bool:
+def prefer_huge_pages(address: int, nbytes: int) -> None:
+    """Asks the system to back a large block (`HUGE`) that was just allocated by pages of 2 MB. Blocks beyond 32 MB are
+    always new to a process, and filling them costs more in faults of small pages than in writing. A wish: nothing
+    depends on whether it is granted."""
+    if (madvise := _madvise()) is not None:
+        first, end = -address % mmap.PAGESIZE + address, (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        madvise(first, end - first, MADV_HUGEPAGE)
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """Linux' call, or None elsewhere."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform.startswith("linux") else None
+    if madvise is not None:
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise
+
+
+def _set_thresholds(mapped: int, trim: int) -> bool:
     """malloc's thresholds in bytes; whether it took them (glibc's does)."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, mmap)) and bool(mallopt(M_TRIM_THRESHOLD, trim))
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, mapped)) and bool(mallopt(M_TRIM_THRESHOLD, trim))
 
 
 def _usage() -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .native_op import as_rows, fake, fresh, halves, op, run, same, weight_of
+from .native_op import as_rows, fake, fresh, halves, op, roomy, run, same, weight_of
 
 # -- norm -------------------------------------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
         raise ValueError(f"{channels} channels do not divide into {groups} groups, or weight and bias are not of them")
     if weight.dtype != x.dtype or bias.dtype != x.dtype:
         raise TypeError(f"weight and bias are {x.dtype} like x, not {weight.dtype} and {bias.dtype}")
-    out = torch.empty_like(x)
+    out = roomy(torch.empty_like(x))
     scratch = x.new_empty((batch, 32 * channels), dtype=torch.float32)
     tensors = (x, weight.contiguous(), bias.contiguous(), out, scratch)
     run("group_norm_silu", x, *(t.data_ptr() for t in tensors), batch, height * width, channels, groups, eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native_op import run
+from .native_op import roomy, run
 from .ops.conv import LEAST, STRIP, winograd_points, winograd_products
 
 
@@ -19,7 +19,7 @@ def conv_winograd(
     outer, size = weight.shape[0] // points, (times * height, times * width)
     if weight.shape[1] != inner or (bias is not None and bias.shape != (outer,)):
         raise ValueError(f"{inner} channels meet a weight of {weight.shape[1]}, or a bias is not [{outer}]")
-    out = torch.empty((batch, outer, *size), dtype=x.dtype, memory_format=torch.channels_last)
+    out = roomy(torch.empty((batch, outer, *size), dtype=x.dtype, memory_format=torch.channels_last))
     if added is not None:
         if added.shape != out.shape or added.dtype != x.dtype:
             raise ValueError(f"what is added must be {x.dtype} {tuple(out.shape)}, not {added.dtype} {added.shape}")

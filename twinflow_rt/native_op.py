@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import library
 from .errors import DeviceError
+from .host_memory import HUGE, prefer_huge_pages
 from .library import KINDS
 from .tracing import watched
 
@@ -48,7 +49,14 @@ def as_rows(x: Tensor) -> tuple[Tensor, int, int]:
 
 def fresh(x: Tensor) -> Tensor:
     """Contiguous room for a tensor like x; `new_empty` takes twice as long."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return roomy(torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def roomy(fresh: Tensor) -> Tensor:
+    """A tensor that was just allocated, in huge pages where it is large and the CPU's."""
+    if (nbytes := fresh.nbytes) >= HUGE and fresh.is_cpu:
+        prefer_huge_pages(fresh.data_ptr(), nbytes)
+    return fresh
 
 
 def same(name: str, x: Tensor, other: Tensor) -> None:
