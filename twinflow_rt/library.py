@@ -125,9 +125,9 @@ def release_threads() -> bool:
 def threads_apart(device: torch.device) -> Iterator[None]:
     """While entered, where this thread computes on the CPU with others, those stay off the CPU that it runs on: see
     twinflow_cpu_threads_apart in twinflow_rt.h. They end with the affinity that they had; its own is not touched."""
-    kernels, threads = load("cpu"), torch.get_num_threads()
-    several = device.type == "cpu" and threads > 1 and not isinstance(kernels, str)
-    apart = several and kernels.threads_apart(threads)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    kernels: Any = load("cpu") if threads > 1 else "not needed"
+    apart = not isinstance(kernels, str) and kernels.threads_apart(threads)
     try:
         yield
     finally:

@@ -71,17 +71,22 @@ def test_a_call_within_a_call_leaves_them_to_the_outer_one():
     assert not changed(before)
 
 
-def test_where_there_is_nothing_to_part():
+def test_where_there_is_nothing_to_part(monkeypatch):
     before, allowed = masks(), os.sched_getaffinity(0)
-    with library.threads_apart(torch.device("cuda")):
-        assert not changed(before)
     os.sched_setaffinity(0, {min(allowed)})
     try:
         assert KERNELS.threads_apart(2) == 0
     finally:
         os.sched_setaffinity(0, allowed)
     assert not changed(before)
+    monkeypatch.setattr(library, "load", lambda device: pytest.fail("looked for kernels"))
+    with library.threads_apart(torch.device("cuda")):
+        pass
     torch.set_num_threads(1)
+    with library.threads_apart(CPU):
+        pass
+    torch.set_num_threads(2)
+    monkeypatch.setattr(library, "load", lambda device: "not built here (test)")
     with library.threads_apart(CPU):
         assert not changed(before)
 
