@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..ops import EAGER, OpTable, into
 from ..passes.load import Layout
 from ..stage import Model
-from .containers import ModuleList
+from .containers import Module, ModuleList
 from .language_model import FUSED, FeedForward, Past, Weight, after
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -55,7 +55,7 @@ class Gemma2Config:
         return cls(**{"rope_theta": rope.get("rope_theta", 10000.0), **given})
 
 
-class Attention(nn.Module):
+class Attention(Module):
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         return self.o_proj((weights @ v).permute(0, 3, 1, 2, 4).flatten(2))
 
 
-class Layer(nn.Module):
+class Layer(Module):
     input_layernorm: Weight
 
     def __init__(self, config: Gemma2Config) -> None:

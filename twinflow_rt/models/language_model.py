@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..ops import EAGER, OpTable, into
 from ..passes.load import Layout
 from ..tracing import Tables
-from .containers import ModuleList
+from .containers import Module, ModuleList
 from .linear import with_residual, with_swiglu
 
 FUSED = {
@@ -98,7 +98,7 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.empty(*shape))
 
 
-class Attention(nn.Module):
+class Attention(Module):
     """Without `o_proj`, which the layer applies as it adds to the residual stream."""
 
     def __init__(self, config: LanguageConfig) -> None:
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     """config: anything with these two sizes."""
 
     def __init__(self, config: Any) -> None:
@@ -132,7 +132,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
 
-class Layer(nn.Module):
+class Layer(Module):
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.eps = config.eps
@@ -152,7 +152,7 @@ class Layer(nn.Module):
         return with_residual(x, down, with_swiglu(gate_up, h, into(down, ops)), ops)
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Module):
     """ids [B, L] int64 -> hidden state [B, L, hidden_size] number `config.state`; nothing beyond is built."""
 
     def __init__(self, config: LanguageConfig) -> None:

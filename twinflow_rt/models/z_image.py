@@ -34,7 +34,7 @@ from ..text import ZImageText
 from ..tracing import Tables
 from ..vae import KLDecoder
 from . import Family, must_equal
-from .containers import ModuleDict, ModuleList
+from .containers import Module, ModuleDict, ModuleList
 from .context import Context as PromptContext
 from .context import host_lengths
 from .mmdit import linear32
@@ -121,7 +121,7 @@ class Context(PromptContext):
     ragged: Tensor | None = None
 
 
-class ZImageTransformer(nn.Module):
+class ZImageTransformer(Module):
     """F(x_t, t, tt, prompt), the velocity z - x of TwinFlow (diffusers' network predicts its negative).
 
     `folded_steps=N` builds the compiled layout: no time embedders, no modulation, no norm weights,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import OpTable, into
+from .containers import Module
 from .linear import with_swiglu
 from .mmdit import FREQUENCY_DIM, linear32, sinusoids
 
@@ -39,7 +40,7 @@ class TimestepEmbedder(nn.Module):
         return x
 
 
-class Attention(nn.Module):
+class Attention(Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -58,7 +59,7 @@ class Attention(nn.Module):
         return self.to_out[0](ops.attention(q if rows is None else q[:, :rows], k, v, lengths))
 
 
-class FeedForward(nn.Module):
+class FeedForward(Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
@@ -68,7 +69,7 @@ class FeedForward(nn.Module):
         return self.w2(with_swiglu(self.w13, x, into(self.w2, ops)))
 
 
-class Block(nn.Module):
+class Block(Module):
     """One sandwich-norm block; `steps` = N holds N rows of folded norm weights instead of what makes them."""
 
     norm_table: Tensor
