@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinflow_rt import library, load
+from twinflow_rt import vae as vae_stage
 from twinflow_rt.bench import peers
 from twinflow_rt.bench.workload import Workload, stages
 from twinflow_rt.files import read_json
@@ -193,8 +194,15 @@ class Graph:
         return self.velocity(*self.last)
 
 
+def plain_convolutions() -> Any:
+    """While entered, decoders are loaded with their convolutions as they are: OpenVINO arranges weights itself.
+    Enlargements are folded; it is faster with them so."""
+    return patch.object(vae_stage, "convert_convolutions", lambda *_: ())
+
+
 def _openvino(folder: Path, size: int | None, dtype: torch.dtype) -> Calls:
-    pipe = peers.uncompiled(folder, CPU, DTYPE)
+    with plain_convolutions():
+        pipe = peers.uncompiled(folder, CPU, DTYPE)
     for network in (pipe.text.network, pipe.vae.network):
         unpack(network)
     graph = Graph(pipe.program.network.network, dtype)
@@ -214,7 +222,8 @@ def decoder(peer: str, folder: Path, size: int) -> Calls:
     side = size // vae.scale
     raw = torch.randn(1, vae.channels, side, side, generator=torch.Generator().manual_seed(SEED))
     if peer.startswith("openvino"):
-        vae.materialize(CPU, DTYPE)
+        with plain_convolutions():
+            vae.materialize(CPU, DTYPE)
         unpack(vae.network)
         vae.network.ops = EAGER
         vae.network.forward = Converted(vae.network, _dtype(peer))
