@@ -149,8 +149,8 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "winograd_output",
-      [](uintptr_t points, uintptr_t bias, uintptr_t added, uintptr_t out, int64_t batch, int64_t height,
-         int64_t width, int64_t channels, int64_t first, int64_t last, bool enlarged, int dtype, int threads) {
+      [](uintptr_t points, uintptr_t bias, uintptr_t added, uintptr_t out, int64_t batch, int64_t height, int64_t width,
+         int64_t channels, int64_t first, int64_t last, bool enlarged, int dtype, int threads) {
         check(twinflow_cpu_winograd_output(ptr<float>(points), ptr<float>(bias), ptr<float>(added), ptr<float>(out),
                                            batch, height, width, channels, first, last, enlarged, dtype, threads));
       },

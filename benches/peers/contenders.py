@@ -41,7 +41,10 @@ Calls = dict[str, Callable[[int], Any]]
 
 
 def build(peer: str, part: str, folder: Path, size: int | None) -> Calls:
-    """The calls of a peer, loaded and ready."""
+    """The calls of a peer, loaded and ready. They compute with as many threads as torch has."""
+    if peer.startswith("openvino"):  # has its own; torch's would spin between its steps and take their CPU
+        Converted.threads = torch.get_num_threads()
+        torch.set_num_threads(1)
     calls = {"image": image, "vae": decoder}[part](peer, folder, size)
     mode = torch.inference_mode() if peer.startswith("ours") else torch.no_grad()  # diffusers' pipelines use no_grad
     calls = {name: mode(call) for name, call in calls.items()}
@@ -135,6 +138,8 @@ class Converted:
     """A module's forward through OpenVINO, converted at the first call with tensors of these shapes. dtype: what it
     computes in; tensors and stored weights are float32."""
 
+    threads = 1
+
     def __init__(self, module: nn.Module, dtype: torch.dtype = DTYPE) -> None:
         self.module, self.models = module, {}
         self.hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
@@ -154,7 +159,7 @@ class Converted:
             traced = torch.jit.trace(self.module, tensors, check_trace=False, strict=False)
         model = openvino.convert_model(traced, example_input=tensors, input=[list(t.shape) for t in tensors])
         self.module.forward = self
-        options = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        options = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": self.threads}
         return openvino.Core().compile_model(model, "CPU", options | {"PERFORMANCE_HINT": "LATENCY"})
 
 
