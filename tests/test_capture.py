@@ -14,6 +14,7 @@ from twinflow_rt import tiles
 from twinflow_rt.capture import BUCKET, Captures, Stats, _shape, bucket, open_captures
 from twinflow_rt.errors import ConfigError, DeviceError
 from twinflow_rt.loading import load
+from twinflow_rt.tape import Tapes
 
 CPU = torch.device("cpu")
 
@@ -25,7 +26,7 @@ class FakeGraphs:
     def __init__(self, needs=lambda outputs: sum(x.nbytes for x in tensors(outputs))):
         self.needs, self.pool, self.inside, self.resets = needs, 0, False, 0
 
-    def record(self, run):
+    def record(self, run, inputs):
         outputs = run()
         grown = max(self.needs(outputs) - self.pool, 0)
         self.pool += grown
@@ -129,7 +130,7 @@ def test_the_pool_is_bounded():
 def test_room_is_made_where_others_fill_the_pool():
     backend = FakeGraphs(needs=lambda outputs: outputs.nbytes)
     grow = backend.record
-    backend.record = lambda run: (*grow(run)[:2], 60)  # every graph adds to the pool
+    backend.record = lambda run, inputs: (*grow(run, inputs)[:2], 60)  # every graph adds to the pool
     graphs = Captures(backend, budget=100)
     f = lambda x: x + 1
     for n in (1, 2, 1):
@@ -137,7 +138,7 @@ def test_room_is_made_where_others_fill_the_pool():
     assert graphs.stats()["s"].kept == 1 and backend.resets == 2 and graphs.pool_bytes == 60
 
 
-def failing(run):
+def failing(run, inputs):
     raise RuntimeError("operation not permitted when stream is capturing\nlong story")
 
 
@@ -188,7 +189,8 @@ def test_buckets():
 
 
 def test_modes():
-    assert open_captures("off", CPU) is None and open_captures("auto", CPU) is None
+    assert open_captures("off", CPU) is None and open_captures("auto", torch.device("mps")) is None
+    assert isinstance(open_captures("auto", CPU).backend, Tapes)
     with pytest.raises(DeviceError, match="capture='graphs' records CUDA graphs"):
         open_captures("graphs", CPU)
 
@@ -206,7 +208,7 @@ CALLS = [["a red circle"], ["two"], ["a", "a blue square above a green one"], ["
 def pipes(request, tmp_path_factory):
     """Without graphs, and with."""
     folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "m")
-    plain, recorded = load(folder, device="cpu"), load(folder, device="cpu")
+    plain, recorded = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
     recorded.record(Captures(FakeGraphs(), strict=True))
     return plain, recorded
 
@@ -276,7 +278,7 @@ def test_blocks_that_stream_are_not_recorded_and_the_plan_says_why(tmp_path, mon
     assert made["text"] == made["velocity"] == 0 and made["context"] == 1
     stats = pipes[1].captures.stats()
     assert all("its blocks stream" in stats[name].refused for name in ("text", "velocity"))
-    assert "graphs of velocity: 0 graphs" in str(pipes[1].plan) and "launches are hidden" in str(pipes[1].plan)
+    assert "graphs of velocity: 0 kept" in str(pipes[1].plan) and "launches are hidden" in str(pipes[1].plan)
     monkeypatch.setattr("twinflow_rt.loading.open_captures", lambda *args: Captures(FakeGraphs(), strict=True))
     with pytest.raises(ConfigError, match="blocks stream within memory_budget"):
         load(folder, device="cpu", memory_budget=budget)

@@ -1,4 +1,4 @@
-"""Stages recorded once per shape and replayed: CUDA graphs.
+"""Stages recorded once per shape and replayed: CUDA graphs, and on a CPU tapes (see `tape`).
 
 A stage of a one-step model is a fixed list of kernels, so it is recorded once for every shape it meets (a
 bucket: exact size and batch, prompt length up to a multiple of `BUCKET`) and then costs one launch. Inputs are
@@ -20,6 +20,7 @@ least recently used goes first.
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -35,6 +36,8 @@ BUCKET = 32  # prompt tokens: lengths are padded to a multiple
 ENTRIES = 32  # graphs kept
 BUDGET = 8 << 30  # bytes of the pool
 WARMUP = 2  # runs before recording: libraries choose kernels and allocate workspaces in the first
+SHAPES = 256  # whose first call is remembered
+LONGEST = 0.1  # seconds of a call on a CPU beyond which the Python between its ops is a small part
 MODES = ("auto", "graphs", "off")
 # Latent positions of a batch (128 x 128: one image of 1024 x 1024 at 8 pixels a latent) up to which "auto"
 # records the network. Beyond, kernels are long enough to hide their launches, and masks for padded prompts
@@ -50,8 +53,9 @@ def bucket(length: int) -> int:
 class Backend(Protocol):
     """What records. Calls come one at a time, under the lock of `Captures`."""
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Any, int]:
-        """A graph of `run`, what run returned (tensors that every replay writes), bytes the pool grew by."""
+    def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Any, int]:
+        """A graph of `run`, what run returned (tensors that every replay writes), bytes the pool grew by. inputs: what
+        run reads whose values differ from replay to replay."""
 
     def enter(self) -> None:
         """Called before inputs are copied in: the caller's stream waits for the last replay."""
@@ -74,7 +78,7 @@ class CudaGraphs:
         self._side, self._done = torch.cuda.Stream(device), torch.cuda.Event()
         self._pool = torch.cuda.graph_pool_handle()
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Any, int]:
+    def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Any, int]:
         with torch.cuda.device(self.device):
             here = torch.cuda.current_stream()
             self._side.wait_stream(here)
@@ -119,7 +123,7 @@ class Stats:
     refused: str | None = None
 
     def __str__(self) -> str:
-        text = f"{self.kept} graphs, {self.replayed} replays, {self.recorded} recordings, {self.evicted} given up"
+        text = f"{self.kept} kept, {self.replayed} replays, {self.recorded} recordings, {self.evicted} given up"
         return f"{text}; without: {self.refused}" if self.refused else text
 
 
@@ -138,12 +142,18 @@ class Captures:
     """Calls functions of tensors by recorded graphs; see the module's docstring.
 
     strict: raise DeviceError where recording fails; else that shape runs without a graph, and `stats` says why.
+    kind: what a plan calls them. buckets: whether prompts are padded so that more of them have the same shape: where
+    recording costs much. longest: record what took at most so many seconds when it came first, and not before it comes
+    again; None: everything, at once.
     """
 
     def __init__(
-        self, backend: Backend, *, entries: int = ENTRIES, budget: int = BUDGET, strict: bool = False
-    ) -> None:
+        self, backend: Backend, *, entries: int = ENTRIES, budget: int = BUDGET, strict: bool = False,
+        kind: str = "graphs", buckets: bool = True, longest: float | None = None,
+    ) -> None:  # fmt: skip
         self.backend, self.entries, self.budget, self.strict = backend, entries, budget, strict
+        self.kind, self.buckets, self.longest = kind, buckets, longest
+        self._met: OrderedDict[Hashable, None] = OrderedDict()
         self.pool_bytes = 0
         self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, _Entry] = OrderedDict()
@@ -156,12 +166,14 @@ class Captures:
         them must be hashable and decides, with shapes and dtypes, which graph it is. The result's tensors are
         the caller's own. function may read other tensors if they live as long as `owner` and never move."""
         leaves: list[Tensor] = []
-        key = (stage, _shape(args, leaves))
+        key = (stage, _shape(args, leaves), torch.is_inference_mode_enabled())
         with self._lock:
             if self._owners.get(stage) is not owner:
                 self.forget(stage)
                 self._owners[stage] = owner
             entry = self._kept.get(key)
+            if entry is None and self.longest is not None and key not in self._met:
+                return self._first(key, function, args)
             if key in self._plain or (entry is None and (entry := self._record(key, function, args, leaves)) is None):
                 return function(*args)
             self._kept.move_to_end(key)
@@ -173,6 +185,17 @@ class Captures:
             result = _map(entry.outputs, lambda x: x.clone())
             self.backend.leave()
             return result
+
+    def _first(self, key: Any, function: Callable[..., Any], args: Any) -> Any:
+        """A call of a shape that may never come again."""
+        begin = time.perf_counter()
+        result = function(*args)
+        if self.longest is not None and (taken := time.perf_counter() - begin) > self.longest:
+            self._refuse(key, f"takes {taken:.2f} s: what recording saves would not show")
+        self._met[key] = None
+        while len(self._met) > SHAPES:
+            self._plain.pop(self._met.popitem(last=False)[0], None)
+        return result
 
     def refuse(self, stage: str, why: str) -> None:
         """Notes why calls of a stage do not come here."""
@@ -196,9 +219,9 @@ class Captures:
     def notes(self) -> tuple[str, ...]:
         """Lines for a plan."""
         if not self._stats:
-            return ("graphs: none recorded yet",)
-        held = f"graphs hold {self.nbytes / 1e6:,.1f} MB of at most {self.budget / 1e6:,.1f} MB"
-        return (held, *(f"graphs of {stage}: {stats}" for stage, stats in self.stats().items()))
+            return (f"{self.kind}: none recorded yet",)
+        held = f"{self.kind} hold {self.nbytes / 1e6:,.1f} MB of at most {self.budget / 1e6:,.1f} MB"
+        return (held, *(f"{self.kind} of {stage}: {stats}" for stage, stats in self.stats().items()))
 
     def clear(self) -> None:
         """Gives up all graphs and their memory."""
@@ -207,7 +230,7 @@ class Captures:
 
     def forget(self, stage: str) -> None:
         """Drops the graphs of one stage; for `__call__`."""
-        for held in (self._kept, self._plain):
+        for held in (self._kept, self._plain, self._met):
             for key in [key for key in held if key[0] == stage]:  # type: ignore[index]
                 del held[key]
         if not self._kept and self.pool_bytes:
@@ -231,7 +254,7 @@ class Captures:
             supply = iter(static)
             inputs = _map(args, partial(_taken, supply))
             try:
-                graph, outputs, grown = self.backend.record(partial(function, *inputs))
+                graph, outputs, grown = self.backend.record(partial(function, *inputs), static)
             except RuntimeError as error:
                 reason = f"recording failed ({str(error).splitlines()[0]})"
                 if self.strict:
@@ -276,6 +299,13 @@ def _shape(value: Any, leaves: list[Tensor]) -> Hashable:
     return known
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a value, in the order `_map` meets them."""
+    leaves: list[Tensor] = []
+    _shape(value, leaves)
+    return leaves
+
+
 def _taken(supply: Iterator[Tensor], _: Tensor) -> Tensor:
     return next(supply)
 
@@ -300,12 +330,16 @@ def _values(value: Any) -> Iterator[Any]:
 
 
 def open_captures(mode: str, device: torch.device) -> Captures | None:
-    """The captures that `load(capture=mode)` asks for; None: none. "auto" has them on a GPU.
+    """The captures that `load(capture=mode)` asks for; None: none. "auto" has graphs on a GPU, tapes on a CPU.
 
     Raises DeviceError for "graphs" where there are none.
     """
-    if mode == "off" or (mode == "auto" and device.type != "cuda"):
+    if mode == "off" or (mode == "auto" and device.type not in ("cuda", "cpu")):
         return None
+    if mode == "auto" and device.type == "cpu":
+        from .tape import Tapes
+
+        return Captures(Tapes(), kind="tapes", buckets=False, longest=LONGEST)
     if device.type != "cuda":
         raise DeviceError(f"capture='graphs' records CUDA graphs, and this model is on {device}; use 'auto' or 'off'")
     return Captures(CudaGraphs(device), strict=mode == "graphs")

@@ -130,7 +130,7 @@ def load(
         if preview is not None:
             pipe.preview = PreviewDecoder(Path(preview), vae)
             pipe.preview.materialize(target, kind, part("preview"))
-    pipe.record(captures)
+    pipe.record(captures if memory is None or target.type == "cuda" else None)  # a CPU's budget counts every byte
     pipe.warm_up()
     if target.type == "cpu":
         library.release_threads()  # calls may come from other threads than this one

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from .native_op import roomy, run
 from .ops.conv import LEAST, STRIP, winograd_points, winograd_products
+from .tracing import watched
 
 
 def conv_winograd(
     x: Tensor, weight: Tensor, bias: Tensor | None, enlarged: bool = False, added: Tensor | None = None
 ) -> Tensor:
     """See ops/conv.py; weight: a `winograd_weight`. float32; the result is channels-last."""
+    if watched():
+        raise RuntimeError("Winograd's form reads and writes by address, which no tracer sees: give it plain weights")
     x = x.contiguous(memory_format=torch.channels_last)
     batch, inner, height, width = x.shape
     points, times = winograd_points(enlarged), 2 if enlarged else 1

@@ -17,6 +17,7 @@ from .tracing import watched
 
 Function = Callable[..., Any]
 
+PLAIN: dict[Any, Function] = {}  # a registered op -> what computes it, without torch's dispatcher
 _torch_library = torch.library.Library("twinflow", "DEF")
 
 
@@ -89,6 +90,7 @@ def op(schema: str) -> Callable[[Function], Function]:
         for device in ("CPU", "CUDA"):
             _torch_library.impl(name, function, device)
         dispatched: Function = getattr(torch.ops.twinflow, name).default
+        PLAIN[dispatched] = function
 
         @wraps(function)
         def call(first: Any, *others: Any) -> Any:

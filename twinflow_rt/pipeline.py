@@ -301,7 +301,7 @@ class Pipeline:
             if graphs is not None and streamed:
                 graphs.refuse("velocity", NOT_RECORDED)
             return lambda x, step: run(x, step, context)
-        static = context.in_bucket(bucket)
+        static = context.in_bucket(bucket) if graphs.buckets else context
         name = "velocity" if direct is None else "vae input"
         return lambda x, step: graphs(name, self.program.plan, run, x, step, static)
 
@@ -347,7 +347,11 @@ class Pipeline:
         given, network = embeds.to(self.device, self.dtype), self.program.network
         if self.captures is not None:
             call = partial(self.captures, "context", self.program.plan)
-            return recorded_context(network, call, given.embeds, given.lengths, **given.extras)
+            if self.captures.buckets:
+                return recorded_context(network, call, given.embeds, given.lengths, **given.extras)
+            encode = lambda embeds, lengths, extras: network.encode_context(embeds, lengths, **extras)
+            alone: Context = call(encode, given.embeds, given.lengths, given.extras)
+            return alone
         context: Context = network.encode_context(given.embeds, given.lengths, **given.extras)
         return context
 

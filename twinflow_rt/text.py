@@ -139,7 +139,7 @@ class TextEncoder(Stage):
         """Tokens from number `start` on, int64 [B, L] on the device: L the longest's, or its bucket where graphs are
         recorded."""
         longest = max(len(i) for i in ids) - start
-        if self.captures is not None:
+        if self.captures is not None and self.captures.buckets:
             longest = bucket(longest)
         device = self.network.embed_tokens.weight.device
         return torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=device)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import _C, Tensor
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 KEPT = 8  # tables of one owner: sizes of images and lengths of prompts met of late
 
@@ -16,6 +17,11 @@ def watched() -> bool:
     """Whether a compiler, a tracer or a dispatch mode (fake tensors, counters) follows what torch is called with."""
     traced = _C._get_tracing_state() is not None
     return is_compiling() or traced or _C._len_torch_dispatch_stack() > 0
+
+
+def kept_by_a_tape() -> bool:
+    """Whether what follows torch is a `tape.Tape`, whose constants may be tables of others."""
+    return getattr(_get_current_dispatch_mode(), "keeps_constants", False)
 
 
 class Tables:
@@ -29,7 +35,7 @@ class Tables:
         self, key: Hashable, device: torch.device, make: Callable[[], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """make(), or what it gave for this key before."""
-        if device.type != "cpu" or watched():
+        if device.type != "cpu" or (watched() and not kept_by_a_tape()):
             return make()
         found = self._made.get(key)
         if found is None:

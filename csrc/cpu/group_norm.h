@@ -91,7 +91,7 @@ template <class T, class W>
 void group_norm_silu(const T* x, const W* weight, const W* bias, T* out, float* scratch, int64_t batch, int64_t pixels,
                      int64_t channels, int64_t groups, float eps, int threads) {
   const int64_t size = pixels * channels, each = 2 * MOMENT_BLOCKS * channels, blocks = batch * MOMENT_BLOCKS;
-  const int used = team(batch * size, threads);
+  const int used = team(4 * batch * size, threads);  // of exponentials, as in mlp.h
 #pragma omp parallel for num_threads(used) schedule(static)
   for (int64_t k = 0; k < blocks; ++k) {
     const int64_t b = k / MOMENT_BLOCKS, part = k % MOMENT_BLOCKS;

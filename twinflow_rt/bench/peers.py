@@ -101,6 +101,7 @@ def _network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn
 def _eager_stage(stage: Any) -> Any:
     """A copy of a stage that shares its weights and runs on eager ops."""
     twin = copy.copy(stage)
+    twin.captures = None  # recordings are of the stage's own ops
     if hasattr(stage, "ops"):
         twin.ops = EAGER
     if hasattr(getattr(stage, "network", None), "ops"):

@@ -8,6 +8,7 @@ other encoders: padding on the right changes nothing (see `language_model`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from .containers import Module, ModuleList
 from .language_model import FUSED, FeedForward, Past, Weight, after
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+@cache
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """A number as `dtype` has it."""
+    return torch.tensor(number, dtype=dtype).item()
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Gemma2(nn.Module):
         if length > config.sliding_window:
             raise ConfigError(f"a prompt of {length} tokens exceeds the window of {config.sliding_window}; shorten it")
         weight = self.embed_tokens.weight
-        x = F.embedding(ids, weight) * torch.tensor(config.hidden_size**0.5, dtype=weight.dtype).item()
+        x = F.embedding(ids, weight) * rounded(config.hidden_size**0.5, weight.dtype)
         exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
         angles = torch.arange(start, length, device=device).float()[:, None] / config.rope_theta**exponents
         rope = angles.cos()[None], angles.sin()[None]

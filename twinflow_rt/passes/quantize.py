@@ -42,7 +42,7 @@ __all__ = [
 
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
-SMALLEST_PACKED = 1 << 16  # elements of a float32 weight: calling oneDNN for fewer takes longer than it saves
+SMALLEST_PACKED = 3 << 14  # elements of a float32 weight: calling oneDNN for fewer takes longer than it saves
 MULTIPLES = {"fp8": 16, "int8": 8}  # of inputs and outputs of a layer: the products' alignment on a GPU
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
