@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 
 from .errors import DeviceError
+from .out_of_memory import is_out_of_memory
 
 BUCKET = 32  # prompt tokens: lengths are padded to a multiple
 ENTRIES = 32  # graphs kept
 BUDGET = 8 << 30  # bytes of the pool
 WARMUP = 2  # runs before recording: libraries choose kernels and allocate workspaces in the first
-SHAPES = 256  # whose first call is remembered
+SHAPES = 256  # on a CPU: tapes kept, and shapes whose first call is remembered
 LONGEST = 0.1  # seconds of a call on a CPU beyond which the Python between its ops is a small part
 MODES = ("auto", "graphs", "off")
 # Latent positions of a batch (128 x 128: one image of 1024 x 1024 at 8 pixels a latent) up to which "auto"
@@ -256,6 +257,8 @@ class Captures:
             try:
                 graph, outputs, grown = self.backend.record(partial(function, *inputs), static)
             except RuntimeError as error:
+                if self.longest is not None and is_out_of_memory(error):
+                    raise  # a tape takes what the call takes, which would fail as well
                 reason = f"recording failed ({str(error).splitlines()[0]})"
                 if self.strict:
                     raise DeviceError(f"stage {stage}: {reason}; capture='off' runs without graphs") from error
@@ -339,7 +342,7 @@ def open_captures(mode: str, device: torch.device) -> Captures | None:
     if mode == "auto" and device.type == "cpu":
         from .tape import Tapes
 
-        return Captures(Tapes(), kind="tapes", buckets=False, longest=LONGEST)
+        return Captures(Tapes(), entries=SHAPES, kind="tapes", buckets=False, longest=LONGEST)
     if device.type != "cuda":
         raise DeviceError(f"capture='graphs' records CUDA graphs, and this model is on {device}; use 'auto' or 'off'")
     return Captures(CudaGraphs(device), strict=mode == "graphs")

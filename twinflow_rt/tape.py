@@ -124,7 +124,7 @@ class Recording:
         self.outputs = list(zip(results, outputs, strict=True))
         self.registers = tape.registers
         made, last = {place for *_, place in tape.steps}, dict[int, int]()
-        self.passing = made & set(results)
+        self.made, self.passing = made, made & set(results)
         for number, (_, wanted, _, place) in enumerate(tape.steps):
             last |= dict.fromkeys((*wanted, place), number)
         dead: dict[int, list[int]] = {}
@@ -138,12 +138,17 @@ class Recording:
 
     def play(self) -> None:
         registers = self.registers
-        for func, get, options, place, dead in self.steps:
-            registers[place] = func(*get(registers), **options)
-            for done in dead:
-                registers[done] = None
-        for place, output in self.outputs:
-            output.copy_(registers[place])
+        try:
+            for func, get, options, place, dead in self.steps:
+                registers[place] = func(*get(registers), **options)
+                for done in dead:
+                    registers[done] = None
+            for place, output in self.outputs:
+                output.copy_(registers[place])
+        except BaseException:  # nothing of a call that fails is kept
+            for place in self.made:
+                registers[place] = None
+            raise
         for place in self.passing:
             registers[place] = None
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +75,36 @@ def test_real_limit_on_a_cpu():
 
 @pytest.fixture
 def pipe():
-    return load("demo", device="cpu", dtype="float32")
+    return load("demo", device="cpu", dtype="float32", capture="off")  # whose networks are called each time
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("moment", ["recording", "playing"])
+def test_tapes_keep_nothing_of_a_call_that_fails(monkeypatch, failure, moment):
+    pipe, lost, failing = load("demo", device="cpu", dtype="float32"), [], []
+    run, want = pipe.vae.ops.group_norm_silu, None
+
+    def group_norm_silu(x, *args):
+        if failing:
+            lost.append(weakref.ref(x))
+            raise type(FAILURES[failure])(*FAILURES[failure].args)
+        return run(x, *args)
+
+    if moment == "recording":
+        monkeypatch.setattr(pipe.vae.network, "ops", replace(pipe.vae.ops, group_norm_silu=group_norm_silu))
+    for _ in range(1 if moment == "recording" else 3):
+        want = pipe("a", **ARGS).images
+    if moment == "playing":
+        (entry,) = (e for key, e in pipe.captures._kept.items() if key[0] == "decode")
+        step = next(i for i, (func, *_) in enumerate(entry.graph.steps) if func.__name__ == "group_norm_silu")
+        entry.graph.steps[step] = (group_norm_silu, *entry.graph.steps[step][1:])
+        del entry
+    failing.append(1)
+    with pytest.raises(OutOfMemoryError):
+        pipe("a", **ARGS)
+    assert lost and all(ref() is None for ref in lost)
+    failing.clear()
+    assert np.array_equal(pipe("a", **ARGS).images, want)
 
 
 def fail_above(monkeypatch, pipe, images: int, failure: str, stage: str = "network"):
