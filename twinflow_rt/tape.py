@@ -64,20 +64,20 @@ class Tape(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        wanted = tuple(map(self._register, args))
-        result, options = func(*args, **(kwargs or {})), kwargs or {}
+        wanted, options = tuple(map(self._register, args)), kwargs or {}
+        result = func(*args, **options)
         if any(isinstance(x, Tensor) for x in options.values()):
             raise RuntimeError(f"{func} takes a tensor by name")
         if any(result is x for x in args) and not func._schema.is_mutable:
             return result  # as it was: nothing to play
-        place = self._new(None)
+        place = self._new()
         self.steps.append((PLAIN.get(func) or BINDINGS.get(func, func), wanted, options, place))
         if isinstance(result, Tensor):
             self._remember(result, place)
         elif isinstance(result, (tuple, list)):
             for i, x in enumerate(result):
-                part = self._new(None)
-                self.steps.append((operator.getitem, (place, self._constant(i)), {}, part))
+                part = self._new()
+                self.steps.append((operator.getitem, (place, self._new(i)), {}, part))
                 self._remember(x, part)
         elif result is not None:
             raise RuntimeError(f"{func} gave a number, which later calls may not have")
@@ -88,7 +88,7 @@ class Tape(TorchDispatchMode):
         alive, place = self._known.get(id(x), (lambda: None, -1))
         if alive() is x:
             return place
-        place = self._constant(x)
+        place = self._new(x)
         self._remember(x, place)
         return place
 
@@ -96,15 +96,13 @@ class Tape(TorchDispatchMode):
         if isinstance(value, Tensor):
             return self.register_of(value)
         if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
-            place, parts = self._new(None), tuple(map(self._register, value))
+            place, parts = self._new(), tuple(map(self._register, value))
             self.steps.append((_listed, parts, {}, place))
             return place
-        return self._constant(value)
-
-    def _constant(self, value: Any) -> int:
         return self._new(value)
 
-    def _new(self, value: Any) -> int:
+    def _new(self, value: Any = None) -> int:
+        """A register more, of a constant or (None) of what a step will make."""
         self.registers.append(value)
         return len(self.registers) - 1
 

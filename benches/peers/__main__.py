@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="+", choices=PEERS, help="default: all; in bfloat16 where the CPU multiplies it"
     )
-    parser.add_argument("--rounds", type=int, default=20, help="turns of each peer (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=60, help="turns of each peer (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=40, help="per case; then only the first three rounds begin")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the record here")
