@@ -38,12 +38,12 @@ inline void transform(const float* const* d, float* t, int64_t step, int64_t n) 
 // One tile of n channels, at most TILE: the pixels at `in`, in rows, to the points at out + p * step.
 template <bool ENLARGED>
 inline void tile_in(const float* const* in, float* out, int64_t step, int64_t n) {
-  constexpr int side = ENLARGED ? 3 : 4;
+  constexpr int64_t side = ENLARGED ? 3 : 4;
   float across[side * side][TILE];
-  for (int y = 0; y < side; ++y) transform<ENLARGED>(in + y * side, across[y * side], TILE, n);
-  for (int x = 0; x < side; ++x) {
+  for (int64_t y = 0; y < side; ++y) transform<ENLARGED>(in + y * side, across[y * side], TILE, n);
+  for (int64_t x = 0; x < side; ++x) {
     const float* down[side];
-    for (int y = 0; y < side; ++y) down[y] = across[y * side + x];
+    for (int64_t y = 0; y < side; ++y) down[y] = across[y * side + x];
     transform<ENLARGED>(down, out + x * step, side * step, n);
   }
 }
@@ -89,12 +89,12 @@ inline void inverse(const float* m, int64_t step, float* y0, float* y1, int64_t 
 template <bool ENLARGED, bool ADDS>
 inline void tile_out(const float* in, int64_t step, const float* bias, const float* const* added, float* const* out,
                      int64_t n) {
-  constexpr int side = ENLARGED ? 3 : 4;
+  constexpr int64_t side = ENLARGED ? 3 : 4;
   float across[2][side][TILE], sums[2][TILE];
-  for (int y = 0; y < side; ++y) inverse<ENLARGED>(in + y * side * step, step, across[0][y], across[1][y], n);
-  for (int x = 0; x < 2; ++x) {
+  for (int64_t y = 0; y < side; ++y) inverse<ENLARGED>(in + y * side * step, step, across[0][y], across[1][y], n);
+  for (int64_t x = 0; x < 2; ++x) {
     inverse<ENLARGED>(across[x][0], TILE, sums[0], sums[1], n);
-    for (int y = 0; y < 2; ++y) {
+    for (int64_t y = 0; y < 2; ++y) {
       const float *sum = sums[y], *more = added[2 * y + x];
       float* pixel = out[2 * y + x];
 #pragma omp simd
@@ -145,7 +145,10 @@ int c_winograd_input(const float* x, float* points, int64_t batch, int64_t heigh
   const int64_t times = enlarged ? 2 : 1;  // the size of the output decides how many tiles there are
   const int error = winograd_error(batch, times * height, times * width, channels, first, last, dtype, x && points);
   if (error) return error;
-  (enlarged ? winograd_input<true> : winograd_input<false>)(x, points, height, width, channels, first, last, threads);
+  if (enlarged)
+    winograd_input<true>(x, points, height, width, channels, first, last, threads);
+  else
+    winograd_input<false>(x, points, height, width, channels, first, last, threads);
   return TWINFLOW_OK;
 }
 
