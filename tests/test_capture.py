@@ -11,7 +11,7 @@ import torch
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from tests.memory import least
 from twinflow_rt import tiles
-from twinflow_rt.capture import BUCKET, Captures, Stats, _shape, bucket, open_captures
+from twinflow_rt.capture import BUCKET, Captures, Stats, bucket, open_captures, tensors_of
 from twinflow_rt.errors import ConfigError, DeviceError
 from twinflow_rt.loading import load
 from twinflow_rt.tape import Tapes
@@ -23,7 +23,7 @@ class FakeGraphs:
     """Keeps to the rules of CUDA graphs: outputs are buffers that every replay overwrites, the pool grows
     to what the largest graph needs (`needs(outputs)` bytes) and shrinks as a whole."""
 
-    def __init__(self, needs=lambda outputs: sum(x.nbytes for x in tensors(outputs))):
+    def __init__(self, needs=lambda outputs: sum(x.nbytes for x in tensors_of(outputs))):
         self.needs, self.pool, self.inside, self.resets = needs, 0, False, 0
 
     def record(self, run, inputs):
@@ -39,7 +39,7 @@ class FakeGraphs:
     def replay(self, graph):
         assert self.inside
         run, outputs = graph
-        for old, new in zip(tensors(outputs), tensors(run()), strict=True):
+        for old, new in zip(tensors_of(outputs), tensors_of(run()), strict=True):
             old.copy_(new)
 
     def leave(self):
@@ -47,12 +47,6 @@ class FakeGraphs:
 
     def reset(self):
         self.pool, self.resets = 0, self.resets + 1
-
-
-def tensors(value):
-    leaves = []
-    _shape(value, leaves)
-    return leaves
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from tests import factory
 from tests.memory import least
+from tests.test_capture import FAMILIES
 from twinflow_rt import capture, native
 from twinflow_rt.capture import Captures
 from twinflow_rt.loading import load
@@ -19,14 +20,6 @@ from twinflow_rt.ops.conv import winograd_weight
 from twinflow_rt.tape import Recording, Tape, Tapes, tensors_of
 
 CPU = torch.device("cpu")
-FAMILIES = {
-    "z-image": factory.make_model,
-    "qwen-image": qwen_image_factory.make_model,
-    "sd3": sd3_factory.make_model,
-    "sana": sana_factory.make_model,
-}
-
-
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 

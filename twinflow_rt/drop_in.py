@@ -124,12 +124,13 @@ def _decoder(vae: Any, stage: Any) -> CompiledDecoder:
         network = model.network(config)
     weights = model.read.of(vae.state_dict(), _config(vae), f"{type(vae).__name__}/weights")
     materialize(network, weights, model.layout(config), vae.device, vae.dtype)
-    network.ops, choices = select(Target.of(vae.device, vae.dtype))
+    target = Target.of(vae.device, vae.dtype)
+    network.ops, choices = select(target)
     fold_upsampling(network, choices)
     if getattr(network, "post_quant_conv", None) is not None:
         network.post_quant_conv = nn.Identity()  # diffusers applies its own before the decoder
     network.to(memory_format=torch.channels_last)
-    convert_convolutions(network, Target.of(vae.device, vae.dtype), weights.get)
+    convert_convolutions(network, target, weights.get)
     return CompiledDecoder(network)
 
 

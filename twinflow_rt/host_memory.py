@@ -8,8 +8,8 @@ import mmap
 import os
 import resource
 import sys
-from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 STATUS = "/proc/self/status"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -76,9 +76,9 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
 
 
 @cache
-def _madvise() -> Callable[[int, int, int], int] | None:
+def _madvise() -> Any:
     """Linux' call, or None elsewhere."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform.startswith("linux") else None
+    madvise = _of_linux("madvise")
     if madvise is not None:
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     return madvise
@@ -86,8 +86,13 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 def _set_thresholds(mapped: int, trim: int) -> bool:
     """malloc's thresholds in bytes; whether it took them (glibc's does)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    mallopt = _of_linux("mallopt")
     return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, mapped)) and bool(mallopt(M_TRIM_THRESHOLD, trim))
+
+
+def _of_linux(name: str) -> Any:
+    """A function of the C library, or None where there is none or the system is another."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def _usage() -> int:

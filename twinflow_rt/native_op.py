@@ -23,18 +23,22 @@ _torch_library = torch.library.Library("twinflow", "DEF")
 
 def run(name: str, x: Tensor, *arguments: Any) -> None:
     """Runs a kernel where x lives; its dtype and the threads or the stream are the last arguments."""
-    on_cpu = x.is_cpu
-    kernels = library.load("cpu" if on_cpu else x.device.type)  # a device's name takes as long as a few arguments
+    kernels = kernels_of(x)
     if isinstance(kernels, str):
         raise DeviceError(kernels)
     kind = KINDS.get(x.dtype)
     if kind is None:
         raise TypeError(f"twinflow::{name} stores float32 or bfloat16, not {x.dtype}")
-    if on_cpu:
+    if x.is_cpu:
         getattr(kernels, name)(*arguments, kind, torch.get_num_threads())
     else:
         with torch.cuda.device(x.device):
             getattr(kernels, name)(*arguments, kind, torch.cuda.current_stream().cuda_stream)
+
+
+def kernels_of(x: Tensor) -> Any:
+    """The kernels where x lives, or why there are none."""
+    return library.load("cpu" if x.is_cpu else x.device.type)  # a device's name takes as long as a few arguments
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import library
-from .native_op import as_rows, fake, fresh, halves, op, run, same, weight_of
+from .native_op import as_rows, fake, fresh, halves, kernels_of, op, run, same, weight_of
 from .ops.linear import int8_sums
 
 Rows = tuple[Tensor, Tensor]
@@ -29,7 +29,7 @@ def _made(x: Tensor, dtype: torch.dtype, width: int | None = None) -> tuple[Tens
 
 def _quantize(name: str, x: Tensor, dtype: torch.dtype, *arguments: Any) -> None:
     """`run` of a kernel that makes rows of `dtype`: a GPU's are told which, a CPU's make int8."""
-    if isinstance(library.load("cpu" if x.is_cpu else x.device.type), library.CudaKernels):
+    if isinstance(kernels_of(x), library.CudaKernels):
         arguments = (*arguments, library.FORMATS[dtype])
     elif dtype != torch.int8:
         raise TypeError(f"native rows of a CPU are int8, not {dtype}")

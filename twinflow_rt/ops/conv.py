@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .decode import upsample_conv
+
 STRIP = 256  # tiles transformed and multiplied at once: what lies between stays in the cache
 LEAST = 64  # fewer are padded to so many: oneDNN's layout of the weights is the same from here to STRIP
 _G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -31,7 +33,7 @@ def conv3x3(
     x: [B, I, H, W]; weight: [O, I, 3, 3]; bias: [O] or None; added: like the result, or None. Returns [B, O, H, W],
     enlarged [B, O, 2H, 2W]. The specification of `native_conv.conv_winograd`.
     """
-    y = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest") if enlarged else x, weight, bias, padding=1)
+    y = upsample_conv(x, weight, bias) if enlarged else F.conv2d(x, weight, bias, padding=1)
     return y if added is None else y + added
 
 

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config import dtype_name
 from ..errors import ConfigError
 
 # the largest magnitude of each quantized dtype; int8 keeps its range symmetric
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
 GPU_ROWS = 16  # cuBLASLt's int8 product takes more rows than these
 SMALLEST = 1e-12  # rows whose largest magnitude is below quantize as if it were this: no division by zero
 
@@ -48,6 +50,15 @@ def linear_quantized(
 
 
 # -- on a CPU: weights are stored once in the form that the matrix product reads ---------------------------
+
+
+def packing_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why weights of `dtype` cannot be packed for `device`, or None."""
+    if device.type != "cpu":
+        return f"oneDNN's layout is the CPU's, not {device.type}'s"
+    if dtype not in PACKED_DTYPES:
+        return f"oneDNN packs float32 and bfloat16, not {dtype_name(dtype)}"
+    return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
 
 
 def pack(weight: Tensor) -> Tensor:

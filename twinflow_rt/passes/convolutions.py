@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import library
 from ..config import dtype_name, has_native
 from ..native_conv import conv_winograd
-from ..ops import OpTable
+from ..ops import OpTable, linear
 from ..ops.conv import conv_packed, pack_conv, pack_folded, upsample_conv_packed, winograd_points, winograd_weight
 from ..ops.select import Target
 from ..plan import Layers
@@ -29,19 +29,28 @@ from .upsample import UpsampleConv
 
 NARROWEST = 96  # channels: with fewer the transforms take about as long as the products they save
 KINDS = (nn.Conv2d, UpsampleConv)  # that are exchanged; other classes have ways of their own
-NO_ONEDNN = "this torch is built without oneDNN"
 WHY = {"packed": "laid out once, not per call", "winograd": "16 products in place of 36, 9 behind an enlargement"}
 
 
-class PackedConv2d(nn.Conv2d):
+class ConvertedConv2d(nn.Conv2d):
+    """A convolution whose weight is another than its kernels, which `loaded` gives as they were loaded."""
+
+    def loaded(self) -> Tensor:
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.loaded()
+
+
+class PackedConv2d(ConvertedConv2d):
     """A convolution whose weight is in oneDNN's layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         return conv_packed(self, x)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight.detach().to_dense()
+    def loaded(self) -> Tensor:
+        return self.weight.detach().to_dense()
 
 
 class PackedUpsampleConv(UpsampleConv):
@@ -53,17 +62,13 @@ class PackedUpsampleConv(UpsampleConv):
         return upsample_conv_packed(x, self.folded, self.bias)
 
 
-class WinogradConv2d(nn.Conv2d):
-    """A 3x3 convolution with a border of one pixel and a `winograd_weight`; `original` reads its kernels."""
+class WinogradConv2d(ConvertedConv2d):
+    """A 3x3 convolution with a border of one pixel and a `winograd_weight`. `loaded` reads its kernels anew."""
 
-    original: Callable[[], Tensor]
+    loaded: Callable[[], Tensor]
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         return conv_winograd(x, self.weight, self.bias, added=added)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.original()
 
 
 class WinogradUpsampleConv(WinogradConv2d, UpsampleConv):
@@ -85,13 +90,16 @@ def convert_convolutions(network: nn.Module, target: Target, read: Callable[[str
     read(name): the tensor of that name as it was loaded. One weight at a time exists twice.
     """
     done: dict[str, list[int]] = {}
-    freed, wide = 0, {name for name, _ in suited(network)} if refuses(target) is None else set()
+    freed, transforms = 0, refuses(target) is None
     for name, layer in list(network.named_modules()):
-        if type(layer) not in KINDS or (name not in wide and packing_refuses(layer, target)):
+        if type(layer) not in KINDS:
+            continue
+        wide = transforms and _suits(layer)
+        if not wide and packing_refuses(layer, target):
             continue
         freed += layer.weight.nbytes
-        done.setdefault("winograd" if name in wide else "packed", []).append(layer.weight.numel())
-        if name in wide:
+        done.setdefault("winograd" if wide else "packed", []).append(layer.weight.numel())
+        if wide:
             _transform(layer, partial(read, f"{name}.weight"))
         else:
             _pack(layer)
@@ -101,17 +109,18 @@ def convert_convolutions(network: nn.Module, target: Target, read: Callable[[str
     return tuple(Layers(kind, len(sizes), sum(sizes), WHY[kind]) for kind, sizes in done.items())
 
 
-def _transform(layer: Any, original: Callable[[], Tensor]) -> None:
+def _transform(layer: Any, loaded: Callable[[], Tensor]) -> None:
     enlarges = isinstance(layer, UpsampleConv)
     weight = winograd_weight(layer.weight.detach(), enlarges)
     layer.__class__ = WinogradUpsampleConv if enlarges else WinogradConv2d
-    layer.weight, layer.original = nn.Parameter(weight, requires_grad=False), original
+    layer.weight, layer.loaded = nn.Parameter(weight, requires_grad=False), loaded
     if enlarges:
         layer.folded = None
 
 
 def _pack(layer: Any) -> None:
-    if isinstance(layer, UpsampleConv) and layer.folded is not None:
+    enlarges = isinstance(layer, UpsampleConv)
+    if enlarges:
         layer.folded = pack_folded(layer.folded)
         layer.__class__ = PackedUpsampleConv
     else:
@@ -121,12 +130,11 @@ def _pack(layer: Any) -> None:
 
 def packing_refuses(layer: nn.Conv2d, target: Target) -> str | None:
     """Why a convolution is not packed for a target, or None."""
-    if target.device != "cpu":
-        return f"oneDNN's layout is the CPU's, not {target.device}'s"
-    if not torch.backends.mkldnn.is_available():
-        return NO_ONEDNN
-    if target.dtype not in (torch.float32, torch.bfloat16) or not has_native(target.dtype, torch.device("cpu")):
-        return f"oneDNN packs float32, and bfloat16 on CPUs that multiply it, not {dtype_name(target.dtype)}"
+    device = torch.device(target.device)
+    if reason := linear.packing_refuses(device, target.dtype):
+        return reason
+    if not has_native(target.dtype, device):
+        return f"this CPU does not multiply {dtype_name(target.dtype)}"
     if isinstance(layer, UpsampleConv):
         return None if layer.folded is not None else "not folded"
     return None if layer.padding_mode == "zeros" else "its border is not of zeros"
@@ -136,7 +144,7 @@ def refuses(target: Target) -> str | None:
     """Why a target has no convolutions in Winograd's form, or None."""
     if target.dtype != torch.float32:
         return f"float32 alone keeps its accuracy in it, not {dtype_name(target.dtype)}"
-    return library.refuses(target) if torch.backends.mkldnn.is_available() else NO_ONEDNN
+    return library.refuses(target) or linear.packing_refuses(torch.device(target.device), target.dtype)
 
 
 def suited(network: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
@@ -168,8 +176,8 @@ def plain_convolutions(network: nn.Module) -> None:
         plain: Any = layer
         if isinstance(layer, PackedUpsampleConv):
             plain.__class__, plain.folded = UpsampleConv, None
-        elif isinstance(layer, (PackedConv2d, WinogradConv2d)):
-            own = isinstance(layer, WinogradConv2d)
-            weight = plain.__dict__.pop("original")() if own else layer.weight.detach().to_dense()
+        elif isinstance(layer, ConvertedConv2d):
+            weight = layer.loaded()
+            plain.__dict__.pop("loaded", None)
             plain.__class__ = UpsampleConv if isinstance(layer, UpsampleConv) else nn.Conv2d
             plain.weight = nn.Parameter(weight, requires_grad=False)

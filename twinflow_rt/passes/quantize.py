@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
+from ..ops.linear import packing_refuses
 from ..ops.rows import producing
 from ..ops.select import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_rows
 from ..plan import Group, Layers
@@ -44,7 +45,6 @@ MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
 SMALLEST_PACKED = 3 << 14  # elements of a float32 weight: calling oneDNN for fewer takes longer than it saves
 MULTIPLES = {"fp8": 16, "int8": 8}  # of inputs and outputs of a layer: the products' alignment on a GPU
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def convert(
@@ -175,15 +175,6 @@ def require(precision: str | None, device: torch.device, dtype: torch.dtype | No
     """Raises ConfigError where `refuses` has a reason."""
     if precision is not None and (reason := refuses(precision, device, dtype)):
         raise ConfigError(f"precision {precision}: {reason}")
-
-
-def packing_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why weights of `dtype` cannot be packed for `device`, or None."""
-    if device.type != "cpu":
-        return f"oneDNN's layout is the CPU's, not {device.type}'s"
-    if dtype not in PACKED_DTYPES:
-        return f"oneDNN packs float32 and bfloat16, not {dtype_name(dtype)}"
-    return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
 
 
 def expect_quantized(network: nn.Module, stored: Container[str], precision: str | None) -> set[str]:
