@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from twinflow_rt import load
+from twinflow_rt.checkpoint.checkpoint import Checkpoint, check, materialize
 from twinflow_rt.compile import compile_network
-from twinflow_rt.models import family_of
-from twinflow_rt.ops.select import Target, select
+from twinflow_rt.families import family_of
+from twinflow_rt.ops.selection import Target, select
 from twinflow_rt.passes.fold import fold
-from twinflow_rt.passes.load import Checkpoint, check, materialize
-from twinflow_rt.schedule import preset, schedule
+from twinflow_rt.sampling.schedule import preset, schedule
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from twinflow_rt import tiles
 from twinflow_rt.loading import load
+from twinflow_rt.stages import tiles
 
 PROMPTS = ("a red circle above a blue square", "two green triangles", "a yellow cross", "a purple square")
 SIDE = 8  # images along each axis

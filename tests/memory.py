@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from twinflow_rt import memory_plan
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.report import anonymous_bytes
+from twinflow_rt.planning import memory_plan
+from twinflow_rt.runtime.timing import anonymous_bytes
 
 
 class Peak:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.factory import WEIGHTS, randomize, tokenizer
-from twinflow_rt.models.qwen_image import FUSED, QwenImageConfig, QwenImageTransformer
-from twinflow_rt.passes.fuse import merge
+from twinflow_rt.checkpoint.fuse import merge
+from twinflow_rt.models.transformers.qwen_image import FUSED, QwenImageConfig, QwenImageTransformer
 
 SMALL = QwenImageConfig(
     in_channels=16, out_channels=4, num_layers=3, attention_head_dim=24, num_attention_heads=2,

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.factory import VAE, WEIGHTS, randomize
-from twinflow_rt.models.sd3 import FUSED, SD3Config, SD3Transformer
-from twinflow_rt.passes.fuse import merge
+from twinflow_rt.checkpoint.fuse import merge
+from twinflow_rt.models.transformers.sd3 import FUSED, SD3Config, SD3Transformer
 
 SMALL = SD3Config(
     sample_size=8, in_channels=4, num_layers=3, attention_head_dim=6, num_attention_heads=2, joint_attention_dim=20,

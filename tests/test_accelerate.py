@@ -15,8 +15,8 @@ import twinflow_rt
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.noise import initial_noise
-from twinflow_rt.sample import SamplerConfig
+from twinflow_rt.sampling.noise import initial_noise
+from twinflow_rt.sampling.sampler import SamplerConfig
 
 PROMPTS = ["a red circle", "a blue square above a much longer sentence"]
 FAMILIES = {  # name -> what makes a folder, the pipeline's class, arguments that switch guidance on and off

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from tests.factory import make_model
-from twinflow_rt import batch, cli, serve
+from twinflow_rt import cli, serve
+from twinflow_rt.cli import batch
+from twinflow_rt.cli.prompt_file import read_rows
 from twinflow_rt.errors import CheckpointError, DeviceError
 from twinflow_rt.loading import load
-from twinflow_rt.prompt_file import read_rows
 
 PROMPTS = ["a red circle", "ein grünes Kreuz ✓", "two, with \"quotes\""]
 
@@ -78,7 +79,7 @@ def test_one_rule_for_text(model, tmp_path, capsys):
     assert [row["prompt"] for row in read_rows(file)] == prompts
     out = tmp_path / "p.safetensors"
     assert cli.main(["encode", "--model", model, "--device", "cpu", "--file", str(file), "-o", str(out)]) == 0
-    from twinflow_rt.embeds_file import read
+    from twinflow_rt.stages.embeds_file import read
 
     assert list(read(out).names()) == prompts
     for name in ("absent.txt", "p.csv", "."):

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tests.factory import make_model
-from twinflow_rt import cli, image_files, options
+from twinflow_rt import cli
+from twinflow_rt.cli import image_files, options
 from twinflow_rt.loading import load
 
 

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.factory import TRANSFORMER, make_model, randomize
+from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.families import family_of
 from twinflow_rt.loading import DEMO
-from twinflow_rt.models import family_of
-from twinflow_rt.models.z_image import FAMILY, FUSED, ZImageConfig, ZImageTransformer
+from twinflow_rt.models.transformers.z_image import FAMILY, FUSED, ZImageConfig, ZImageTransformer
 from twinflow_rt.ops import rms_norm
 from twinflow_rt.passes.fold import fold
-from twinflow_rt.passes.fuse import merge
-from twinflow_rt.passes.load import Checkpoint, materialize
 
 CPU = torch.device("cpu")
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))

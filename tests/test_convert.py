@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import factory, qwen_image_factory
-from twinflow_rt import cli, convert
-from twinflow_rt.convert import files, names
+from twinflow_rt import cli
+from twinflow_rt.checkpoint import convert
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.convert import files, names
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.passes.load import Checkpoint
 
 WEIGHTS = factory.WEIGHTS
 ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from tests import factory, sd3_factory
 from twinflow_rt.cli import main
-from twinflow_rt.embeds_file import fingerprint, read
-from twinflow_rt.encode import encode, open_text
+from twinflow_rt.cli.encode import encode, open_text
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
+from twinflow_rt.stages.embeds_file import fingerprint, read
 
 PROMPTS = ["a red circle", "two blue squares, one above the other", ""]
 SIZE = ["--size", "16", "--seed", "3", "--device", "cpu"]

@@ -54,7 +54,7 @@ def test_large_blocks_lie_in_huge_pages():
     """Of a process of its own: whether a page is huge is told of the mapping that it lies in."""
     script = """
 import torch
-from twinflow_rt.native_op import roomy
+from twinflow_rt.ops.native.register import roomy
 for wanted in (False, True):
     x = torch.empty(96 << 20, dtype=torch.uint8)
     x = (roomy(x) if wanted else x).fill_(1)

@@ -12,14 +12,14 @@ from safetensors.torch import save_file
 from tests.factory import make_model
 from tests.memory import run_script
 from twinflow_rt.bench.random_weights import skeleton
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.config import parse_bytes
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.footprint import peak_of
 from twinflow_rt.loading import load
-from twinflow_rt.memory_costs import Costs, Weights
-from twinflow_rt.memory_plan import choose
 from twinflow_rt.passes.layers import QuantizedLinear
-from twinflow_rt.passes.load import Checkpoint
+from twinflow_rt.planning.footprint import peak_of
+from twinflow_rt.planning.memory_costs import Costs, Weights
+from twinflow_rt.planning.memory_plan import choose
 
 LARGEST = (1024, 1024, 1)
 EIGHT_BITS = {"precision": "int8", "text_precision": "int8"}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinflow_rt.errors import ConfigError, TwinFlowError
-from twinflow_rt.noise import MAX_SEED, initial_noise, resolve_seeds, step_noise, stream_seed
+from twinflow_rt.sampling.noise import MAX_SEED, initial_noise, resolve_seeds, step_noise, stream_seed
 
 SHAPE = (4, 6, 5)
 seeds_strategy = st.lists(st.integers(0, MAX_SEED), min_size=1, max_size=5)

@@ -15,8 +15,8 @@ from tests.factory import make_model
 from twinflow_rt.config import SizeRule, has_native, resolve_device, resolve_dtype
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
 from twinflow_rt.loading import load
-from twinflow_rt.noise import initial_noise, step_noise
-from twinflow_rt.sample import SamplerConfig, preset, sample, schedule
+from twinflow_rt.sampling.noise import initial_noise, step_noise
+from twinflow_rt.sampling.sampler import SamplerConfig, preset, sample, schedule
 
 PROMPTS = ["a red square", "a big blue circle above a small green triangle, twice", ""]
 CPU = torch.device("cpu")
@@ -88,8 +88,8 @@ def test_seeds_make_diffusers_noise(pipe, reference):
 
 @pytest.mark.parametrize("config", [preset(2), preset(4, "any"), SamplerConfig(3, sampling_order=2, mode="any")])
 def test_more_steps_equal_the_sampler_on_the_unfolded_network(pipe, model, config):
-    from twinflow_rt.models import family_of
-    from twinflow_rt.passes.load import Checkpoint, materialize
+    from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+    from twinflow_rt.families import family_of
 
     checkpoint = Checkpoint(model / "transformer")
     family = family_of(checkpoint.config)

@@ -10,11 +10,11 @@ import torch
 from tests.factory import TRANSFORMER, make_model
 from tests.qwen_image_factory import SMALL
 from twinflow_rt.errors import CheckpointError
-from twinflow_rt.footprint import work_of
 from twinflow_rt.loading import load
-from twinflow_rt.models.qwen_image import QwenImageTransformer
-from twinflow_rt.models.z_image import ZImageConfig, ZImageTransformer, pad_length
+from twinflow_rt.models.transformers.qwen_image import QwenImageTransformer
+from twinflow_rt.models.transformers.z_image import ZImageConfig, ZImageTransformer, pad_length
 from twinflow_rt.plan import CEILINGS, Ceiling, Plan, Stage, duration, group_parameters
+from twinflow_rt.planning.footprint import work_of
 
 HEIGHT, WIDTH, PROMPT = 12, 20, 40
 

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from tests.factory import make_model
-from twinflow_rt import load, precision, sensitivity
+from twinflow_rt import load
 from twinflow_rt.cli import main
-from twinflow_rt.describe import resident_bytes
+from twinflow_rt.cli.inspect import resident_bytes
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.models import family_of
-from twinflow_rt.models.qwen_image import QwenImageConfig
+from twinflow_rt.families import family_of
+from twinflow_rt.models.transformers.qwen_image import QwenImageConfig
 from twinflow_rt.plan import Group, Plan
-from twinflow_rt.precision import Measurement, choose
+from twinflow_rt.planning import precision, sensitivity
+from twinflow_rt.planning.precision import Measurement, choose
 
 SENSITIVE = "layers.feed_forward.w2"
 MADE_UP = Measurement(

@@ -9,9 +9,9 @@ import torch
 
 from tests.factory import CHANNELS, make_model, randomize
 from tests.test_capture import FakeGraphs
-from twinflow_rt.capture import Captures
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
+from twinflow_rt.runtime.capture import Captures
 
 SIZES = {"decoder_block_out_channels": (16,) * 3, "encoder_block_out_channels": (16,) * 3}
 BLOCKS = {"num_decoder_blocks": (2, 3, 1), "num_encoder_blocks": (1, 1, 1), "latent_channels": CHANNELS}

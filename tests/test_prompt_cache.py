@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tests.factory import make_model
 from twinflow_rt.loading import load
 from twinflow_rt.models.context import Context
-from twinflow_rt.prompt_cache import PromptCache, context_bytes
+from twinflow_rt.stages.prompt_cache import PromptCache, context_bytes
 
 ARGS = {"height": 16, "width": 24, "seed": 3, "output": "np"}
 PROMPTS = ["a red circle", "two", "a red circle"]

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from tests.factory import WEIGHTS
 from tests.qwen_image_factory import add_second, make_model, relative
 from twinflow_rt import cli
-from twinflow_rt.describe import describe
+from twinflow_rt.checkpoint.fuse import sources
+from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.families import family_of
 from twinflow_rt.loading import load
-from twinflow_rt.models import family_of
-from twinflow_rt.noise import initial_noise
-from twinflow_rt.passes.fuse import sources
-from twinflow_rt.predict import PROMPT_TOKENS
+from twinflow_rt.planning.work import PROMPT_TOKENS
+from twinflow_rt.sampling.noise import initial_noise
 
 PROMPTS = ["a red square", "a big blue circle above a small green triangle, twice", ""]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from twinflow_rt.errors import CancelledError, ConfigError
-from twinflow_rt.noise import initial_noise, step_noise
-from twinflow_rt.sample import (
+from twinflow_rt.sampling.noise import initial_noise, step_noise
+from twinflow_rt.sampling.sampler import (
     PRESETS,
     SamplerConfig,
     _integrate,
@@ -20,7 +20,7 @@ from twinflow_rt.sample import (
     schedule,
     time_grid,
 )
-from twinflow_rt.schedule import steps
+from twinflow_rt.sampling.schedule import steps
 
 SHAPE = (2, 3, 2, 2)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -26,14 +26,14 @@ from tests.sana_factory import (
     siglip_encoder,
 )
 from twinflow_rt import cli
-from twinflow_rt.describe import describe
+from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.families import FAMILIES, family_of
 from twinflow_rt.loading import load
-from twinflow_rt.models import FAMILIES, family_of
-from twinflow_rt.noise import initial_noise, step_noise
-from twinflow_rt.passes.load import Checkpoint, materialize
-from twinflow_rt.sample import SamplerConfig, preset, sample, schedule
-from twinflow_rt.text_sana import INSTRUCTION
+from twinflow_rt.sampling.noise import initial_noise, step_noise
+from twinflow_rt.sampling.sampler import SamplerConfig, preset, sample, schedule
+from twinflow_rt.stages.text_sana import INSTRUCTION
 
 PROMPTS = ["a Red square! it's", "a big blue circle above a small green triangle, twice", ""]
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.schedule import PRESETS, SamplerConfig, preset, schedule, steps, time_grid
+from twinflow_rt.sampling.schedule import PRESETS, SamplerConfig, preset, schedule, steps, time_grid
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from twinflow_rt import embeds_file, precision
 from twinflow_rt.bench import record, schema
+from twinflow_rt.checkpoint import artifact
+from twinflow_rt.checkpoint.versions import refusal
 from twinflow_rt.errors import TwinFlowError
 from twinflow_rt.evaluate import plot
 from twinflow_rt.export import archive
-from twinflow_rt.passes import artifact
 from twinflow_rt.plan import SCHEMA as PLAN_SCHEMA
 from twinflow_rt.plan import Plan
-from twinflow_rt.versions import refusal
+from twinflow_rt.planning import precision
+from twinflow_rt.stages import embeds_file
 
 
 def _json(path: Path, content: object) -> Path:

@@ -15,13 +15,13 @@ from tests.factory import WEIGHTS
 from tests.qwen_image_factory import relative
 from tests.sd3_factory import add_second, make_model
 from twinflow_rt import cli
-from twinflow_rt.describe import describe
+from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError
+from twinflow_rt.families import FAMILIES, family_of
 from twinflow_rt.loading import load
-from twinflow_rt.models import FAMILIES, family_of
-from twinflow_rt.noise import initial_noise, step_noise
-from twinflow_rt.passes.load import Checkpoint, materialize
-from twinflow_rt.sample import preset, sample, schedule
+from twinflow_rt.sampling.noise import initial_noise, step_noise
+from twinflow_rt.sampling.sampler import preset, sample, schedule
 
 PROMPTS = ["a Red square! it's", "a big blue circle above a small green triangle, twice", ""]
 CPU = torch.device("cpu")

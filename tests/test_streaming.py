@@ -8,10 +8,10 @@ from torch import nn
 
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from tests.memory import least
+from twinflow_rt.checkpoint.checkpoint import assign
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.passes.load import assign
-from twinflow_rt.streaming import Buffers, Stream, Streaming, block_names, parameters_of
+from twinflow_rt.runtime.streaming import Buffers, Stream, Streaming, block_names, parameters_of
 
 FAMILIES = {
     "z-image": factory.make_model,
@@ -123,8 +123,8 @@ def test_blocks_on_the_host_go_through_the_buffers(tmp_path, monkeypatch, how):
     plain = load(folder, device="cpu", nfe=2, **how)
     budget = least(folder, device="cpu", nfe=2, **how)
     monkeypatch.setattr(Streaming, "mapped", False)
-    monkeypatch.setattr("twinflow_rt.streaming.CudaLane", lambda device: None)
-    monkeypatch.setattr("twinflow_rt.streaming.Buffers", buffers)
+    monkeypatch.setattr("twinflow_rt.runtime.streaming.CudaLane", lambda device: None)
+    monkeypatch.setattr("twinflow_rt.runtime.streaming.Buffers", buffers)
     pipe = load(folder, device="cpu", nfe=2, memory_budget=budget, **how)
     assert pipe.memory.streamed and len(lanes) == 2
     for seed in range(3):

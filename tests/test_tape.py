@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from tests import factory
 from tests.memory import least
 from tests.test_capture import FAMILIES
-from twinflow_rt import capture, native
-from twinflow_rt.capture import Captures
 from twinflow_rt.loading import load
-from twinflow_rt.native_conv import conv_winograd
 from twinflow_rt.ops.conv import winograd_weight
-from twinflow_rt.tape import Recording, Tape, Tapes, tensors_of
+from twinflow_rt.ops.native import plain as native
+from twinflow_rt.ops.native.conv import conv_winograd
+from twinflow_rt.runtime import capture
+from twinflow_rt.runtime.capture import Captures
+from twinflow_rt.runtime.cpu_graph import Recording, Tape, Tapes, tensors_of
 
 CPU = torch.device("cpu")
 def draw(*shape, seed=0):

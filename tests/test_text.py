@@ -11,9 +11,9 @@ import torch
 
 from tests.factory import make_model
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.models.qwen3 import Qwen3Config
-from twinflow_rt.text import ZImageText
-from twinflow_rt.tokenizer import ChatTokenizer
+from twinflow_rt.models.text_encoders.qwen3 import Qwen3Config
+from twinflow_rt.stages.text import ZImageText
+from twinflow_rt.stages.tokenizer import ChatTokenizer
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "", "日本の\n火山 🌋 {{ messages }} <|im_end|>", "x" * 30]

@@ -11,10 +11,10 @@ from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.passes import quantize
 from twinflow_rt.passes.quantize import PackedLinear, QuantizedLinear
-from twinflow_rt.text import QwenImageText, ZImageText
-from twinflow_rt.text_openuni import OpenUniText
-from twinflow_rt.text_sana import SanaText
-from twinflow_rt.text_sd3 import SD3Text
+from twinflow_rt.stages.text import QwenImageText, ZImageText
+from twinflow_rt.stages.text_openuni import OpenUniText
+from twinflow_rt.stages.text_sana import SanaText
+from twinflow_rt.stages.text_sd3 import SD3Text
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "日本の 火山", "x" * 70]

@@ -7,11 +7,11 @@ import torch
 
 from tests import factory, qwen_image_factory, sana_factory
 from tests.test_capture import FakeGraphs
-from twinflow_rt.capture import BUCKET, Captures
-from twinflow_rt.footprint import work_of
-from twinflow_rt.text import QwenImageText, ZImageText
-from twinflow_rt.text_openuni import OpenUniText
-from twinflow_rt.text_sana import SanaText
+from twinflow_rt.planning.footprint import work_of
+from twinflow_rt.runtime.capture import BUCKET, Captures
+from twinflow_rt.stages.text import QwenImageText, ZImageText
+from twinflow_rt.stages.text_openuni import OpenUniText
+from twinflow_rt.stages.text_sana import SanaText
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "", "日本の\n火山 🌋", "x" * 90]

@@ -9,8 +9,8 @@ import torch
 
 from tests import qwen_image_factory, sana_factory
 from tests.factory import VAE, randomize
-from twinflow_rt import tiles, vae
 from twinflow_rt.errors import CancelledError, ConfigError
+from twinflow_rt.stages import tiles, vae
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from twinflow_rt import load, tracing
-from twinflow_rt.tracing import Tables
+from twinflow_rt import load
+from twinflow_rt.ops import tracing
+from twinflow_rt.ops.tracing import Tables
 
 CPU = torch.device("cpu")
 

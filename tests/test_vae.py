@@ -10,8 +10,8 @@ import torch
 
 from tests.factory import VAE, randomize
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.autoencoder_kl import AutoencoderConfig
-from twinflow_rt.vae import KLDecoder
+from twinflow_rt.models.autoencoders.autoencoder_kl import AutoencoderConfig
+from twinflow_rt.stages.vae import KLDecoder
 
 CPU = torch.device("cpu")
 VARIANTS = [
@@ -75,7 +75,7 @@ def test_bfloat16_is_as_exact_as_diffusers(tmp_path):
 
 
 def test_runs_on_the_ops_selected_for_its_device(tmp_path):
-    from twinflow_rt.ops.select import Target, select
+    from twinflow_rt.ops.selection import Target, select
 
     _, folder = saved(tmp_path)
     decoder = KLDecoder.load(folder, CPU, torch.float32)

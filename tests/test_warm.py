@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from twinflow_rt import ops, warm
+from twinflow_rt import ops
 from twinflow_rt.bench.random_weights import temporary
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.ops.select import IMPLEMENTATIONS, Choice, Implementation
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, Choice, Implementation
+from twinflow_rt.planning import warm_up as warm
 
 
 @pytest.fixture

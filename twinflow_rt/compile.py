@@ -23,18 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checkpoint.checkpoint import Checkpoint, Layout, Progress, assign, check, fetch, materialize
+from .checkpoint.lora import Merged
 from .config import dtype_name
 from .errors import ConfigError
-from .models import Family
-from .ops.select import Choice, Target, select
-from .parallel import Ulysses
+from .families import Family
+from .ops.selection import Choice, Target, select
 from .passes import fold as folding
 from .passes import quantize
 from .passes.fold import Schedule, fold, folded_away
-from .passes.load import Checkpoint, Layout, Progress, assign, check, fetch, materialize
-from .passes.lora import Merged
 from .plan import Group, Plan, group_parameters, parameter_bytes
-from .streaming import Streaming
+from .runtime.parallel import Ulysses
+from .runtime.streaming import Streaming
 
 MAX_EVALUATIONS = 100
 

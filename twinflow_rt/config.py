@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, DeviceError
-from .schedule import PRESETS, SamplerConfig, preset
+from .sampling.schedule import PRESETS, SamplerConfig, preset
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": None, "fp8": None}

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from . import hub, library, out_of_memory
-from . import precision as precisions
-from .capture import MODES, open_captures
+from .checkpoint import artifact, hub
+from .checkpoint.checkpoint import Checkpoint, model_folder
+from .checkpoint.lora import Loras, Merged, require_same, resolve_loras
 from .compile import Program, compile_network, load_program
 from .config import (
     DTYPES,
@@ -25,18 +25,19 @@ from .config import (
     resolve_sampler,
 )
 from .errors import ConfigError
+from .families import family_of
 from .host_memory import keep_freed_memory
-from .memory_plan import plan_memory
-from .models import family_of
-from .passes import artifact
+from .ops.native import library
 from .passes.fold import Schedule
-from .passes.load import Checkpoint, model_folder
-from .passes.lora import Loras, Merged, require_same, resolve_loras
 from .pipeline import Pipeline
 from .plan import Plan
-from .sample import SamplerConfig, preset, schedule
-from .tiles import check_tile
-from .vae import PreviewDecoder
+from .planning import precision as precisions
+from .planning.memory_plan import plan_memory
+from .runtime import out_of_memory
+from .runtime.capture import MODES, open_captures
+from .sampling.sampler import SamplerConfig, preset, schedule
+from .stages.tiles import check_tile
+from .stages.vae import PreviewDecoder
 
 DEMO = Path(__file__).parent / "demo"
 

@@ -12,36 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import embeds_file, forks, library, out_of_memory, warm
-from .capture import AUTO_POSITIONS, Captures, bucket
+from .checkpoint import artifact
+from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
-from .config import (
-    ON_OOM,
-    OUTPUTS,
-    SizeRule,
-    check_choice,
-    check_count,
-    resolve_prompts,
-    resolve_sampler,
-)
+from .config import ON_OOM, OUTPUTS, SizeRule, check_choice, check_count, resolve_prompts, resolve_sampler
 from .errors import ConfigError, DeviceError, OutOfMemoryError
-from .memory_plan import MemoryPlan
 from .models.context import Context, recorded_context
-from .noise import check_batch, initial_noise, resolve_seeds, step_noise
 from .ops import EAGER
-from .parallel import Ulysses
-from .passes import artifact
+from .ops.native import library
 from .passes.fold import Schedule
-from .passes.lora import Loras, resolve_loras
 from .plan import Plan, Stage
-from .predict import predict_stages
-from .prompt_cache import PromptCache
-from .report import Stages
-from .sample import SamplerConfig, sample, schedule
-from .schedule import steps
-from .streaming import NOT_RECORDED
-from .text import PromptEmbeds
-from .vae import PreviewDecoder
+from .planning import warm_up as warm
+from .planning.memory_plan import MemoryPlan
+from .planning.work import predict_stages
+from .runtime import forks, out_of_memory
+from .runtime.capture import AUTO_POSITIONS, Captures, bucket
+from .runtime.parallel import Ulysses
+from .runtime.streaming import NOT_RECORDED
+from .runtime.timing import Stages
+from .sampling.noise import check_batch, initial_noise, resolve_seeds, step_noise
+from .sampling.sampler import SamplerConfig, sample, schedule
+from .sampling.schedule import steps
+from .stages import embeds_file
+from .stages.prompt_cache import PromptCache
+from .stages.text import PromptEmbeds
+from .stages.vae import PreviewDecoder
 
 
 @dataclass(frozen=True)

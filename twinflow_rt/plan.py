@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from .checkpoint.typed_json import typed
+from .checkpoint.versions import refusal
 from .config import DTYPES, PRECISIONS
 from .errors import CheckpointError
-from .ops.select import Choice
-from .typed import typed
-from .versions import refusal
+from .ops.selection import Choice
 
 SCHEMA = 5
 

@@ -16,8 +16,8 @@ TOOLS = ("nvcc", "c++", "compute-sanitizer", "nvidia-smi", "git")
 
 
 def facts(device: str) -> dict[str, Any]:
-    from twinflow_rt import inventory
     from twinflow_rt.bench.facts import machine
+    from twinflow_rt.cli import kernels as inventory
 
     return {
         "machine": machine(device),

@@ -25,7 +25,7 @@ from twinflow_rt.bench.op_cases import SIZES, Case, cases, judge, outputs
 from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.bench.timing import interleave
 from twinflow_rt.config import dtype_name
-from twinflow_rt.ops.select import Target, choose
+from twinflow_rt.ops.selection import Target, choose
 
 COPY_SHARE = 0.8  # of the copy bandwidth, what an op that moves data should reach
 FASTEST_SHARE = 0.95  # of the fastest implementation of an op with products, what the chosen one should reach

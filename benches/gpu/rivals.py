@@ -13,7 +13,7 @@ from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import Case
 from twinflow_rt.bench.standalone_cases import implementations
 from twinflow_rt.ops.optional import find
-from twinflow_rt.ops.select import RAGGED, Target
+from twinflow_rt.ops.selection import RAGGED, Target
 
 NAMES = ("eager", "compile", "torch", "liger")
 LIGER = "liger_kernel.transformers.functional"

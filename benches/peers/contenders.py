@@ -20,18 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twinflow_rt import library, load
-from twinflow_rt import vae as vae_stage
+from twinflow_rt import load
 from twinflow_rt.bench import peers
 from twinflow_rt.bench.workload import Workload, stages
-from twinflow_rt.files import read_json
-from twinflow_rt.footprint import work_of
-from twinflow_rt.models import family_of
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.files import read_json
+from twinflow_rt.families import family_of
 from twinflow_rt.models.context import Context
-from twinflow_rt.noise import initial_noise
 from twinflow_rt.ops import EAGER
-from twinflow_rt.passes.load import Checkpoint
+from twinflow_rt.ops.native import library
 from twinflow_rt.passes.quantize import unpack
+from twinflow_rt.planning.footprint import work_of
+from twinflow_rt.sampling.noise import initial_noise
+from twinflow_rt.stages import vae as vae_stage
 
 from .cases import PROMPTS, SEED
 

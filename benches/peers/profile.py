@@ -22,8 +22,9 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from twinflow_rt import library, load
+from twinflow_rt import load
 from twinflow_rt.bench.workload import Workload, stages
+from twinflow_rt.ops.native import library
 
 from . import contenders
 from .cases import CASES, PROMPTS, SEED

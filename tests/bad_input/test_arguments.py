@@ -16,9 +16,9 @@ from tests.bad_input.conftest import refused
 from twinflow_rt.config import MAX_PROMPT, SizeRule, resolve_dtype, resolve_prompts
 from twinflow_rt.errors import ConfigError, DeviceError
 from twinflow_rt.loading import load
-from twinflow_rt.noise import MAX_SEEDS, resolve_seeds
-from twinflow_rt.schedule import SamplerConfig, preset
-from twinflow_rt.text import PromptEmbeds
+from twinflow_rt.sampling.noise import MAX_SEEDS, resolve_seeds
+from twinflow_rt.sampling.schedule import SamplerConfig, preset
+from twinflow_rt.stages.text import PromptEmbeds
 
 NAN, INF = float("nan"), float("inf")
 PROMPTS = [

@@ -13,7 +13,7 @@ import pytest
 
 from tests.bad_input.conftest import edit_json
 from twinflow_rt import cli
-from twinflow_rt.files import MAX_HEADER
+from twinflow_rt.checkpoint.files import MAX_HEADER
 
 
 @pytest.fixture

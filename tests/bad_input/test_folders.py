@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tests.bad_input.conftest import edit_json, refused
 from tests.bad_input.tensors import BAD
 from tests.factory import WEIGHTS, shard
-from twinflow_rt import cli, files
-from twinflow_rt.describe import describe
+from twinflow_rt import cli
+from twinflow_rt.checkpoint import files
+from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError
 from twinflow_rt.loading import load
 

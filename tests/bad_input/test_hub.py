@@ -14,8 +14,8 @@ import pytest
 
 from tests.bad_input.conftest import refused
 from tests.bad_input.fake_hub import COMMIT, Hub, serving
-from twinflow_rt import hub
-from twinflow_rt.describe import describe
+from twinflow_rt.checkpoint import hub
+from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
 
 REPO = "owner/tiny"

@@ -11,9 +11,9 @@ import torch
 
 from twinflow_rt import bench, load
 from twinflow_rt.bench.random_weights import BLUEPRINTS, skeleton, temporary
+from twinflow_rt.checkpoint import random_file as random
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.passes import random
-from twinflow_rt.passes.load import Checkpoint
 
 # billions of parameters: of the network with TwinFlow's second time embedder, and of the prompt encoders used
 PUBLISHED = {

@@ -199,8 +199,8 @@ def test_command_line(tiny, tmp_path, capsys):
 
 
 def test_options_are_all_settings():
-    from twinflow_rt.bench.command import SETTINGS
     from twinflow_rt.bench.settings import Settings
+    from twinflow_rt.cli.bench import SETTINGS
 
     assert {*SETTINGS, "model", "max_seconds"} == set(Settings.__dataclass_fields__)
 

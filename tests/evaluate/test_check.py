@@ -11,16 +11,7 @@ import pytest
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.evaluate import Detection, check, contact_sheet, detect, examine, score
 from twinflow_rt.evaluate.check import relations
-from twinflow_rt.training.scenes import (
-    COLORS,
-    KINDS,
-    SHAPES,
-    Requirement,
-    Scene,
-    SceneObject,
-    prompts,
-    render,
-)
+from twinflow_rt.training.scenes import COLORS, KINDS, SHAPES, Requirement, Scene, SceneObject, prompts, render
 
 pytest.importorskip("scipy")
 SCENES = [

@@ -49,9 +49,9 @@ def test_every_precision_can_be_scored(model, capsys, precision):
 
 
 def test_guidance_extrapolates_from_the_empty_prompt(model):
-    from twinflow_rt.evaluate.command import Generator
+    from twinflow_rt.cli.eval import Generator
     from twinflow_rt.loading import load
-    from twinflow_rt.schedule import preset
+    from twinflow_rt.sampling.schedule import preset
 
     pipe = load(model, device="cpu")
     captions = ["a red circle", "two blue squares"]

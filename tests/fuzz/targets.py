@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from twinflow_rt.convert import MODELS
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.convert import MODELS
+from twinflow_rt.checkpoint.files import open_tensors, read_json
+from twinflow_rt.checkpoint.typed_json import typed
 from twinflow_rt.errors import TwinFlowError
-from twinflow_rt.files import open_tensors, read_json
-from twinflow_rt.models import FAMILIES, family_of
-from twinflow_rt.passes.load import Checkpoint
+from twinflow_rt.families import FAMILIES, family_of
 from twinflow_rt.plan import Plan
-from twinflow_rt.schedule import SamplerConfig
-from twinflow_rt.typed import typed
+from twinflow_rt.sampling.schedule import SamplerConfig
 
 SEEDS = Path(__file__).parent / "seeds"
 

@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz.mutate import mutated
 from tests.fuzz.targets import KINDS, SEEDS, TARGETS, Runner
 from twinflow_rt.plan import Plan
-from twinflow_rt.schedule import PRESETS
+from twinflow_rt.sampling.schedule import PRESETS
 
 DAMAGES = {"tensors": 300, "plan": 250, "config": 300, "index": 150}
 

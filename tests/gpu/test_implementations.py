@@ -14,7 +14,7 @@ from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
 from twinflow_rt.bench.standalone_cases import QUANTIZED, aimed, dequantized, standalone
 from twinflow_rt.ops.backends import BACKENDS
-from twinflow_rt.ops.select import IMPLEMENTATIONS, RAGGED, Target
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -10,8 +10,8 @@ import torch
 from tests import factory
 from tests.memory import least
 from tests.test_capture import CALLS, FAMILIES, both
-from twinflow_rt.capture import Captures, CudaGraphs
 from twinflow_rt.loading import load
+from twinflow_rt.runtime.capture import Captures, CudaGraphs
 
 pytestmark = pytest.mark.gpu
 

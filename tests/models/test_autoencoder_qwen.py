@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from tests.qwen_image_factory import VAE, autoencoder
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.footprint import work_of
-from twinflow_rt.models.autoencoder_qwen import MODEL, QwenAutoencoderConfig
+from twinflow_rt.models.autoencoders.autoencoder_qwen import MODEL, QwenAutoencoderConfig
 from twinflow_rt.ops import EAGER
-from twinflow_rt.ops.select import Choice
+from twinflow_rt.ops.selection import Choice
 from twinflow_rt.passes.layers import unpack
 from twinflow_rt.passes.upsample import fold_upsampling
-from twinflow_rt.vae import QwenImageDecoder
+from twinflow_rt.planning.footprint import work_of
+from twinflow_rt.stages.vae import QwenImageDecoder
 
 CPU = torch.device("cpu")
 VARIANTS = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twinflow_rt.errors import CheckpointError
-from twinflow_rt.models import FAMILIES, family_of, must_equal
+from twinflow_rt.families import FAMILIES, family_of, must_equal
 from twinflow_rt.models.context import Context
 
 

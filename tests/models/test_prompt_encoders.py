@@ -12,9 +12,9 @@ from tests import sana_factory, sd3_factory
 from tests.factory import randomize
 from tests.qwen_image_factory import relative
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.models import clip_text, gemma2, t5
-from twinflow_rt.tokenizer import PaddingTokenizer, read_core
-from twinflow_rt.vae import DeepDecoder
+from twinflow_rt.models.text_encoders import clip_text, gemma2, t5
+from twinflow_rt.stages.tokenizer import PaddingTokenizer, read_core
+from twinflow_rt.stages.vae import DeepDecoder
 
 CPU = torch.device("cpu")
 WIDTHS = pytest.mark.parametrize("width", [8, 64])  # on a CPU, wide layers are packed

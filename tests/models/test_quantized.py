@@ -9,11 +9,11 @@ import torch
 
 from tests import qwen_image_factory, sana_factory, sd3_factory
 from tests.factory import randomize
-from twinflow_rt.models.qwen_image import QwenImageTransformer
-from twinflow_rt.models.sana import SanaTransformer
-from twinflow_rt.models.sd3 import SD3Transformer
+from twinflow_rt.models.transformers.qwen_image import QwenImageTransformer
+from twinflow_rt.models.transformers.sana import SanaTransformer
+from twinflow_rt.models.transformers.sd3 import SD3Transformer
 from twinflow_rt.ops import QuantizedRows
-from twinflow_rt.ops.select import Target, select
+from twinflow_rt.ops.selection import Target, select
 from twinflow_rt.passes import quantize
 
 CPU = torch.device("cpu")

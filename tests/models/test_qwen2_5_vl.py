@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.qwen_image_factory import make_model, relative
+from twinflow_rt.checkpoint.fuse import merge, sources
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.models.language_model import FUSED
-from twinflow_rt.models.qwen2_5_vl import MODEL, Qwen25VLConfig
-from twinflow_rt.passes.fuse import merge, sources
-from twinflow_rt.text import QwenImageText
-from twinflow_rt.tokenizer import ChatTokenizer, Tokenizer
+from twinflow_rt.models.text_encoders.language_model import FUSED
+from twinflow_rt.models.text_encoders.qwen2_5_vl import MODEL, Qwen25VLConfig
+from twinflow_rt.stages.text import QwenImageText
+from twinflow_rt.stages.tokenizer import ChatTokenizer, Tokenizer
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "", "日本の\n火山 🌋 {} {{ x }} <|im_end|>", "x" * 30]

@@ -19,11 +19,11 @@ from tests.qwen_image_factory import (
     run,
     save,
 )
+from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.mmdit import pack, unpack
-from twinflow_rt.models.qwen_image import FAMILY, FUSED, QwenImageConfig, QwenImageTransformer
-from twinflow_rt.passes.fuse import merge, split
-from twinflow_rt.passes.load import Checkpoint, materialize
+from twinflow_rt.models.transformers.qwen_image import FAMILY, FUSED, QwenImageConfig, QwenImageTransformer
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from tests.qwen_image_factory import relative, save
 from tests.sana_factory import SHAPES, SMALL, SPRINT, TwinFlowReference, inputs, ours, run, run_step
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.models.mmdit import PLAIN
-from twinflow_rt.models.sana import FAMILY, FUSED, SanaConfig, SanaTransformer
+from twinflow_rt.models.transformers.sana import FAMILY, FUSED, SanaConfig, SanaTransformer
 from twinflow_rt.ops import linear_attention
 from twinflow_rt.passes.fold import absorb, fold, folded_away
-from twinflow_rt.passes.fuse import merge, split
-from twinflow_rt.passes.load import Checkpoint
 
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
 CONFIGS = pytest.mark.parametrize("config", [SMALL, SPRINT], ids=["sana", "sprint"])

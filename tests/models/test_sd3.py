@@ -20,12 +20,12 @@ from tests.sd3_factory import (
     run,
     run_step,
 )
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.sd3 import FAMILY, FUSED, SD3Config, SD3Transformer
+from twinflow_rt.models.transformers.sd3 import FAMILY, FUSED, SD3Config, SD3Transformer
 from twinflow_rt.passes.fold import fold, folded_away
-from twinflow_rt.passes.fuse import merge, split
-from twinflow_rt.passes.load import Checkpoint
 
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
 

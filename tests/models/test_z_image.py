@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tests.factory import CHANNELS, TEXT_DIM, second_embedder, transformer
+from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.z_image import FUSED, ZImageConfig, ZImageTransformer
-from twinflow_rt.passes.fuse import merge
+from twinflow_rt.models.transformers.z_image import FUSED, ZImageConfig, ZImageTransformer
 
 # latent height and width, prompt lengths; image tokens 64, 15, 20 and 33 are not all multiples of 32
 SHAPES = [(16, 16, (20,)), (6, 10, (7, 40, 33)), (20, 4, (64, 64)), (6, 22, (1, 100))]

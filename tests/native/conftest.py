@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from twinflow_rt import library
+from twinflow_rt.ops.native import library
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from twinflow_rt import library
+from twinflow_rt.ops.native import library
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from twinflow_rt import library
+from twinflow_rt.ops.native import library
 
 ROOT = Path(__file__).parents[2]
 HEADER = ROOT / "csrc" / "include" / "twinflow_rt.h"

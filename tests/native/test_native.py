@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.registered import registered
-from twinflow_rt import library, native, native_rows, ops
+from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import (
     SIZES,
     Sizes,
@@ -27,7 +27,10 @@ from twinflow_rt.bench.op_cases import (
 )
 from twinflow_rt.bench.standalone_cases import QUANTIZED
 from twinflow_rt.errors import DeviceError
-from twinflow_rt.ops.select import NATIVE, Target, select
+from twinflow_rt.ops.native import library
+from twinflow_rt.ops.native import plain as native
+from twinflow_rt.ops.native import rows as native_rows
+from twinflow_rt.ops.selection import NATIVE, Target, select
 
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from tests.native.test_native import DTYPES, EPS, ODD, check, draw, formats
-from twinflow_rt import library, native_rows, ops
+from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES
 from twinflow_rt.bench.standalone_cases import standalone
-from twinflow_rt.ops.select import ROW_OPS
+from twinflow_rt.ops.native import library
+from twinflow_rt.ops.native import rows as native_rows
+from twinflow_rt.ops.selection import ROW_OPS
 
 ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op in ROW_OPS]
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 import pytest
 import torch
 
-from twinflow_rt import library, native
+from twinflow_rt.ops.native import library
+from twinflow_rt.ops.native import plain as native
 
 CPU = torch.device("cpu")
 KERNELS = library.load("cpu")

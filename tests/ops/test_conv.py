@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from twinflow_rt import library, ops
-from twinflow_rt.native_conv import conv_winograd
+from twinflow_rt import ops
 from twinflow_rt.ops.conv import LEAST, STRIP, conv3x3, winograd_points, winograd_weight
+from twinflow_rt.ops.native import library
+from twinflow_rt.ops.native.conv import conv_winograd
 
 native = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or bool(library.unavailable_reason()), reason="needs oneDNN and the build"

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from twinflow_rt import inventory
+from twinflow_rt.cli import kernels as inventory
 from twinflow_rt.cli import main
 from twinflow_rt.ops import optional
-from twinflow_rt.ops.select import IMPLEMENTATIONS, Target, select, select_rows
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, select, select_rows
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from twinflow_rt import ops
 from twinflow_rt.ops import backends, mlp, optional
-from twinflow_rt.ops.select import (
+from twinflow_rt.ops.selection import (
     IMPLEMENTATIONS,
     NATIVE,
     NO_TRITON,
@@ -25,7 +25,7 @@ from twinflow_rt.ops.select import (
     choose,
     rank,
     select,
-)  # fmt: skip
+)
 
 OPS = tuple(f.name for f in fields(OpTable))
 H100 = Target("cuda", torch.bfloat16, arch=90, head_dim=128)
@@ -89,7 +89,7 @@ def test_attention_refusals(name, target, reason):
 
 
 def test_linear_attention_goes_by_its_own_head_dim():
-    from twinflow_rt.models.sana import SanaConfig
+    from twinflow_rt.models.transformers.sana import SanaConfig
 
     target = replace(Target.of_network(SanaConfig(), torch.device("cpu"), torch.bfloat16), device="cuda", arch=90)
     assert (target.head_dim, target.linear_head_dim) == (112, 32)
@@ -257,8 +257,8 @@ def test_torch_backends_are_called_by_operators_that_exist(name):
 
 def test_a_cpu_target_imports_no_gpu_software():
     code = (
-        "import torch, sys; from twinflow_rt.ops.select import Target, select; select(Target('cpu', torch.float32));"
-        "assert not {'triton', 'flash_attn', 'xformers', 'twinflow_rt.triton_ops'} & set(sys.modules)"
+        "import torch, sys; from twinflow_rt.ops.selection import Target, select; select(Target('cpu', torch.float32));"
+        "assert not {'triton', 'flash_attn', 'xformers', 'twinflow_rt.ops.triton.plain'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

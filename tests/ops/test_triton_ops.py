@@ -14,7 +14,7 @@ from twinflow_rt import ops
 from twinflow_rt.bench.op_cases import SIZES, cases, judge
 from twinflow_rt.bench.standalone_cases import QUANTIZED, standalone
 from twinflow_rt.ops.rows import EAGER_ROWS, producing
-from twinflow_rt.ops.select import IMPLEMENTATIONS, RowTable
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, RowTable
 
 CASES = [c for c in cases(SIZES["tiny"], torch.float16, "cpu") if "triton" in IMPLEMENTATIONS[c.op]]
 EPS = 1e-5

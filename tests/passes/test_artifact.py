@@ -15,9 +15,9 @@ import torch
 
 from tests import qwen_image_factory
 from tests.factory import make_model
+from twinflow_rt.checkpoint import artifact
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.passes import artifact
 
 ARGS = {"height": 16, "width": 24, "seed": 3, "output": "np"}
 

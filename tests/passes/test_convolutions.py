@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from tests.test_vae import WIDE, saved
-from twinflow_rt import library
-from twinflow_rt.models.autoencoder_kl import AutoencoderDecoder
-from twinflow_rt.ops.select import Target
+from twinflow_rt.models.autoencoders.autoencoder_kl import AutoencoderDecoder
+from twinflow_rt.ops.native import library
+from twinflow_rt.ops.selection import Target
 from twinflow_rt.passes.convolutions import (
     NARROWEST,
     PackedConv2d,
@@ -27,8 +27,8 @@ from twinflow_rt.passes.convolutions import (
 )
 from twinflow_rt.passes.layers import unpack
 from twinflow_rt.passes.upsample import UpsampleConv, fold_upsampling, folded_bytes
-from twinflow_rt.shadow import FOLDED
-from twinflow_rt.vae import KLDecoder
+from twinflow_rt.planning.meta_model import FOLDED
+from twinflow_rt.stages.vae import KLDecoder
 
 CPU, FLOAT = torch.device("cpu"), Target("cpu", torch.float32)
 N = NARROWEST

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from tests.factory import TRANSFORMER
 from tests.qwen_image_factory import SMALL
+from twinflow_rt.checkpoint.fuse import merge, sources, split, stack
 from twinflow_rt.errors import CheckpointError
-from twinflow_rt.models.qwen_image import QwenImageTransformer
-from twinflow_rt.models.z_image import ZImageConfig, ZImageTransformer
+from twinflow_rt.models.transformers.qwen_image import QwenImageTransformer
+from twinflow_rt.models.transformers.z_image import ZImageConfig, ZImageTransformer
 from twinflow_rt.ops import EAGER, OpTable
-from twinflow_rt.passes.fuse import merge, sources, split, stack
 
 FUSED = {"qkv.weight": ("q.weight", "k.weight", "v.weight")}
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS, make_model, shard
+from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize, model_folder
 from twinflow_rt.errors import CheckpointError, ConfigError, TwinFlowError
+from twinflow_rt.families import family_of
 from twinflow_rt.loading import load
-from twinflow_rt.models import family_of
-from twinflow_rt.passes.load import Checkpoint, materialize, model_folder
 
 CPU = torch.device("cpu")
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS, make_model
 from tests.qwen_image_factory import SHAPES, TwinFlowReference, inputs, relative, run_step, save
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.lora import Adapter, Merged, resolve_loras
 from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.models.qwen_image import FAMILY as QWEN_IMAGE
-from twinflow_rt.passes.load import Checkpoint
-from twinflow_rt.passes.lora import Adapter, Merged, resolve_loras
+from twinflow_rt.models.transformers.qwen_image import FAMILY as QWEN_IMAGE
 
 CPU, ONE, FOUR = torch.device("cpu"), ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
 TARGETS = ("layers.0.attention.to_k", "layers.1.feed_forward.w2", "layers.0.adaLN_modulation.0", "t_embedder.mlp.2")

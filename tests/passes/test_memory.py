@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.memory import run_script
-from twinflow_rt.models import family_of
-from twinflow_rt.models.qwen_image import QwenImageConfig
-from twinflow_rt.models.z_image import ZImageConfig
-from twinflow_rt.passes.fuse import sources
+from twinflow_rt.checkpoint.fuse import sources
+from twinflow_rt.families import family_of
+from twinflow_rt.models.transformers.qwen_image import QwenImageConfig
+from twinflow_rt.models.transformers.z_image import ZImageConfig
 
 SHARDS = 3
 CONFIGS = {
@@ -31,9 +31,9 @@ import torch
 from tests.memory import Peak
 from twinflow_rt.compile import compile_network
 from twinflow_rt.models import family_of
-from twinflow_rt.passes.load import Checkpoint
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.plan import parameter_bytes
-from twinflow_rt.report import anonymous_bytes
+from twinflow_rt.runtime.timing import anonymous_bytes
 
 folder, dtype, steps = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from tests.factory import make_model
-from twinflow_rt import load, sensitivity
+from twinflow_rt import load
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.ops import QuantizedRows, linear
 from twinflow_rt.passes import layers, quantize
-from twinflow_rt.passes.load import Checkpoint
 from twinflow_rt.plan import Plan
+from twinflow_rt.planning import sensitivity
 
 CPU = torch.device("cpu")
 PRECISIONS = pytest.mark.parametrize("precision", ["int8", "fp8"])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from twinflow_rt.ops import EAGER, fold_upsample
-from twinflow_rt.ops.select import Choice, Target, choose
+from twinflow_rt.ops.selection import Choice, Target, choose
 from twinflow_rt.passes.upsample import UpsampleConv, fold_upsampling, folded_bytes
 
 FOLDED, PLAIN = (Choice("upsample_conv", "folded"),), (Choice("upsample_conv", "eager"),)

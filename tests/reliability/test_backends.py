@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from twinflow_rt import inventory
+from twinflow_rt.cli import kernels as inventory
 from twinflow_rt.ops import optional
-from twinflow_rt.ops.select import Target, select
+from twinflow_rt.ops.selection import Target, select
 
 BREAKS = {
     "ImportError": "raise ImportError('libcudart.so.11: cannot open shared object file')",

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 import twinflow_rt
-from twinflow_rt import cli, out_of_memory
+from twinflow_rt import cli
 from twinflow_rt.errors import ConfigError, DeviceError, OutOfMemoryError
 from twinflow_rt.loading import load
+from twinflow_rt.runtime import out_of_memory
 
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 FAILURES = {

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.factory import make_model
-from twinflow_rt import atomic
+from twinflow_rt.checkpoint import artifact, atomic
 from twinflow_rt.cli import main
 from twinflow_rt.errors import CheckpointError, StorageError, TwinFlowError
 from twinflow_rt.loading import load
-from twinflow_rt.passes import artifact
 
 SAVE = """
 import sys, time, twinflow_rt

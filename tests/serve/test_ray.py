@@ -32,15 +32,17 @@ from ray.cluster_utils import Cluster as LocalCluster
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from benches import load as bench
-from twinflow_rt import batch, cli
+from twinflow_rt import cli
+from twinflow_rt.cli import batch
+from twinflow_rt.cli import serve as command
+from twinflow_rt.cli.prompt_file import read_rows
 from twinflow_rt.config import SizeRule
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
 from twinflow_rt.loading import load
-from twinflow_rt.prompt_file import read_rows
-from twinflow_rt.sample import preset
+from twinflow_rt.sampling.sampler import preset
 from twinflow_rt.serve import cluster as cluster_module
-from twinflow_rt.serve import command, ray_data
 from twinflow_rt.serve import ray as on_ray
+from twinflow_rt.serve import ray_data
 from twinflow_rt.serve.engine import DrainingError, Limits, QueueFullError
 
 ROUTE = "/v1/images/generations"

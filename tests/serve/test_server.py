@@ -160,7 +160,7 @@ def test_command_refuses_what_cannot_work(folder, tmp_path, capsys, monkeypatch)
 
 
 def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
-    from twinflow_rt.serve.command import read_token
+    from twinflow_rt.cli.serve import read_token
 
     (tmp_path / "token").write_text("from-file\n")
     monkeypatch.setenv("SOME_TOKEN", "from-env")

@@ -10,13 +10,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from twinflow_rt.training.autoencoder import (
-    Autoencoder,
-    encode_images,
-    load_autoencoder,
-    to_tensor,
-    train_autoencoder,
-)
+from twinflow_rt.training.autoencoder import Autoencoder, encode_images, load_autoencoder, to_tensor, train_autoencoder
 from twinflow_rt.training.scenes import KINDS, prompts, render
 
 

@@ -6,12 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from twinflow_rt.training.objective import (
-    ObjectiveConfig,
-    TwinFlowObjective,
-    flow_matching_loss,
-    twin_times,
-)
+from twinflow_rt.training.objective import ObjectiveConfig, TwinFlowObjective, flow_matching_loss, twin_times
 
 
 class Toy(nn.Module):
@@ -96,7 +91,7 @@ def test_exact_flow_of_a_point_is_a_fixed_point_of_the_jump_target(short):
 
 
 def test_twin_times_are_told_apart_by_z_image_and_the_papers_are_not():
-    from twinflow_rt.models.z_image import ZImageConfig, ZImageTransformer
+    from twinflow_rt.models.transformers.z_image import ZImageConfig, ZImageTransformer
 
     torch.manual_seed(0)
     config = ZImageConfig(

@@ -35,7 +35,9 @@ def z_image(scale: float, layers: int | None) -> Blueprint:
         "num_attention_heads": 4 * groups, "num_key_value_heads": groups, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
     }  # fmt: skip
     vae = _kl_vae(scale, scaling_factor=0.3611, shift_factor=0.1159)
-    return Blueprint(transformer, {"text_encoder": (text, "qwen3"), "vae": (vae, "autoencoder_kl")})
+    return Blueprint(
+        transformer, {"text_encoder": (text, "text_encoders.qwen3"), "vae": (vae, "autoencoders.autoencoder_kl")}
+    )  # fmt: skip
 
 
 def qwen_image(scale: float, layers: int | None) -> Blueprint:
@@ -56,7 +58,9 @@ def qwen_image(scale: float, layers: int | None) -> Blueprint:
         "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True],
         "latents_mean": [0.0] * 16, "latents_std": [2.0] * 16,
     }  # fmt: skip
-    return Blueprint(transformer, {"text_encoder": (text, "qwen2_5_vl"), "vae": (vae, "autoencoder_qwen")})
+    return Blueprint(
+        transformer, {"text_encoder": (text, "text_encoders.qwen2_5_vl"), "vae": (vae, "autoencoders.autoencoder_qwen")}
+    )  # fmt: skip
 
 
 def sd35_medium(scale: float, layers: int | None) -> Blueprint:
@@ -76,10 +80,10 @@ def sd35_medium(scale: float, layers: int | None) -> Blueprint:
         "num_layers": _depth(24, layers),
     }  # fmt: skip
     return Blueprint(transformer, {
-        "text_encoder": (_clip(first, _depth(12, layers), scale, "quick_gelu"), "clip_text"),
-        "text_encoder_2": (_clip(second, _depth(32, layers), scale, "gelu"), "clip_text"),
-        "text_encoder_3": (far_text, "t5"),
-        "vae": (_kl_vae(scale, scaling_factor=1.5305, shift_factor=0.0609), "autoencoder_kl"),
+        "text_encoder": (_clip(first, _depth(12, layers), scale, "quick_gelu"), "text_encoders.clip_text"),
+        "text_encoder_2": (_clip(second, _depth(32, layers), scale, "gelu"), "text_encoders.clip_text"),
+        "text_encoder_3": (far_text, "text_encoders.t5"),
+        "vae": (_kl_vae(scale, scaling_factor=1.5305, shift_factor=0.0609), "autoencoders.autoencoder_kl"),
     })  # fmt: skip
 
 
@@ -107,7 +111,9 @@ def sana(scale: float, layers: int | None) -> Blueprint:
         "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]], "decoder_in_shortcut": True,
         "upsample_block_type": "interpolate", "scaling_factor": 0.41407,
     }  # fmt: skip
-    return Blueprint(transformer, {"text_encoder": (text, "gemma2"), "vae": (vae, "autoencoder_dc")})
+    return Blueprint(
+        transformer, {"text_encoder": (text, "text_encoders.gemma2"), "vae": (vae, "autoencoders.autoencoder_dc")}
+    )  # fmt: skip
 
 
 def sana_sprint(scale: float, layers: int | None) -> Blueprint:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..ops.select import Choice, Target, select
+from ..ops.selection import Choice, Target, select
 from ..pipeline import Pipeline
 from ..plan import parameter_bytes
-from ..predict import predict_stages
+from ..planning.work import predict_stages
 from . import stats
 from .ceilings import Ceilings
 from .correctness import Verdict

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ..atomic import write_text
+from ..checkpoint.atomic import write_text
 from . import plots
 from .record import Record
 from .terminal import headline, rate, seconds, size

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import artifact
+from ..checkpoint.checkpoint import Checkpoint, materialize
+from ..checkpoint.files import read_json
+from ..checkpoint.random_file import random_tensor
 from ..errors import ConfigError
-from ..files import read_json
-from ..models import Family, family_of
-from ..noise import initial_noise
+from ..families import Family, family_of
 from ..ops import EAGER
-from ..passes import artifact
-from ..passes.load import Checkpoint, materialize
-from ..passes.random import random_tensor
 from ..pipeline import Pipeline
-from ..schedule import preset
+from ..sampling.noise import initial_noise
+from ..sampling.schedule import preset
 from .workload import Workload
 
 NAMES = ("eager", "compile", "diffusers")

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint import random_file as random
+from ..checkpoint.checkpoint import Layout
+from ..checkpoint.fuse import sources
 from ..errors import ConfigError
-from ..models import FAMILIES, family_of
-from ..passes import random
-from ..passes.fuse import sources
-from ..passes.load import Layout
+from ..families import FAMILIES, family_of
 from .blueprints import BLUEPRINTS, Blueprint
 
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_json
+from ..checkpoint.atomic import write_json
+from ..checkpoint.files import parse_json
 from ..errors import ConfigError
-from ..files import parse_json
 from .schema import SCHEMA, validate
 
 Record = dict[str, Any]  # as `schema.SCHEMA` describes

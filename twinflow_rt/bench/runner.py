@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.checkpoint import Checkpoint, model_folder
 from ..config import dtype_name, resolve_device, resolve_dtype, resolve_precision
 from ..errors import ConfigError
 from ..loading import DEMO, load
-from ..ops.select import Choice
-from ..passes.load import Checkpoint, model_folder
+from ..ops.selection import Choice
 from ..pipeline import Pipeline
 from . import energy, facts, instructions, peers, random_weights, sweeps
 from .ceilings import Ceilings

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checkpoint.versions import refusal
 from ..errors import ConfigError
-from ..versions import refusal
 
 VERSION = 1
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.rows import Op
-from ..ops.select import IMPLEMENTATIONS, ROW_OPS, Target
+from ..ops.selection import IMPLEMENTATIONS, ROW_OPS, Target
 from .op_cases import EPS, Case, Drawing, Sizes, _Draw, exact_attention, exact_gelu, exact_layer, exact_rms
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import initial_noise, step_noise
 from ..pipeline import Pipeline, _deliver
-from ..sample import sample, schedule
-from ..schedule import preset
+from ..sampling.noise import initial_noise, step_noise
+from ..sampling.sampler import sample, schedule
+from ..sampling.schedule import preset
 
 STAGES = ("text", "context", "noise", "velocity", "decode", "output")
 PROMPTS = ("a photograph of a lighthouse in a storm at dusk", "two red squares above a green triangle")

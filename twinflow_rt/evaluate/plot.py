@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..atomic import write_text
 from ..bench.svg import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, apart, dot, frame, line, text
+from ..checkpoint.atomic import write_text
+from ..checkpoint.files import parse_json
+from ..checkpoint.versions import refusal
 from ..errors import ConfigError
-from ..files import parse_json
-from ..versions import refusal
 
 SCHEMA = 1  # of the report of `twinflow-rt eval --json`
 Series = dict[str, list[tuple[int, float]]]

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.files import parse_json
+from ..checkpoint.versions import refusal
 from ..config import dtype_name
 from ..errors import CheckpointError
-from ..files import parse_json
-from ..versions import refusal
 
 FORMAT = 1
 MANIFEST = "extra/manifest.json"

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..atomic import check_target
+from ..checkpoint.atomic import check_target
+from ..checkpoint.lora import Loras
 from ..config import dtype_name
 from ..errors import ConfigError, TwinFlowError
 from ..loading import load
 from ..ops import EAGER
-from ..passes.lora import Loras
 from ..passes.quantize import unpack
 from ..passes.upsample import fold_upsampling
 from ..pipeline import Pipeline
-from ..sample import SamplerConfig, sample, schedule
-from ..schedule import steps
-from ..text import TextEncoder
+from ..sampling.sampler import SamplerConfig, sample, schedule
+from ..sampling.schedule import steps
+from ..stages.text import TextEncoder
 from . import archive
 from .archive import TEXT, image_name
 from .runtime import Exported

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..config import check_count, resolve_device
 from ..errors import CheckpointError, ConfigError
-from ..noise import initial_noise, resolve_seeds, step_noise
-from ..text import PromptEmbeds
+from ..sampling.noise import initial_noise, resolve_seeds, step_noise
+from ..stages.text import PromptEmbeds
 from .archive import TEXT, Reader, image_name
 
 CPUS = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..loading import load
 from ..pipeline import Pipeline
-from ..text import PromptEmbeds
+from ..stages.text import PromptEmbeds
 
 MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else
 MAX_BATCH = 64

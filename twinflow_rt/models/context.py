@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..capture import bucket
+from ..runtime.capture import bucket
 
 
 def host_lengths(embeds: Tensor, lengths: Sequence[int] | Tensor) -> tuple[tuple[int, ...], int, Tensor | None]:

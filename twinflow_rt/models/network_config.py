@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
 
+from ..checkpoint.typed_json import hints_of, typed
 from ..errors import ConfigError, TwinFlowError
-from ..typed import hints_of, typed
 
 MOST, MOST_LAYERS = 1 << 22, 1000  # no size, and no number of layers, of a network is beyond
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

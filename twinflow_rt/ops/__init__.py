@@ -3,15 +3,7 @@
 from .attention import attention, attention_fp8, linear_attention
 from .decode import fold_upsample, group_norm_silu, rms_norm_silu, to_uint8, upsample_conv, x0_to_vae
 from .linear import linear_quantized, quantize_rows
-from .mlp import (
-    gelu_tanh,
-    gelu_tanh_quantized,
-    linear_gelu,
-    linear_residual,
-    linear_swiglu,
-    swiglu,
-    swiglu_quantized,
-)
+from .mlp import gelu_tanh, gelu_tanh_quantized, linear_gelu, linear_residual, linear_swiglu, swiglu, swiglu_quantized
 from .norm import (
     layer_norm,
     layer_norm_quantized,
@@ -25,7 +17,7 @@ from .norm import (
 from .rope import grouped_qk_norm_rope, joint_qk_norm_rope, qk_norm_rope, rotate
 from .rows import QuantizedRows, into
 from .sample import x0_project
-from .select import Target, select
+from .selection import Target, select
 from .table import EAGER, OpTable
 
 __all__ = [

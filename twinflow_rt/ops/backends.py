@@ -20,7 +20,7 @@ from ..config import dtype_name
 from .optional import find, older
 
 if TYPE_CHECKING:
-    from .select import Target
+    from .selection import Target
 
 Attention = Callable[..., Tensor]
 

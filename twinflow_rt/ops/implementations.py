@@ -19,7 +19,7 @@ from .rows import EAGER_ROWS, Op, RowTable
 from .table import EAGER, OpTable
 
 if TYPE_CHECKING:
-    from .select import Target
+    from .selection import Target
 
 TRITON = (3, 6)
 OLDEST_ARCH = 80
@@ -157,7 +157,7 @@ def _from(module: str, op: str) -> Callable[[], Op]:
 
 
 def _library(function: str) -> Callable[[Target], str | None]:
-    return lambda target: _from("library", function)()(target)
+    return lambda target: _from("ops.native.library", function)()(target)
 
 
 # op -> what its Triton kernel refuses beyond `triton_refuses`
@@ -175,27 +175,28 @@ _OTHERS = {
     ],
     "linear_residual": [Implementation("cublas", _from("ops.mlp", "linear_residual_epilogue"), _cublas_refuses)],
     "upsample_conv": [Implementation("folded", _from("ops.decode", "upsample_conv"), _folded_refuses)],
-    "grouped_qk_norm_rope": [Implementation("native", _from("native", "grouped_qk_norm_rope"), _library("refuses"))],
-    "group_norm_silu": [Implementation("native", _from("native", "group_norm_silu"), _library("refuses"))],
-    "rms_norm_silu": [Implementation("native", _from("native", "rms_norm_silu"), _library("refuses"))],
+    **{
+        op: [Implementation("native", _from("ops.native.plain", op), _library("refuses"))]
+        for op in ("grouped_qk_norm_rope", "group_norm_silu", "rms_norm_silu")
+    },
     "attention": [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()],
 }
 
 def _implementations(op: str) -> dict[str, Implementation]:
     found = []
     if op not in NO_TRITON:
-        found.append(Implementation("triton", _from("triton_ops", op), _TRITON_REFUSES.get(op, triton_refuses)))
+        found.append(Implementation("triton", _from("ops.triton.plain", op), _TRITON_REFUSES.get(op, triton_refuses)))
     found += _OTHERS.get(op, [])
     if op in NATIVE:
-        found.append(Implementation("native", _from("native", op), _library("refuses")))
+        found.append(Implementation("native", _from("ops.native.plain", op), _library("refuses")))
         refuses = _library("cuda_rope_refuses" if "rope" in op else "cuda_refuses")
-        found.append(Implementation("cuda", _from("native", op), refuses))
+        found.append(Implementation("cuda", _from("ops.native.plain", op), refuses))
     found.append(Implementation("eager", lambda: getattr(EAGER, op)))
     return {i.name: i for i in found}
 
 
 def _row_implementations(op: str) -> dict[str, Implementation]:
-    native = _from("native_rows", op)
+    native = _from("ops.native.rows", op)
     if op == "linear_quantized":
         found = [
             Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm_refuses),
@@ -204,7 +205,7 @@ def _row_implementations(op: str) -> dict[str, Implementation]:
         ]
     else:
         found = [
-            Implementation("triton", _from("triton_rows", op), _rows_refuse(triton_refuses)),
+            Implementation("triton", _from("ops.triton.rows", op), _rows_refuse(triton_refuses)),
             Implementation("cuda", native, _rows_refuse(_library("cuda_refuses"))),
         ]
     found.append(Implementation("native", native, _native_rows_refuses))
@@ -216,7 +217,7 @@ def _row_implementations(op: str) -> dict[str, Implementation]:
 IMPLEMENTATIONS = {f.name: _implementations(f.name) for f in fields(OpTable)}
 IMPLEMENTATIONS[RAGGED] = {name: IMPLEMENTATIONS["attention"][name] for name in ("triton", "eager")}
 IMPLEMENTATIONS[FP8] = {
-    "triton": Implementation("triton", _from("triton_rows", "attention_fp8"), _triton_fp8_refuses),
+    "triton": Implementation("triton", _from("ops.triton.rows", "attention_fp8"), _triton_fp8_refuses),
     "eager": Implementation("eager", lambda: attention_fp8),
 }
 IMPLEMENTATIONS |= {op: _row_implementations(op) for op in ROW_OPS}

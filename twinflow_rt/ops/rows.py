@@ -20,12 +20,7 @@ from torch import Tensor, nn
 
 from .linear import linear_quantized, quantize_rows
 from .mlp import gelu_tanh_quantized, swiglu_quantized
-from .norm import (
-    layer_norm_quantized,
-    residual_layer_norm_quantized,
-    residual_norm_quantized,
-    rms_norm_quantized,
-)
+from .norm import layer_norm_quantized, residual_layer_norm_quantized, residual_norm_quantized, rms_norm_quantized
 
 if TYPE_CHECKING:
     from .table import OpTable

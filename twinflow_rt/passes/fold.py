@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.checkpoint import assign
 from ..errors import ConfigError
-from .load import assign
 
 Schedule = Sequence[tuple[float, float]]
 

@@ -17,9 +17,9 @@ from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
 from ..ops.linear import packing_refuses
 from ..ops.rows import producing
-from ..ops.select import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_rows
+from ..ops.selection import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_rows
 from ..plan import Group, Layers
-from ..report import TRIM_EVERY, release_free_memory
+from ..runtime.timing import TRIM_EVERY, release_free_memory
 from .blocks import group_of, in_block
 from .layers import (
     ROWS,

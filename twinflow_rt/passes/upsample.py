@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import OpTable, fold_upsample
-from ..ops.select import Choice
+from ..ops.selection import Choice
 
 
 class UpsampleConv(nn.Conv2d):

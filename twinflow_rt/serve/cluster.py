@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from ..config import SizeRule
 from ..errors import CancelledError, DeviceError, TwinFlowError
-from ..sample import SamplerConfig
+from ..sampling.sampler import SamplerConfig
 from .engine import SMOOTHING, Batch, Engine, Job, Limits
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..config import check_count, resolve_prompts, resolve_sampler
 from ..errors import CancelledError, ConfigError, TwinFlowError
-from ..noise import resolve_seeds
+from ..sampling.noise import resolve_seeds
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.2  # weight of the newest batch in the running mean of seconds per image

@@ -28,9 +28,9 @@ import numpy as np
 import ray
 from ray import serve
 
+from ..cli.serve import LOADING
 from ..errors import ConfigError, DeviceError
 from .cluster import Cluster, Model
-from .command import LOADING
 from .engine import Engine, Limits
 
 NAME = "twinflow-worker"
@@ -89,8 +89,8 @@ class Worker:
     """A model behind an engine. model, options: as `twinflow_rt.load` takes them."""
 
     def __init__(self, model: str, options: dict[str, Any], limits: Limits) -> None:
+        from ..cli.serve import warm_up
         from ..loading import load
-        from .command import warm_up
 
         self.engine = Engine(load(model, **options), limits)
         warm_up(self.engine)
@@ -136,7 +136,7 @@ def deployment(model: str, options: dict[str, Any], limits: Limits, workers: Wor
 @contextmanager
 def open_cluster(args: argparse.Namespace, limits: Limits) -> Iterator[Cluster]:
     """The engine for `twinflow-rt serve --ray`: joins the cluster and deploys the workers, which go in the end."""
-    from .command import model_name
+    from ..cli.serve import model_name
 
     with session(args.ray):
         serve.start(proxy_location="Disabled")
@@ -186,7 +186,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     port, drain_timeout and ray, which are Ray Serve's to set. The token's file or variable is read by the
     front, on the head node. Raises ConfigError.
     """
-    from .command import limits_of
+    from ..cli.serve import limits_of
 
     options = _parsed(args)
     limits = limits_of(options)
@@ -203,8 +203,8 @@ def _front(options: argparse.Namespace, limits: Limits) -> Any:
     """What makes the HTTP application, inside the front's replica."""
 
     def front() -> Any:
+        from ..cli.serve import model_name, read_token
         from .app import create_app
-        from .command import model_name, read_token
 
         handle = serve.get_deployment_handle(NAME, serve.get_replica_context().app_name)
         token = read_token(options.token_file, options.token_env)
@@ -222,7 +222,7 @@ def _deployment(args: argparse.Namespace, limits: Limits) -> serve.Application:
 
 def _parsed(args: dict[str, Any]) -> argparse.Namespace:
     """The options of the command line, from names and values."""
-    from .command import add_arguments
+    from ..cli.serve import add_arguments
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:

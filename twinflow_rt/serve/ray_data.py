@@ -17,7 +17,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from ..batch import Request, Written, paint
+from ..cli.batch import Request, Written, paint
 from ..errors import DeviceError, TwinFlowError
 from .ray import model_path, plan_workers, session
 

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..atomic import write_json
+from ..checkpoint.atomic import write_json
+from ..checkpoint.files import read_json
 from ..config import resolve_device
-from ..files import read_json
-from ..models.z_image import ZImageConfig, ZImageTransformer
+from ..models.transformers.z_image import ZImageConfig, ZImageTransformer
 from .export import save_model
 from .objective import ObjectiveConfig, TwinFlowObjective, flow_matching_loss
 from .text import Captions, build_text_encoder, build_tokenizer, pretrain_text_encoder

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..atomic import new_folder, write_json
-from ..models.z_image import FUSED
-from ..passes.fuse import split
+from ..checkpoint.atomic import new_folder, write_json
+from ..checkpoint.fuse import split
+from ..models.transformers.z_image import FUSED
 
 MODEL_INDEX = {
     "_class_name": "ZImagePipeline",

@@ -138,7 +138,7 @@ Facts read_facts(const Json& manifest) {
   return facts;
 }
 
-// The 32-bit generator seed of (seed, stream); twinflow_rt/noise.py says why.
+// The 32-bit generator seed of (seed, stream); twinflow_rt/sampling/noise.py says why.
 uint64_t stream_seed(uint64_t seed, uint64_t stream) {
   if (stream == 0 && seed <= 0xFFFFFFFFu) return seed;
   uint64_t x = seed + stream * 0x9E3779B97F4A7C15u;  // splitmix64

@@ -1,0 +1,149 @@
+"""Saved programs: a model folder whose transformer is already compiled.
+
+    artifact.json      schema, sampler, plan, hash of the source weights, hash of every file
+    transformer/       config.json, safetensors: fused weights and folded tables, under module names
+    text_encoder/ vae/ the parts inference uses, under checkpoint names
+    tokenizer/ model_index.json   as in the source
+
+The folder is written under another name and renamed when complete; artifact.json is its last file and
+every other file's SHA-256 stands in it, so neither half an artifact nor a changed one will load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..plan import Plan
+from ..sampling.schedule import SamplerConfig
+from .atomic import check_target, new_folder
+from .checkpoint import some
+from .files import read_json
+from .typed_json import typed
+from .versions import refusal
+
+SCHEMA = 1
+MANIFEST = "artifact.json"
+SHARD_BYTES = 5_000_000_000
+FIELDS = ("schema", "sampler", "source", "plan", "files")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(
+    folder: Path, parts: Mapping[str, tuple[dict[str, Any], Mapping[str, Tensor]]], source: Path, meta: dict[str, Any]
+) -> Path:  # fmt: skip
+    """Writes an artifact of `parts` (subfolder -> (config.json's content, tensors)) and `meta`.
+
+    source: the model folder it was compiled from; its tokenizers are copied. Raises CheckpointError
+    if something stands at `folder` already: artifacts are never changed.
+    """
+    check_target(folder, "the artifact's folder", make_parents=True)
+    if os.path.lexists(folder):
+        raise CheckpointError(f"{folder} exists; artifacts are not overwritten: choose another name or remove it")
+    with new_folder(folder) as partial:
+        for name, (config, tensors) in parts.items():
+            (partial / name).mkdir()
+            (partial / name / "config.json").write_text(json.dumps(config, indent=1))
+            _write_tensors(partial / name, tensors)
+        for tokenizer in sorted(source.glob("tokenizer*/")):
+            shutil.copytree(tokenizer, partial / tokenizer.name)
+        shutil.copy(source / "model_index.json", partial / "model_index.json")
+        files = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        manifest = {"schema": SCHEMA, **meta, "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The verified manifest of an artifact, `sampler` and `plan` as a SamplerConfig and a Plan.
+
+    Raises CheckpointError for another schema, a field that is not what it should be, a missing or
+    additional file, or a changed one.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(refusal(folder / MANIFEST, manifest.get("schema"), SCHEMA, "save it again"))
+    absent = [field for field in FIELDS if field not in manifest]
+    if absent or not isinstance(manifest["files"], dict) or not isinstance(manifest["source"], str):
+        raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(absent) or 'a file list'}; save it again")
+    try:
+        sampler, plan = typed(manifest["sampler"], SamplerConfig, "sampler"), Plan.from_dict(manifest["plan"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: {error}; save it again") from None
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    if strangers := sorted(present ^ set(manifest["files"])):
+        raise CheckpointError(f"{folder}: {some(strangers)} missing or not part of the artifact; save it again")
+    for name, expected in manifest["files"].items():
+        if sha256(folder / name) != expected:
+            raise CheckpointError(
+                f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged: save it again"
+            )
+    return {**manifest, "sampler": sampler, "plan": plan}
+
+
+def is_artifact(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file, or several with an index: only one shard's tensors are on the host at a time."""
+    from safetensors.torch import save_file
+
+    shards = _shards(tensors)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for file, keys in zip(names, shards, strict=True):
+        owned = {k: tensors[k].detach().cpu().contiguous() for k in keys}
+        save_file(_unshared(owned), folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {k: file for file, keys in zip(names, shards, strict=True) for k in keys}
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names in order, cut where a file would exceed SHARD_BYTES (a larger tensor gets its own)."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share storage; split views of one merged weight do."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        seen.add(pointer)
+    return out
+
+
+def source_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of a network folder's weight files, in order; of an artifact's
+    network, that of the files it was compiled from."""
+    if is_artifact(folder.parent):
+        return str(read_json(folder.parent / MANIFEST)["source"])
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.name.encode())
+        digest.update(bytes.fromhex(sha256(path)))
+    return digest.hexdigest()

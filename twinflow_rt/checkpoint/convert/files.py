@@ -1,0 +1,117 @@
+"""Files on both sides of a conversion: what is read, and the folder that is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError
+from ..atomic import new_folder
+from ..checkpoint import PICKLES
+from ..files import is_folder, open_tensors
+
+SHARD_BYTES = 5_000_000_000  # a shard is held in memory while it is written
+
+
+class Source:
+    """The tensors of one file, or of the shards of one network, under their stored names."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        self.path = path
+        self._where: dict[str, Any] = {}
+        for file in files:
+            handle = open_tensors(file)
+            for key in handle.keys():  # noqa: SIM118 (not a dict)
+                if key in self._where:
+                    raise CheckpointError(f"{file}: {key} is in another shard too; keep the shards of one network")
+                self._where[key] = handle
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._where[key].get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> str:
+        """As safetensors names it, e.g. BF16."""
+        return str(self._where[key].get_slice(key).get_dtype())
+
+    def get(self, key: str) -> Tensor:
+        tensor: Tensor = self._where[key].get_tensor(key)
+        return tensor
+
+
+def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
+    """Files as given; of a folder, every file in it and below, where an index stands all together."""
+    for path in paths:
+        if not is_folder(path):
+            if path.suffix in PICKLES:
+                raise CheckpointError(
+                    f"{path} is a pickle, which can run code when read; save its tensors with safetensors first"
+                )
+            yield Source(path, [path])
+            continue
+        files = sorted(path.rglob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{path} holds no .safetensors file; give the files to convert")
+        sharded = {f.parent for f in files if any(f.parent.glob("*.safetensors.index.json"))}
+        for folder in sorted(sharded):
+            yield Source(folder, [f for f in files if f.parent == folder])
+        for file in files:
+            if file.parent not in sharded:
+                yield Source(file, [file])
+
+
+def write_folder(
+    target: Path, base: Path, copied: Sequence[Path], networks: Mapping[str, Any], verify: Callable[[Path], object]
+) -> None:
+    """Writes `copied` files of `base` and the networks (part -> `Converted`) under another name, renamed
+    to `target` once `verify` has accepted it; nothing stays of a folder that was not finished."""
+    with new_folder(target, verify) as partial:
+        for path in copied:
+            place = partial / path.relative_to(base)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link(path.resolve(), place)
+        for name, network in networks.items():
+            stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+            write_shards(partial / name, stem, network)
+
+
+def _link(source: Path, place: Path) -> None:
+    """Weights are never changed in place, so they may share the base's bytes where the disk allows."""
+    if source.suffix == ".safetensors":
+        try:
+            return os.link(source, place)
+        except OSError:  # another disk, or one without hard links
+            pass
+    shutil.copy2(source, place)
+
+
+def write_shards(folder: Path, stem: str, network: Any) -> None:
+    """One file, or shards of at most SHARD_BYTES and their index."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = [[]]
+    total = size = 0
+    for target in network.where:
+        count = torch.Size(network.stored_shape(target)).numel() * network.dtype(target).itemsize
+        if shards[-1] and size + count > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(target)
+        size, total = size + count, total + count
+    weight_map: dict[str, str] = {}
+    for i, targets in enumerate(shards):
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file({t: network.get(t).contiguous() for t in targets}, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(targets, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))

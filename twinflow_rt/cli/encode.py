@@ -1,0 +1,79 @@
+"""`twinflow-rt encode`: prompts to a file of embeddings; only the text encoder is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..checkpoint.atomic import check_target
+from ..checkpoint.checkpoint import Checkpoint, model_folder
+from ..config import resolve_device, resolve_dtype, resolve_prompts
+from ..families import family_of
+from ..stages.embeds_file import write
+from ..stages.text import PromptEmbeds
+from .prompt_file import FILES, read_rows
+
+BATCH = 16  # prompts encoded at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="*", help="prompts")
+    parser.add_argument("--file", type=Path, metavar="FILE", help=f"more prompts; {FILES}")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("prompts.safetensors"), metavar="FILE",
+        help="file to write (default %(default)s); generate takes it as --prompt-embeds",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(args: argparse.Namespace, folder: Path) -> int:
+    """Encodes the prompts of `args` with the model at `folder`."""
+    rows = [] if args.file is None else read_rows(args.file)
+    prompts = resolve_prompts([*args.prompt, *(row["prompt"] for row in rows)])
+    check_target(args.output, "--output")
+    began = time.perf_counter()
+    family, text = open_text(folder, args.device, args.dtype, args.text_precision)
+    loaded = time.perf_counter()
+    embeds = encode(text, prompts)
+    write(args.output, embeds, model=args.model, family=family, text=text, prompts=prompts)
+    report: dict[str, Any] = {
+        "file": str(args.output), "prompts": len(prompts), "tokens": list(embeds.lengths),
+        "bytes": args.output.stat().st_size,
+        "seconds": {"load": loaded - began, "encode": time.perf_counter() - loaded},
+    }  # fmt: skip
+    size, seconds = report["bytes"] / 1e6, report["seconds"]["encode"]
+    line = f"wrote {args.output}: {len(prompts)} prompts, {sum(embeds.lengths)} tokens, {size:,.2f} MB; {seconds:.2f} s"
+    print(json.dumps(report, indent=1) if args.json else line)
+    return 0
+
+
+def open_text(
+    folder: Path, device: str | None, dtype: str | None, precision: str | None = None
+) -> tuple[str, Any]:
+    """A model's family and its text stage, loaded; of the other parts configs and headers are read."""
+    target = resolve_device(device)
+    transformer = Checkpoint(model_folder(folder) / "transformer", quantized=True)
+    family = family_of(transformer.config)
+    text, _, _ = family.open(folder, transformer.config)
+    with torch.no_grad():
+        kind = resolve_dtype(dtype, target, transformer.main_dtype())
+        text.quantize(precision, (), target, kind)
+        text.materialize(target, kind)
+    return family.name, text
+
+
+@torch.inference_mode()
+def encode(text: Any, prompts: Sequence[str]) -> PromptEmbeds:
+    """Embeddings of any number of prompts, `BATCH` at a time, in one tensor padded with zeros."""
+    made = [text(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+    longest = max(m.embeds.shape[1] for m in made)
+    embeds = torch.cat([F.pad(m.embeds, (0, 0, 0, longest - m.embeds.shape[1])) for m in made])
+    extras = {name: torch.cat([m.extras[name] for m in made]) for name in made[0].extras}
+    return PromptEmbeds(embeds, tuple(n for m in made for n in m.lengths), extras)

@@ -1,0 +1,177 @@
+"""A loaded diffusers pipeline, sped up in place.
+
+    handle = twinflow_rt.accelerate(pipe)       # of Z-Image, Qwen-Image, Stable Diffusion 3.5 or SANA
+    pipe("a red circle", num_inference_steps=8)
+    handle.restore()                            # or: with twinflow_rt.accelerate(pipe): ...
+
+The velocity network and the VAE's decoder are replaced by compiled ones, built from the weights the
+pipeline holds. Prompt encoding, scheduler, guidance, callbacks, tiling and slicing stay diffusers' own.
+
+Which function is computed. A diffusers pipeline gives its network one time t, TwinFlow's has two,
+(t, tt), and adds a second time embedder to the first with a weight that is zero at tt = t: in every
+family the plain network is TwinFlow's at (t, t), whatever the second embedder holds. So a pipeline is
+compiled for the (t, t) of its scheduler, and computes what it did before.
+
+diffusers drops the second embedder of a TwinFlow checkpoint on loading, with no more than a log line;
+what is left is the checkpoint's slow, many-step model. With `twinflow=folder` those tensors are read
+from there, and the step from t to t' is evaluated at (t, t'): the any-step rule, of which Euler's step
+is exactly the update, and at one step TwinFlow's one-step generation, (1, 0). (For Z-Image alone the
+second embedder vanishes at (1, 0) too, so there one step is the same with and without it.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Checkpoint, materialize, some
+from ..compile import compile_network
+from ..errors import CheckpointError, ConfigError
+from ..families import FAMILIES, Family, family_of
+from ..ops.selection import Target, select
+from ..passes.convolutions import convert_convolutions
+from ..passes.upsample import fold_upsampling
+from ..plan import Plan
+from .diffusers_modules import CALLS, Compiled, CompiledDecoder
+
+
+def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None) -> Accelerated:
+    """Replaces `pipe.transformer` and `pipe.vae.decoder` by compiled ones; see the module's docstring.
+
+    pipe: a diffusers pipeline, loaded, on its device, in its dtype; both are kept. twinflow: the model
+    folder of the TwinFlow checkpoint the pipeline was loaded from, to evaluate (t, t'); False or None:
+    what the pipeline computes now. None refuses a pipeline that was loaded from a local folder with a
+    second embedder: say which of the two you want.
+
+    The first call with another set of times than the last folds its tables anew: another number of
+    steps, or, where the scheduler shifts times by image size (Qwen-Image), another size. The originals
+    stay in memory, those of a GPU in the host's. Raises ConfigError for a pipeline that cannot be
+    compiled (unknown network, offloaded, unmerged LoRA layers, accelerated already), CheckpointError
+    for weights that do not fit.
+    """
+    original: Any = getattr(pipe, "transformer", None)
+    if isinstance(original, Compiled):
+        raise ConfigError("this pipeline is accelerated already; restore() it first")
+    name = type(original).__name__
+    if name not in CALLS:
+        raise ConfigError(f"{type(pipe).__name__} has a {name} as its transformer; supported are {', '.join(FAMILIES)}")
+    if not isinstance(getattr(getattr(pipe, "vae", None), "decoder", None), nn.Module):
+        raise ConfigError(f"{type(pipe).__name__} has no vae with a decoder; give a whole diffusers pipeline")
+    for module in (original, pipe.vae):
+        _require_plain(module)
+    family = family_of({"_class_name": name})
+    second, decoder = _second(original, family, twinflow), _decoder(pipe.vae, family.vae)
+    device, dtype, first_times = original.device, original.dtype, ((1.0, 0.0 if twinflow else 1.0),)
+    handle = Accelerated(pipe, original, pipe.vae.decoder)
+    try:
+        handle.park()
+        source = Checkpoint.of({**original.state_dict(), **second}, _config(original), f"{name}/weights")
+        with torch.no_grad():
+            program = compile_network(source, family, first_times, device=device, dtype=dtype, absorb=False)
+    except BaseException:
+        handle.restore()
+        raise
+    pipe.transformer = CALLS[name](pipe, original, program, bool(twinflow))
+    pipe.vae.decoder = decoder
+    return handle
+
+
+class Accelerated:
+    """A pipeline with compiled parts; as a context manager it restores the pipeline on leaving."""
+
+    def __init__(self, pipe: Any, transformer: nn.Module, decoder: nn.Module) -> None:
+        self.pipe = pipe
+        self._originals = transformer, decoder
+        self._device = next(transformer.parameters()).device
+
+    @property
+    def plan(self) -> Plan:
+        """What compiling the velocity network decided, for the times last used."""
+        if not isinstance(self.pipe.transformer, Compiled):
+            raise ConfigError("this pipeline has been restored and has no plan any more")
+        return self.pipe.transformer.program.plan
+
+    def park(self) -> None:
+        """Moves the originals out of the way of a GPU."""
+        if self._device.type != "cpu":
+            for module in self._originals:
+                module.to("cpu")
+
+    def restore(self) -> None:
+        """Puts the original network and decoder back, on the device they were on."""
+        self.pipe.transformer, self.pipe.vae.decoder = self._originals
+        for module in self._originals:
+            module.to(self._device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def _decoder(vae: Any, stage: Any) -> CompiledDecoder:
+    """The decoder of a diffusers VAE, compiled as `stage`, the family's, has it."""
+    model = stage.model
+    config = model.config.from_dict(_config(vae))
+    with torch.device("meta"):
+        network = model.network(config)
+    weights = model.read.of(vae.state_dict(), _config(vae), f"{type(vae).__name__}/weights")
+    materialize(network, weights, model.layout(config), vae.device, vae.dtype)
+    target = Target.of(vae.device, vae.dtype)
+    network.ops, choices = select(target)
+    fold_upsampling(network, choices)
+    if getattr(network, "post_quant_conv", None) is not None:
+        network.post_quant_conv = nn.Identity()  # diffusers applies its own before the decoder
+    network.to(memory_format=torch.channels_last)
+    convert_convolutions(network, target, weights.get)
+    return CompiledDecoder(network)
+
+
+def _config(module: Any) -> dict[str, Any]:
+    return {**module.config, "_class_name": type(module).__name__}
+
+
+def _require_plain(module: Any) -> None:
+    """Refuses a module whose weights are not simply there."""
+    names = list(module.state_dict())
+    if any("lora_" in name or ".base_layer." in name for name in names):
+        raise ConfigError("the pipeline has LoRA layers: fuse_lora() and unload_lora_weights() first, or unload them")
+    registries = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
+    hooked = any(registry is not None and registry.hooks for registry in registries)
+    if hooked or any(hasattr(m, "_hf_hook") for m in module.modules()) or any(p.is_meta for p in module.parameters()):
+        name = type(module).__name__
+        raise ConfigError(f"{name} is offloaded or cached by hooks: accelerate the pipeline without them")
+
+
+def _second(original: Any, family: Family, twinflow: str | Path | Literal[False] | None) -> dict[str, Tensor]:
+    """The second time embedder: TwinFlow's, read from its folder, or zeros where it has no weight."""
+    with torch.device("meta"):
+        wanted = family.network(family.config.from_dict(_config(original))).state_dict()
+    names = [name for name in wanted if "embed" in name.split(".")[0] and name.split(".")[0].endswith("_2")]
+    if not names:
+        raise ConfigError(f"this {type(original).__name__} has another kind of second embedder and is not supported")
+    if twinflow:
+        checkpoint = Checkpoint(Path(twinflow) / "transformer")
+        if missing := set(names) - set(checkpoint.keys()):
+            raise CheckpointError(f"{checkpoint.folder} lacks {some(missing)}: no TwinFlow checkpoint")
+        held = original.state_dict()
+        for name in names:
+            first = name.replace("_2.", ".", 1)
+            if not torch.equal(checkpoint.get(first, dtype=original.dtype), held[first].cpu()):
+                raise CheckpointError(f"{checkpoint.folder} has another {first} than the pipeline: another model")
+        return {name: checkpoint.get(name) for name in names}
+    origin = Path(str(original.config.get("_name_or_path") or ""))
+    if twinflow is None and (origin / "config.json").is_file() and not set(names).isdisjoint(Checkpoint(origin)):
+        raise ConfigError(
+            f"this pipeline is what diffusers left of the TwinFlow checkpoint in {origin}: pass "
+            f"twinflow={str(origin.parent)!r} to use it as TwinFlow, or twinflow=False for the many-step model "
+            "that the pipeline is now"
+        )
+    return {name: torch.zeros(wanted[name].shape, dtype=original.dtype) for name in names}

@@ -1,0 +1,248 @@
+"""The decoder half of an AutoencoderDC (DC-AE, arXiv 2410.10733; diffusers), under the checkpoint's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...checkpoint.checkpoint import Layout
+from ...errors import ConfigError
+from ...ops import EAGER, OpTable
+from ...passes.upsample import UpsampleConv
+from ...stages.stage import Model
+from ..containers import ModuleList
+from ..transformers.sana_blocks import MixFeedForward
+
+EPS = 1e-5
+FFN_RATIO = 4
+FUSED = {"attn.to_qkv.weight": ("attn.to_q.weight", "attn.to_k.weight", "attn.to_v.weight")}
+
+
+@dataclass(frozen=True)
+class DCConfig:
+    """The fields of vae/config.json that the decoder needs; per level, finest first."""
+
+    latent_channels: int
+    out_channels: int
+    head_dim: int
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+    attentive: tuple[bool, ...]
+    scales: tuple[tuple[int, ...], ...]
+    interpolate: bool
+    scaling_factor: float
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> DCConfig:
+        """Builds from config.json's content, with diffusers' defaults for what SANA's older files lack; other
+        kinds of blocks are refused."""
+        name = raw.get("_class_name")
+        if name != "AutoencoderDC":
+            raise ConfigError(f"vae/config.json says _class_name {name!r}; SANA's VAE is an AutoencoderDC")
+        try:
+            channels = tuple(raw["decoder_block_out_channels"])
+
+            def each(key: str) -> tuple[Any, ...]:
+                return tuple(raw[key]) if not isinstance(raw[key], str) else (raw[key],) * len(channels)
+
+            kinds = each("decoder_block_types")
+            unknown = (
+                {*kinds} - {"ResBlock", "EfficientViTBlock"} | {*each("decoder_norm_types")} - {"rms_norm"}
+                | {*each("decoder_act_fns")} - {"silu"} | {raw.get("decoder_conv_act_fn", "relu")} - {"relu"}
+            )  # fmt: skip
+            config = cls(
+                raw["latent_channels"], raw["in_channels"], raw["attention_head_dim"], channels,
+                each("decoder_layers_per_block"), tuple(kind == "EfficientViTBlock" for kind in kinds),
+                tuple(map(tuple, raw["decoder_qkv_multiscales"])), raw["upsample_block_type"] == "interpolate",
+                raw["scaling_factor"],
+            )  # fmt: skip
+            shortcut = raw.get("decoder_in_shortcut", True)
+        except KeyError as error:
+            raise ConfigError(f"vae/config.json lacks {error}; download it again") from None
+        if unknown or not shortcut or min(config.depths) < 1:
+            raise ConfigError(
+                f"vae/config.json asks for {sorted(unknown) or 'another shape'}; supported is SANA's DC-AE: rms_norm, "
+                "silu and relu, a shortcut at its entry, blocks on every level"
+            )
+        return config
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent, along each axis."""
+        return 1 << (len(self.channels) - 1)
+
+    @property
+    def local_levels(self) -> int:
+        """Levels, finest first, that follow all attention (at most all but the coarsest)."""
+        return (*self.attentive[:-1], True).index(True)
+
+    @property
+    def offset(self) -> float:
+        """Normalised latents are (raw - offset) * divisor."""
+        return 0.0
+
+    @property
+    def divisor(self) -> float:
+        return self.scaling_factor
+
+
+class Norm(nn.Module):
+    """RMS over the channels of [B, H, W, C], with weight and bias."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return ops.rms_norm(x.contiguous(), self.weight.float(), EPS) + self.bias.to(x.dtype)
+
+
+def conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """A convolution of [B, H, W, C], which is a channels-last image as it lies."""
+    return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm = Norm(channels)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return x + self.norm(conv(self.conv2, F.silu(conv(self.conv1, x))), ops)
+
+
+class MultiscaleProjection(nn.Module):
+    """Queries, keys and values of a neighbourhood."""
+
+    def __init__(self, channels: int, head_dim: int, size: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels, bias=False)
+        self.proj_out = nn.Conv2d(channels, channels, 1, groups=channels // head_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv(self.proj_out, conv(self.proj_in, x))
+
+
+class MultiscaleAttention(nn.Module):
+    """Linear attention. A head is 3 * head_dim consecutive channels of the projections, taken as q | k | v."""
+
+    def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...]) -> None:
+        super().__init__()
+        inner, self.head_dim = channels // head_dim * head_dim, head_dim
+        self.to_qkv = nn.Linear(channels, 3 * inner, bias=False)
+        self.to_qkv_multiscale = nn.ModuleList(MultiscaleProjection(3 * inner, head_dim, size) for size in scales)
+        self.to_out = nn.Linear(inner * (1 + len(scales)), channels, bias=False)
+        self.norm_out = Norm(channels)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        qkv = self.to_qkv(x)
+        qkv = torch.cat((qkv, *(projection(qkv) for projection in self.to_qkv_multiscale)), -1).flatten(1, 2)
+        q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
+        return x + self.norm_out(self.to_out(ops.linear_attention(q, k, v)).view_as(x), ops)
+
+
+class GatedConvolution(MixFeedForward):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, FFN_RATIO * channels)
+        self.norm = Norm(channels)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:  # type: ignore[override]
+        return x + self.norm(super().forward(x), ops)
+
+
+class AttentiveBlock(nn.Module):
+    def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...]) -> None:
+        super().__init__()
+        self.attn = MultiscaleAttention(channels, head_dim, scales)
+        self.conv_out = GatedConvolution(channels)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.conv_out(self.attn(x, ops), ops)
+
+
+class Upsample(nn.Module):
+    """Twice the size, by a convolution beside a shortcut that spreads channels over pixels."""
+
+    def __init__(self, inner: int, outer: int, interpolate: bool) -> None:
+        super().__init__()
+        self.repeats = 4 * outer // inner
+        self.conv = UpsampleConv(inner, outer) if interpolate else nn.Conv2d(inner, 4 * outer, 3, padding=1)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        image = x.permute(0, 3, 1, 2)
+        if isinstance(self.conv, UpsampleConv):
+            h = self.conv.enlarged(image, ops)
+        else:
+            h = F.pixel_shuffle(self.conv(image), 2)
+        shortcut = F.pixel_shuffle(image.repeat_interleave(self.repeats, 1), 2)
+        return (h + shortcut).permute(0, 2, 3, 1)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DCConfig) -> None:
+        super().__init__()
+        channels, last = config.channels, len(config.channels) - 1
+        self.split = config.local_levels
+        self.repeats = channels[-1] // config.latent_channels
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
+        self.up_blocks: ModuleList[ModuleList[Any]] = ModuleList()
+        for i, (width, depth) in enumerate(zip(channels, config.depths, strict=True)):
+            level: list[nn.Module] = [] if i == last else [Upsample(channels[i + 1], width, config.interpolate)]
+            for _ in range(depth):
+                attentive = config.attentive[i]
+                level.append(AttentiveBlock(width, config.head_dim, config.scales[i]) if attentive else ResBlock(width))
+            self.up_blocks.append(ModuleList(level))
+        self.norm_out = Norm(channels[0])
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def trunk(self, latents: Tensor, ops: OpTable) -> Tensor:
+        x = (self.conv_in(latents) + latents.repeat_interleave(self.repeats, 1)).permute(0, 2, 3, 1)
+        return self._run(self.up_blocks[self.split :], x, ops).permute(0, 3, 1, 2)
+
+    def tail(self, features: Tensor, ops: OpTable) -> Tensor:
+        x = self._run(self.up_blocks[: self.split], features.permute(0, 2, 3, 1), ops)
+        return self.conv_out(F.relu(self.norm_out(x, ops)).permute(0, 3, 1, 2))
+
+    def _run(self, levels: ModuleList[ModuleList[Any]], x: Tensor, ops: OpTable) -> Tensor:
+        for level in reversed(levels):
+            for layer in level:
+                x = layer(x, ops)
+        return x
+
+
+class DCDecoder(nn.Module):
+    """Raw latents [B, latent_channels, h, w] -> images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
+
+    def __init__(self, config: DCConfig) -> None:
+        super().__init__()
+        self.config, self.ops = config, EAGER
+        self.decoder = Decoder(config)
+
+    @property
+    def tail_convs(self) -> tuple[int, ...]:
+        """3x3 convolutions that follow each other on every level of `tail`, coarsest first (see `tiles`)."""
+        return (0, *(2 * depth for depth in self.config.depths[: self.config.local_levels][::-1]))
+
+    def trunk(self, latents: Tensor) -> Tensor:
+        """What must see all positions, through the last attention: features at that level's resolution."""
+        return self.decoder.trunk(latents, self.ops)
+
+    def tail(self, features: Tensor) -> Tensor:
+        """The rest: a pixel depends on features nearby alone."""
+        return self.decoder.tail(features, self.ops)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.tail(self.trunk(latents))
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if ".norm" in name else dtype
+
+
+MODEL = Model(DCConfig, DCDecoder, lambda config: Layout(FUSED, ("encoder.",), _dtype_of))

@@ -1,0 +1,209 @@
+"""Causal language models as prompt encoders: no cache, no head, no layer that nothing reads.
+
+Prompts are padded on the right and attention is causal, so a real token never sees padding: no
+mask is needed, and a prompt's embedding does not depend on what it is batched with. For the same reason a
+beginning that all prompts share need be read once only: what later tokens take from it are its keys and
+values in every layer (`Past`). Modules have the names that transformers gives them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...checkpoint.checkpoint import Layout
+from ...errors import ConfigError
+from ...ops import EAGER, OpTable, into
+from ...ops.tracing import Tables
+from ..containers import Module, ModuleList
+from ..linear import with_residual, with_swiglu
+
+FUSED = {
+    "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "self_attn.qkv_proj.bias": ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+}
+
+# keys and values of tokens that came before, per layer, each [1, heads, P, head_dim], rotated
+Past = tuple[tuple[Tensor, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """The fields of text_encoder/config.json that shape the network; `depth` counts all its layers.
+
+    qkv_bias: biases on queries, keys and values. qk_norm: RMS norms of queries and keys, per head.
+    state: which of transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what
+    leaves the closing norm.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    depth: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float = 1e-6
+    rope_theta: float = 1e6
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    state: int = -2
+
+    @classmethod
+    def read(cls, raw: dict[str, Any], name: str, rope: dict[str, Any], **fixed: Any) -> LanguageConfig:
+        """Builds from the fields that all such models name alike; raises ConfigError if one is absent."""
+        if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
+            raise ConfigError(f"text_encoder/config.json asks for sliding windows; released {name} encoders have none")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"text_encoder/config.json: activation {raw['hidden_act']!r}; {name} has silu")
+        try:
+            return cls(
+                raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"],
+                raw["num_attention_heads"], raw["num_key_value_heads"],
+                raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+                raw.get("rms_norm_eps", 1e-6), rope.get("rope_theta") or raw.get("rope_theta", 1e6), **fixed,
+            )  # fmt: skip
+        except KeyError as error:
+            raise ConfigError(f"text_encoder/config.json lacks {error}; it is no {name} configuration") from None
+
+    @property
+    def layers(self) -> int:
+        """Layers that are built."""
+        return self.depth + self.state + 1
+
+
+def after(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values [B, H, P + L, D] with those of `past` in front, and the causal mask [L, P + L] that
+    says so (True: is seen); without a past k and v as they are, and None: the plain causal mask."""
+    if past is None:
+        return k, v, None
+    before, new = past[0].shape[2], k.shape[2]
+    k, v = (torch.cat((p.expand(len(x), -1, -1, -1), x), 2) for p, x in zip(past, (k, v), strict=True))
+    return k, v, torch.ones(new, before + new, dtype=torch.bool, device=k.device).tril(before)
+
+
+class Weight(nn.Module):
+    """One parameter, `weight`, to be loaded: a norm's or an embedding's, under the checkpoint's name.
+
+    (nn.Embedding would initialise itself, which on the meta device imports torch's compiler: 2 s.)
+    """
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+
+
+class Attention(Module):
+    """Without `o_proj`, which the layer applies as it adds to the residual stream."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.eps = config.heads, config.kv_heads, config.eps
+        self.grouped = config.heads != config.kv_heads
+        width = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (Weight(config.head_dim) if config.qk_norm else None for _ in range(2))
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
+        kept: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:  # fmt: skip
+        weights = [None if norm is None else norm.weight.float() for norm in (self.q_norm, self.k_norm)]
+        q, k, v = ops.grouped_qk_norm_rope(self.qkv_proj(x), *weights, *rope, self.heads, self.kv_heads, self.eps)
+        if kept is not None:
+            kept.append((k.contiguous(), v.contiguous()))
+        k, v, mask = after(past, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return out.transpose(1, 2).flatten(2)
+
+
+class FeedForward(Module):
+    """config: anything with these two sizes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+
+class Layer(Module):
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.self_attn = Attention(config)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = Weight(config.hidden_size)
+        self.post_attention_layernorm = Weight(config.hidden_size)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
+        kept: list[tuple[Tensor, Tensor]] | None,
+    ) -> Tensor:  # fmt: skip
+        attention, gate_up, down = self.self_attn, self.mlp.gate_up_proj, self.mlp.down_proj
+        h = into(attention.qkv_proj, ops).rms_norm(x, self.input_layernorm.weight.float(), self.eps)
+        x = with_residual(x, attention.o_proj, attention(h, rope, ops, past, kept), ops)
+        h = into(gate_up, ops).rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
+        return with_residual(x, down, with_swiglu(gate_up, h, into(down, ops)), ops)
+
+
+class LanguageModel(Module):
+    """ids [B, L] int64 -> hidden state [B, L, hidden_size] number `config.state`; nothing beyond is built."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.config, self.ops = config, EAGER
+        self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
+        self.layers = ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = Weight(config.hidden_size) if config.state == -1 else None
+        self._ropes = Tables()
+
+    def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
+        """past: of the P tokens before these, which then have positions P, P + 1, ..."""
+        return self.encode(F.embedding(ids, self.embed_tokens.weight), past)
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Past]:
+        """States [1, P, hidden_size] of a beginning, ids [1, P], and what those who come after it take from it."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        return self.encode(F.embedding(ids, self.embed_tokens.weight), kept=kept), tuple(kept)
+
+    def blank_past(self, length: int) -> Past:
+        """A past of `length` tokens without values, on the weights' device: to be counted with."""
+        config, weight = self.config, self.embed_tokens.weight
+        return tuple(
+            (weight.new_empty(shape), weight.new_empty(shape))
+            for shape in [(1, config.kv_heads, length, config.head_dim)] * config.layers
+        )
+
+    def encode(
+        self, x: Tensor, past: Past | None = None, kept: list[tuple[Tensor, Tensor]] | None = None
+    ) -> Tensor:
+        """The same from embeddings [B, L, hidden_size]: of tokens, or of anything that stands for them."""
+        start = past[0][0].shape[2] if past else 0
+        end = start + x.shape[1]
+        rope = self._ropes((start, end), x.device, lambda: self._rope(start, end, x.device))
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, self.ops, past[i] if past else None, kept)
+        return x if self.norm is None else self.ops.rms_norm(x, self.norm.weight.float(), self.config.eps)
+
+    def _rope(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin of positions start to end, [1, L, head_dim/2] float32."""
+        exponents = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
+        positions = torch.arange(start, end, device=device).float()[:, None]
+        angles = positions / self.config.rope_theta**exponents
+        return angles.cos()[None], angles.sin()[None]
+
+
+def layout(config: LanguageConfig) -> Layout:
+    """The head, a vision tower, and what comes after `config.state` feed nothing here; norms stay float32."""
+    beyond = () if config.state == -1 else (*(f"layers.{i}." for i in range(config.layers, config.depth)), "norm.")
+    return Layout(FUSED, ("lm_head.", "visual.", *beyond), _dtype_of)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if "norm" in name else dtype

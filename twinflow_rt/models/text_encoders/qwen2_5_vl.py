@@ -1,0 +1,37 @@
+"""The language model of Qwen2.5-VL as a prompt encoder: its last hidden state, closing norm included.
+
+A prompt without images has the same position on all three axes of M-RoPE, which is then plain RoPE.
+The vision tower and the head stay in the files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import ConfigError
+from ...stages.stage import Model
+from .language_model import LanguageConfig, LanguageModel, layout
+
+# where files keep the language model: transformers since 4.52; before that; saved on its own
+PREFIXES = ("model.language_model.", "model.", "language_model.")
+
+
+class Qwen25VLConfig(LanguageConfig):
+    """text_encoder/config.json of transformers' Qwen2_5_VLForConditionalGeneration."""
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> LanguageConfig:
+        """Builds from config.json's content: fields of the language model stand in `text_config`, or,
+        in older files, beside it. Variants that this encoder lacks are refused."""
+        if raw.get("model_type") not in ("qwen2_5_vl", "qwen2_5_vl_text"):
+            raise ConfigError(f"text_encoder/config.json says model_type {raw.get('model_type')!r}, not 'qwen2_5_vl'")
+        raw = {**raw, **{k: v for k, v in (raw.get("text_config") or {}).items() if v is not None}}
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "mrope"):
+            raise ConfigError(
+                f"text_encoder/config.json asks for rope of type {kind!r}; Qwen2.5-VL encoders have none scaled"
+            )
+        return cls.read(raw, "Qwen2.5-VL", rope, qkv_bias=True, qk_norm=False, state=-1)
+
+
+MODEL = Model(Qwen25VLConfig, LanguageModel, layout, PREFIXES)

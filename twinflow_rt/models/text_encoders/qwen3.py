@@ -1,0 +1,29 @@
+"""Qwen3 as a prompt encoder: `hidden_states[-2]`, so its last layer and closing norm are never built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import ConfigError
+from ...stages.stage import Model
+from .language_model import LanguageConfig, LanguageModel, layout
+
+
+class Qwen3Config(LanguageConfig):
+    """text_encoder/config.json of transformers' Qwen3Model."""
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> LanguageConfig:
+        """Builds from config.json's content; variants that this encoder lacks are refused."""
+        if raw.get("model_type", "qwen3") != "qwen3":
+            raise ConfigError(f"text_encoder/config.json says model_type {raw['model_type']!r}, not 'qwen3'")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("attention_bias"):
+            raise ConfigError(
+                "text_encoder/config.json asks for scaled rope or attention biases; Qwen3 encoders have neither"
+            )
+        return cls.read(raw, "Qwen3", rope)
+
+
+# Qwen3ForCausalLM stores Qwen3Model under `model.`
+MODEL = Model(Qwen3Config, LanguageModel, layout, ("model.",))

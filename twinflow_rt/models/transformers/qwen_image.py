@@ -1,0 +1,293 @@
+"""Qwen-Image velocity network with TwinFlow's second time embedder (diffusers: QwenImageTransformer2DModel).
+
+Image and prompt tokens are two streams with their own weights, meeting in one joint attention per
+block. With LN a LayerNorm without parameters, every block does to each stream
+
+    x <- x + gate * f(LN(x) * scale + shift)        f = joint attention, then a GELU MLP,
+
+where scale, shift and gate depend on time alone. They are held in one of three ways:
+
+    layers    as in the checkpoint: `modulate` computes them from (t, tt);
+    tables    `folded_steps=N`: N rows of them, and nothing that made them;
+    weights   `folded_steps=1, absorbed=True`: inside the linear layers next to them, which leaves a
+              plain pre-norm transformer. `absorptions` says what goes where.
+
+One forward serves all: in the last one every constant is None, the identity of the ops.
+
+TwinFlow's time: temb = e1(t) + (t - tt) * e2(tt). The output is the velocity z - x itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint.checkpoint import Layout
+from ...config import SizeRule
+from ...errors import ConfigError
+from ...families import Family, must_equal
+from ...ops import EAGER, into
+from ...passes.fold import Absorption
+from ...runtime.parallel import WHOLE, TokenSplit
+from ...stages.text import QwenImageText
+from ...stages.vae import QwenImageDecoder
+from ..containers import ModuleDict, ModuleList
+from ..context import Context as PromptContext
+from ..context import host_lengths
+from ..mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack
+from ..network_config import NetworkConfig, second_embedder
+from ..patches import channels_first, joined
+from .qwen_image_blocks import Block, TimeEmbedding
+
+ROPE_THETA = 10000.0
+DEFAULT_TOKENS = 83  # per axis: 1328 pixels, the square that Qwen-Image was released for
+MAX_TOKENS = 256  # per axis: 4096 pixels
+
+
+
+@dataclass(frozen=True)
+class QwenImageConfig(NetworkConfig):
+    """transformer/config.json, field for field; defaults are the 20B release."""
+
+    class_name = "QwenImageTransformer2DModel"
+    unread = ("pooled_projection_dim",)  # in released files
+    variants = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+    variant_hint = (
+        "a variant of Qwen-Image for editing, layers or guidance; use a text-to-image checkpoint (docs/editing.md)"
+    )
+
+    patch_size: int = 2
+    in_channels: int = 64
+    out_channels: int = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    def __post_init__(self) -> None:
+        if self.patch_size != 2 or self.in_channels != 4 * self.out_channels:
+            raise ConfigError(
+                f"patch_size {self.patch_size}, in_channels {self.in_channels}, out_channels "
+                f"{self.out_channels}: Qwen-Image packs latents 2x2, so in_channels = 4 * out_channels; "
+                "check transformer/config.json"
+            )
+        axes = self.axes_dims_rope
+        if len(axes) != 3 or any(d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
+            raise ConfigError(
+                f"axes_dims_rope {axes} must be three even numbers that add up to attention_head_dim = "
+                f"{self.attention_head_dim}; check transformer/config.json"
+            )
+        if self.num_layers < 1:
+            raise ConfigError(f"num_layers is {self.num_layers}; check transformer/config.json")
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Constants of each block, (image, prompt), and of the closing norm: `shift_a`, `scale_a`."""
+
+    blocks: tuple[tuple[Constants, Constants], ...]
+    final: Constants
+
+
+@dataclass(frozen=True)
+class Context(PromptContext):
+    """The prompt's tokens as they enter the first block, zero beyond a sample's length.
+
+    ragged: `lengths` as int64 [B] on the device where they differ, else None: no mask is needed.
+    """
+
+    ragged: Tensor | None = None
+
+
+class QwenImageTransformer(nn.Module):
+    """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above.
+
+    Raises ConfigError when `absorbed` is asked for with other than one step."""
+
+    prompt_modules = ("txt_norm", "txt_in")
+    norm_out_table: Tensor
+
+    def __init__(
+        self, config: QwenImageConfig, *, folded_steps: int | None = None, absorbed: bool = False
+    ) -> None:
+        super().__init__()
+        if absorbed and folded_steps != 1:
+            raise ConfigError(
+                f"constants of {folded_steps} steps cannot be absorbed: weights hold those of one step; "
+                "use absorbed=False, or folded_steps=1"
+            )
+        self.config, self.folded_steps, self.absorbed, self.ops = config, folded_steps, absorbed, EAGER
+        self.sequence: TokenSplit = WHOLE
+        dim, folded, rows = config.dim, folded_steps is not None, 0 if absorbed else folded_steps
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        self.img_in = nn.Linear(config.in_channels, dim)
+        self.txt_norm = nn.RMSNorm(config.joint_attention_dim, eps=EPS)
+        self.txt_in = nn.Linear(config.joint_attention_dim, dim)
+        # the closing block's prompt output is read by nothing: only the checkpoint's layout has it
+        self.transformer_blocks = ModuleList(
+            Block(heads, head_dim, rows, not folded or i + 1 < config.num_layers)
+            for i in range(config.num_layers)
+        )
+        self.proj_out = nn.Linear(dim, config.in_channels)
+        if rows is None:
+            self.norm_out = ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
+            self.time_text_embed, self.time_text_embed_2 = TimeEmbedding(dim), TimeEmbedding(dim)
+        elif rows:
+            self.register_buffer("norm_out_table", torch.empty(rows, 2, dim))
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
+        """temb [B, dim] float32 of t, tt [B] (see the module's docstring)."""
+        gap = (t.double() - tt.double()).float()[:, None]
+        return self.time_text_embed(t) + gap * self.time_text_embed_2(tt)
+
+    def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
+        """Constants at times t, tt ([B], in [-1, 1]), float32."""
+        temb = self.embed_time(t, tt)
+        blocks = tuple(
+            (Constants.of(b.constants("img", temb)), Constants.of(b.constants("txt", temb)))
+            for b in self.transformer_blocks
+        )
+        return Modulation(blocks, Constants.of(self._final_rows(temb)))
+
+    def _final_rows(self, temb: Tensor) -> Tensor:
+        """Shift and scale of the closing norm, [B, 2, dim]; the checkpoint has them the other way."""
+        return modulation_rows(self.norm_out["linear"], temb, scales=(0,)).flip(1)
+
+    def fold(
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
+
+        This network may live on the meta device: `resident(*prefixes)` makes the parameters below
+        the given module names real, in float32, for as long as it is entered. At most one
+        modulation layer is resident at a time.
+        """
+        with resident("time_text_embed", "time_text_embed_2"):
+            temb = self.embed_time(t, tt)
+        for i, block in enumerate(self.transformer_blocks):
+            for stream in ("img", "txt"):
+                with resident(f"transformer_blocks.{i}.{stream}_mod"):
+                    yield f"transformer_blocks.{i}.{stream}_table", block.constants(stream, temb)
+        with resident("norm_out"):
+            yield "norm_out_table", self._final_rows(temb)
+
+    def absorptions(self) -> dict[str, Absorption]:
+        """Linear layer -> the table rows that its weight and bias take in when N = 1."""
+        out = {"proj_out": Absorption("norm_out_table", shift=0, scale=1)}
+        for i in range(self.config.num_layers):
+            at = f"transformer_blocks.{i}."
+            for stream, qkv, back in (("img", "to_qkv", "to_out.0"), ("txt", "add_qkv", "to_add_out")):
+                table = f"{at}{stream}_table"
+                out[f"{at}attn.{qkv}"] = Absorption(table, shift=0, scale=1)
+                out[f"{at}attn.{back}"] = Absorption(table, gate=2)
+                out[f"{at}{stream}_mlp.net.0.proj"] = Absorption(table, shift=3, scale=4)
+                out[f"{at}{stream}_mlp.net.2"] = Absorption(table, gate=5)
+        present = {name for name, _ in self.named_modules()}
+        return {name: what for name, what in out.items() if name in present}
+
+    def step_modulation(self, step: int) -> Modulation:
+        """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""
+        if self.absorbed:
+            return Modulation(((PLAIN, PLAIN),) * self.config.num_layers, PLAIN)
+        row = slice(step, step + 1)
+        blocks = tuple(
+            (Constants.of(b.img_table[row]), Constants.of(b.txt_table[row]))
+            for b in self.transformer_blocks
+        )
+        return Modulation(blocks, Constants.of(self.norm_out_table[row]))
+
+    # -- network --------------------------------------------------------------------------------
+
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
+        """Prompt tokens through `txt_norm` and `txt_in`: depends on the prompt alone.
+
+        prompt_embeds: [B, L, joint_attention_dim], sample b's first lengths[b] rows count. Lengths on
+        the host shape the sequence; as int64 [B] on the device they only mask it.
+        """
+        counts, longest, ragged = host_lengths(prompt_embeds, lengths)
+        embeds = prompt_embeds[:, :longest]
+        tokens = self.txt_in(self.ops.rms_norm(embeds, self.txt_norm.weight.float(), EPS))
+        if ragged is None:
+            return Context(tokens, counts)
+        valid = torch.arange(longest, device=tokens.device) < ragged[:, None]
+        return Context(torch.where(valid[..., None], tokens, 0), counts, ragged)
+
+    def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
+        """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype.
+
+        The joint sequence is image | prompt. Positions travel with the tokens, so the reference's
+        opposite order gives the same; this one leaves the padding of ragged prompts at the end.
+        """
+        return joined(*self.patches(latents, modulation, context))
+
+    def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
+        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
+        the sign they take."""
+        height, width = (n // 2 for n in latents.shape[2:])
+        split, n, longest = self.sequence, height * width, context.tokens.shape[1]
+        x, c = self.img_in(split.share(pack(latents), n)), split.share(context.tokens.to(latents.dtype), longest)
+        cos, sin = self._rope(height, width, longest, x.device)
+        rope = split.share(cos, n, longest), split.share(sin, n, longest)
+        lengths = split.keys(None if context.ragged is None else context.ragged + n, n, longest)
+        of_x, of_c = modulation.blocks[0]
+        readers = [(block.attn.to_qkv, block.attn.add_qkv) for block in self.transformer_blocks]
+        image = x, into(readers[0][0], self.ops).layer_norm(x, of_x.scale_a, EPS, of_x.shift_a)
+        prompt = c, into(readers[0][1], self.ops).layer_norm(c, of_c.scale_a, EPS, of_c.shift_a)
+        following = (*modulation.blocks[1:], (modulation.final, None)), (*readers[1:], (self.proj_out, None))
+        each = zip(self.transformer_blocks, modulation.blocks, *following, strict=True)
+        for block, now, after, next_readers in each:
+            image, prompt = block(image, prompt, now, after, rope, lengths, self.ops, next_readers)
+        return channels_first(split.whole(self.proj_out(image[1]), n), height, width, 2), 1.0
+
+    def _rope(self, height: int, width: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin [1, height*width + length, head_dim/2] float32.
+
+        An image token sits at (0, row, column) counted from the centre, prompt token j at
+        (p, p, p), p = max(height, width) // 2 + j. Angles are float32 as in the reference.
+        """
+        rows = torch.arange(height, device=device).repeat_interleave(width) - (height - height // 2)
+        columns = torch.arange(width, device=device).repeat(height) - (width - width // 2)
+        text = torch.arange(length, device=device) + max(height, width) // 2
+        angles = []
+        for image, dim in zip((torch.zeros_like(rows), rows, columns), self.config.axes_dims_rope, strict=True):
+            exponents = torch.arange(0, dim, 2, device=device).float() / dim
+            angles.append(torch.outer(torch.cat((image, text)).float(), 1.0 / ROPE_THETA**exponents))
+        joint = torch.cat(angles, 1)[None]
+        return joint.cos(), joint.sin()
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    return torch.float32 if ".norm_" in name or name.startswith("txt_norm.") else dtype
+
+
+def fit(config: QwenImageConfig, text: QwenImageText, vae: QwenImageDecoder) -> SizeRule:
+    """Latents are packed 2x2; positions are computed, so nothing but memory bounds a size."""
+    must_equal(
+        ("text_encoder hidden_size", text.width, "joint_attention_dim", config.joint_attention_dim),
+        ("vae z_dim", vae.channels, "out_channels", config.out_channels),
+    )
+    multiple = 2 * vae.scale
+    return SizeRule(multiple, MAX_TOKENS * multiple, MAX_TOKENS * multiple, default=DEFAULT_TOKENS * multiple)
+
+
+FAMILY = Family(
+    "qwen-image", QwenImageConfig, QwenImageTransformer,
+    Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "Qwen-Image")),
+    text=QwenImageText, vae=QwenImageDecoder, fit=fit,
+)  # fmt: skip

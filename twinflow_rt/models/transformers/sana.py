@@ -1,0 +1,316 @@
+"""SANA velocity network with TwinFlow's second time embedder (diffusers: SanaTransformer2DModel).
+
+Every block does to the image tokens x, with LN a LayerNorm without parameters,
+
+    x <- x + gate * linear_attention(LN(x) * scale + shift)
+    x <- x + cross_attention(x, prompt)
+    x <- x + gate * mix_ffn(LN(x) * scale + shift)
+
+adaLN-single: the constants are one set that time gives to all blocks plus a learned table of each
+block's own. They are held in one of three ways: made from (t, tt) by `modulate`; `folded_steps=N`:
+as tables of N rows; `folded_steps=1, absorbed=True`: inside the linear layers next to them. Keys and
+values of cross attention depend on the prompt alone: `encode_context` makes them, once per prompt.
+
+TwinFlow's time (its OpenUni model), m and e being what `time_embed` gives blocks and closing norm:
+
+    (m, e) = (m1, e1)(1000 t) + (t - tt) * (m2, e2)(1000 tt)
+
+The output is the velocity z - x itself.
+
+SANA-Sprint (`guidance_embeds`) has no second embedder but one of the guidance scale. Its TrigFlow
+state cos(s) x + sin(s) z is the linear (1-t) x + t z at t = sin(s) / (sin(s) + cos(s)), but for the
+factor 1 / (sin(s) + cos(s)), and so is its published sampler: the network is a velocity of that
+linear flow, x = x_t - t F, embeds t itself (not 1000 t), and UCGM's "few" mode with fresh noise
+(stochast_ratio 1) is its sampler. tt is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...checkpoint.checkpoint import Layout
+from ...config import SizeRule
+from ...errors import ConfigError
+from ...families import Family, must_equal
+from ...ops import EAGER, into
+from ...passes.fold import Absorption
+from ...stages.text_openuni import OpenUniText
+from ...stages.text_sana import SanaText
+from ...stages.vae import DeepDecoder
+from ..containers import ModuleDict, ModuleList
+from ..context import Context as PromptContext
+from ..context import host_lengths
+from ..linear import with_gelu
+from ..mmdit import EPS, PLAIN, Constants
+from ..network_config import NetworkConfig, second_embedder
+from ..patches import channels_last, joined
+from .sana_blocks import QK_EPS, Block, TimeModulation, effective
+
+TIME_SCALE = 1000.0
+MAX_PIXELS = 4096  # along an axis: the largest that SANA was published for
+GUIDANCE = 4.5  # SANA-Sprint's default guidance scale, part of its constants
+
+FUSED = {"attn1.to_qkv.weight": ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight")} | {
+    f"attn2.to_kv.{leaf}": (f"attn2.to_k.{leaf}", f"attn2.to_v.{leaf}") for leaf in ("weight", "bias")
+}
+
+
+@dataclass(frozen=True)
+class SanaConfig(NetworkConfig):
+    """transformer/config.json, field for field; defaults are the 1.6B release."""
+
+    class_name = "SanaTransformer2DModel"
+    unread = ("dropout", "timestep_scale")  # training, and other samplers' way to scale time
+
+    in_channels: int = 32
+    out_channels: int = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    cross_attention_dim: int = 2240
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    attention_bias: bool = False
+    sample_size: int = 32
+    patch_size: int = 1
+    norm_elementwise_affine: bool = False
+    norm_eps: float = EPS
+    interpolation_scale: float | None = None
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    qk_norm: str | None = None
+
+    def __post_init__(self) -> None:
+        fixed = {
+            "patch_size": 1, "attention_bias": False, "norm_elementwise_affine": False, "norm_eps": EPS,
+            "interpolation_scale": None, "out_channels": self.in_channels, "cross_attention_dim": self.dim,
+        }  # fmt: skip
+        for name, value in fixed.items():
+            if (given := getattr(self, name)) != value:
+                raise ConfigError(
+                    f"{name} is {given!r}, only {value!r} is supported: that of SANA 0.6B, 1.6B and SANA-Sprint; "
+                    "check transformer/config.json"
+                )
+        if self.qk_norm not in (None, "rms_norm_across_heads"):
+            raise ConfigError(
+                f"qk_norm {self.qk_norm!r} is not supported; SANA has none and SANA-Sprint 'rms_norm_across_heads'"
+            )
+        if self.num_layers < 1:
+            raise ConfigError(f"num_layers is {self.num_layers}; check transformer/config.json")
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """As `NetworkConfig.from_dict`; out_channels null means in_channels."""
+        if raw.get("out_channels", 0) is None:
+            raw = {**raw, "out_channels": raw.get("in_channels", cls.in_channels)}
+        return super().from_dict(raw)
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Of softmax attention, which only the prompt gets."""
+        return self.cross_attention_head_dim
+
+    @property
+    def linear_head_dim(self) -> int:
+        """Of the image's linear attention."""
+        return self.attention_head_dim
+
+    @property
+    def hidden(self) -> int:
+        """Width of the Mix-FFN."""
+        return int(self.mlp_ratio * self.dim)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Constants of each block, and of the closing norm: `shift_a`, `scale_a`."""
+
+    blocks: tuple[Constants, ...]
+    final: Constants
+
+
+@dataclass(frozen=True)
+class Context(PromptContext):
+    """The prompt as cross attention reads it.
+
+    keys_values: [B, layers, L, 2, heads, head_dim]. ragged: `lengths` as int64 [B] on the device where
+    they differ, else None: no mask is needed.
+    """
+
+    prompt_axes: ClassVar[dict[str, int]] = {"tokens": 1, "keys_values": 2}
+
+    keys_values: Tensor
+    ragged: Tensor | None = None
+
+
+class SanaTransformer(nn.Module):
+    """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above.
+
+    Raises ConfigError when `absorbed` is asked for with other than one step."""
+
+    table: Tensor
+
+    def __init__(self, config: SanaConfig, *, folded_steps: int | None = None, absorbed: bool = False) -> None:
+        super().__init__()
+        if absorbed and folded_steps != 1:
+            raise ConfigError(
+                f"constants of {folded_steps} steps cannot be absorbed: weights hold those of one step; "
+                "use absorbed=False, or folded_steps=1"
+            )
+        self.config, self.folded_steps, self.absorbed, self.ops = config, folded_steps, absorbed, EAGER
+        dim, guided, rows = config.dim, config.guidance_embeds, 0 if absorbed else folded_steps
+        cross = config.num_cross_attention_heads, config.cross_attention_head_dim
+        self.patch_embed = ModuleDict({"proj": nn.Conv2d(config.in_channels, dim, 1)})
+        self.caption_projection = ModuleDict(
+            {"linear_1": nn.Linear(config.caption_channels, dim), "linear_2": nn.Linear(dim, dim)}
+        )
+        self.caption_norm = nn.RMSNorm(dim, eps=QK_EPS)
+        self.transformer_blocks = ModuleList(
+            Block(dim, config.num_attention_heads, cross, config.hidden, config.qk_norm is not None, rows)
+            for _ in range(config.num_layers)
+        )
+        self.proj_out = nn.Linear(dim, config.out_channels)
+        if rows is None:
+            self.time_embed = TimeModulation(dim, guided)
+            if not guided:
+                self.time_embed_2 = TimeModulation(dim, guided)
+            self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
+        elif rows:
+            self.register_buffer("table", torch.empty(rows, 2, dim))
+
+    @property
+    def prompt_modules(self) -> tuple[str, ...]:
+        parts = ("attn2.to_kv", *(("attn2.norm_k",) if self.config.qk_norm else ()))
+        blocks = (f"transformer_blocks.{i}.{part}" for i in range(self.config.num_layers) for part in parts)
+        return ("caption_projection", "caption_norm", *blocks)
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def embed_time(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor]:
+        """What all blocks share [B, 6, dim], and the closing norm's conditioning [B, dim], float32."""
+        t, tt = t.double(), tt.double()
+        if self.config.guidance_embeds:
+            guidance = t.new_tensor([GUIDANCE * self.config.guidance_embeds_scale])
+            return self.time_embed(t, guidance)
+        gap = (t - tt).float()[:, None]
+        shared, condition = self.time_embed(TIME_SCALE * t)
+        shared_2, condition_2 = self.time_embed_2(TIME_SCALE * tt)
+        return shared + gap[..., None] * shared_2, condition + gap * condition_2
+
+    def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
+        """Constants at times t, tt ([B], in [-1, 1]), float32."""
+        shared, condition = self.embed_time(t, tt)
+        blocks = tuple(Constants.of(block.constants(shared)) for block in self.transformer_blocks)
+        return Modulation(blocks, Constants.of(self._final_rows(condition)))
+
+    def _final_rows(self, condition: Tensor) -> Tensor:
+        """Shift and scale of the closing norm, [B, 2, dim]."""
+        return effective(self.scale_shift_table, condition[:, None], scales=(1,))
+
+    def fold(
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N]; see `passes.fold`."""
+        with resident("time_embed", "time_embed_2"):
+            shared, condition = self.embed_time(t, tt)
+        for i, block in enumerate(self.transformer_blocks):
+            with resident(f"transformer_blocks.{i}.scale_shift_table"):
+                yield f"transformer_blocks.{i}.table", block.constants(shared)
+        with resident("scale_shift_table"):
+            yield "table", self._final_rows(condition)
+
+    def absorptions(self) -> dict[str, Absorption]:
+        """Linear layer -> the table rows that its weight and bias take in when N = 1."""
+        out = {"proj_out": Absorption("table", shift=0, scale=1)}
+        for i in range(self.config.num_layers):
+            at = f"transformer_blocks.{i}."
+            out[f"{at}attn1.to_qkv"] = Absorption(f"{at}table", shift=0, scale=1, bias=False)
+            out[f"{at}attn1.to_out.0"] = Absorption(f"{at}table", gate=2)
+            out[f"{at}ff.conv_inverted"] = Absorption(f"{at}table", shift=3, scale=4)
+            out[f"{at}ff.conv_point"] = Absorption(f"{at}table", gate=5, bias=False)
+        return out
+
+    def step_modulation(self, step: int) -> Modulation:
+        """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""
+        if self.absorbed:
+            return Modulation((PLAIN,) * self.config.num_layers, PLAIN)
+        row = slice(step, step + 1)
+        blocks = tuple(Constants.of(block.table[row]) for block in self.transformer_blocks)
+        return Modulation(blocks, Constants.of(self.table[row]))
+
+    # -- network --------------------------------------------------------------------------------
+
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
+        """All that depends on the prompt alone, up to the keys and values of every block.
+
+        prompt_embeds: [B, L, caption_channels], sample b's first lengths[b] rows count. Lengths on the
+        host shape the sequence; as int64 [B] on the device they only mask it.
+        """
+        counts, longest, ragged = host_lengths(prompt_embeds, lengths)
+        first, second = self.caption_projection.values()
+        tokens = second(with_gelu(first, prompt_embeds[:, :longest], self.ops))
+        tokens = self.ops.rms_norm(tokens, self.caption_norm.weight.float(), QK_EPS)
+        if ragged is not None:  # what is masked must still be finite
+            valid = torch.arange(longest, device=tokens.device) < ragged[:, None]
+            tokens = torch.where(valid[..., None], tokens, 0)
+        keys_values = [block.attn2.keys_values(tokens, self.ops) for block in self.transformer_blocks]
+        return Context(tokens, counts, torch.stack(keys_values, 1), ragged)
+
+    def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
+        """Velocity [B, C, H, W] of latents [B, C, H, W]. Computes in latents' dtype."""
+        return joined(*self.patches(latents, modulation, context))
+
+    def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
+        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
+        the sign they take."""
+        height, proj = latents.shape[2], self.patch_embed["proj"]
+        x = F.linear(latents.flatten(2).transpose(1, 2), proj.weight.flatten(1), proj.bias)
+        first = modulation.blocks[0]
+        readers = [block.attn1.to_qkv for block in self.transformer_blocks]
+        image = x, into(readers[0], self.ops).layer_norm(x, first.scale_a, EPS, first.shift_a)
+        following = (*modulation.blocks[1:], modulation.final), (*readers[1:], self.proj_out)
+        prompts = context.keys_values.to(x.dtype).unbind(1)
+        each = zip(self.transformer_blocks, prompts, modulation.blocks, *following, strict=True)
+        for block, prompt, now, after, reader in each:
+            image = block(image, prompt, context.ragged, now, after, height, self.ops, reader)
+        return channels_last(self.proj_out(image[1]), height, latents.shape[3], 1), 1.0
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    return torch.float32 if ".norm_" in name or name.startswith("caption_norm.") else dtype
+
+
+def open_text(folder: Path) -> SanaText | OpenUniText:
+    """SANA reads prompts with Gemma 2; OpenUni, whose folder has a connector, with InternVL3."""
+    return OpenUniText(folder) if (folder / "connector").is_dir() else SanaText(folder)
+
+
+def fit(config: SanaConfig, text: SanaText | OpenUniText, vae: DeepDecoder) -> SizeRule:
+    """A latent is a token; its position is nowhere but in its neighbours, so nothing bounds a size."""
+    must_equal(
+        ("width of prompt embeddings", text.width, "caption_channels", config.caption_channels),
+        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+    )
+    return SizeRule(vae.scale, MAX_PIXELS, MAX_PIXELS, default=config.sample_size * vae.scale)
+
+
+FAMILY = Family(
+    "sana", SanaConfig, SanaTransformer,
+    Layout(FUSED, (), _dtype_of, second_embedder("time_embed_2", "SANA", ", or SANA-Sprint")),
+    text=open_text, vae=DeepDecoder, fit=fit,
+)  # fmt: skip

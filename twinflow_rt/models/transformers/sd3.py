@@ -1,0 +1,292 @@
+"""Stable Diffusion 3.5 velocity network with TwinFlow's second embedder (diffusers: SD3Transformer2DModel).
+
+Two streams meet in one joint attention per block (`mmdit`); the first blocks have a second attention
+of image tokens alone. Conditioning is time *and* the pooled prompt p,
+
+    temb = e1(1000 t) + g1(p) + (t - tt) * (e2(1000 tt) + g2(p)),
+
+e and g being the two parts of `time_text_embed` and `time_text_embed_2`. So modulation is constant
+per prompt, not per model: folding leaves of e1 and e2 a table of N rows, and `encode_context`
+evaluates every modulation once per prompt, for all N steps. The output is the velocity z - x itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...checkpoint.checkpoint import Layout
+from ...config import SizeRule
+from ...errors import CheckpointError, ConfigError
+from ...families import Family, must_equal
+from ...ops import EAGER, into
+from ...stages.text_sd3 import SD3Text
+from ...stages.vae import KLDecoder
+from .. import mmdit
+from ..containers import ModuleDict, ModuleList
+from ..context import Context as PromptContext
+from ..mmdit import EPS, Constants, modulation_rows, pack
+from ..network_config import NetworkConfig, second_embedder
+from ..patches import channels_last, joined
+from .sd3_blocks import Block, TimeTextEmbedding
+
+TIME_SCALE = 1000.0
+
+FUSED = mmdit.FUSED | {
+    f"attn2.to_qkv.{leaf}": tuple(f"attn2.{part}.{leaf}" for part in ("to_q", "to_k", "to_v"))
+    for leaf in ("weight", "bias")
+}
+
+
+@dataclass(frozen=True)
+class SD3Config(NetworkConfig):
+    """transformer/config.json, field for field; defaults are the 3.5 Medium release."""
+
+    class_name = "SD3Transformer2DModel"
+
+    sample_size: int = 128
+    patch_size: int = 2
+    in_channels: int = 16
+    num_layers: int = 24
+    attention_head_dim: int = 64
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1536
+    pooled_projection_dim: int = 2048
+    out_channels: int = 16
+    pos_embed_max_size: int = 384
+    dual_attention_layers: tuple[int, ...] = tuple(range(13))
+    qk_norm: str | None = "rms_norm"
+
+    def __post_init__(self) -> None:
+        if self.patch_size != 2 or self.in_channels != self.out_channels:
+            raise ConfigError(
+                f"patch_size {self.patch_size}, in_channels {self.in_channels}, out_channels {self.out_channels}: "
+                "SD3.5 has patches of 2 and as many channels out as in; check transformer/config.json"
+            )
+        if self.qk_norm != "rms_norm":
+            raise ConfigError(
+                f"qk_norm is {self.qk_norm!r}: SD3.5 normalises queries and keys ('rms_norm'), SD3 does not and is "
+                "not supported; use a TwinFlow checkpoint of SD3.5"
+            )
+        if self.caption_projection_dim != self.dim or self.attention_head_dim % 2:
+            raise ConfigError(
+                f"caption_projection_dim {self.caption_projection_dim} must equal num_attention_heads * "
+                f"attention_head_dim = {self.dim}, the latter even; check transformer/config.json"
+            )
+        stray = [i for i in self.dual_attention_layers if not 0 <= i < self.num_layers]
+        if self.num_layers < 1 or stray:
+            raise ConfigError(
+                f"dual_attention_layers {stray} are not among the {self.num_layers} layers; "
+                "check transformer/config.json"
+            )
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """As `NetworkConfig.from_dict`; SD3's own files leave out what SD3.5 added."""
+        return super().from_dict({"qk_norm": None, "dual_attention_layers": (), **raw})
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class Context(PromptContext):
+    """The prompt's tokens as they enter the first block, and all that its pooled form modulates.
+
+    pooled: [B, P]. constants: [B, N, R, dim] float32, for each of N folded evaluations the rows of
+    every block and then two of the closing norm; None before folding.
+    """
+
+    pooled: Tensor
+    constants: Tensor | None = None
+
+
+class PatchEmbed(nn.Module):
+    """2x2 patches with absolute positions, a table of which the middle is used."""
+
+    pos_embed: Tensor
+
+    def __init__(self, config: SD3Config) -> None:
+        super().__init__()
+        self.size = config.pos_embed_max_size
+        self.proj = nn.Conv2d(config.in_channels, config.dim, 2, 2)
+        self.register_buffer("pos_embed", torch.empty(1, self.size**2, config.dim))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, H/2*W/2, dim]."""
+        height, width = (n // 2 for n in latents.shape[2:])
+        if max(height, width) > self.size:
+            raise ConfigError(
+                f"latents of {2 * height}x{2 * width} exceed the {2 * self.size} that the checkpoint has "
+                "positions for; generate a smaller image"
+            )
+        x = F.linear(pack(latents), self.proj.weight.flatten(1), self.proj.bias)
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        table = self.pos_embed.unflatten(1, (self.size, self.size))
+        return x + table[:, top : top + height, left : left + width].flatten(1, 2).to(x.dtype)
+
+
+class SD3Transformer(nn.Module):
+    """F(x_t, t, tt, prompt), the velocity z - x. `folded_steps=N` builds the compiled layout."""
+
+    time_table: Tensor
+    gap_table: Tensor
+
+    all_rows = True  # of a prompt count
+
+    def __init__(self, config: SD3Config, *, folded_steps: int | None = None) -> None:
+        super().__init__()
+        self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
+        dim, pooled, timed = config.dim, config.pooled_projection_dim, folded_steps is None
+        self.pos_embed = PatchEmbed(config)
+        self.time_text_embed = TimeTextEmbedding(pooled, dim, timed)
+        self.time_text_embed_2 = TimeTextEmbedding(pooled, dim, timed)
+        self.context_embedder = nn.Linear(config.joint_attention_dim, dim)
+        self.transformer_blocks = ModuleList(
+            Block(
+                config.num_attention_heads, config.attention_head_dim,
+                i in config.dual_attention_layers, i + 1 < config.num_layers,
+            )
+            for i in range(config.num_layers)
+        )  # fmt: skip
+        self.norm_out = ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
+        self.proj_out = nn.Linear(dim, 4 * config.out_channels)
+        if folded_steps is not None:
+            self.register_buffer("time_table", torch.empty(folded_steps, dim))
+            self.register_buffer("gap_table", torch.empty(folded_steps, 1))
+
+    @property
+    def prompt_modules(self) -> tuple[str, ...]:
+        blocks = range(self.config.num_layers)
+        norms = (f"transformer_blocks.{i}.{name}" for i in blocks for name in ("norm1", "norm1_context"))
+        return ("context_embedder", "time_text_embed", "time_text_embed_2", *norms, "norm_out")
+
+    # -- conditioning ---------------------------------------------------------------------------
+
+    def embed_time(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor]:
+        """The time's part of temb [B, dim], and t - tt [B, 1], float32, of t, tt [B]."""
+        t, tt = t.double(), tt.double()
+        first, second = self.time_text_embed.timestep_embedder, self.time_text_embed_2.timestep_embedder
+        gap = (t - tt).float()[:, None]
+        return first(TIME_SCALE * t) + gap * second(TIME_SCALE * tt), gap
+
+    def modulate(self, t: Tensor, tt: Tensor, context: Context) -> Tensor:
+        """Constants [B, R, dim] float32 of the context's prompts at times t, tt ([B], in [-1, 1])."""
+        return self._constants(*self.embed_time(t, tt), context.pooled)
+
+    def _constants(self, time: Tensor, gap: Tensor, pooled: Tensor) -> Tensor:
+        first, second = self.time_text_embed.text_embedder, self.time_text_embed_2.text_embedder
+        temb = time + first(pooled) + gap * second(pooled)
+        rows = [block.constants(temb) for block in self.transformer_blocks]
+        # the closing norm has its scale before its shift
+        return torch.cat((*rows, modulation_rows(self.norm_out["linear"], temb, (0,)).flip(1)), 1)
+
+    def fold(
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N]; see `passes.fold`."""
+        with resident("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder"):
+            time, gap = self.embed_time(t, tt)
+        yield "time_table", time
+        yield "gap_table", gap
+
+    def step_modulation(self, step: int) -> int:
+        """Which row of a context's constants evaluation `step` reads: they depend on the prompt."""
+        return step
+
+    # -- network --------------------------------------------------------------------------------
+
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor, pooled: Tensor) -> Context:
+        """All that depends on the prompt alone.
+
+        prompt_embeds: [B, L, joint_attention_dim], of which every row counts, as in the reference:
+        lengths must all be L (on the device, int64 [B], they are not looked at). pooled: [B, pooled_projection_dim].
+        """
+        counts = () if isinstance(lengths, Tensor) else tuple(int(n) for n in lengths)
+        if any(n != prompt_embeds.shape[1] for n in counts):
+            raise ConfigError(
+                f"prompt lengths {counts} in embeddings of {prompt_embeds.shape[1]} rows: SD3.5 reads them "
+                "all; pad prompts with their encoders, as `Pipeline.text` does"
+            )
+        tokens, constants = self.context_embedder(prompt_embeds), None
+        if self.folded_steps is not None:
+            steps = range(self.folded_steps)
+            rows = [self._constants(self.time_table[i, None], self.gap_table[i, None], pooled) for i in steps]
+            constants = torch.stack(rows, 1)
+        return Context(tokens, counts, pooled, constants)
+
+    def forward(self, latents: Tensor, modulation: Tensor | int, context: Context) -> Tensor:
+        """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype.
+
+        modulation: of `modulate`, or of `step_modulation` on a folded network.
+        """
+        return joined(*self.patches(latents, modulation, context))
+
+    def patches(self, latents: Tensor, modulation: Tensor | int, context: Context) -> tuple[Tensor, float]:
+        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
+        the sign they take."""
+        if isinstance(modulation, int):
+            assert context.constants is not None, "a folded network's context has its constants"
+            modulation = context.constants[:, modulation]
+        rows = modulation
+        *parts, closing = rows.split([*(block.rows for block in self.transformer_blocks), 2], 1)
+        now = [block.read(part) for block, part in zip(self.transformer_blocks, parts, strict=True)]
+        x, c = self.pos_embed(latents), context.tokens.to(latents.dtype)
+        rope = self._no_rope(x.shape[1] + c.shape[1], x.device), self._no_rope(x.shape[1], x.device)
+        readers = [(block.attn.to_qkv, block.attn.add_qkv) for block in self.transformer_blocks]
+        image = x, into(readers[0][0], self.ops).layer_norm(x, now[0].image.scale_a, EPS, now[0].image.shift_a)
+        prompt = c, into(readers[0][1], self.ops).layer_norm(c, now[0].prompt.scale_a, EPS, now[0].prompt.shift_a)
+        constants = *((m.image, m.prompt) for m in now[1:]), (Constants.of(closing), None)
+        following = constants, (*readers[1:], (self.proj_out, None))
+        for block, own, after, next_readers in zip(self.transformer_blocks, now, *following, strict=True):
+            image, prompt = block(image, prompt, own, after, rope, self.ops, next_readers)
+        return channels_last(self.proj_out(image[1]), latents.shape[2] // 2, latents.shape[3] // 2, 2), 1.0
+
+    def _no_rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin of no rotation at all: positions are in the tokens, the ops are those of rotary networks."""
+        angles = torch.zeros(1, length, self.config.attention_head_dim // 2, device=device)
+        return angles + 1, angles
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    return torch.float32 if ".norm_" in name else dtype
+
+
+def fit(config: SD3Config, text: SD3Text, vae: KLDecoder) -> SizeRule:
+    """Latents are cut in 2x2 patches, and the checkpoint has positions for so many of them."""
+    must_equal(
+        ("pooled width of text_encoder and text_encoder_2", text.pooled_width, "pooled_projection_dim",
+         config.pooled_projection_dim),
+        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+    )  # fmt: skip
+    width = config.joint_attention_dim
+    if text.has_t5:
+        must_equal(("text_encoder_3 d_model", text.width, "joint_attention_dim", width))
+    if text.clip_width > width:
+        raise CheckpointError(
+            f"the {text.clip_width} features of text_encoder and text_encoder_2 exceed the transformer's "
+            f"joint_attention_dim {width}: parts of two models"
+        )
+    text.width = width
+    most = config.pos_embed_max_size * 2 * vae.scale
+    return SizeRule(2 * vae.scale, most, most, default=min(config.sample_size * vae.scale, most))
+
+
+FAMILY = Family(
+    "sd3.5", SD3Config, SD3Transformer,
+    Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "SD3.5")),
+    text=SD3Text, vae=KLDecoder, fit=fit,
+)  # fmt: skip

@@ -1,0 +1,348 @@
+"""Z-Image velocity network with TwinFlow's second time embedder (diffusers: ZImageTransformer2DModel).
+
+A single-stream transformer: image tokens pass two modulated refiner blocks, prompt tokens two
+unmodulated ones, then both share `layers`. Every block is a sandwich of RMSNorms,
+
+    x <- x + tanh(gate) * rms(f(rms(x) * (1 + scale)))        f = attention, then SwiGLU,
+
+and since scale and gate only ever multiply norm weights, a block needs nothing of the timestep but
+four *effective norm weights*. `modulate` computes them from (t, tt); the fold pass stores them as a
+table and drops everything that made them. One forward serves both.
+
+TwinFlow's time: temb = e1(|s| * 1000) + |s - s2| * e2((s2 - s) * 1000), s = sign(t) (1 - |t|) and s2
+likewise of tt. As sign(0) = 0, (t, tt) = (1, 0) gives s = s2 = 0: at one evaluation e2 vanishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...checkpoint.checkpoint import Layout
+from ...config import SizeRule
+from ...errors import ConfigError
+from ...families import Family, must_equal
+from ...ops import EAGER, into
+from ...ops.tracing import Tables
+from ...runtime.parallel import WHOLE, TokenSplit
+from ...stages.text import ZImageText
+from ...stages.vae import KLDecoder
+from ..containers import Module, ModuleDict, ModuleList
+from ..context import Context as PromptContext
+from ..context import host_lengths
+from ..mmdit import linear32
+from ..network_config import NetworkConfig, second_embedder
+from ..patches import channels_last, joined
+from .z_image_blocks import ADALN_DIM, BLOCK_NORMS, Block, FinalLayer, TimestepEmbedder
+
+SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
+FINAL_NORM_EPS = 1e-6
+
+# merged weight -> the checkpoint's names, row blocks in this order (within a block's prefix)
+FUSED = {
+    "attention.to_qkv.weight": (
+        "attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight",
+    ),
+    "feed_forward.w13.weight": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
+}  # fmt: skip
+
+
+def pad_length(n: int) -> int:
+    """n rounded up to the sequence multiple."""
+    return -(-n // SEQ_MULTIPLE) * SEQ_MULTIPLE
+
+
+@dataclass(frozen=True)
+class ZImageConfig(NetworkConfig):
+    """transformer/config.json, field for field; defaults are the 6B release."""
+
+    class_name = "ZImageTransformer2DModel"
+
+    all_patch_size: tuple[int, ...] = (2,)
+    all_f_patch_size: tuple[int, ...] = (1,)
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    n_kv_heads: int = 30
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    cap_feat_dim: int = 2560
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+    axes_lens: tuple[int, ...] = (1024, 512, 512)
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_heads or sum(self.axes_dims) != self.dim // self.n_heads:
+            raise ConfigError(
+                f"axes_dims {self.axes_dims} must add up to dim / n_heads = {self.dim}/{self.n_heads}; "
+                "check transformer/config.json"
+            )
+        if self.n_kv_heads != self.n_heads or not self.qk_norm:
+            raise ConfigError("Z-Image needs n_kv_heads == n_heads and qk_norm; this config is another family's")
+        if self.all_patch_size != (2,) or self.all_f_patch_size != (1,):
+            raise ConfigError(
+                f"patch sizes {self.all_patch_size}/{self.all_f_patch_size} are not supported; released "
+                "Z-Image models have (2,)/(1,)"
+            )
+
+    @property
+    def hidden(self) -> int:
+        """Width of the SwiGLU."""
+        return int(self.dim / 3 * 8)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Effective norm weights of every modulated block ([B or 1, 4, dim] float32: attention pre and
+    post, feed-forward pre and post) and of the final LayerNorm ([B or 1, dim])."""
+
+    blocks: tuple[Tensor, ...]
+    final: Tensor
+
+
+@dataclass(frozen=True)
+class Context(PromptContext):
+    """`ragged`: the padded lengths as int64 [B] on the device where they differ, else None: no mask is needed."""
+
+    ragged: Tensor | None = None
+
+
+class ZImageTransformer(Module):
+    """F(x_t, t, tt, prompt), the velocity z - x of TwinFlow (diffusers' network predicts its negative).
+
+    `folded_steps=N` builds the compiled layout: no time embedders, no modulation, no norm weights,
+    but tables of N rows of effective norm weights (buffers `norm_table`, float32).
+    """
+
+    prompt_modules = ("cap_embedder", "context_refiner")
+    prompt_multiple = SEQ_MULTIPLE
+    norm_table: Tensor
+
+    def __init__(self, config: ZImageConfig, *, folded_steps: int | None = None) -> None:
+        super().__init__()
+        self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
+        self.sequence: TokenSplit = WHOLE
+        dim = config.dim
+        self.all_x_embedder = ModuleDict({"2-1": nn.Linear(4 * config.in_channels, dim)})
+        self.all_final_layer = ModuleDict({"2-1": FinalLayer(config, folded_steps is not None)})
+        self.cap_embedder = nn.Sequential(
+            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, dim)
+        )
+        self.x_pad_token = nn.Parameter(torch.zeros(1, dim))
+        self.cap_pad_token = nn.Parameter(torch.zeros(1, dim))
+
+        def stack(depth: int, modulated: bool) -> ModuleList[Block]:
+            return ModuleList(Block(config, modulated, folded_steps) for _ in range(depth))
+
+        self.noise_refiner = stack(config.n_refiner_layers, True)
+        self.context_refiner = stack(config.n_refiner_layers, False)
+        self.layers = stack(config.n_layers, True)
+        if folded_steps is not None:
+            self.register_buffer("norm_table", torch.empty(folded_steps, dim))
+        else:
+            self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
+            self.t_embedder_2 = TimestepEmbedder(min(dim, ADALN_DIM))
+        self._rope_tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        self._ropes = Tables()
+
+    # -- time -----------------------------------------------------------------------------------
+
+    def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
+        """temb [B, min(dim, 256)] float32 of t, tt [B] (see the module's docstring). float64 until
+        the arguments of the embedders, as upstream."""
+        t, tt = t.double(), tt.double()
+        s, s2 = t.sign() * (1 - t.abs()), tt.sign() * (1 - tt.abs())
+        scale = self.config.t_scale
+        second = self.t_embedder_2((s2 - s) * scale)
+        return self.t_embedder(s.abs() * scale) + (s - s2).abs().float()[:, None] * second
+
+    def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
+        """Effective norm weights at times t, tt ([B], in [-1, 1]), float32."""
+        temb = self.embed_time(t, tt)
+        blocks = (*self.noise_refiner, *self.layers)
+        return Modulation(tuple(b.norm_weights(temb) for b in blocks), self._final_weight(temb))
+
+    def _final_weight(self, temb: Tensor) -> Tensor:
+        layer: Any = self.all_final_layer["2-1"].adaLN_modulation[1]
+        return 1 + linear32(layer, F.silu(temb))
+
+    def fold(
+        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
+
+        This network may live on the meta device: `resident(*prefixes)` makes the parameters below
+        the given module names real, in float32, for as long as it is entered.
+        """
+        with resident("t_embedder", "t_embedder_2"):
+            temb = self.embed_time(t, tt)
+        for stack, modulated in (("noise_refiner", True), ("context_refiner", False), ("layers", True)):
+            for i, block in enumerate(getattr(self, stack)):
+                parts = [f"{stack}.{i}.{n}" for n in BLOCK_NORMS + ("adaLN_modulation",) * modulated]
+                with resident(*parts):
+                    yield f"{stack}.{i}.norm_table", block.norm_weights(temb if modulated else None)
+        with resident("all_final_layer.2-1.adaLN_modulation"):
+            yield "norm_table", self._final_weight(temb)
+
+    def step_modulation(self, step: int) -> Modulation:
+        """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""
+        blocks = (*self.noise_refiner, *self.layers)
+        tables, final = tuple(b.norm_table for b in blocks), self.norm_table
+        if self.folded_steps == 1:
+            return Modulation(tables, final)
+        return Modulation(tuple(table[step : step + 1] for table in tables), final[step : step + 1])
+
+    # -- positions ------------------------------------------------------------------------------
+
+    def _rope(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin [B, S, head_dim/2] float32 of positions ids [B, S, 3]. Angles are formed in
+        float64 and rounded to float32 before the cosine, as in the reference."""
+        if ids.device not in self._rope_tables:
+            tables = []
+            for dim, length in zip(self.config.axes_dims, self.config.axes_lens, strict=True):
+                freqs = self.config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+                angles = torch.outer(torch.arange(length, dtype=torch.float64), freqs).float()
+                tables.append((angles.cos().to(ids.device), angles.sin().to(ids.device)))
+            self._rope_tables[ids.device] = tables
+        axes = [(cos[ids[..., i]], sin[ids[..., i]]) for i, (cos, sin) in enumerate(self._rope_tables[ids.device])]
+        return torch.cat([c for c, _ in axes], -1), torch.cat([s for _, s in axes], -1)
+
+    def _context_rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        def make() -> tuple[Tensor, Tensor]:
+            ids = torch.zeros(1, length, 3, dtype=torch.int64, device=device)
+            ids[0, :, 0] = torch.arange(1, length + 1, device=device)
+            return self._rope(ids)
+
+        return self._ropes(length, device, make)
+
+    def _image_rope(self, height: int, width: int, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        """Image tokens sit one past the padded prompt on axis 0; padding sits at the origin."""
+        n, device = height * width, offsets.device
+        ids = torch.zeros(offsets.shape[0], pad_length(n), 3, dtype=torch.int64, device=device)
+        rows = torch.arange(height, device=device).repeat_interleave(width)
+        ids[:, :n, 0] = offsets[:, None] + 1
+        ids[:, :n, 1] = rows
+        ids[:, :n, 2] = torch.arange(width, device=device).repeat(height)
+        return self._rope(ids)
+
+    # -- network --------------------------------------------------------------------------------
+
+    def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
+        """Prompt tokens through `cap_embedder` and `context_refiner`: depends on the prompt alone.
+
+        prompt_embeds: [B, L, cap_feat_dim], sample b's first lengths[b] rows count. Lengths on the host
+        shape the sequence; as int64 [B] on the device they only mask it, and L must be a multiple of 32.
+        Rows up to the next multiple of 32 become the learned pad token, which attends like any other
+        (as in the reference), so the context's lengths are such.
+        """
+        device, ragged = prompt_embeds.device, None
+        counts, rows, masked = host_lengths(prompt_embeds, lengths)
+        padded = tuple(pad_length(n) for n in counts)
+        longest = max(padded, default=rows)
+        if masked is not None and (not padded or min(padded) != longest):
+            ragged = (masked + SEQ_MULTIPLE - 1) // SEQ_MULTIPLE * SEQ_MULTIPLE
+        norm, linear = self.cap_embedder
+        x = linear(self.ops.rms_norm(prompt_embeds[:, :rows], norm.weight.float(), norm.eps))
+        pad = self.cap_pad_token.to(x.dtype)
+        if longest > rows:
+            x = torch.cat((x, pad.expand(len(x), longest - rows, -1)), 1)
+        if masked is not None:
+            x = torch.where((torch.arange(longest, device=device) < masked[:, None])[..., None], x, pad)
+        norms = [b.norm_weights() if self.folded_steps is None else b.norm_table for b in self.context_refiner]
+        x = self._run(self.context_refiner, norms, x, self._context_rope(longest, device), ragged)
+        return Context(x, padded, ragged)
+
+    def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
+        """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype."""
+        return joined(*self.patches(latents, modulation, context))
+
+    def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
+        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
+        the sign they take."""
+        x = self._patchify(latents)
+        n, device, longest = x.shape[1], x.device, context.tokens.shape[1]
+        height, width = latents.shape[2] // 2, latents.shape[3] // 2
+        offsets = torch.full((len(x),), longest, device=device) if context.ragged is None else context.ragged
+        make = partial(self._image_rope, height, width, offsets)
+        rope = make() if context.ragged is not None else self._ropes((len(x), height, width, longest), device, make)
+        x = self.all_x_embedder["2-1"](x)
+        split, padded = self.sequence, rope[0].shape[1]
+        pad = self.x_pad_token.to(x.dtype).expand(x.shape[0], padded - n, -1)
+        x = split.share(torch.cat((x, pad), 1), padded)
+
+        refiners, own = len(self.noise_refiner), x.shape[1]
+        shares = split.share(rope[0], padded), split.share(rope[1], padded)
+        x = self._run(self.noise_refiner, modulation.blocks[:refiners], x, shares, split.keys(None, padded))
+        lengths = None if context.ragged is None else context.ragged + padded
+        text_rope = self._context_rope(longest, device)
+        cos, sin = (
+            split.share(torch.cat((image, text.expand(image.shape[0], -1, -1)), 1), padded, longest)
+            for image, text in zip(rope, text_rope, strict=True)
+        )
+        x = torch.cat((x, split.share(context.tokens.to(x.dtype), longest)), 1)
+        keys = split.keys(lengths, padded, longest)
+        x = self._run(self.layers, modulation.blocks[refiners:], x, (cos, sin), keys, rows=min(n, own))
+        x = self.all_final_layer["2-1"].linear(self.ops.layer_norm(x, modulation.final[:, None], FINAL_NORM_EPS))
+        return channels_last(split.whole(x, n), height, width, 2), -1.0
+
+    def _run(
+        self, blocks: ModuleList[Block], norms: Sequence[Tensor], x: Tensor, rope: tuple[Tensor, Tensor],
+        lengths: Tensor | None, rows: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """All blocks of one stack; the last one computes only its first `rows` rows."""
+        if not len(blocks):
+            return x
+        *others, last = blocks
+        each = [weights.unsqueeze(2).unbind(1) for weights in norms]
+        readers = [block.attention.to_qkv for block in blocks]
+        h = into(readers[0], self.ops).rms_norm(x, each[0][0], self.config.norm_eps)
+        for i, block in enumerate(others):
+            x, h = block(x, h, each[i], each[i + 1][0], rope, lengths, self.ops, reader=readers[i + 1])
+        y: Tensor = last(x, h, each[-1], None, rope, lengths, self.ops, rows)[0]
+        return y
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, H/2*W/2, 4C], features ordered (row, column, channel)."""
+        b, c, h, w = latents.shape
+        x = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)
+        return x.reshape(b, (h // 2) * (w // 2), 4 * c)
+
+
+def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    return torch.float32 if name.endswith(("norm_q.weight", "norm_k.weight", "cap_embedder.0.weight")) else dtype
+
+
+def fit(config: ZImageConfig, text: ZImageText, vae: KLDecoder) -> SizeRule:
+    """Latents are cut in 2x2 patches, and rope counts at most axes_lens[1] x axes_lens[2] of them. The
+    default is the size the VAE was trained at (`sample_size`): 1024 for Z-Image, 64 for the demo."""
+    must_equal(
+        ("text_encoder hidden_size", text.width, "cap_feat_dim", config.cap_feat_dim),
+        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+    )
+    text.max_tokens = min(text.max_tokens, (config.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE)
+    multiple = 2 * vae.scale
+    most = multiple * config.axes_lens[1], multiple * config.axes_lens[2]
+    default = max(vae.config.sample_size // multiple, 1) * multiple
+    return SizeRule(multiple, *most, default=min(default, *most))
+
+
+FAMILY = Family(
+    "z-image", ZImageConfig, ZImageTransformer,
+    Layout(FUSED, (), _dtype_of, second_embedder("t_embedder_2", "Z-Image")),
+    text=ZImageText, vae=KLDecoder, fit=fit,
+)  # fmt: skip

@@ -1,0 +1,172 @@
+"""The native libraries: the extension `_native` (CPU) and `libtwinflow_cuda` (NVIDIA GPUs).
+
+Each is loaded on first use. Where one is absent, or cannot serve a target, a sentence says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config import dtype_name
+from ..selection import Target
+
+ABI_VERSION = 6
+KINDS = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
+FORMATS = {torch.int8: 0, torch.float8_e4m3fn: 1}  # twinflow_format
+CUDA_LIBRARY = Path(__file__).parents[2] / "libtwinflow_cuda.so"
+
+
+class _Strides:
+    """Argument type of `const int64_t strides[4]`: takes what Tensor.stride() gives."""
+
+    @classmethod
+    def from_param(cls, strides: tuple[int, ...]) -> Any:
+        return (ctypes.c_int64 * 4)(*strides)
+
+
+class CudaKernels:
+    """libtwinflow_cuda's functions under the names and argument orders of `_native`; the last argument is
+    a CUDA stream instead of a number of threads, and those that quantize take a format before the dtype."""
+
+    def __init__(self, path: Path) -> None:
+        pointer, size, real, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+        rows, weight, end = [pointer, size, size], [pointer, size], [kind, pointer]
+        shape = [size, size, size, real, *end]
+        self._library = ctypes.CDLL(str(path))
+        self.abi_version = self._library.twinflow_cuda_abi_version()
+        if self.abi_version != ABI_VERSION:
+            return  # `load` refuses it; nothing more is known about its functions
+        self._message = self._library.twinflow_cuda_error_message
+        self._message.restype = ctypes.c_char_p
+        self._declare("rms_norm", [*rows, *weight, pointer, *shape])
+        self._declare("layer_norm", [*rows, *weight * 2, pointer, *shape])
+        self._declare("residual_norm", [*rows * 2, *weight * 2, pointer, pointer, *shape])
+        self._declare("residual_layer_norm", [*rows * 2, *weight * 3, pointer, pointer, *shape])
+        self._declare(
+            "qk_norm_rope", [*[pointer, size, size, size] * 2, *[pointer] * 4, *[size] * 6, kind, real, *end]
+        )
+        self._declare("swiglu", [pointer, pointer, size, size, *end])
+        self._declare("gelu_tanh", [pointer, pointer, size, size, *end])
+        made, shape = [pointer, pointer], [size, size, size, real, kind, *end]
+        self._declare("quantize_rows", [*rows, *made, size, size, size, kind, *end])
+        self._declare("rms_norm_quantized", [*rows, *weight, *made, *shape])
+        self._declare("layer_norm_quantized", [*rows, *weight * 2, *made, *shape])
+        self._declare("residual_norm_quantized", [*rows * 2, *weight * 2, pointer, *made, *shape])
+        self._declare("residual_layer_norm_quantized", [*rows * 2, *weight * 3, pointer, *made, *shape])
+        self._declare("swiglu_quantized", [pointer, *made, size, size, kind, *end])
+        self._declare("gelu_tanh_quantized", [pointer, *made, size, size, kind, *end])
+        self._declare("dequantize", [*[pointer] * 5, size, size, *end])
+        self._declare("x0_project", [pointer, pointer, pointer, size, real, *end])
+        self._declare("to_uint8", [pointer, _Strides, pointer, *[size] * 4, *end])
+
+    def _declare(self, name: str, arguments: list[Any]) -> None:
+        function = getattr(self._library, f"twinflow_cuda_{name}")
+        function.argtypes, function.errcheck = arguments, self._check
+        setattr(self, name, function)
+
+    def _check(self, status: int, function: Any, arguments: Any) -> None:
+        if status:
+            raise RuntimeError(f"libtwinflow_cuda: {self._message(status).decode()}")
+
+    def problem(self) -> str | None:
+        """Why the current CUDA device cannot run these kernels, in the driver's words, or None."""
+        status = self._library.twinflow_cuda_usable()
+        return self._message(status).decode() if status else None
+
+
+@cache
+def load(device: str) -> Any:
+    """The kernels for a device type, or the reason (a str) why there are none."""
+    found: Any
+    if device == "cuda":
+        if not CUDA_LIBRARY.exists():
+            return "built without GPU kernels; reinstall where nvcc is on PATH (TWINFLOW_CUDA=ON insists)"
+        try:
+            found = CudaKernels(CUDA_LIBRARY)
+        except (OSError, AttributeError) as error:  # AttributeError: a library without these functions
+            return f"the GPU kernels do not load: {error}"
+    elif device == "cpu":
+        try:
+            found = import_module("twinflow_rt._native")
+        except ImportError as error:
+            return f"the native extension is not built here ({error}); `pip install .` builds it"
+    else:
+        return f"runs on cpu and cuda, not on {device}"
+    if found.abi_version != ABI_VERSION:
+        return f"the native build has ABI {found.abi_version}, this package needs {ABI_VERSION}; reinstall it"
+    return found
+
+
+def unavailable_reason(device: str = "cpu") -> str | None:
+    """Why there are no native kernels for `device` ("cpu" or "cuda") in this installation, or None."""
+    found = load(device)
+    return found if isinstance(found, str) else None
+
+
+def release_threads() -> bool:
+    """Ends the OpenMP threads that wait for this thread's next kernel, torch's or ours; it starts new ones. Whether
+    it did. Two threads with such teams slow each other down: see twinflow_cpu_release_threads in twinflow_rt.h.
+
+    Not where torch computes on one thread: there is nothing to end, unless after a fork, which does not copy the
+    threads that OpenMP would then wait for."""
+    kernels = load("cpu")
+    return torch.get_num_threads() > 1 and not isinstance(kernels, str) and bool(kernels.release_threads())
+
+
+@contextmanager
+def threads_apart(device: torch.device) -> Iterator[None]:
+    """While entered, where this thread computes on the CPU with others, those stay off the CPU that it runs on: see
+    twinflow_cpu_threads_apart in twinflow_rt.h. They end with the affinity that they had; its own is not touched."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    kernels: Any = load("cpu") if threads > 1 else "not needed"
+    apart = not isinstance(kernels, str) and kernels.threads_apart(threads)
+    try:
+        yield
+    finally:
+        if apart:
+            kernels.threads_together()
+
+
+def unusable_reason() -> str | None:
+    """Why the GPU kernels of this installation cannot run on this machine, or None."""
+    if reason := unavailable_reason("cuda"):
+        return reason
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    problem = load("cuda").problem()
+    return f"the driver refuses the GPU kernels: {problem}" if problem else None
+
+
+def refuses(target: Target) -> str | None:
+    """Why the CPU kernels cannot serve `target`, or None."""
+    if target.device != "cpu":
+        return f"runs on the CPU, not on {target.device}"
+    return _refuses_kind(target) or unavailable_reason()
+
+
+def cuda_refuses(target: Target) -> str | None:
+    """Why the GPU kernels cannot serve `target`, or None."""
+    if target.device != "cuda":
+        return f"runs on NVIDIA GPUs, not on {target.device}"
+    return _refuses_kind(target) or unusable_reason()
+
+
+def cuda_rope_refuses(target: Target) -> str | None:
+    """`cuda_refuses` for the rotation kernel, which takes head dims up to 256."""
+    if target.head_dim is not None and target.head_dim > 256:
+        return f"takes head dims up to 256, not {target.head_dim}"
+    return cuda_refuses(target)
+
+
+def _refuses_kind(target: Target) -> str | None:
+    if target.dtype not in KINDS:
+        return f"stores float32 or bfloat16, not {dtype_name(target.dtype)}"
+    return "has no gradient" if target.training else None

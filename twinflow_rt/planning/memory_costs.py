@@ -1,0 +1,190 @@
+"""What holding a model and running its stages takes, per way of holding it: counted from headers, and by running
+each stage on the meta device (`shadow`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Checkpoint, Layout
+from ..checkpoint.fuse import sources
+from ..ops.selection import Target, select
+from ..passes import quantize
+from ..passes.blocks import block_names, parameters_of
+from ..passes.convolutions import refuses, winograd_bytes
+from ..passes.layers import ROWS, quantized_values
+from ..passes.upsample import folded_bytes
+from ..stages import tiles
+from ..stages.prompt_cache import context_bytes
+from .footprint import peak_of
+from .meta_model import Shadow
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of one stage's weights: what stays in any case, each block that could stream, in order, and what
+    each of these needs while it streams (on a CPU less: what is used as its file has it takes no room). making: what
+    is needed for a moment where a CPU quantizes a weight as it comes."""
+
+    fixed: int
+    blocks: tuple[int, ...] = ()
+    passing: tuple[int, ...] = ()
+    making: int = 0
+
+    @classmethod
+    def of_parts(cls, parts: Iterable[Weights]) -> Weights:
+        """Of a stage of several networks."""
+        total = cls(0)
+        for w in parts:
+            making = max(total.making, w.making)
+            total = cls(total.fixed + w.fixed, total.blocks + w.blocks, total.passing + w.passing, making)
+        return total
+
+    def held(self, streamed: int, slots: int) -> int:
+        """Bytes resident while the last `streamed` blocks go through `slots` buffers."""
+        if not streamed:
+            return self.fixed + sum(self.blocks)
+        first = len(self.blocks) - streamed
+        return self.fixed + sum(self.blocks[:first]) + min(slots, streamed) * max(self.passing[first:])
+
+
+@dataclass(frozen=True)
+class Costs:
+    """weights: per stage (text, network, vae). text, velocity: bytes that a call of the stage works in;
+    decode(tile): likewise, in tiles of that side or (None) whole. context: what is kept of the prompts meanwhile.
+    least_tile: the VAE's, in pixels. slots: blocks in memory while blocks stream."""
+
+    weights: Mapping[str, Weights]
+    text: int
+    context: int
+    velocity: int
+    decode: Callable[[int | None], int]
+    least_tile: int
+    slots: int
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network on the meta device and how it will be held. streams: whether its blocks can. absorb: whether constants
+    go into its weights, which then are no file's any more. channels_last: whether kernels of convolutions are laid out
+    so. precision, exempt: see `passes.quantize.convert`."""
+
+    module: Any
+    checkpoint: Checkpoint
+    layout: Layout
+    streams: bool = True
+    absorb: bool = False
+    channels_last: bool = False
+    precision: str | None = None
+    exempt: Sequence[str] = ()
+
+    def narrow(self, linears: Mapping[str, nn.Linear], device: torch.device) -> dict[str, str]:
+        """Of `linears`, by the names of their weights: those that will have 8 bits, and of which precision."""
+        kinds = {
+            name: quantize.quantizes(
+                self.module, name.removesuffix(".weight"), layer, device, self.precision, self.exempt
+            )
+            for name, layer in linears.items()
+        }  # fmt: skip
+        return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def costs_of(
+    text: Any, vae: Any, network: Network, *, device: torch.device, dtype: torch.dtype, largest: tuple[int, int, int],
+) -> Costs:  # fmt: skip
+    """Counts a model whose stages are open but not read."""
+    height, width, images = largest
+    encoders = [
+        Network(p.network, p.checkpoint, p.layout, precision=text.precision, exempt=text.exempt) for p in text.parts
+    ]
+    target = Target.of(torch.device("cpu"), torch.float32)  # whose ops run on the meta device, too
+    shadow = Shadow.of(text, network.module, vae, (height, width), images, select(target)[0])
+    if device.type == "cpu":  # whose products of 8 bits need more room for their results than others
+        for real, twin in (*zip(encoders, shadow.encoders, strict=True), (network, shadow.network)):
+            quantize.declare(twin, twin.state_dict(), device, real.precision, real.exempt)
+            quantize.attach(twin, target)
+    prompt, text_work = peak_of(lambda: shadow.prompt(text.max_tokens))
+    context, context_work = peak_of(lambda: shadow.encode(prompt))
+    with torch.inference_mode():
+        context = context.select([0] * images)
+    velocity = peak_of(lambda: shadow.velocity(context))[1]
+    ratio = dtype.itemsize / torch.float32.itemsize  # shadows are float32
+    image = 4 * images * 3 * height * width
+    # beside what the decoder makes: the float image becomes bytes in float32 (see ops.decode.to_uint8)
+    decode = cache(lambda tile: round(ratio * _decode(shadow, tile, image)))
+    decoders = [Network(p.network, p.checkpoint, p.layout, channels_last=True) for p in vae.parts]
+    weights = {
+        name: Weights.of_parts(_weights(one, device, dtype) for one in several)
+        for name, several in (("text", encoders), ("network", [network]), ("vae", decoders))
+    }
+    return Costs(
+        weights, round(ratio * max(text_work, prompt.embeds.nbytes + context_work)),
+        round(ratio * context_bytes(context)), round(ratio * velocity), decode, tiles.smallest(shadow.decoder),
+        slots=1 if device.type == "cpu" else 2,
+    )  # fmt: skip
+
+
+def _decode(shadow: Shadow, tile: int | None, image: int) -> int:
+    """Float32 bytes that decoding works in; image: bytes of the result."""
+    if tile is None:
+        return peak_of(shadow.decode)[1]
+    decoder, latents = shadow.decoder, shadow.latents
+    one = latents[:1]
+    with torch.inference_mode():
+        features: Tensor = decoder.trunk(one)
+    core, far = max(tile // tiles.cell(decoder), 1), tiles.margin(decoder)
+    sides = [tiles.window_side(n, core, far) for n in features.shape[2:]]
+    part = features.new_empty((1, features.shape[1], *sides))
+    tail = peak_of(lambda: decoder.tail(part))[1] + part.nbytes
+    both = 2 * image if len(latents) > 1 else image  # images are put together at the end
+    return max(peak_of(lambda: decoder.trunk(one))[1], features.nbytes + both + tail)
+
+
+def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weights:
+    """Bytes of a network's tensors on the device. On a CPU a tensor that is used as its file has it takes none."""
+    module, checkpoint, layout, cpu = network.module, network.checkpoint, network.layout, device.type == "cpu"
+    known: set[str] = set(checkpoint)
+    tensors: dict[str, Tensor] = module.state_dict()
+    linears = {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    narrow = network.narrow(linears, device)
+
+    def held_in(name: str) -> tuple[torch.dtype, bool]:
+        """The dtype of a tensor when read, and whether it is another then than in its file."""
+        parts = sources(name, layout.fused)
+        if name in known and checkpoint.dtype(name) in ROWS.values():
+            return checkpoint.dtype(name), False
+        made = not all(part in known for part in parts)  # a folded table
+        wanted = torch.float32 if made else layout.dtype_of(name, dtype) or checkpoint.dtype(parts[0])
+        return wanted, made or len(parts) > 1 or checkpoint.dtype(parts[0]) != wanted
+
+    def size(name: str, streams: bool = False) -> int:
+        tensor, (wanted, moved) = tensors[name], held_in(name)
+        if name in narrow:
+            moved, nbytes = wanted not in ROWS.values(), tensor.numel() + 4 * len(tensor)  # and a scale per row
+        else:
+            nbytes = tensor.numel() * wanted.itemsize
+            if not streams:
+                moved = moved or network.absorb or name in linears or (network.channels_last and tensor.ndim == 4)
+        return nbytes if moved or not cpu else 0
+
+    def making(name: str) -> int:
+        """Bytes beside its 8-bit form while a weight is quantized."""
+        wanted, moved = held_in(name)
+        weight = torch.empty_like(tensors[name], dtype=wanted, device="meta")
+        peak = peak_of(lambda: quantized_values(weight, ROWS[narrow[name]]))[1] - size(name)
+        return peak + (weight.nbytes if moved else 0)
+
+    blocks = [parameters_of(module, block) for block in block_names(module)]
+    streaming = {name for names in blocks for name in names}
+    fixed = sum(size(name) for name in tensors if name not in streaming) + folded_bytes(module, dtype)
+    if network.channels_last and refuses(Target.of(device, dtype)) is None:
+        fixed += winograd_bytes(module)
+    kept, passing = (tuple(sum(size(n, streams) for n in names) for names in blocks) for streams in (False, True))
+    if not network.streams:
+        return Weights(fixed + sum(kept))
+    return Weights(fixed, kept, passing, max(map(making, narrow), default=0) if cpu else 0)

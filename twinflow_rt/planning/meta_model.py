@@ -1,0 +1,62 @@
+"""A model without weights, on the meta device, where its stages run to be counted: nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..models.context import Context
+from ..ops import EAGER
+from ..ops.selection import Choice, OpTable
+from ..passes.upsample import fold_upsampling
+from ..stages.text import PromptEmbeds
+
+FOLDED = (Choice("upsample_conv", "folded"),)  # as decoders are on every device
+
+
+@dataclass(frozen=True)
+class Shadow:
+    """text: the model's text stage, which runs `encoders` in place of its own networks. network: the velocity network,
+    folded for one evaluation. decoder: the VAE's. latents: [images, C, h, w]. Everything is float32."""
+
+    text: Any
+    encoders: Sequence[Any]
+    network: Any
+    decoder: Any
+    latents: Tensor
+
+    @classmethod
+    def of(
+        cls, text: Any, network: Any, vae: Any, size: tuple[int, int], images: int = 1, ops: OpTable = EAGER
+    ) -> Self:
+        """Of a model's stages, loaded or not, for `images` images of size (height, width) in pixels. ops: such that
+        run on the meta device."""
+        with torch.device("meta"):
+            shadow = type(network)(network.config, folded_steps=1)
+            latents = torch.zeros(images, vae.channels, size[0] // vae.scale, size[1] // vae.scale)
+        shadow.ops, decoder = ops, vae.parts[0].shadow(ops)
+        fold_upsampling(decoder, FOLDED)
+        return cls(text, text.shadows(ops), shadow, decoder, latents)
+
+    def prompt(self, tokens: int) -> PromptEmbeds:
+        """The text stage's work for one prompt of so many tokens."""
+        embeds: PromptEmbeds = self.text.probe(tokens, self.encoders)
+        return embeds
+
+    def encode(self, prompt: PromptEmbeds) -> Context:
+        """The network's work for the prompt alone."""
+        context: Context = self.network.encode_context(prompt.embeds, prompt.lengths, **prompt.extras)
+        return context
+
+    def velocity(self, context: Context) -> Tensor:
+        """One evaluation, with a context per image."""
+        velocity: Tensor = self.network(self.latents, self.network.step_modulation(0), context)
+        return velocity
+
+    def decode(self) -> Tensor:
+        image: Tensor = self.decoder(self.latents)
+        return image

@@ -1,0 +1,198 @@
+"""Which precision pays on a device: measurements of it, kept in files, and the choice among them.
+
+`twinflow-rt sensitivity MODEL --save` measures, on this device, what quantizing a network's linear layers does:
+the error of one evaluation, for every kind of layer alone and for all that remain, and its time before and
+after. `load(..., precision="auto")` reads what was measured here and takes a precision only if it was faster
+and its error within the budget; `load(..., exempt=FILE)` takes a measurement's exemptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.atomic import write_json
+from ..checkpoint.files import read_json
+from ..checkpoint.typed_json import typed
+from ..checkpoint.versions import refusal
+from ..config import dtype_name, has_native, resolve_precision
+from ..errors import CheckpointError, ConfigError
+from ..passes.quantize import ROWS, refuses
+from ..plan import Group, Plan
+
+SCHEMA = 1
+MEASURED = (*ROWS, "bf16")
+FASTER = 1.03  # by less than this factor, a gain may be noise
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `precision` did to one network on one device: "int8" and "fp8" quantize it, "bf16" is another dtype.
+
+    weights: fingerprint of its files. dtype: of the network before. error: of one evaluation without `exempt`, which
+    were left out to stay within `budget`; groups: of every kind of layer quantized alone, those included.
+    seconds, seconds_before: medians of one evaluation of the default size, after and before.
+    """
+
+    precision: str
+    family: str
+    weights: str
+    device: str
+    torch: str
+    dtype: str
+    budget: float
+    exempt: tuple[str, ...]
+    error: float
+    seconds: float
+    seconds_before: float
+    groups: tuple[Group, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it; `read` reads it back."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @property
+    def path(self) -> Path:
+        """Where `load(..., precision="auto")` on this device looks for it."""
+        return kept(self.precision, self.weights, self.device, self.dtype)
+
+
+def read(path: str | Path) -> Measurement:
+    """A measurement that `twinflow-rt sensitivity --save` wrote. Raises ConfigError for any other file."""
+    try:
+        raw = read_json(Path(path))
+    except CheckpointError as error:
+        raise ConfigError(f"{error}; `twinflow-rt sensitivity MODEL --save FILE` writes one") from None
+    schema = raw.pop("schema", None)
+    if schema != SCHEMA or set(raw) != {f.name for f in fields(Measurement)}:
+        raise ConfigError(refusal(path, schema, SCHEMA, "measure again"))
+    try:
+        found: Measurement = typed(raw, Measurement, str(path))
+    except ValueError as error:
+        raise ConfigError(f"{error}: measure again") from None
+    if found.precision not in MEASURED:
+        raise ConfigError(f"{path}: precision {found.precision!r:.40} is none of {', '.join(MEASURED)}: measure again")
+    return found
+
+
+def resolve(
+    folder: Path, precision: str | None, exempt: Sequence[str] | str | Path, fp8_attention: bool,
+    device: torch.device, dtype: torch.dtype, free: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of `compile_network` that those of `load` amount to, for the network in `folder`, the `dtype` of
+    everything among them. free: whether another than this one may be chosen for it."""
+    if precision == "auto":
+        if exempt or fp8_attention:
+            raise ConfigError("precision 'auto' takes what was measured: leave exempt and fp8_attention out")
+        found, notes = automatic(folder, device, dtype, free)
+        if found is None or found.precision == "bf16":
+            return {"notes": notes, "dtype": dtype if found is None else torch.bfloat16}
+        how: dict[str, Any] = {"precision": found.precision, "exempt": found.exempt, "sensitivity": found.groups}
+        return {"dtype": dtype, "notes": notes, **how}
+    quantized, _ = resolve_precision(precision, None)
+    if fp8_attention and quantized != "fp8":
+        raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision}")
+    names, measured = exemptions(exempt, quantized)
+    how = {"precision": quantized, "exempt": names, "sensitivity": measured, "fp8_attention": fp8_attention}
+    return {"dtype": dtype, **how}
+
+
+def require_saved(
+    plan: Plan, folder: Path, precision: str | None, exempt: Sequence[str] | str | Path, fp8_attention: bool
+) -> None:
+    """Raises ConfigError where `load`'s arguments ask for another precision than a saved program has."""
+    quantized, _ = resolve_precision(precision, None)
+    other = precision not in (None, "auto") and quantized != plan.precision
+    if other or (exempt and exemptions(exempt, plan.precision)[0] != plan.exempt):
+        raise ConfigError(
+            f"{folder} was saved with linear layers in {plan.precision or 'its dtype'}, for good; "
+            "load the model folder for another precision"
+        )
+    if fp8_attention and not plan.fp8_attention:
+        raise ConfigError(f"{folder} was saved without fp8_attention; load the model folder for it")
+
+
+def exemptions(exempt: Sequence[str] | str | Path, precision: str | None) -> tuple[tuple[str, ...], tuple[Group, ...]]:
+    """Names kept out of `precision`, and what was measured of it if they come from a file."""
+    if not isinstance(exempt, (str, Path)):
+        return tuple(exempt), ()
+    found = read(exempt)
+    if found.precision != precision:
+        raise ConfigError(f"{exempt} was measured for precision {found.precision}, not {precision or 'a dtype'}")
+    return found.exempt, found.groups
+
+
+def choose(measured: Mapping[str, Measurement | None]) -> tuple[Measurement | None, tuple[str, ...]]:
+    """The fastest precision that measured faster than none and within its budget, and a sentence on each.
+
+    measured: by precision, None where it was not measured. A pure function: no device is asked.
+    """
+    fit, said = [], []
+    for name, found in measured.items():
+        if found is None:
+            command = f"`twinflow-rt sensitivity MODEL --precision {name} --save`"
+            said.append(f"auto: {name} was not measured here ({command} does)")
+            continue
+        gain = found.seconds_before / found.seconds
+        state = f"measured {gain:.2f}x as fast, error {found.error:.2e} of at most {found.budget:g}"
+        passed = gain >= FASTER and found.error <= found.budget
+        said.append(f"auto: {name} {state}" + ("" if passed else ": not taken"))
+        fit += [found] * passed
+    return min(fit, key=lambda found: found.seconds, default=None), tuple(said)
+
+
+def automatic(
+    folder: Path, device: torch.device, dtype: torch.dtype, free: bool = False
+) -> tuple[Measurement | None, tuple[str, ...]]:
+    """`choose` among the precisions with products on `device`, of a network's `folder`: what was measured here.
+    free: bfloat16 is one of them, in place of a float32 that nobody asked for."""
+    names = [name for name in ROWS if refuses(name, device, dtype) is None]
+    names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
+    names += ["bf16"] * (free and refuses_bf16(device, dtype) is None)
+    here = fingerprint(folder), device_name(device), dtype_name(dtype)
+    paths = {name: kept(name, *here) for name in names}
+    return choose({name: read(path) if path.is_file() else None for name, path in paths.items()})
+
+
+def refuses_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why bfloat16 is no choice in the place of `dtype` on `device`, or None."""
+    if dtype != torch.float32:
+        return f"bf16 is measured against float32, not {dtype_name(dtype)}"
+    return None if has_native(torch.bfloat16, device) else f"this {device.type} only emulates bfloat16"
+
+
+def kept(precision: str, weights: str, device: str, dtype: str) -> Path:
+    """Where a measurement on this machine stands, in the user's cache; one of another torch is not found."""
+    key = hashlib.sha256("\n".join((weights, device, dtype, torch.__version__)).encode()).hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "twinflow_rt" / "precision" / f"{key[:32]}-{precision}.json"
+
+
+def save(found: Measurement, path: str | Path | None = None) -> Path:
+    """Writes a measurement, to where `automatic` finds it unless a path is given."""
+    path = found.path if path is None else Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_json(path, found.to_dict())
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a network's folder: its config, and the names and sizes of its weight files, which are not read."""
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest.update("".join(f"{path.name} {path.stat().st_size}\n" for path in files).encode())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """The chip, and of a CPU the threads that torch uses."""
+    from ..bench.facts import cpu_model
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"

@@ -1,0 +1,348 @@
+"""Stages recorded once per shape and replayed: CUDA graphs, and on a CPU tapes (see `tape`).
+
+A stage of a one-step model is a fixed list of kernels, so it is recorded once for every shape it meets (a
+bucket: exact size and batch, prompt length up to a multiple of `BUCKET`) and then costs one launch. Inputs are
+copied into the buffers that were recorded with, outputs out of theirs, so callers keep what they get.
+
+    graphs = Captures(CudaGraphs(device))
+    y = graphs("decode", network, network.forward, x)      # records for x's shape, or replays
+
+`owner` is what the recorded addresses belong to: where it is another object than last time (a network that
+was compiled anew, a schedule folded anew), the stage's graphs are forgotten. One lock holds copy-in, replay and
+copy-out together, and each replay waits on the device for the one before: any thread and stream may call.
+
+Memory. All graphs share one pool, so their intermediate results lie in the same memory: together they need
+what the largest needs. The pool's bytes are counted as it grows; it shrinks only as a whole, so where it
+exceeds `budget` all graphs go and what is needed is recorded again. At most `entries` graphs are kept, the
+least recently used goes first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import DeviceError
+from .out_of_memory import is_out_of_memory
+
+BUCKET = 32  # prompt tokens: lengths are padded to a multiple
+ENTRIES = 32  # graphs kept
+BUDGET = 8 << 30  # bytes of the pool
+WARMUP = 2  # runs before recording: libraries choose kernels and allocate workspaces in the first
+SHAPES = 256  # on a CPU: tapes kept, and shapes whose first call is remembered
+LONGEST = 0.1  # seconds of a call on a CPU beyond which the Python between its ops is a small part
+MODES = ("auto", "graphs", "off")
+# Latent positions of a batch (128 x 128: one image of 1024 x 1024 at 8 pixels a latent) up to which "auto"
+# records the network. Beyond, kernels are long enough to hide their launches, and masks for padded prompts
+# would cost more than that. Judged, not measured.
+AUTO_POSITIONS = 128 * 128
+
+
+def bucket(length: int) -> int:
+    """The prompt length that `length` tokens are padded to: the next multiple of `BUCKET`."""
+    return -(-length // BUCKET) * BUCKET
+
+
+class Backend(Protocol):
+    """What records. Calls come one at a time, under the lock of `Captures`."""
+
+    def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Any, int]:
+        """A graph of `run`, what run returned (tensors that every replay writes), bytes the pool grew by. inputs: what
+        run reads whose values differ from replay to replay."""
+
+    def enter(self) -> None:
+        """Called before inputs are copied in: the caller's stream waits for the last replay."""
+
+    def replay(self, graph: Any) -> None:
+        """Runs the graph on the caller's stream."""
+
+    def leave(self) -> None:
+        """Called after outputs are copied out."""
+
+    def reset(self) -> None:
+        """Gives the pool back; its graphs are gone."""
+
+
+class CudaGraphs:
+    """torch.cuda.CUDAGraph on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._side, self._done = torch.cuda.Stream(device), torch.cuda.Event()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Any, int]:
+        with torch.cuda.device(self.device):
+            here = torch.cuda.current_stream()
+            self._side.wait_stream(here)
+            with torch.cuda.stream(self._side):
+                for _ in range(WARMUP):
+                    run()
+            here.wait_stream(self._side)
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
+            # other threads may allocate meanwhile: only this one's calls are recorded
+            mode: dict[str, Any] = {"pool": self._pool, "stream": self._side, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, **mode):
+                outputs = run()
+            return graph, outputs, max(torch.cuda.memory_reserved() - before, 0)
+
+    def enter(self) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self._done)
+
+    def replay(self, graph: Any) -> None:
+        graph.replay()
+
+    def leave(self) -> None:
+        self._done.record(torch.cuda.current_stream(self.device))
+
+    def reset(self) -> None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Of one stage: graphs kept, calls they served, recordings made, graphs given up for room,
+    bytes of static inputs; refused: why calls run without a graph, or None."""
+
+    kept: int = 0
+    replayed: int = 0
+    recorded: int = 0
+    evicted: int = 0
+    input_bytes: int = 0
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.kept} kept, {self.replayed} replays, {self.recorded} recordings, {self.evicted} given up"
+        return f"{text}; without: {self.refused}" if self.refused else text
+
+
+@dataclass
+class _Entry:
+    graph: Any
+    inputs: list[Tensor]
+    outputs: Any
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.inputs)
+
+
+class Captures:
+    """Calls functions of tensors by recorded graphs; see the module's docstring.
+
+    strict: raise DeviceError where recording fails; else that shape runs without a graph, and `stats` says why.
+    kind: what a plan calls them. buckets: whether prompts are padded so that more of them have the same shape: where
+    recording costs much. longest: record what took at most so many seconds when it came first, and not before it comes
+    again; None: everything, at once.
+    """
+
+    def __init__(
+        self, backend: Backend, *, entries: int = ENTRIES, budget: int = BUDGET, strict: bool = False,
+        kind: str = "graphs", buckets: bool = True, longest: float | None = None,
+    ) -> None:  # fmt: skip
+        self.backend, self.entries, self.budget, self.strict = backend, entries, budget, strict
+        self.kind, self.buckets, self.longest = kind, buckets, longest
+        self._met: OrderedDict[Hashable, None] = OrderedDict()
+        self.pool_bytes = 0
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._plain: dict[Hashable, str] = {}
+        self._owners: dict[str, Any] = {}
+        self._stats: dict[str, Stats] = {}
+
+    def __call__(self, stage: str, owner: Any, function: Callable[..., Any], *args: Any) -> Any:
+        """function(*args), by a graph. args: tensors, also in tuples, dicts and dataclasses; everything else in
+        them must be hashable and decides, with shapes and dtypes, which graph it is. The result's tensors are
+        the caller's own. function may read other tensors if they live as long as `owner` and never move."""
+        leaves: list[Tensor] = []
+        key = (stage, _shape(args, leaves), torch.is_inference_mode_enabled())
+        with self._lock:
+            if self._owners.get(stage) is not owner:
+                self.forget(stage)
+                self._owners[stage] = owner
+            entry = self._kept.get(key)
+            if entry is None and self.longest is not None and key not in self._met:
+                return self._first(key, function, args)
+            if key in self._plain or (entry is None and (entry := self._record(key, function, args, leaves)) is None):
+                return function(*args)
+            self._kept.move_to_end(key)
+            self._count(stage, replayed=1)
+            self.backend.enter()
+            for static, given in zip(entry.inputs, leaves, strict=True):
+                static.copy_(given)
+            self.backend.replay(entry.graph)
+            result = _map(entry.outputs, lambda x: x.clone())
+            self.backend.leave()
+            return result
+
+    def _first(self, key: Any, function: Callable[..., Any], args: Any) -> Any:
+        """A call of a shape that may never come again."""
+        begin = time.perf_counter()
+        result = function(*args)
+        if self.longest is not None and (taken := time.perf_counter() - begin) > self.longest:
+            self._refuse(key, f"takes {taken:.2f} s: what recording saves would not show")
+        self._met[key] = None
+        while len(self._met) > SHAPES:
+            self._plain.pop(self._met.popitem(last=False)[0], None)
+        return result
+
+    def refuse(self, stage: str, why: str) -> None:
+        """Notes why calls of a stage do not come here."""
+        with self._lock:
+            self._refuse((stage, None), why)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that graphs hold: their pool and their inputs."""
+        return self.pool_bytes + sum(entry.nbytes for entry in self._kept.values())
+
+    def stats(self) -> dict[str, Stats]:
+        """What has happened so far, per stage."""
+        out = {}
+        for stage, stats in self._stats.items():
+            entries = [entry for key, entry in self._kept.items() if key[0] == stage]  # type: ignore[index]
+            refused = next((why for key, why in self._plain.items() if key[0] == stage), None)  # type: ignore[index]
+            out[stage] = replace(stats, kept=len(entries), input_bytes=sum(e.nbytes for e in entries), refused=refused)
+        return out
+
+    def notes(self) -> tuple[str, ...]:
+        """Lines for a plan."""
+        if not self._stats:
+            return (f"{self.kind}: none recorded yet",)
+        held = f"{self.kind} hold {self.nbytes / 1e6:,.1f} MB of at most {self.budget / 1e6:,.1f} MB"
+        return (held, *(f"{self.kind} of {stage}: {stats}" for stage, stats in self.stats().items()))
+
+    def clear(self) -> None:
+        """Gives up all graphs and their memory."""
+        with self._lock:
+            self._clear()
+
+    def forget(self, stage: str) -> None:
+        """Drops the graphs of one stage; for `__call__`."""
+        for held in (self._kept, self._plain, self._met):
+            for key in [key for key in held if key[0] == stage]:  # type: ignore[index]
+                del held[key]
+        if not self._kept and self.pool_bytes:
+            self._clear()
+
+    def _clear(self) -> None:
+        for key in self._kept:
+            self._count(key[0], evicted=1)  # type: ignore[index]
+        self._kept.clear()
+        self.pool_bytes = 0
+        self.backend.reset()
+
+    def _record(self, key: Any, function: Callable[..., Any], args: Any, leaves: list[Tensor]) -> _Entry | None:
+        """Records and keeps a graph; None: this call and those like it run without one."""
+        stage = key[0]
+        while len(self._kept) >= self.entries:
+            old, _ = self._kept.popitem(last=False)
+            self._count(old[0], evicted=1)  # type: ignore[index]
+        for alone in (False, True):
+            static = [x.clone() for x in leaves]
+            supply = iter(static)
+            inputs = _map(args, partial(_taken, supply))
+            try:
+                graph, outputs, grown = self.backend.record(partial(function, *inputs), static)
+            except RuntimeError as error:
+                if self.longest is not None and is_out_of_memory(error):
+                    raise  # a tape takes what the call takes, which would fail as well
+                reason = f"recording failed ({str(error).splitlines()[0]})"
+                if self.strict:
+                    raise DeviceError(f"stage {stage}: {reason}; capture='off' runs without graphs") from error
+                self._refuse(key, reason)
+                return None
+            self._count(stage, recorded=1)
+            self.pool_bytes += grown
+            if self.pool_bytes <= self.budget:
+                self._kept[key] = entry = _Entry(graph, static, outputs)
+                return entry
+            del graph, outputs
+            if alone or self.pool_bytes == grown:
+                break
+            self._clear()  # then once more, in a pool of its own
+        needed = self.pool_bytes
+        self._clear()
+        self._refuse(key, f"its graph alone needs {needed / 1e6:,.1f} MB, beyond the budget")
+        return None
+
+    def _refuse(self, key: tuple[str, Hashable], reason: str) -> None:
+        self._plain[key] = reason
+        self._count(key[0])
+
+    def _count(self, stage: str, **more: int) -> None:
+        stats = self._stats.get(stage, Stats())
+        self._stats[stage] = replace(stats, **{name: getattr(stats, name) + n for name, n in more.items()})
+
+
+def _shape(value: Any, leaves: list[Tensor]) -> Hashable:
+    """What a graph depends on but the values of tensors, which are added to `leaves`."""
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return tuple(value.shape), value.stride(), value.dtype, value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(_shape(item, leaves) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _shape(item, leaves)) for name, item in value.items())
+    if is_dataclass(value):
+        return type(value), tuple(_shape(item, leaves) for item in _values(value))
+    known: Hashable = value
+    return known
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a value, in the order `_map` meets them."""
+    leaves: list[Tensor] = []
+    _shape(value, leaves)
+    return leaves
+
+
+def _taken(supply: Iterator[Tensor], _: Tensor) -> Tensor:
+    return next(supply)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with its tensors changed, in the order `_shape` meets them."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(item, change) for item in value)
+    if isinstance(value, dict):
+        return {name: _map(item, change) for name, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in fields(value))
+        changed = {name: _map(item, change) for name, item in zip(names, _values(value), strict=True)}
+        return replace(value, **changed)
+    return value
+
+
+def _values(value: Any) -> Iterator[Any]:
+    return (getattr(value, field.name) for field in fields(value))
+
+
+def open_captures(mode: str, device: torch.device) -> Captures | None:
+    """The captures that `load(capture=mode)` asks for; None: none. "auto" has graphs on a GPU, tapes on a CPU.
+
+    Raises DeviceError for "graphs" where there are none.
+    """
+    if mode == "off" or (mode == "auto" and device.type not in ("cuda", "cpu")):
+        return None
+    if mode == "auto" and device.type == "cpu":
+        from .cpu_graph import Tapes
+
+        return Captures(Tapes(), entries=SHAPES, kind="tapes", buckets=False, longest=LONGEST)
+    if device.type != "cuda":
+        raise DeviceError(f"capture='graphs' records CUDA graphs, and this model is on {device}; use 'auto' or 'off'")
+    return Captures(CudaGraphs(device), strict=mode == "graphs")

@@ -1,0 +1,89 @@
+"""Running out of memory: told apart from other failures, and nothing of the failed work kept alive.
+
+torch reports it as `torch.OutOfMemoryError` on a GPU, as a plain RuntimeError of its allocator on a CPU;
+Python as MemoryError; oneDNN, when there is no room for the code it generates for a new shape, as
+"could not create a primitive".
+
+oneDNN's code generator keeps that failure as a state of the thread it happened on: from then on every
+shape new to the process is refused there, however much memory is free (oneDNN 3.12). So whatever runs
+later on such a thread is handed to a fresh one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from ..errors import OutOfMemoryError
+from .timing import release_free_memory
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ONEDNN = "could not create a primitive"
+ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", "can't start new thread", ONEDNN)
+
+_thread = threading.local()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, whoever raised it."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    message = str(error)
+    # "could not create a primitive descriptor" is another failure: an operation that does not exist
+    return isinstance(error, RuntimeError) and any(
+        text in message and f"{text} descriptor" not in message for text in ALLOCATORS
+    )
+
+
+def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(work(), None), or (None, why) where memory ran out.
+
+    Then nothing refers to the failed work any more (an exception would, through its traceback), and its
+    memory is given back to the system. Other exceptions pass.
+    """
+    try:
+        return _run(work), None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if ONEDNN in reason:
+        _thread.refused = True
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    release_free_memory()
+    return None, reason
+
+
+def named(doing: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates a function that never returns None: out of memory, it raises OutOfMemoryError, which says
+    that `doing` it did not fit, and leaves nothing behind."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> T:
+            result, reason = attempt(lambda: function(*args, **kwargs))
+            if reason is not None:
+                raise OutOfMemoryError(
+                    f"{doing} needs more memory than is free ({reason}); free some, choose a smaller precision, "
+                    "or another device"
+                )
+            return result  # type: ignore[return-value]
+
+        return run
+
+    return decorate
+
+
+def _run(work: Callable[[], T]) -> T:
+    if not getattr(_thread, "refused", False):
+        return work()
+    with ThreadPoolExecutor(1, thread_name_prefix="twinflow-fresh") as fresh:
+        return fresh.submit(work).result()

@@ -1,0 +1,222 @@
+"""Sampler settings, and what they come to: the time grid, and every (t, tt) the network will see.
+
+Nothing here touches a network or a device, so the compile pass can ask for a schedule and fold the
+model's modulation at exactly those times. `sample.py` holds the rules these settings steer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MODES = ("few", "any", "multi")
+MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Settings of the UCGM sampler (arXiv 2505.07447), under TwinFlow's names. Hashable.
+
+    sampling_steps: network evaluations asked for, 1..1000; order 2 spends an even number less one.
+    stochast_ratio: share of the noise estimate's variance replaced by fresh noise at each step,
+        0 (deterministic) .. 1, or "SDE" for the share that follows the reverse-time SDE.
+    extrapol_ratio: how far estimates are extrapolated from the step before, 0..1.
+    sampling_order: 1, or 2 for a Heun-like correction.
+    time_dist_ctrl: (a, b, c) > 0 of the Kumaraswamy warp of the grid; (1, 1, 1) leaves it uniform.
+    rfba_gap_steps: (start, end), the grid runs from t = 1 - start down to t = end, then 0.
+    mode: the target time tt given to the network: 0 ("few"), the next time ("any"), or the same
+        time, which is the instantaneous velocity ("multi").
+    """
+
+    sampling_steps: int = 1
+    stochast_ratio: float | Literal["SDE"] = 0.0
+    extrapol_ratio: float = 0.0
+    sampling_order: int = 1
+    time_dist_ctrl: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    rfba_gap_steps: tuple[float, float] = (0.0, 0.0)
+    mode: Literal["few", "any", "multi"] = "few"
+
+    def __post_init__(self) -> None:
+        n, wanted = self.sampling_steps, f"an integer 1..{MAX_STEPS}"
+        _require(_is_int(n) and 1 <= n <= MAX_STEPS, "sampling_steps", n, wanted)
+        ratio = self.stochast_ratio
+        _require(ratio == "SDE" or _within(ratio, 0, 1), "stochast_ratio", ratio, "0..1 or 'SDE'")
+        extra = self.extrapol_ratio
+        _require(_within(extra, 0, 1), "extrapol_ratio", extra, "a number 0..1")
+        order = self.sampling_order
+        _require(_is_int(order) and order in (1, 2), "sampling_order", order, "1 or 2")
+        _require(self.mode in MODES, "mode", self.mode, "one of 'few', 'any', 'multi'")
+        object.__setattr__(self, "time_dist_ctrl", _numbers(self, "time_dist_ctrl", 3))
+        object.__setattr__(self, "rfba_gap_steps", _numbers(self, "rfba_gap_steps", 2))
+        warp, gaps = self.time_dist_ctrl, self.rfba_gap_steps
+        _require(min(warp) > 0, "time_dist_ctrl", warp, "three positive numbers (a, b, c)")
+        _require(
+            min(gaps) >= 0 and sum(gaps) < 1, "rfba_gap_steps", gaps,
+            "(start, end), both 0 or more, adding up to less than 1",
+        )  # fmt: skip
+
+    @property
+    def intervals(self) -> int:
+        """N, the steps on the grid: `sampling_steps`, at order 2 halved and rounded up."""
+        return (self.sampling_steps + 1) // 2 if self.sampling_order == 2 else self.sampling_steps
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step t -> t' with its coefficients: Python floats that the model dtype holds exactly
+    (keep and inject: in float64 unless the ratio is "SDE")."""
+
+    t: float
+    tt: float
+    gamma: float  # 1 - t
+    t_next: float
+    gamma_next: float
+    keep: float  # sqrt(1-s), weight of z_hat
+    inject: float  # sqrt(s), weight of fresh noise
+    heun: float | None  # t' - (1-t') t / (1-t), the weight of the averaged z; None: no correction
+    heun_tt: float  # target time of the correcting evaluation
+
+
+def time_grid(config: SamplerConfig, dtype: torch.dtype) -> tuple[float, ...]:
+    """The times t_0 > t_1 > ... > t_N = 0 of the steps, each rounded to the model's `dtype`.
+
+    u = linspace(start, 1 - end, N) in float64, rounded; t = 1 - (1 - (1 - u^a)^b)^c, every
+    operation rounded; 0 appended. With end = 0 the linspace has N + 1 points and loses its last.
+    State and network use the same values. Computed on the CPU: no device changes a schedule.
+    TRAP: in bfloat16 the released start time 0.999 rounds to exactly 1.
+    """
+    return tuple(_grid(config, dtype).tolist())
+
+
+def schedule(config: SamplerConfig, dtype: torch.dtype) -> tuple[tuple[float, float], ...]:
+    """(t, tt) of every network evaluation in the order `sample` makes them: what to fold for."""
+    pairs = []
+    for step in steps(config, dtype):
+        pairs.append((step.t, step.tt))
+        if step.heun is not None:
+            pairs.append((step.t_next, step.heun_tt))
+    return tuple(pairs)
+
+
+@lru_cache(maxsize=128)
+def steps(config: SamplerConfig, dtype: torch.dtype) -> tuple[Step, ...]:
+    """The N steps of a run in model `dtype`."""
+    grid = _grid(config, dtype)
+    heun = config.sampling_order == 2
+    return tuple(
+        _step(config, grid[i], grid[i + 1], heun and i + 1 < config.intervals)
+        for i in range(config.intervals)
+    )
+
+
+def preset(nfe: int, mode: Literal["few", "any", "multi"] | None = None) -> SamplerConfig:
+    """Settings for `nfe` network evaluations without guidance.
+
+    mode None means "few" up to 8 evaluations and "multi" above.
+    "few", 1..8: full renoising (stochast_ratio 1). 1, 2 and 4 are `PRESETS`; 3 takes the end gap
+        midway between those of 2 and 4, and 5..8 keep that of 4: choices of ours, not released.
+    "any", 1..100: PRESETS["any"] at that many steps; at 1 the same as "few".
+    "multi", 1..100: plain flow matching, PRESETS["multi"] at that many steps; good from about 20.
+        Above 60, bfloat16 has too few values near 1 and may repeat a time (harmless, but wasted).
+    """
+    if mode is None:
+        mode = "few" if _is_int(nfe) and nfe <= 8 else "multi"
+    _require(mode in MODES, "mode", mode, "one of 'few', 'any', 'multi'")
+    most = 8 if mode == "few" else 100
+    hint = f"an integer 1..{most} in mode '{mode}'; mode 'multi' goes up to 100"
+    _require(_is_int(nfe) and 1 <= nfe <= most, "nfe", nfe, hint)
+    if nfe == 1 and mode != "multi":
+        return PRESETS["1"]
+    if mode == "few":
+        end = {2: 0.6, 3: 0.55}.get(nfe, 0.5)
+        return SamplerConfig(nfe, stochast_ratio=1.0, rfba_gap_steps=(0.001, end))
+    if mode == "any":
+        return SamplerConfig(nfe, rfba_gap_steps=(0.001, 0.5), mode="any")
+    return SamplerConfig(
+        nfe, time_dist_ctrl=(1.17, 0.8, 1.1), rfba_gap_steps=(0.001, 0.0), mode="multi"
+    )
+
+
+def _grid(config: SamplerConfig, dtype: torch.dtype) -> Tensor:
+    """`time_grid` as a tensor [N + 1] of `dtype`."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"the sampler works in {', '.join(map(str, DTYPES))}, not in {dtype}; cast the noise")
+    n, (start, end) = config.intervals, config.rfba_gap_steps
+    u = torch.linspace(start, 1 - end, n + (end == 0), dtype=torch.float64)[:n].to(dtype)
+    a, b, c = config.time_dist_ctrl
+    t = 1 - (1 - (1 - u**a) ** b) ** c
+    return torch.cat((t, torch.zeros_like(t[:1])))
+
+
+def _step(config: SamplerConfig, t: Tensor, t_next: Tensor, correct: bool) -> Step:
+    """Coefficients by 0-d tensor arithmetic, so that each operation rounds to the model dtype."""
+    gamma, gamma_next = 1 - t, 1 - t_next
+    keep, inject = _noise_weights(config, t, t_next)
+    heun = float(t_next - gamma_next * t / gamma) if correct and gamma != 0 else None
+    tt = {"few": 0.0, "any": float(t_next), "multi": float(t)}[config.mode]
+    heun_tt = 0.0 if config.mode == "few" else float(t_next)
+    return Step(
+        float(t), tt, float(gamma), float(t_next), float(gamma_next), keep, inject, heun, heun_tt
+    )
+
+
+def _noise_weights(config: SamplerConfig, t: Tensor, t_next: Tensor) -> tuple[float, float]:
+    """sqrt(1-s) and sqrt(s). Into t' = 0 nothing is injected: its weight t' is 0."""
+    if t_next == 0:
+        return 1.0, 0.0
+    if config.stochast_ratio == "SDE":
+        root = (t_next - t).abs().sqrt() * (2 * t).sqrt() / t_next
+        s = (root**2).clamp(0, 1)
+        return float((1 - s) ** 0.5), float(s**0.5)
+    return (1 - config.stochast_ratio) ** 0.5, config.stochast_ratio**0.5
+
+
+def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {wanted}; got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore
+
+
+def _within(value: object, low: float, high: float) -> bool:
+    return _is_number(value) and low <= value <= high  # type: ignore[operator]
+
+
+def _numbers(config: SamplerConfig, name: str, count: int) -> tuple[float, ...]:
+    """A list or tuple of `count` finite numbers as a tuple of floats."""
+    values = getattr(config, name)
+    ok = isinstance(values, (list, tuple)) and len(values) == count and all(map(_is_number, values))
+    _require(ok, name, values, f"{count} finite numbers")
+    return tuple(float(v) for v in values)
+
+
+PRESETS: Mapping[str, SamplerConfig] = MappingProxyType(
+    {
+        # x0 = z - F(z, 1, 0), from t = 1 exactly in every dtype, as trained
+        "1": SamplerConfig(1),
+        # the released inference settings for 2 and 4 evaluations
+        "2": SamplerConfig(2, stochast_ratio=1.0, rfba_gap_steps=(0.001, 0.6)),
+        "4": SamplerConfig(4, stochast_ratio=1.0, rfba_gap_steps=(0.001, 0.5)),
+        # the published any-step and multi-step settings
+        "any": SamplerConfig(4, rfba_gap_steps=(0.001, 0.5), mode="any"),
+        "multi": SamplerConfig(
+            30, time_dist_ctrl=(1.17, 0.8, 1.1), rfba_gap_steps=(0.001, 0.0), mode="multi"
+        ),
+    }
+)

@@ -1,0 +1,234 @@
+"""The first stage: prompts to embeddings, each prompt at its own length.
+
+Prompts are padded to the longest of the batch instead of a fixed 512 tokens; encoders are causal, so
+padding on the right changes nothing. And so the beginning that a model's template puts before every prompt
+is read once: later prompts attend to its keys and values (`Prefix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checkpoint.checkpoint import Progress
+from ..errors import CheckpointError, ConfigError
+from ..models.text_encoders import qwen2_5_vl, qwen3
+from ..models.text_encoders.language_model import Past
+from ..runtime.capture import bucket
+from .stage import Model, Part, Stage
+from .tokenizer import ChatTokenizer, Tokenizer
+
+
+@dataclass(frozen=True)
+class PromptEmbeds:
+    """What a network takes of B prompts.
+
+    embeds: [B, L, D]; prompt b's first lengths[b] rows count, the others hold anything finite.
+    extras: more that a family's `encode_context` takes, by keyword, e.g. a pooled vector [B, P].
+    """
+
+    embeds: Tensor
+    lengths: tuple[int, ...]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def check(self, probe: PromptEmbeds, max_tokens: int) -> None:
+        """Raises ConfigError unless these are embeddings as a text stage makes them. probe: what its `probe`
+        gives; max_tokens: the longest prompt it takes. Reads the values, so a GPU is waited for."""
+        shape, wanted = tuple(getattr(self.embeds, "shape", ())), probe.embeds.shape[-1]
+        longest = max(max_tokens, probe.embeds.shape[1])
+        if len(shape) != 3 or shape[2] != wanted or not 1 <= shape[1] <= longest or not shape[0]:
+            raise ConfigError(
+                f"embeds must be a tensor [prompts, 1 to {longest} tokens, {wanted}], not "
+                f"{shape or type(self.embeds)}; make them with pipe.text"
+            )
+        counts = tuple(self.lengths) if isinstance(self.lengths, (tuple, list)) else ()
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= shape[1] for n in counts)
+        if len(counts) != shape[0] or not whole:
+            raise ConfigError(
+                f"lengths must be {shape[0]} numbers from 1 to {shape[1]}, one per prompt, not {self.lengths!r:.80}"
+            )
+        if set(self.extras) != set(probe.extras):
+            names = [", ".join(sorted(extras)) or "empty" for extras in (probe.extras, self.extras)]
+            raise ConfigError("extras must be {}, not {}; make them with pipe.text".format(*names))
+        for name, tensor in {"embeds": self.embeds, **self.extras}.items():
+            alike = (shape[0], *probe.extras[name].shape[1:]) if name in probe.extras else shape
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tuple(tensor.shape) != alike:
+                raise ConfigError(f"{name} must be a floating-point tensor {alike}; make it with pipe.text")
+            if not torch.isfinite(tensor).all():
+                raise ConfigError(f"{name} holds NaN or infinity; make it again with pipe.text")
+
+    def select(self, rows: Sequence[int]) -> PromptEmbeds:
+        """Those of prompts `rows`, no longer than the longest of them."""
+        index, lengths = torch.tensor(rows, device=self.embeds.device), tuple(self.lengths[row] for row in rows)
+        extras = {name: tensor[index] for name, tensor in self.extras.items()}
+        return PromptEmbeds(self.embeds[index, : max(lengths)], lengths, extras)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
+        extras = {name: tensor.to(device, dtype) for name, tensor in self.extras.items()}
+        return PromptEmbeds(self.embeds.to(device, dtype), self.lengths, extras)
+
+
+PREFIX_FLOOR = 16  # tokens: reading fewer again costs less than joining keys and values in every layer
+PROBES = ("a", "Z 1", ".")  # prompts that begin unlike each other
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What all prompts begin with, read: its states [1, P, width], and its keys and values."""
+
+    ids: list[int]
+    states: Tensor
+    past: Past
+
+
+class TextEncoder(Stage):
+    """prompts -> PromptEmbeds, by one causal language model; a family's stage says which and how.
+
+    max_tokens: longer prompts lose their tail. dropped: tokens of the prompt's fixed beginning, which
+    the model reads but whose embeddings are left out. least_prefix: see `PREFIX_FLOOR`. captures: records
+    the network per bucket of lengths (see `capture`), or None. Stages of another make provide `width`,
+    `max_tokens`, `parts`, `captures`, `__call__` and `probe` alike.
+    """
+
+    model: Model
+    tokenizer_class: type[Tokenizer]
+    max_tokens = 512
+    dropped = 0
+    least_prefix = PREFIX_FLOOR
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = self.tokenizer_class(folder / "tokenizer")
+        self.parts = (self.model.open(folder / "text_encoder"),)
+        self.network = self.parts[0].network
+        check_vocabulary(self.tokenizer, self.parts[0])
+        self._prefix: Prefix | None = None
+
+    def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
+        super().materialize(device, dtype, progress)
+        self._prefix = None
+
+    @property
+    def width(self) -> int:
+        """Features of an embedding."""
+        return int(self.network.config.hidden_size)
+
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Embeddings [B, L, width] in the weights' dtype, L the longest prompt's token count."""
+        ids = self.tokenizer(prompts, self.max_tokens + self.dropped)
+        lengths = tuple(len(i) - self.dropped for i in ids)
+        if min(lengths, default=0) <= 0:
+            raise ConfigError(
+                "a prompt has no tokens; the model's chat template must write at least one: download it again"
+            )
+        prefix = self.prefix(ids)
+        start = 0 if prefix is None else len(prefix.ids)
+        return PromptEmbeds(self.kept(self._states(self.padded(ids, start), prefix)), lengths)
+
+    def padded(self, ids: Sequence[list[int]], start: int) -> Tensor:
+        """Tokens from number `start` on, int64 [B, L] on the device: L the longest's, or its bucket where graphs are
+        recorded."""
+        longest = max(len(i) for i in ids) - start
+        if self.captures is not None and self.captures.buckets:
+            longest = bucket(longest)
+        device = self.network.embed_tokens.weight.device
+        return torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=device)
+
+    def _states(self, ids: Tensor, prefix: Prefix | None) -> Tensor:
+        """The model's states of whole prompts, of which ids [B, L] come after `prefix`."""
+
+        def run(ids: Tensor) -> Tensor:
+            states: Tensor = self.network(ids) if prefix is None else self.network(ids, prefix.past)
+            return states
+
+        states: Tensor
+        if prefix is None:
+            states = self.captured("text", run, ids)
+            return states
+        states = self.captured("text after prefix", run, ids, owner=prefix)
+        return torch.cat((prefix.states.expand(len(states), -1, -1), states), 1)
+
+    def prefix(self, ids: Sequence[list[int]]) -> Prefix | None:
+        """What the template puts before every prompt, read on first use; None where it is short, or where
+        one of these token lists begins otherwise or has nothing behind it."""
+        fixed = self.prefix_ids
+        if len(fixed) < self.least_prefix or not all(len(i) > len(fixed) and i[: len(fixed)] == fixed for i in ids):
+            return None
+        if self._prefix is None:
+            device = self.network.embed_tokens.weight.device
+            self._prefix = Prefix(fixed, *self.network.read(torch.tensor([fixed], device=device)))
+        return self._prefix
+
+    def shared(self, length: int) -> int:
+        """How many of a prompt's `length` tokens, instruction included, `prefix` has read before."""
+        fixed = len(self.prefix_ids)
+        return fixed if self.least_prefix <= fixed < length else 0
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """The tokens that all prompts begin with, as far as `PROBES` tell; `prefix` compares every prompt."""
+        probes = self.tokenizer(PROBES, self.max_tokens + self.dropped)
+        same = (len(set(column)) == 1 for column in zip(*probes, strict=False))
+        return probes[0][: sum(1 for _ in takewhile(bool, same))]
+
+    def kept(self, states: Tensor) -> Tensor:
+        """Of the model's states [B, dropped + L, width], those that are embeddings."""
+        return states[:, self.dropped :]
+
+    def probe(self, tokens: int, shadows: Sequence[Any] = ()) -> PromptEmbeds:
+        """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted. shadows: of its
+        parts, made if not given."""
+        (shadow,), start = shadows or self.shadows(), self.shared(self.dropped + tokens)
+        ids = torch.zeros(1, self.dropped + tokens - start, dtype=torch.int64, device="meta")
+        states = shadow(ids, shadow.blank_past(start)) if start else shadow(ids)
+        return PromptEmbeds(self.kept(F.pad(states, (0, 0, start, 0))), (tokens,))
+
+
+def check_vocabulary(tokenizer: Tokenizer, encoder: Part) -> None:
+    """Raises CheckpointError if the tokenizer has more tokens than the encoder embeds."""
+    known, embedded = tokenizer.core.get_vocab_size(), encoder.network.config.vocab_size
+    if known > embedded:
+        raise CheckpointError(
+            f"{tokenizer.folder} knows {known} tokens, {encoder.checkpoint.folder} embeds {embedded}; "
+            "they belong to different models"
+        )
+
+
+class ZImageText(TextEncoder):
+    """Qwen3 behind its chat template, as in diffusers' ZImagePipeline."""
+
+    model = qwen3.MODEL
+    tokenizer_class = ChatTokenizer
+
+
+class QwenImageTokenizer(Tokenizer):
+    """The fixed instruction that Qwen-Image was trained with, around the prompt."""
+
+    SYSTEM = (
+        "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
+        "of the objects and background:"
+    )
+
+    def render(self, prompt: str) -> str:
+        turns = f"<|im_start|>system\n{self.SYSTEM}<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
+        return turns + "<|im_start|>assistant\n"
+
+
+class QwenImageText(TextEncoder):
+    """Qwen2.5-VL's language model behind a fixed instruction, whose 34 tokens up to the prompt are
+    dropped, as in diffusers' QwenImagePipeline."""
+
+    model = qwen2_5_vl.MODEL
+    tokenizer_class = QwenImageTokenizer
+    max_tokens = 1024
+    dropped = 34

@@ -1,0 +1,124 @@
+"""The last stage: normalised latents to pixels. The encoder is never loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.checkpoint import Progress
+from ..errors import CheckpointError
+from ..models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen, autoencoder_tiny
+from ..ops.selection import Target
+from ..passes.convolutions import convert_convolutions
+from ..plan import Layers
+from . import tiles
+from .stage import Model, Stage
+
+
+class VaeDecoder(Stage):
+    """Decodes x0, normalised as z = (raw - offset) * divisor, by the decoder that a subclass declares.
+
+    Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
+    `divisor` (numbers, or one per channel). Its network maps raw latents to images.
+
+    std, mean: float32 [C], of raw latents: z * std + mean, as `ops.x0_to_vae` takes them.
+    tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); None: images whole.
+    recorded_as: the name of its graphs. convolutions: what became of them, where they changed.
+    """
+
+    model: Model
+    tile: int | None = None
+    recorded_as = "decode"
+    convolutions: tuple[Layers, ...] = ()
+
+    def __init__(self, folder: Path, name: str = "vae") -> None:
+        self.parts = (self.model.open(folder / name),)
+        self.network = self.parts[0].network
+        self.config = self.network.config
+
+    def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
+        """As every stage's; convolutions are kept in channels-last order, or become Winograd's (`convolutions`)."""
+        super().materialize(device, dtype, progress)
+        self.network.to(memory_format=torch.channels_last)
+        part = self.parts[0]
+        read = lambda name: part.checkpoint.get(name, device, part.layout.dtype_of(name, dtype))
+        self.convolutions = convert_convolutions(self.network, Target.of(device, dtype), read)
+        self.dtype = dtype
+        self._offset, self._divisor = (
+            torch.tensor(value, device=device).view(-1, 1, 1) for value in (self.config.offset, self.config.divisor)
+        )
+        each = torch.ones(self.channels, device=device)
+        self.std, self.mean = each / self._divisor.flatten(), each * self._offset.flatten()
+
+    def notes(self) -> tuple[str, ...]:
+        return (*super().notes(), *(f"{self.parts[0].name} convolutions {group}" for group in self.convolutions))
+
+    @property
+    def scale(self) -> int:
+        """Pixels per latent along each axis."""
+        return self.config.scale
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.config.latent_channels
+
+    def decode(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
+        """Normalised latents [B, C, h, w] -> float images [B, 3, h*scale, w*scale], nominally in [-1, 1].
+
+        Denormalised in float32, unless they are raw already, then computed in the weights' dtype, which the
+        result has. check(): called before each tile, if there are tiles; it may raise.
+        """
+        if not raw:
+            latents = latents.float() / self._divisor + self._offset
+        latents = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if self.tile is None:
+            return self.captured(self.recorded_as, self.network, latents)
+        call = lambda part, run, x: self.captured(f"{self.recorded_as} {part}", run, x)
+        return tiles.decode(self.network, latents, self.tile, check, call)
+
+    def decode_uint8(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
+        """Normalised latents -> uint8 pixels [B, H, W, 3]."""
+        return self.ops.to_uint8(self.decode(latents, raw=raw, check=check))
+
+    def probe(self, height: int, width: int) -> Tensor:
+        """The stage's work for one image, on the meta device: to be counted."""
+        shape = (1, self.channels, height // self.scale, width // self.scale)
+        return self.parts[0].shadow()(torch.zeros(shape, device="meta"))
+
+
+class KLDecoder(VaeDecoder):
+    """AutoencoderKL, the VAE of Z-Image and Stable Diffusion 3."""
+
+    model = autoencoder_kl.MODEL
+
+
+class PreviewDecoder(VaeDecoder):
+    """An AutoencoderTiny in a folder of its own, in the place of a model's decoder: small, fast, not exact."""
+
+    model = autoencoder_tiny.MODEL
+    recorded_as = "preview"
+
+    def __init__(self, folder: Path, vae: VaeDecoder) -> None:
+        super().__init__(folder.parent, folder.name)
+        own, theirs = (self.channels, self.scale), (vae.channels, vae.scale)
+        if own != theirs:
+            raise CheckpointError(
+                f"{folder} decodes {own[0]} channels at {own[1]} pixels a latent, this model's VAE {theirs[0]} at "
+                f"{theirs[1]}: a preview decoder of another model"
+            )
+
+
+class QwenImageDecoder(VaeDecoder):
+    """AutoencoderKLQwenImage, decoding one frame."""
+
+    model = autoencoder_qwen.MODEL
+
+
+class DeepDecoder(VaeDecoder):
+    """AutoencoderDC, SANA's VAE of 32 pixels a latent."""
+
+    model = autoencoder_dc.MODEL
