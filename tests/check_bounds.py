@@ -26,12 +26,12 @@ SHOWN = (
 
 # with nothing but the runtime's own dependencies
 RUNTIME = (
-    "tests/test_sample.py", "tests/test_sample_rules.py", "tests/test_schedule.py", "tests/test_noise.py",
-    "tests/test_schemas.py", "tests/ops/test_reference.py", "tests/ops/test_select.py", "tests/ops/test_linear.py",
+    "tests/sampling/test_sampler.py", "tests/sampling/test_sampler_rules.py", "tests/sampling/test_schedule.py", "tests/sampling/test_noise.py",
+    "tests/packaging/test_schemas.py", "tests/ops/test_reference.py", "tests/ops/test_select.py", "tests/ops/test_linear.py",
 )  # fmt: skip
 # with them: networks and text encoders against theirs, scipy, Triton's kernels in its interpreter
 OPTIONAL = (
-    "tests/models/test_z_image.py", "tests/test_text.py", "tests/test_vae.py", "tests/passes/test_artifact.py",
+    "tests/models/test_z_image.py", "tests/stages/test_text.py", "tests/stages/test_vae.py", "tests/checkpoint/test_artifact.py",
     "tests/evaluate/test_check.py", "tests/kernels/test_norm.py",
 )  # fmt: skip
 

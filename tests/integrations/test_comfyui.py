@@ -125,7 +125,7 @@ def test_comfyuis_stop_button_stops(model, monkeypatch):
 
 def test_the_documented_file_is_a_node_pack(tmp_path):
     """docs/comfyui.md's `__init__.py`, loaded from custom_nodes as ComfyUI does."""
-    text = (Path(__file__).parent.parent / "docs" / "comfyui.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "comfyui.md").read_text()
     file = tmp_path / "twinflow" / "__init__.py"
     file.parent.mkdir()
     file.write_text(text.partition("```python\n")[2].partition("```")[0])

@@ -13,7 +13,7 @@ import pytest
 
 import twinflow_rt
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "triton", "rich", "PIL", "tokenizers", "safetensors", "scipy")
 
 

@@ -77,7 +77,7 @@ def folder(tmp_path_factory):
     sana_factory.make_model(folder / "sana")
     code = "import sys; from pathlib import Path; from tests.test_parallel import worker; "
     code += "worker(int(sys.argv[1]), Path(sys.argv[2]))"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)], env=env) for rank in range(PROCESSES)
     ]

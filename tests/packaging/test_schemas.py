@@ -54,7 +54,7 @@ READERS = {
 
 def _record(number: int) -> dict[str, object]:
     """The shipped record, stating another schema."""
-    path = Path(__file__).parents[1] / "benches" / "records" / "demo-cpu.json"
+    path = Path(__file__).parents[2] / "benches" / "records" / "demo-cpu.json"
     return {**json.loads(path.read_text()), "schema": number}
 
 

@@ -190,7 +190,7 @@ def test_inspect(model, capsys):
 
 def test_inspect_counts_what_the_plan_counts(model, capsys, tmp_path):
     """Work and least times per stage, for a size, a prompt and a machine that was measured."""
-    record = json.loads((Path(__file__).parents[1] / "benches" / "records" / "demo-cpu.json").read_text())
+    record = json.loads((Path(__file__).parents[2] / "benches" / "records" / "demo-cpu.json").read_text())
     (tmp_path / "r.json").write_text(json.dumps(record))
     asked = ["inspect", model, "--ceilings", str(tmp_path / "r.json")]
     assert cli.main([*asked, "--json"]) == 0
