@@ -26,14 +26,24 @@ SHOWN = (
 
 # with nothing but the runtime's own dependencies
 RUNTIME = (
-    "tests/sampling/test_sampler.py", "tests/sampling/test_sampler_rules.py", "tests/sampling/test_schedule.py", "tests/sampling/test_noise.py",
-    "tests/packaging/test_schemas.py", "tests/ops/test_reference.py", "tests/ops/test_select.py", "tests/ops/test_linear.py",
-)  # fmt: skip
+    "tests/sampling/test_sampler.py",
+    "tests/sampling/test_sampler_rules.py",
+    "tests/sampling/test_schedule.py",
+    "tests/sampling/test_noise.py",
+    "tests/packaging/test_schemas.py",
+    "tests/ops/test_reference.py",
+    "tests/ops/test_select.py",
+    "tests/ops/test_linear.py",
+)
 # with them: networks and text encoders against theirs, scipy, Triton's kernels in its interpreter
 OPTIONAL = (
-    "tests/models/test_z_image.py", "tests/stages/test_text.py", "tests/stages/test_vae.py", "tests/checkpoint/test_artifact.py",
-    "tests/evaluate/test_check.py", "tests/kernels/test_norm.py",
-)  # fmt: skip
+    "tests/models/test_z_image.py",
+    "tests/stages/test_text.py",
+    "tests/stages/test_vae.py",
+    "tests/checkpoint/test_artifact.py",
+    "tests/evaluate/test_check.py",
+    "tests/kernels/test_norm.py",
+)
 
 # a model loads, makes the same image in every way of keeping it, and as int8
 USE = """

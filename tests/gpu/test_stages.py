@@ -9,7 +9,7 @@ import torch
 
 from tests import factory
 from tests.memory import least
-from tests.test_capture import CALLS, FAMILIES, both
+from tests.runtime.test_capture import CALLS, FAMILIES, both
 from twinflow_rt.loading import load
 from twinflow_rt.runtime.capture import Captures, CudaGraphs
 

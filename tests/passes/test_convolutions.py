@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.test_vae import WIDE, saved
+from tests.stages.test_vae import WIDE, saved
 from twinflow_rt.models.autoencoders.autoencoder_kl import AutoencoderDecoder
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.selection import Target

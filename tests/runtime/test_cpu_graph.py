@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.test_capture import FAMILIES
 
 from tests import factory
 from tests.memory import least
+from tests.runtime.test_capture import FAMILIES
 from twinflow_rt.loading import load
 from twinflow_rt.ops.conv import winograd_weight
 from twinflow_rt.ops.native import plain as native

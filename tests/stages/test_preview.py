@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from tests.test_capture import FakeGraphs
 
 from tests.factory import CHANNELS, make_model, randomize
+from tests.runtime.test_capture import FakeGraphs
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.runtime.capture import Captures

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.test_capture import FakeGraphs
 
 from tests import factory, qwen_image_factory, sana_factory
+from tests.runtime.test_capture import FakeGraphs
 from twinflow_rt.planning.footprint import work_of
 from twinflow_rt.runtime.capture import BUCKET, Captures
 from twinflow_rt.stages.text import QwenImageText, ZImageText
