@@ -75,7 +75,7 @@ def folder(tmp_path_factory):
     factory.make_model(folder / "z-image")
     qwen_image_factory.make_model(folder / "qwen-image")
     sana_factory.make_model(folder / "sana")
-    code = "import sys; from pathlib import Path; from tests.test_parallel import worker; "
+    code = "import sys; from pathlib import Path; from tests.runtime.test_parallel import worker; "
     code += "worker(int(sys.argv[1]), Path(sys.argv[2]))"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     processes = [
