@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.host_memory import anonymous_bytes
 from twinflow_rt.loading import load
 from twinflow_rt.planning import memory_plan
-from twinflow_rt.runtime.timing import anonymous_bytes
 
 
 class Peak:

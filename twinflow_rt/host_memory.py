@@ -46,6 +46,22 @@ def status_bytes(key: str) -> int | None:
     return int(text[start + len(key) + 2 :].split(None, 1)[0]) * 1024 if start >= 0 else None
 
 
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs, now; outside Linux its peak resident memory."""
+    if not sys.platform.startswith("linux"):
+        return peak_bytes()
+    with open("/proc/self/statm", encoding="ascii") as file:
+        resident, shared = map(int, file.read().split()[1:3])
+    return (resident - shared) * resource.getpagesize()
+
+
+def release_free_memory() -> None:
+    """Returns freed memory to the system, where the C library has a call for that (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Has malloc keep up to 64 MB of freed memory instead of returning it at once; whether it does now.
 

@@ -26,7 +26,7 @@ from .planning import warm_up as warm
 from .planning.memory_plan import MemoryPlan
 from .planning.work import predict_stages
 from .runtime import forks, out_of_memory
-from .runtime.capture import AUTO_POSITIONS, Captures, bucket
+from .runtime.capture import AUTO_POSITIONS, Captures
 from .runtime.parallel import Ulysses
 from .runtime.streaming import NOT_RECORDED
 from .runtime.timing import Stages
@@ -296,7 +296,7 @@ class Pipeline:
             if graphs is not None and streamed:
                 graphs.refuse("velocity", NOT_RECORDED)
             return lambda x, step: run(x, step, context)
-        static = context.in_bucket(bucket) if graphs.buckets else context
+        static = context.in_bucket() if graphs.buckets else context
         name = "velocity" if direct is None else "vae input"
         return lambda x, step: graphs(name, self.program.plan, run, x, step, static)
 

@@ -30,10 +30,10 @@ import json, sys
 import torch
 from tests.memory import Peak
 from twinflow_rt.compile import compile_network
-from twinflow_rt.models import family_of
+from twinflow_rt.families import family_of
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.plan import parameter_bytes
-from twinflow_rt.runtime.timing import anonymous_bytes
+from twinflow_rt.host_memory import anonymous_bytes
 
 folder, dtype, steps = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)

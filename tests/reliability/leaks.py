@@ -23,10 +23,9 @@ from typing import Any
 import torch
 
 from twinflow_rt.errors import CancelledError
-from twinflow_rt.host_memory import resident_bytes
+from twinflow_rt.host_memory import release_free_memory, resident_bytes
 from twinflow_rt.loading import load
 from twinflow_rt.pipeline import Pipeline
-from twinflow_rt.runtime.timing import release_free_memory
 
 RUNS, KINDS = 2000, 24
 RESIDENT = 16 << 20  # bytes; a leak of 64 KB per generation, one latent batch, would be 128 MB after 2,000

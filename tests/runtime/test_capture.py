@@ -12,7 +12,8 @@ from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from tests.memory import least
 from twinflow_rt.errors import ConfigError, DeviceError
 from twinflow_rt.loading import load
-from twinflow_rt.runtime.capture import BUCKET, Captures, Stats, bucket, open_captures, tensors_of
+from twinflow_rt.models.context import BUCKET, bucket
+from twinflow_rt.runtime.capture import Captures, Stats, open_captures, tensors_of
 from twinflow_rt.runtime.cpu_graph import Tapes
 from twinflow_rt.stages import tiles
 

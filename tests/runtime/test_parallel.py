@@ -17,7 +17,8 @@ pytest.importorskip("transformers")
 from tests import factory, qwen_image_factory, sana_factory
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.runtime.parallel import WHOLE, Keys, Ulysses
+from twinflow_rt.models.token_split import WHOLE
+from twinflow_rt.runtime.parallel import Keys, Ulysses
 
 PROCESSES = 2
 # (family, (height, width) in pixels, prompts): token counts that do not halve, prompts of unequal length

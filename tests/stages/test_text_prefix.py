@@ -7,8 +7,9 @@ import torch
 
 from tests import factory, qwen_image_factory, sana_factory
 from tests.runtime.test_capture import FakeGraphs
+from twinflow_rt.models.context import BUCKET
 from twinflow_rt.planning.footprint import work_of
-from twinflow_rt.runtime.capture import BUCKET, Captures
+from twinflow_rt.runtime.capture import Captures
 from twinflow_rt.stages.text import QwenImageText, ZImageText
 from twinflow_rt.stages.text_openuni import OpenUniText
 from twinflow_rt.stages.text_sana import SanaText

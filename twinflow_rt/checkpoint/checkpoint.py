@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..runtime.timing import LoadReport, Meter
 from . import memory_file as memory
 from . import random_file as random
 from .files import check_tree, file_type, is_folder, open_tensors, read_json
 from .fuse import Fused, sources, stack
+from .load_report import LoadReport, Meter
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # in saved programs only

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..runtime.capture import bucket
+BUCKET = 32  # prompt tokens
+
+
+def bucket(length: int) -> int:
+    """Return the length that prompts of `length` tokens are padded to for a recorded network: the next multiple of
+    `BUCKET`, so that prompts of many lengths share a few recordings."""
+    return -(-length // BUCKET) * BUCKET
 
 
 def host_lengths(embeds: Tensor, lengths: Sequence[int] | Tensor) -> tuple[tuple[int, ...], int, Tensor | None]:
@@ -38,7 +44,7 @@ class Context:
     tokens: Tensor
     lengths: tuple[int, ...]
 
-    def in_bucket(self, bucket: Callable[[int], int]) -> Self:
+    def in_bucket(self) -> Self:
         """For a recorded network: prompts padded to bucket(L) tokens under the mask `ragged`, and no length left
         on the host, so that shapes alone tell two contexts apart. A family without `ragged` has one length."""
         length, names = self.tokens.shape[1], {f.name for f in fields(self)}

@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.load_report import TRIM_EVERY
 from ..config import dtype_name, has_native
+from ..host_memory import release_free_memory
 from ..ops import OpTable, linear
 from ..ops.conv import conv_packed, pack_conv, pack_folded, upsample_conv_packed, winograd_points, winograd_weight
 from ..ops.native import library
 from ..ops.native.conv import conv_winograd
 from ..ops.selection import Target
 from ..plan import Layers
-from ..runtime.timing import TRIM_EVERY, release_free_memory
 from .upsample import UpsampleConv
 
 NARROWEST = 96  # channels: with fewer the transforms take about as long as the products they save

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.load_report import TRIM_EVERY
 from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
+from ..host_memory import release_free_memory
 from ..ops.linear import packing_refuses
 from ..ops.rows import producing
 from ..ops.selection import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_rows
 from ..plan import Group, Layers
-from ..runtime.timing import TRIM_EVERY, release_free_memory
 from .blocks import group_of, in_block
 from .layers import (
     ROWS,

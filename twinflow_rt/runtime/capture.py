@@ -1,7 +1,7 @@
 """Stages recorded once per shape and replayed: CUDA graphs, and on a CPU tapes (see `tape`).
 
 A stage of a one-step model is a fixed list of kernels, so it is recorded once for every shape it meets (a
-bucket: exact size and batch, prompt length up to a multiple of `BUCKET`) and then costs one launch. Inputs are
+bucket: exact size and batch, prompt length up to its `models.context.bucket`) and then costs one launch. Inputs are
 copied into the buffers that were recorded with, outputs out of theirs, so callers keep what they get.
 
     graphs = Captures(CudaGraphs(device))
@@ -33,7 +33,6 @@ from torch import Tensor
 from ..errors import DeviceError
 from .out_of_memory import is_out_of_memory
 
-BUCKET = 32  # prompt tokens: lengths are padded to a multiple
 ENTRIES = 32  # graphs kept
 BUDGET = 8 << 30  # bytes of the pool
 WARMUP = 2  # runs before recording: libraries choose kernels and allocate workspaces in the first
@@ -44,11 +43,6 @@ MODES = ("auto", "graphs", "off")
 # records the network. Beyond, kernels are long enough to hide their launches, and masks for padded prompts
 # would cost more than that. Judged, not measured.
 AUTO_POSITIONS = 128 * 128
-
-
-def bucket(length: int) -> int:
-    """The prompt length that `length` tokens are padded to: the next multiple of `BUCKET`."""
-    return -(-length // BUCKET) * BUCKET
 
 
 class Backend(Protocol):

@@ -20,7 +20,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from ..errors import OutOfMemoryError
-from .timing import release_free_memory
+from ..host_memory import release_free_memory
 
 P = ParamSpec("P")
 T = TypeVar("T")

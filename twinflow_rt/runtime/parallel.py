@@ -4,13 +4,13 @@ Of S tokens each of P processes holds S/P and runs all layers that act on tokens
 all-to-all trades tokens for heads: a process then has H/P heads of the whole sequence, and a second one
 trades back. Per block and process 4 B S dim / P numbers are sent, and no weight is split.
 
-A network asks its `sequence` for its share of each stream of tokens; `WHOLE` is the answer of one process.
+A network asks its `sequence` (`models.token_split`) for its share of each stream of tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,35 +19,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..ops.rows import Op
-
-
-class TokenSplit(Protocol):
-    """How the tokens of a network are spread over processes."""
-
-    def share(self, x: Tensor, *counts: int) -> Tensor:
-        """This process's tokens of x [B, sum(counts), ...], streams of `counts` tokens one after the other."""
-
-    def whole(self, x: Tensor, count: int) -> Tensor:
-        """The first `count` tokens of the one stream that x [B, S_local, ...] is a share of, on every process."""
-
-    def keys(self, lengths: Tensor | None, *counts: int) -> Any:
-        """What attention takes as `lengths` where it sees streams of `counts` tokens."""
-
-
-class Whole:
-    """One process has all tokens."""
-
-    def share(self, x: Tensor, *counts: int) -> Tensor:
-        return x
-
-    def whole(self, x: Tensor, count: int) -> Tensor:
-        return x[:, :count]
-
-    def keys(self, lengths: Tensor | None, *counts: int) -> Tensor | None:
-        return lengths
-
-
-WHOLE = Whole()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint, Layout, Progress, materialize
 from ..checkpoint.fuse import sources
+from ..checkpoint.load_report import LoadReport
 from ..errors import ConfigError
 from ..models.network_config import check_fields, reading
 from ..ops import EAGER
@@ -23,7 +24,6 @@ from ..passes.upsample import fold_upsampling
 from ..plan import Layers
 from ..runtime.capture import Captures
 from ..runtime.streaming import NOT_RECORDED, load_part
-from ..runtime.timing import LoadReport
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..checkpoint.checkpoint import Progress
 from ..errors import CheckpointError, ConfigError
+from ..models.context import bucket
 from ..models.text_encoders import qwen2_5_vl, qwen3
 from ..models.text_encoders.language_model import Past
-from ..runtime.capture import bucket
 from .stage import Model, Part, Stage
 from .tokenizer import ChatTokenizer, Tokenizer
 

@@ -32,7 +32,6 @@ from ...errors import ConfigError
 from ...families import Family, must_equal
 from ...ops import EAGER, into
 from ...passes.fold import Absorption
-from ...runtime.parallel import WHOLE, TokenSplit
 from ...stages.text import QwenImageText
 from ...stages.vae import QwenImageDecoder
 from ..containers import ModuleDict, ModuleList
@@ -41,6 +40,7 @@ from ..context import host_lengths
 from ..mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack
 from ..network_config import NetworkConfig, second_embedder
 from ..patches import channels_first, joined
+from ..token_split import WHOLE, TokenSplit
 from .qwen_image_blocks import Block, TimeEmbedding
 
 ROPE_THETA = 10000.0

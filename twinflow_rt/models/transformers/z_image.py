@@ -31,7 +31,6 @@ from ...errors import ConfigError
 from ...families import Family, must_equal
 from ...ops import EAGER, into
 from ...ops.tracing import Tables
-from ...runtime.parallel import WHOLE, TokenSplit
 from ...stages.text import ZImageText
 from ...stages.vae import KLDecoder
 from ..containers import Module, ModuleDict, ModuleList
@@ -40,6 +39,7 @@ from ..context import host_lengths
 from ..mmdit import linear32
 from ..network_config import NetworkConfig, second_embedder
 from ..patches import channels_last, joined
+from ..token_split import WHOLE, TokenSplit
 from .z_image_blocks import ADALN_DIM, BLOCK_NORMS, Block, FinalLayer, TimestepEmbedder
 
 SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
