@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.rows import Op
 from ..ops.selection import IMPLEMENTATIONS, ROW_OPS, Target
+from ..ops.table import Op
 from .op_cases import EPS, Case, Drawing, Sizes, _Draw, exact_attention, exact_gelu, exact_layer, exact_rms
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}

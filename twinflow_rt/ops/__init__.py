@@ -17,8 +17,9 @@ from .norm import (
 from .rope import grouped_qk_norm_rope, joint_qk_norm_rope, qk_norm_rope, rotate
 from .rows import QuantizedRows, into
 from .sample import x0_project
-from .selection import Target, select
+from .selection import select
 from .table import EAGER, OpTable
+from .target import Target
 
 __all__ = [
     "EAGER", "OpTable", "QuantizedRows", "Target", "attention", "attention_fp8", "fold_upsample", "gelu_tanh",

@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import dtype_name
 from .optional import find, older
-
-if TYPE_CHECKING:
-    from .selection import Target
+from .target import Target
 
 Attention = Callable[..., Tensor]
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 import torch
 
 from ..config import dtype_name
 from . import backends, optional
 from .attention import attention_fp8
-from .rows import EAGER_ROWS, Op, RowTable
-from .table import EAGER, OpTable
-
-if TYPE_CHECKING:
-    from .selection import Target
+from .rows import EAGER_ROWS, RowTable
+from .table import EAGER, Op, OpTable
+from .target import Target
 
 TRITON = (3, 6)
 OLDEST_ARCH = 80

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,7 @@ from torch import Tensor, nn
 from .linear import linear_quantized, quantize_rows
 from .mlp import gelu_tanh_quantized, swiglu_quantized
 from .norm import layer_norm_quantized, residual_layer_norm_quantized, residual_norm_quantized, rms_norm_quantized
-
-if TYPE_CHECKING:
-    from .table import OpTable
-
-Op = Callable[..., Any]  # of `OpTable`: gives tensors, or `QuantizedRows` where a quantized layer reads them
+from .table import OpTable
 
 
 class QuantizedRows(NamedTuple):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .attention import attention, linear_attention
 from .decode import group_norm_silu, rms_norm_silu, to_uint8, upsample_conv, x0_to_vae
 from .mlp import gelu_tanh, linear_gelu, linear_residual, linear_swiglu, swiglu
 from .norm import layer_norm, residual_layer_norm, residual_norm, rms_norm
 from .rope import grouped_qk_norm_rope, joint_qk_norm_rope, qk_norm_rope
-from .rows import Op
 from .sample import x0_project
+
+Op = Callable[..., Any]  # gives tensors, or `QuantizedRows` where a quantized layer reads them
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops.rows import Op
+from ..ops.table import Op
 
 
 @dataclass(frozen=True)

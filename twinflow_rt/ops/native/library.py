@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ...config import dtype_name
-from ..selection import Target
+from ..target import Target
 
 ABI_VERSION = 6
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
