@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from twinflow_rt import ops as references
-from twinflow_rt.bench.op_cases import SIZES, cases, judge
+from twinflow_rt.bench.case import SIZES, judge
+from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import implementations, standalone
-from twinflow_rt.bench.timing import synchronize
 from twinflow_rt.ops.selection import Target
+from twinflow_rt.runtime.timer import synchronize
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = torch.device("cuda" if GPU else "cpu"), torch.bfloat16 if GPU else torch.float32

@@ -20,8 +20,9 @@ import torch
 from benches.gpu import rivals
 from twinflow_rt import ops
 from twinflow_rt.bench import ceilings, facts
+from twinflow_rt.bench.case import SIZES, Case, judge, outputs
 from twinflow_rt.bench.layer_cases import LAYERS
-from twinflow_rt.bench.op_cases import SIZES, Case, cases, judge, outputs
+from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.bench.timing import interleave
 from twinflow_rt.config import dtype_name

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinflow_rt import ops
-from twinflow_rt.bench.op_cases import Case
+from twinflow_rt.bench.case import Case
 from twinflow_rt.bench.standalone_cases import implementations
 from twinflow_rt.ops.optional import find
 from twinflow_rt.ops.selection import RAGGED, Target

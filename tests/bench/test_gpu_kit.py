@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benches.gpu import build, kernels, kit, report
+from twinflow_rt.bench.case import SIZES
 from twinflow_rt.bench.layer_cases import LAYERS
-from twinflow_rt.bench.op_cases import SIZES, cases
+from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.ops import EAGER, OpTable
 

@@ -16,9 +16,10 @@ import torch
 from twinflow_rt.bench import ceilings, facts
 from twinflow_rt.bench.memory import reset_host_peak, stage_peaks
 from twinflow_rt.bench.timeline import Timeline
-from twinflow_rt.bench.timing import Samples, Timer, interleave, quantile
+from twinflow_rt.bench.timing import Samples, interleave, quantile
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.host_memory import resident_bytes
+from twinflow_rt.runtime.timer import Timer
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from twinflow_rt import ops
-from twinflow_rt.bench.op_cases import SIZES, cases, judge
+from twinflow_rt.bench.case import SIZES, judge
+from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import QUANTIZED, aimed, dequantized, standalone
 from twinflow_rt.ops.backends import BACKENDS
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target

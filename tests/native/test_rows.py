@@ -7,7 +7,7 @@ import torch
 
 from tests.native.test_native import DTYPES, EPS, ODD, check, draw, formats
 from twinflow_rt import ops
-from twinflow_rt.bench.op_cases import SIZES
+from twinflow_rt.bench.case import SIZES
 from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.native import rows as native_rows

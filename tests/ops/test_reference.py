@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from twinflow_rt import ops
-from twinflow_rt.bench.op_cases import SIZES, Sizes, cases, outputs
+from twinflow_rt.bench.case import SIZES, Sizes, outputs
+from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.ops import EAGER, OpTable
 

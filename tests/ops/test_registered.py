@@ -21,7 +21,8 @@ from tests.gpu import test_implementations as gpu
 from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from tests.registered import registered
 from twinflow_rt import ops
-from twinflow_rt.bench.op_cases import SIZES, cases, judge
+from twinflow_rt.bench.case import SIZES, judge
+from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.selection import FP8, IMPLEMENTATIONS, RAGGED, OpTable, RowTable, Target

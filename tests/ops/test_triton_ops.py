@@ -11,7 +11,8 @@ import torch
 from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from tests.registered import registered
 from twinflow_rt import ops
-from twinflow_rt.bench.op_cases import SIZES, cases, judge
+from twinflow_rt.bench.case import SIZES, judge
+from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import QUANTIZED, standalone
 from twinflow_rt.ops.rows import EAGER_ROWS, producing
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, RowTable

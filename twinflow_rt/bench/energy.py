@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .timing import synchronize
+from ..runtime.timer import synchronize
 
 SECONDS = 3.0  # the counter moves every 20 to 100 ms
 

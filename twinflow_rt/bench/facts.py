@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..runtime.machine import cpu_lines, cpu_model
+
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "transformers", "torchao")
 # nvidia-smi's field -> the record's
 GPU_FIELDS = {
@@ -60,24 +62,12 @@ def same_machine(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return differing
 
 
-def cpu_model() -> str:
-    for line in _cpuinfo():
-        if line.startswith(("model name", "Hardware")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def cpu_clock() -> float | None:
     """MHz of the first core as the system reports it, None where it does not."""
-    for line in _cpuinfo():
+    for line in cpu_lines():
         if line.startswith("cpu MHz"):
             return float(line.partition(":")[2])
     return None
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _memory() -> int:

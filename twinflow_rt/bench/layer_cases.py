@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import fold_upsample
-from .op_cases import EPS, Case, Drawing, Sizes, _Draw, exact_gelu, exact_rms
+from .case import EPS, Case, Draw, Drawing, Sizes, exact_gelu, exact_rms
 
 # the ops of these cases
 LAYERS = (
@@ -18,7 +18,7 @@ LAYERS = (
 )  # fmt: skip
 
 
-def products(s: Sizes, draw: _Draw, b: int) -> list[Case]:
+def products(s: Sizes, draw: Draw, b: int) -> list[Case]:
     """Of the feed-forward blocks: up and gate, up, and down into the residual stream."""
     count, one = b * s.tokens, b * s.tokens * s.width * s.hidden
     x: Drawing = lambda: draw(b, s.tokens, s.width)
@@ -48,7 +48,7 @@ def products(s: Sizes, draw: _Draw, b: int) -> list[Case]:
     ]  # fmt: skip
 
 
-def decoding(s: Sizes, draw: _Draw, b: int) -> list[Case]:
+def decoding(s: Sizes, draw: Draw, b: int) -> list[Case]:
     """Of the VAE: its input, and layers of the level with the image's size."""
     channels, groups = (128, 32) if s.pixels > 64 else (16, 4)
     edge, half, latents = s.pixels, s.pixels // 2, b * math.prod(s.latents)

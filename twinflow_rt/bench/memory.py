@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..host_memory import peak_bytes
-from .timing import synchronize
+from ..runtime.timer import synchronize
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 

@@ -66,7 +66,7 @@ def cold(task: Task, origin: float) -> dict[str, Any]:
     with Timeline(origin) as timeline:
         timeline.mark("start")
         from .. import loading
-        from .timing import synchronize
+        from ..runtime.timer import synchronize
 
         timeline.mark("import")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..ops.selection import IMPLEMENTATIONS, ROW_OPS, Target
 from ..ops.table import Op
-from .op_cases import EPS, Case, Drawing, Sizes, _Draw, exact_attention, exact_gelu, exact_layer, exact_rms
+from .case import EPS, Case, Draw, Drawing, Sizes, exact_attention, exact_gelu, exact_layer, exact_rms
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 
@@ -39,7 +39,7 @@ def aimed(case: Case, target: Target) -> Target:
 
 def standalone(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> list[Case]:
     """A case per op, the quantizing ones for float8 and int8."""
-    draw = _Draw(dtype, torch.device(device))
+    draw = Draw(dtype, torch.device(device))
     rows = [c for kind in QUANTIZED for c in (*_quantizing(sizes, draw, kind), _product(sizes, draw, kind))]
     return [*rows, _attention(sizes, draw)]
 
@@ -50,7 +50,7 @@ def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*before, values.float() * scales)
 
 
-def _quantizing(s: Sizes, draw: _Draw, kind: str) -> list[Case]:
+def _quantizing(s: Sizes, draw: Draw, kind: str) -> list[Case]:
     quantized = QUANTIZED[kind]
     shape, count = (1, s.tokens, s.width), s.tokens * s.width
     x: Drawing = lambda: draw(*shape)
@@ -93,7 +93,7 @@ def _quantizing(s: Sizes, draw: _Draw, kind: str) -> list[Case]:
     return [Case(op, f"{op}, {kind}", args, exact, size, read=dequantized) for op, args, exact, size in table]
 
 
-def _product(s: Sizes, draw: _Draw, kind: str) -> Case:
+def _product(s: Sizes, draw: Draw, kind: str) -> Case:
     def inputs() -> tuple[Any, ...]:
         weight = draw(s.width, s.width, seed=1) * s.width**-0.5
         rows = (ops.quantize_rows(x, QUANTIZED[kind]) for x in (draw(1, s.tokens, s.width), weight))
@@ -106,7 +106,7 @@ def _product(s: Sizes, draw: _Draw, kind: str) -> Case:
     return Case("linear_quantized", f"linear_quantized, {kind}", inputs, exact, moved, 2 * s.tokens * s.width**2)
 
 
-def _attention(s: Sizes, draw: _Draw) -> Case:
+def _attention(s: Sizes, draw: Draw) -> Case:
     """Judged against its definition: float64 attention of the quantized queries and keys."""
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:

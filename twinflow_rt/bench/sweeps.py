@@ -11,8 +11,9 @@ from typing import Any
 
 from ..errors import ConfigError, DeviceError
 from ..pipeline import Pipeline
+from ..runtime.timer import synchronize
 from .memory import stage_peaks
-from .timing import Samples, interleave, measure, synchronize
+from .timing import Samples, interleave, measure
 from .workload import Workload, batch_of
 
 Row = dict[str, Any]

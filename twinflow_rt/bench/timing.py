@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-
-CLOCKS = ("wall", "device")
-DEFAULT_L2_BYTES = 64 << 20  # where torch does not tell
+from ..runtime.timer import Timer
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -63,65 +61,6 @@ class Samples:
             "median": self.median, "p50": self.quantile(0.5), "p90": self.quantile(0.9), "p99": self.quantile(0.99),
             "mad": self.mad, "iqr": self.iqr, "min": min(self.seconds), "samples": list(self.seconds),
         }  # fmt: skip
-
-
-def synchronize(device: torch.device | str) -> None:
-    """Waits until the device has done all it was given; on a CPU nothing is left to wait for."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-class L2Flush:
-    """Writes more than the L2 cache holds, so that the next call finds none of its inputs there.
-
-    On a CPU it does nothing: models there are larger than the caches, and microbenchmarks vary more
-    by the flush than by what it removes.
-    """
-
-    def __init__(self, device: torch.device | str) -> None:
-        device, self.buffer = torch.device(device), None
-        if device.type == "cuda":
-            size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or DEFAULT_L2_BYTES
-            self.buffer = torch.empty(2 * size, dtype=torch.uint8, device=device)
-
-    def __call__(self) -> None:
-        if self.buffer is not None:
-            self.buffer.zero_()
-
-
-class Timer:
-    """Seconds of one call on `device`.
-
-    clock "wall": host time from the call until the device is idle, launches included: what a user
-    waits. clock "device": between CUDA events around the call's work, for single kernels; queued
-    behind the L2 flush, launches overlap with it. A CPU has the wall clock only and uses it for both.
-    """
-
-    def __init__(self, device: torch.device | str, clock: str = "wall", flush_l2: bool = False) -> None:
-        if clock not in CLOCKS:
-            raise ConfigError(f"clock must be one of {', '.join(CLOCKS)}; got {clock!r}")
-        self.device = torch.device(device)
-        self.events = clock == "device" and self.device.type == "cuda"
-        self.flush: Callable[[], None] = L2Flush(self.device) if flush_l2 else lambda: None
-
-    def __call__(self, call: Callable[[], Any]) -> float:
-        self.flush()
-        if self.events:
-            return self._between_events(call)
-        synchronize(self.device)
-        start = time.perf_counter()
-        call()
-        synchronize(self.device)
-        return time.perf_counter() - start
-
-    def _between_events(self, call: Callable[[], Any]) -> float:
-        stream = torch.cuda.current_stream(self.device)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record(stream)
-        call()
-        end.record(stream)
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
 
 
 def interleave(

@@ -77,6 +77,7 @@ def add_inspect(parser: Parser) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> int:
+    from ..bench import record
     from ..config import DTYPES
     from ..loading import model_path
     from .inspect import describe
@@ -85,8 +86,9 @@ def run_inspect(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {} if args.tokens is None else {"tokens": args.tokens}
     if args.dtype is not None:
         options["dtype"] = DTYPES[args.dtype]
-    folder = model_path(args.model, args.download)
-    description = describe(folder, (height, width), ceilings=args.ceilings, **options)
+    if args.ceilings is not None:
+        options["ceilings"] = record.load(args.ceilings)["ceilings"]
+    description = describe(model_path(args.model, args.download), (height, width), **options)
     print(json.dumps(description.to_dict(), indent=1) if args.json else description)
     return 0
 

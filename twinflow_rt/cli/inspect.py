@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bench import record
 from ..checkpoint.checkpoint import Checkpoint, Layout, assign, check, model_folder
 from ..config import dtype_name
 from ..errors import ConfigError
@@ -102,12 +101,12 @@ class Description:
 
 def describe(
     path: Path, size: tuple[int | None, int | None] = (None, None), tokens: int = PROMPT_TOKENS,
-    dtype: torch.dtype | None = None, ceilings: str | Path | None = None,
+    dtype: torch.dtype | None = None, ceilings: Mapping[str, Any] | None = None,
 ) -> Description:  # fmt: skip
     """Describes a model folder; raises CheckpointError where loading it would.
 
     size, tokens, dtype: height and width of the image whose work is counted, length of its prompt, and what it is
-    computed in; default: the model's size, a short prompt, the checkpoint's dtype. ceilings: the record of a bench,
+    computed in; default: the model's size, a short prompt, the checkpoint's dtype. ceilings: those in a bench's record,
     for whose machine the least times are stated, too, beside those of `plan.CEILINGS`. Raises ConfigError for what
     these cannot be.
     """
@@ -148,12 +147,15 @@ def _in_dtype(network: nn.Module, layout: Layout, dtype: torch.dtype) -> None:
         assign(network, name, parameter.to(layout.dtype_of(name, dtype) or dtype))
 
 
-def _measured(path: str | Path, dtype: torch.dtype) -> Ceiling:
-    """The ceilings in a record of `twinflow-rt bench`."""
-    found: Mapping[str, Any] = record.load(path)["ceilings"]
+def _measured(found: Mapping[str, Any], dtype: torch.dtype) -> Ceiling:
+    """Return what a machine was measured to reach in `dtype`. found: the ceilings in a record of `twinflow-rt bench`.
+
+    Raises ConfigError where they are of other dtypes.
+    """
     name = dtype_name(dtype)
     if name not in found["gemm"]:
-        raise ConfigError(f"{path} has ceilings of {', '.join(found['gemm'])}, not {name}: bench with --dtype {name}")
+        known = ", ".join(found["gemm"])
+        raise ConfigError(f"the record has ceilings of {known}, not {name}: bench with --dtype {name}")
     return Ceiling(found["gemm"][name], found["copy"], found["gemm"].get("float8"))
 
 

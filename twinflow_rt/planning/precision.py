@@ -25,6 +25,7 @@ from ..config import dtype_name, has_native, resolve_precision
 from ..errors import CheckpointError, ConfigError
 from ..passes.quantize import ROWS, refuses
 from ..plan import Group, Plan
+from ..runtime.machine import device_name
 
 SCHEMA = 1
 MEASURED = (*ROWS, "bf16")
@@ -187,12 +188,3 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     digest.update("".join(f"{path.name} {path.stat().st_size}\n" for path in files).encode())
     return digest.hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """The chip, and of a CPU the threads that torch uses."""
-    from ..bench.facts import cpu_model
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{cpu_model()}, {torch.get_num_threads()} threads"

@@ -26,6 +26,8 @@ from ..errors import ConfigError
 from ..ops.selection import Target
 from ..passes.quantize import Trial, attach, groups, require
 from ..plan import Group
+from ..runtime.machine import device_name
+from ..runtime.timer import Timer
 from . import precision as precisions
 
 PROMPT, SEED = "a photograph of a lighthouse in a storm at dusk", 0
@@ -84,7 +86,7 @@ def _measurement(
     folder = pipe.folder / "transformer"
     return precisions.Measurement(
         precision=precision, family=pipe.program.plan.family, weights=precisions.fingerprint(folder),
-        device=precisions.device_name(pipe.device), torch=torch.__version__, dtype=pipe.program.plan.dtype,
+        device=device_name(pipe.device), torch=torch.__version__, dtype=pipe.program.plan.dtype,
         budget=budget, exempt=exempt, error=error, seconds=seconds, seconds_before=before, groups=found,
     )  # fmt: skip
 
@@ -105,8 +107,6 @@ def _together(
     pipe: Any, layers: Sequence[nn.Linear], run: Callable[[], Tensor], precision: str, rounds: int
 ) -> tuple[float, float, float]:
     """Error with all `layers` quantized, and median seconds so and as they are, taken in turns."""
-    from ..bench.timing import Timer
-
     trial, timer, network = Trial(layers, precision), Timer(pipe.device), pipe.program.network
     target = Target.of_network(network.config, pipe.device, pipe.dtype)
     exact, after, before = run().double(), [], []
@@ -123,7 +123,6 @@ def _together(
 def _as_bfloat16(pipe: Any, rounds: int) -> tuple[float, float, float]:
     """Error of the model in bfloat16 against `pipe`, prompt included, and median seconds of an evaluation so and as
     it is, taken in turns."""
-    from ..bench.timing import Timer
     from ..loading import load
 
     if reason := precisions.refuses_bf16(pipe.device, pipe.dtype):
