@@ -32,7 +32,8 @@ from .ops.selection import Choice, Target, select
 from .passes import fold as folding
 from .passes import quantize
 from .passes.fold import Schedule, fold, folded_away
-from .plan import Group, Plan, group_parameters, parameter_bytes
+from .passes.layer_groups import Group
+from .plan import Plan, group_parameters, parameter_bytes
 from .runtime.parallel import Ulysses
 from .runtime.streaming import Streaming
 

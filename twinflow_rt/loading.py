@@ -89,7 +89,8 @@ def load(
     captures = open_captures(capture, target)
     folder = model_folder(model_path(path, download))
     saved = artifact.read(folder) if artifact.is_artifact(folder) else None
-    config, plan = asked or (saved["sampler"] if saved else preset(1)), saved["plan"] if saved else None
+    config = asked or (saved["sampler"] if saved else preset(1))
+    plan = Plan.from_dict(saved["plan"]) if saved else None
     pairs = None if loras is None else resolve_loras(loras)
     if plan is not None:
         require_same(plan.loras, pairs)

@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from .checkpoint.lora import Lora
 from .checkpoint.typed_json import typed
 from .checkpoint.versions import refusal
 from .config import DTYPES, PRECISIONS
 from .errors import CheckpointError
 from .ops.selection import Choice
+from .passes.layer_groups import Group, Layers, count_text
 
 SCHEMA = 5
 
@@ -72,45 +74,6 @@ class Stage:
     def floors(self, ceilings: Mapping[str, Ceiling]) -> dict[str, float | None]:
         """`seconds` for each of several."""
         return {name: self.seconds(ceiling) for name, ceiling in ceilings.items()}
-
-
-@dataclass(frozen=True)
-class Lora:
-    """An adapter merged into the weights: its file's name, its weight, the file's SHA-256."""
-
-    name: str
-    weight: float
-    sha256: str
-
-    def __str__(self) -> str:
-        return f"{self.name} x {self.weight:g}"
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Linear layers of one `kind` (see `passes.quantize`): how many, their parameters, and why that kind."""
-
-    kind: str
-    count: int
-    parameters: int
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.kind:<20} {self.count} layers, {_count(self.parameters)} ({self.why})"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linear layers of one kind (block numbers dropped from their names) and the error of quantizing them alone:
-    |F_quantized - F| / |F| of one evaluation (`sensitivity`)."""
-
-    name: str
-    layers: int
-    parameters: int
-    error: float
-
-    def __str__(self) -> str:
-        return f"{self.error:.2e}  {self.layers:>4} layers  {_count(self.parameters):>8}  {self.name}"
 
 
 @dataclass(frozen=True)
@@ -174,11 +137,11 @@ class Plan:
             f"{self.family} from {self.source}: {self.dtype} on {self.device}",
             f"schedule     {' '.join(f'({t:g}, {tt:g})' for t, tt in self.schedule)}  (t, tt) of each evaluation",
             f"constants    {'inside the weights' if self.absorbed else f'tables of {len(self.schedule)} row(s)'}",
-            f"parameters   {_count(self.parameters_before)} -> {_count(self.parameters_after)}",
+            f"parameters   {count_text(self.parameters_before)} -> {count_text(self.parameters_after)}",
             f"bytes        {_bytes(self.bytes_before)} -> {_bytes(self.bytes_after)}",
         ]
-        lines += [f"folded       {_count(n):>8}  {name}" for name, n in self.folded.items()]
-        lines += [f"pruned       {_count(n):>8}  {name}" for name, n in self.pruned.items()]
+        lines += [f"folded       {count_text(n):>8}  {name}" for name, n in self.folded.items()]
+        lines += [f"pruned       {count_text(n):>8}  {name}" for name, n in self.pruned.items()]
         lines += [f"lora         {lora}" for lora in self.loras]
         for choice in self.choices:
             refusals = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused)
@@ -216,12 +179,6 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def _count(n: int) -> str:
-    if n >= 1e9:
-        return f"{n / 1e9:.3f}B"
-    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.2f}K"
 
 
 def _bytes(n: int) -> str:

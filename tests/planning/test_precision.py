@@ -15,7 +15,8 @@ from twinflow_rt.cli.inspect import resident_bytes
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.families import family_of
 from twinflow_rt.models.transformers.qwen_image import QwenImageConfig
-from twinflow_rt.plan import Group, Plan
+from twinflow_rt.passes.layer_groups import Group
+from twinflow_rt.plan import Plan
 from twinflow_rt.planning import precision, sensitivity
 from twinflow_rt.planning.precision import Measurement, choose
 

@@ -22,7 +22,6 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..plan import Plan
 from ..sampling.schedule import SamplerConfig
 from .atomic import check_target, new_folder
 from .checkpoint import some
@@ -67,7 +66,7 @@ def write(
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The verified manifest of an artifact, `sampler` and `plan` as a SamplerConfig and a Plan.
+    """Return the verified manifest of an artifact, `sampler` as a SamplerConfig, `plan` as the file has it.
 
     Raises CheckpointError for another schema, a field that is not what it should be, a missing or
     additional file, or a changed one.
@@ -79,7 +78,7 @@ def read(folder: Path) -> dict[str, Any]:
     if absent or not isinstance(manifest["files"], dict) or not isinstance(manifest["source"], str):
         raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(absent) or 'a file list'}; save it again")
     try:
-        sampler, plan = typed(manifest["sampler"], SamplerConfig, "sampler"), Plan.from_dict(manifest["plan"])
+        sampler = typed(manifest["sampler"], SamplerConfig, "sampler")
     except ValueError as error:
         raise CheckpointError(f"{folder / MANIFEST}: {error}; save it again") from None
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
@@ -90,7 +89,7 @@ def read(folder: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{folder / name} does not match the hash in {MANIFEST}; it was changed or damaged: save it again"
             )
-    return {**manifest, "sampler": sampler, "plan": plan}
+    return {**manifest, "sampler": sampler}
 
 
 def is_artifact(folder: Path) -> bool:

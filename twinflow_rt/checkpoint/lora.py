@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
-from ..plan import Lora
 from .artifact import sha256
 from .checkpoint import PICKLES, Checkpoint, some
 from .files import file_type, is_folder, open_tensors, parse_json, read_json, require_file
@@ -35,6 +35,20 @@ FACTOR = re.compile(r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up
 FACTORS = ("F32", "F16", "BF16", "F64")  # how A and B may be stored
 A_NAMES = ("lora_A", "lora_down", "lora.down")
 METADATA, ROOT = "lora_adapter_metadata", "transformer."  # diffusers' header entry, and our keys in it
+
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter merged into the weights: its file's name, its weight, the file's SHA-256."""
+
+    name: str
+    weight: float
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.name} x {self.weight:g}"
+
 
 Loras = Mapping[str | Path, float] | Sequence[str | Path | tuple[str | Path, float]]
 

@@ -25,7 +25,7 @@ from ..ops.conv import conv_packed, pack_conv, pack_folded, upsample_conv_packed
 from ..ops.native import library
 from ..ops.native.conv import conv_winograd
 from ..ops.selection import Target
-from ..plan import Layers
+from .layer_groups import Layers
 from .upsample import UpsampleConv
 
 NARROWEST = 96  # channels: with fewer the transforms take about as long as the products they save

@@ -20,8 +20,8 @@ from ..host_memory import release_free_memory
 from ..ops.linear import packing_refuses
 from ..ops.rows import producing
 from ..ops.selection import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_rows
-from ..plan import Group, Layers
 from .blocks import group_of, in_block
+from .layer_groups import Group, Layers
 from .layers import (
     ROWS,
     SCALE,

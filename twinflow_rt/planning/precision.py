@@ -23,8 +23,9 @@ from ..checkpoint.typed_json import typed
 from ..checkpoint.versions import refusal
 from ..config import dtype_name, has_native, resolve_precision
 from ..errors import CheckpointError, ConfigError
+from ..passes.layer_groups import Group
 from ..passes.quantize import ROWS, refuses
-from ..plan import Group, Plan
+from ..plan import Plan
 from ..runtime.machine import device_name
 
 SCHEMA = 1

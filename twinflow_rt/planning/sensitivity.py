@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..ops.selection import Target
+from ..passes.layer_groups import Group
 from ..passes.quantize import Trial, attach, groups, require
-from ..plan import Group
 from ..runtime.machine import device_name
 from ..runtime.timer import Timer
 from . import precision as precisions

@@ -20,8 +20,8 @@ from ..ops import EAGER
 from ..ops.selection import OpTable, Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names
+from ..passes.layer_groups import Layers
 from ..passes.upsample import fold_upsampling
-from ..plan import Layers
 from ..runtime.capture import Captures
 from ..runtime.streaming import NOT_RECORDED, load_part
 

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen, autoencoder_tiny
 from ..ops.selection import Target
 from ..passes.convolutions import convert_convolutions
-from ..plan import Layers
+from ..passes.layer_groups import Layers
 from . import tiles
 from .stage import Model, Stage
 
