@@ -29,7 +29,7 @@ import torch
 from .checkpoint.checkpoint import Layout
 from .config import SizeRule
 from .errors import CheckpointError
-from .models.network_config import reading
+from .models.config import reading
 
 FAMILIES = {
     "ZImageTransformer2DModel": "z_image",

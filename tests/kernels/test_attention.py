@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from oracle import draw, judge
-from twinflow_rt.kernels import attention as module
-from twinflow_rt.kernels.attention import attention, config, linear_attention, linear_config
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.kernels import attention as module
+from twinflow_rt.kernels.attention import attention, config, linear_attention, linear_config
 
 DTYPES = (torch.float16, torch.bfloat16)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from oracle import judge
 from test_attention import DTYPES, exact, operands
-from twinflow_rt.kernels import attention_fp8 as module
-from twinflow_rt.kernels.attention_fp8 import FP8, attention_fp8, config
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.kernels import attention_fp8 as module
+from twinflow_rt.kernels.attention_fp8 import FP8, attention_fp8, config
 
 
 def defined(q, k, v, lengths=None):

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import draw, judge
-from twinflow_rt.kernels import decode
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.kernels import decode
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -13,9 +13,9 @@ from math import prod
 import pytest
 import torch
 from oracle import draw
-from twinflow_rt.kernels import attention, decode, launch, linear, mlp, norm, rope, sample
 
 from twinflow_rt import ops
+from twinflow_rt.kernels import attention, decode, launch, linear, mlp, norm, rope, sample
 
 EPS = 1e-5
 HALF = torch.bfloat16

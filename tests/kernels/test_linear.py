@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import draw, judge_quantized, strided
-from twinflow_rt.kernels import launch, linear
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.kernels import launch, linear
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from oracle import draw, judge, judge_quantized, strided
-from twinflow_rt.kernels import launch, mlp
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.kernels import launch, mlp
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

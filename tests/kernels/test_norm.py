@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import draw, judge, judge_quantized, strided
-from twinflow_rt.kernels import launch, norm
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.kernels import launch, norm
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 1, 1), (2, 5, 37), (3, 3, 199), (2, 3, 760), (1, 5, 1128), (1, 3, 144), (2, 0, 16), (1, 1, 5000))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import draw, judge
-from twinflow_rt.kernels import sample
 
 from twinflow_rt import ops
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.kernels import sample
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

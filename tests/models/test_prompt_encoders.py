@@ -13,6 +13,7 @@ from tests.factory import randomize
 from tests.qwen_image_factory import relative
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.text_encoders import clip_text, gemma2, t5
+from twinflow_rt.stages.stage import open_part
 from twinflow_rt.stages.tokenizer import PaddingTokenizer, read_core
 from twinflow_rt.stages.vae import DeepDecoder
 
@@ -22,7 +23,7 @@ WIDTHS = pytest.mark.parametrize("width", [8, 64])  # on a CPU, wide layers are 
 
 def loaded(model, peer, folder, dtype=torch.float32):
     peer.save_pretrained(folder)
-    part = model.open(folder)
+    part = open_part(folder, model)
     part.load(CPU, dtype)
     return part.network
 
@@ -105,7 +106,7 @@ def test_other_encoders_are_refused(tmp_path, model, make, change, match):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ConfigError, match=match):
-        model.open(tmp_path)
+        open_part(tmp_path, model)
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
@@ -196,4 +197,4 @@ def test_weights_of_another_encoder_are_refused(tmp_path):
     tensors.pop("encoder.block.1.layer.1.DenseReluDense.wi_1.weight")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"missing block.1.layer.1.DenseReluDense.wi_1.weight"):
-        t5.MODEL.open(tmp_path).load(CPU, torch.float32)
+        open_part(tmp_path, t5.MODEL).load(CPU, torch.float32)

@@ -22,7 +22,7 @@ from tests.qwen_image_factory import (
 from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
 from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.models.mmdit import pack, unpack
+from twinflow_rt.models.layers import pack, unpack
 from twinflow_rt.models.transformers.qwen_image import FAMILY, FUSED, QwenImageConfig, QwenImageTransformer
 
 

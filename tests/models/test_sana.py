@@ -16,7 +16,7 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.mmdit import PLAIN
+from twinflow_rt.models.layers import PLAIN
 from twinflow_rt.models.transformers.sana import FAMILY, FUSED, SanaConfig, SanaTransformer
 from twinflow_rt.ops import linear_attention
 from twinflow_rt.passes.fold import absorb, fold, folded_away

@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 from compiler import SHARED_LIMIT, build, record
+
 from twinflow_rt.kernels import attention, attention_fp8, decode, launch, linear, mlp, norm, rope, sample
 
 ARCHS = tuple(SHARED_LIMIT)

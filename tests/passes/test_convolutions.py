@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.stages.test_vae import WIDE, saved
 from twinflow_rt.models.autoencoders.autoencoder_kl import AutoencoderDecoder
+from twinflow_rt.models.layers import UpsampleConv, conv_residual
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.selection import Target
 from twinflow_rt.passes.convolutions import (
@@ -18,7 +19,6 @@ from twinflow_rt.passes.convolutions import (
     PackedUpsampleConv,
     WinogradConv2d,
     WinogradUpsampleConv,
-    conv_residual,
     convert_convolutions,
     packing_refuses,
     refuses,
@@ -26,7 +26,7 @@ from twinflow_rt.passes.convolutions import (
     winograd_bytes,
 )
 from twinflow_rt.passes.layers import unpack
-from twinflow_rt.passes.upsample import UpsampleConv, fold_upsampling, folded_bytes
+from twinflow_rt.passes.upsample import fold_upsampling, folded_bytes
 from twinflow_rt.planning.meta_model import FOLDED
 from twinflow_rt.stages.vae import KLDecoder
 

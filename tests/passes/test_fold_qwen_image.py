@@ -25,10 +25,11 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.compile import compile_network
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.mmdit import EPS, FUSED, Constants
+from twinflow_rt.models.folding import Absorption
+from twinflow_rt.models.layers import EPS, FUSED, Constants
 from twinflow_rt.models.transformers.qwen_image import FAMILY, QwenImageConfig, QwenImageTransformer
 from twinflow_rt.ops import EAGER, OpTable
-from twinflow_rt.passes.fold import Absorption, absorb, fold, folded_away
+from twinflow_rt.passes.fold import absorb, fold, folded_away
 from twinflow_rt.plan import parameter_bytes
 
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from twinflow_rt.models.layers import UpsampleConv
 from twinflow_rt.ops import EAGER, fold_upsample
 from twinflow_rt.ops.selection import Choice, Target, choose
-from twinflow_rt.passes.upsample import UpsampleConv, fold_upsampling, folded_bytes
+from twinflow_rt.passes.upsample import fold_upsampling, folded_bytes
 
 FOLDED, PLAIN = (Choice("upsample_conv", "folded"),), (Choice("upsample_conv", "eager"),)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoint.checkpoint import some
 from ..compile import Program
 from ..errors import ConfigError
-from ..models.mmdit import pack, unpack
+from ..models.layers import pack, unpack
 
 TINY = 2.0**-40  # stands for t = 0, where TwinFlow's sign(0) makes of Z-Image another time
 EULER = "FlowMatchEulerDiscreteScheduler"

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from ..checkpoint.load_report import TRIM_EVERY
 from ..config import dtype_name, has_native
 from ..host_memory import release_free_memory
+from ..models.layers import UpsampleConv
 from ..ops import OpTable, linear
 from ..ops.conv import conv_packed, pack_conv, pack_folded, upsample_conv_packed, winograd_points, winograd_weight
 from ..ops.native import library
 from ..ops.native.conv import conv_winograd
 from ..ops.selection import Target
 from .layer_groups import Layers
-from .upsample import UpsampleConv
 
 NARROWEST = 96  # channels: with fewer the transforms take about as long as the products they save
 KINDS = (nn.Conv2d, UpsampleConv)  # that are exchanged; other classes have ways of their own
@@ -68,8 +68,12 @@ class WinogradConv2d(ConvertedConv2d):
 
     loaded: Callable[[], Tensor]
 
-    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        return conv_winograd(x, self.weight, self.bias, added=added)
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_winograd(x, self.weight, self.bias)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """Return residual + self(x), in one pass."""
+        return conv_winograd(x, self.weight, self.bias, added=residual)
 
 
 class WinogradUpsampleConv(WinogradConv2d, UpsampleConv):
@@ -77,12 +81,6 @@ class WinogradUpsampleConv(WinogradConv2d, UpsampleConv):
 
     def enlarged(self, x: Tensor, ops: OpTable) -> Tensor:
         return conv_winograd(x, self.weight, self.bias, enlarged=True)
-
-
-def conv_residual(residual: Tensor, layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """residual + layer(x), in one pass where the layer can."""
-    y: Tensor = layer(x, residual) if isinstance(layer, WinogradConv2d) else layer(x).add_(residual)
-    return y
 
 
 def convert_convolutions(network: nn.Module, target: Target, read: Callable[[str], Tensor]) -> tuple[Layers, ...]:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import assign
 from ..errors import ConfigError
+from ..models.folding import Absorption
 
 Schedule = Sequence[tuple[float, float]]
 
@@ -65,20 +65,6 @@ def folded_away(unfolded: nn.Module, folded: nn.Module) -> dict[str, int]:
     """Parameter names that exist only before folding, with their sizes."""
     kept = {name for name, _ in folded.named_parameters()}
     return {name: p.numel() for name, p in unfolded.named_parameters() if name not in kept}
-
-
-@dataclass(frozen=True)
-class Absorption:
-    """Rows of a table that stand around a linear layer, y = gate * (W (scale * x + shift) + b).
-
-    bias=False: the checkpoint has no b; a shift then makes one.
-    """
-
-    table: str
-    shift: int | None = None
-    scale: int | None = None
-    gate: int | None = None
-    bias: bool = True
 
 
 def absorb(

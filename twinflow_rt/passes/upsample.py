@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..ops import OpTable, fold_upsample
+from ..models.layers import UpsampleConv
+from ..ops import fold_upsample
 from ..ops.selection import Choice
-
-
-class UpsampleConv(nn.Conv2d):
-    """The convolution of such a pair, under the checkpoint's names. `folded` is its other kernel, if wanted:
-    not saved, so that what is saved are the weights as they were loaded."""
-
-    folded: Tensor | None
-
-    def __init__(self, inner: int, outer: int) -> None:
-        super().__init__(inner, outer, 3, padding=1)
-        self.register_buffer("folded", None, persistent=False)
-
-    def enlarged(self, x: Tensor, ops: OpTable) -> Tensor:
-        """[B, inner, H, W] -> [B, outer, 2H, 2W]."""
-        y: Tensor = ops.upsample_conv(x, self.weight if self.folded is None else self.folded, self.bias)
-        return y
 
 
 def folded_bytes(network: nn.Module, dtype: torch.dtype) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.layers import UpsampleConv
 from ..passes.layers import QuantizedLinear
-from ..passes.upsample import UpsampleConv
 from ..plan import Stage, parameter_bytes
 from .footprint import work_of
 from .meta_model import Shadow

@@ -15,7 +15,7 @@ from ..checkpoint.checkpoint import Checkpoint, Layout, Progress, materialize
 from ..checkpoint.fuse import sources
 from ..checkpoint.load_report import LoadReport
 from ..errors import ConfigError
-from ..models.network_config import check_fields, reading
+from ..models.architecture import Architecture
 from ..ops import EAGER
 from ..ops.selection import OpTable, Target, select
 from ..passes import quantize
@@ -24,34 +24,6 @@ from ..passes.layer_groups import Layers
 from ..passes.upsample import fold_upsampling
 from ..runtime.capture import Captures
 from ..runtime.streaming import NOT_RECORDED, load_part
-
-
-@dataclass(frozen=True)
-class Model:
-    """A kind of network: `config.from_dict`, `network(config)`, how its files are read.
-
-    layout(config): see `passes.load.Layout`. strip, read: prefixes that files may put before every name,
-    and what reads them (see `passes.load.Checkpoint`).
-    """
-
-    config: Any
-    network: Callable[[Any], nn.Module]
-    layout: Callable[[Any], Layout]
-    strip: tuple[str, ...] = ()
-    read: Callable[..., Checkpoint] = Checkpoint
-
-    def declare(self, raw: dict[str, Any], where: str = "config.json") -> tuple[nn.Module, Layout]:
-        """The network that config.json's content asks for, on the meta device, and how its files are read.
-        Raises ConfigError; where: what its message calls the file."""
-        with reading(where), torch.device("meta"):
-            config = self.config.from_dict(raw)
-            check_fields(type(config), vars(config), where)
-            return self.network(config), self.layout(config)
-
-    def open(self, folder: Path) -> Part:
-        """The network of `folder`, not yet read. Raises CheckpointError, ConfigError."""
-        checkpoint = self.read(folder, strip=self.strip)
-        return Part(folder.name, checkpoint, *self.declare(checkpoint.config, str(folder / "config.json")))
 
 
 @dataclass(frozen=True)
@@ -93,6 +65,13 @@ class Part:
             network = type(self.network)(self.network.config)
         network.ops = ops
         return network
+
+
+def open_part(folder: Path, model: Architecture) -> Part:
+    """Return the network of `folder`, which must be of this architecture, not yet read. Raises CheckpointError,
+    ConfigError."""
+    checkpoint = model.read(folder, strip=model.strip)
+    return Part(folder.name, checkpoint, *model.declare(checkpoint.config, str(folder / "config.json")))
 
 
 class Stage:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..checkpoint.checkpoint import Progress
 from ..errors import CheckpointError, ConfigError
+from ..models.architecture import Architecture
 from ..models.context import bucket
 from ..models.text_encoders import qwen2_5_vl, qwen3
 from ..models.text_encoders.language_model import Past
-from .stage import Model, Part, Stage
+from .stage import Part, Stage, open_part
 from .tokenizer import ChatTokenizer, Tokenizer
 
 
@@ -101,7 +102,7 @@ class TextEncoder(Stage):
     `max_tokens`, `parts`, `captures`, `__call__` and `probe` alike.
     """
 
-    model: Model
+    model: Architecture
     tokenizer_class: type[Tokenizer]
     max_tokens = 512
     dropped = 0
@@ -109,7 +110,7 @@ class TextEncoder(Stage):
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = self.tokenizer_class(folder / "tokenizer")
-        self.parts = (self.model.open(folder / "text_encoder"),)
+        self.parts = (open_part(folder / "text_encoder", self.model),)
         self.network = self.parts[0].network
         check_vocabulary(self.tokenizer, self.parts[0])
         self._prefix: Prefix | None = None

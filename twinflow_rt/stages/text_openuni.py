@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..models.text_encoders import openuni
 from ..models.text_encoders.language_model import Past
+from .stage import open_part
 from .text import PromptEmbeds, TextEncoder
 from .tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class OpenUniText(TextEncoder):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        connector = openuni.CONNECTOR.open(folder / "connector")
+        connector = open_part(folder / "connector", openuni.CONNECTOR)
         self.parts += (connector,)
         self.connector = connector.network
         inner, outer = self.network.config.hidden_size, self.connector.config.hidden_size

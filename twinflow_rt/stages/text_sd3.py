@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint.files import read_json
 from ..models.text_encoders import clip_text, t5
-from .stage import Stage
+from .stage import Stage, open_part
 from .text import PromptEmbeds, check_vocabulary
 from .tokenizer import PaddingTokenizer
 
@@ -33,7 +33,7 @@ class SD3Text(Stage):
         self.has_t5 = entry is not None and entry != [None, None]
         kinds = [("", clip_text.MODEL), ("_2", clip_text.MODEL)] + [("_3", t5.MODEL)] * self.has_t5
         self.tokenizers = tuple(PaddingTokenizer(folder / f"tokenizer{suffix}") for suffix, _ in kinds)
-        self.parts = tuple(model.open(folder / f"text_encoder{suffix}") for suffix, model in kinds)
+        self.parts = tuple(open_part(folder / f"text_encoder{suffix}", model) for suffix, model in kinds)
         for tokenizer, part in zip(self.tokenizers, self.parts, strict=True):
             check_vocabulary(tokenizer, part)
         configs = [part.network.config for part in self.parts]

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..checkpoint.checkpoint import Progress
 from ..errors import CheckpointError
+from ..models.architecture import Architecture
 from ..models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen, autoencoder_tiny
 from ..ops.selection import Target
 from ..passes.convolutions import convert_convolutions
 from ..passes.layer_groups import Layers
 from . import tiles
-from .stage import Model, Stage
+from .stage import Stage, open_part
 
 
 class VaeDecoder(Stage):
@@ -29,13 +30,13 @@ class VaeDecoder(Stage):
     recorded_as: the name of its graphs. convolutions: what became of them, where they changed.
     """
 
-    model: Model
+    model: Architecture
     tile: int | None = None
     recorded_as = "decode"
     convolutions: tuple[Layers, ...] = ()
 
     def __init__(self, folder: Path, name: str = "vae") -> None:
-        self.parts = (self.model.open(folder / name),)
+        self.parts = (open_part(folder / name, self.model),)
         self.network = self.parts[0].network
         self.config = self.network.config
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from ...cli.inspect import describe
 from ...errors import CheckpointError, ConfigError
 from ...families import family_of
+from ...models.architecture import Architecture
 from ...models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen
-from ...models.network_config import reading
+from ...models.config import reading
 from ...models.text_encoders import clip_text, gemma2, qwen2_5_vl, qwen3, t5
-from ...stages.stage import Model
 from ..atomic import check_target
 from ..checkpoint import DTYPES, Layout, check, some
 from ..files import check_tree, is_folder, read_json
@@ -32,7 +32,7 @@ from .names import CONTAINERS, RULES, Names, unchanged
 from .report import Conversion, Key, PartReport
 
 # by _class_name or model_type of config.json
-MODELS: dict[str, Model] = {
+MODELS: dict[str, Architecture] = {
     "AutoencoderKL": autoencoder_kl.MODEL,
     "AutoencoderKLQwenImage": autoencoder_qwen.MODEL,
     "AutoencoderDC": autoencoder_dc.MODEL,

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable
-from ...passes.upsample import UpsampleConv
-from ...stages.stage import Model
-from ..containers import ModuleList
-from ..transformers.sana_blocks import MixFeedForward
+from ..architecture import Architecture
+from ..layers import MixFeedForward, ModuleList, UpsampleConv
 
 EPS = 1e-5
 FFN_RATIO = 4
@@ -245,4 +243,4 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".norm" in name else dtype
 
 
-MODEL = Model(DCConfig, DCDecoder, lambda config: Layout(FUSED, ("encoder.",), _dtype_of))
+MODEL = Architecture(DCConfig, DCDecoder, lambda config: Layout(FUSED, ("encoder.",), _dtype_of))

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable
-from ...passes.convolutions import conv_residual
-from ...passes.upsample import UpsampleConv
-from ...stages.stage import Model
+from ..architecture import Architecture
+from ..layers import UpsampleConv, conv_residual
 
 EPS = 1e-6
 
@@ -187,4 +186,4 @@ class AutoencoderDecoder(nn.Module):
         return self.tail(self.trunk(latents))
 
 
-MODEL = Model(AutoencoderConfig, AutoencoderDecoder, lambda config: Layout(unused=("encoder.", "quant_conv.")))
+MODEL = Architecture(AutoencoderConfig, AutoencoderDecoder, lambda config: Layout(unused=("encoder.", "quant_conv.")))

@@ -22,10 +22,8 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Checkpoint, Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable
-from ...passes.convolutions import conv_residual
-from ...passes.upsample import UpsampleConv
-from ...stages.stage import Model
-from ..containers import ModuleDict
+from ..architecture import Architecture
+from ..layers import ModuleDict, UpsampleConv, conv_residual
 
 
 @dataclass(frozen=True)
@@ -246,4 +244,4 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(".gamma") else dtype
 
 
-MODEL = Model(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame)
+MODEL = Architecture(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame)

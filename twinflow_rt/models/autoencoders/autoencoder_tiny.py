@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Layout
 from ...errors import ConfigError
 from ...ops import EAGER
-from ...stages.stage import Model
+from ..architecture import Architecture
 
 REACH = 3.0  # latents are softly limited to +-3
 
@@ -116,4 +116,4 @@ class TinyDecoder(nn.Module):
         return x * 2 - 1
 
 
-MODEL = Model(TinyConfig, TinyDecoder, lambda config: Layout(unused=("encoder.",)))
+MODEL = Architecture(TinyConfig, TinyDecoder, lambda config: Layout(unused=("encoder.",)))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable, into
-from ...stages.stage import Model
-from ..containers import ModuleDict, ModuleList
+from ..architecture import Architecture
+from ..layers import ModuleDict, ModuleList
 from .language_model import Weight
 
 FUSED = {
@@ -136,7 +136,7 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if "norm" in name else dtype
 
 
-MODEL = Model(
+MODEL = Architecture(
     ClipConfig, ClipText, lambda config: Layout(FUSED, ("embeddings.position_ids",), _dtype_of),
     ("text_model.",),
 )  # fmt: skip

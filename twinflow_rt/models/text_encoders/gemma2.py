@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable, into
-from ...stages.stage import Model
-from ..containers import Module, ModuleList
+from ..architecture import Architecture
+from ..layers import Module, ModuleList
 from .language_model import FUSED, FeedForward, Past, Weight, after
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
@@ -166,7 +166,7 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 # Gemma2ForCausalLM stores Gemma2Model under `model.`
-MODEL = Model(
+MODEL = Architecture(
     Gemma2Config, Gemma2, lambda config: Layout(FUSED, ("lm_head.",), _dtype_of),
     ("model.",),
 )  # fmt: skip

@@ -19,8 +19,7 @@ from ...checkpoint.checkpoint import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable, into
 from ...ops.tracing import Tables
-from ..containers import Module, ModuleList
-from ..linear import with_residual, with_swiglu
+from ..layers import Module, ModuleList, with_residual, with_swiglu
 
 FUSED = {
     "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),

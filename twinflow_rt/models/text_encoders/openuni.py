@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Layout
 from ...errors import ConfigError
 from ...ops import EAGER
-from ...stages.stage import Model
-from ..containers import ModuleDict, ModuleList
+from ..architecture import Architecture
+from ..layers import ModuleDict, ModuleList
 from .clip_text import FUSED, Layer
 from .language_model import LanguageConfig, LanguageModel, layout
 
@@ -91,5 +91,5 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if "norm" in name else dtype
 
 
-LANGUAGE = Model(InternVLConfig, LanguageModel, _language_layout, ("language_model.model.", "model."))
-CONNECTOR = Model(ConnectorConfig, Connector, lambda config: Layout(FUSED, (), _dtype_of))
+LANGUAGE = Architecture(InternVLConfig, LanguageModel, _language_layout, ("language_model.model.", "model."))
+CONNECTOR = Architecture(ConnectorConfig, Connector, lambda config: Layout(FUSED, (), _dtype_of))

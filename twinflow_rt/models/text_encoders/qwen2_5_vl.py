@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import ConfigError
-from ...stages.stage import Model
+from ..architecture import Architecture
 from .language_model import LanguageConfig, LanguageModel, layout
 
 # where files keep the language model: transformers since 4.52; before that; saved on its own
@@ -34,4 +34,4 @@ class Qwen25VLConfig(LanguageConfig):
         return cls.read(raw, "Qwen2.5-VL", rope, qkv_bias=True, qk_norm=False, state=-1)
 
 
-MODEL = Model(Qwen25VLConfig, LanguageModel, layout, PREFIXES)
+MODEL = Architecture(Qwen25VLConfig, LanguageModel, layout, PREFIXES)

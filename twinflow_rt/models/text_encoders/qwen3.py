@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import ConfigError
-from ...stages.stage import Model
+from ..architecture import Architecture
 from .language_model import LanguageConfig, LanguageModel, layout
 
 
@@ -26,4 +26,4 @@ class Qwen3Config(LanguageConfig):
 
 
 # Qwen3ForCausalLM stores Qwen3Model under `model.`
-MODEL = Model(Qwen3Config, LanguageModel, layout, ("model.",))
+MODEL = Architecture(Qwen3Config, LanguageModel, layout, ("model.",))

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable
-from ...stages.stage import Model
-from ..containers import ModuleDict, ModuleList
-from ..linear import with_residual
+from ..architecture import Architecture
+from ..layers import ModuleDict, ModuleList, with_residual
 from .language_model import Weight
 
 FUSED = {
@@ -131,7 +130,7 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if wide else dtype
 
 
-MODEL = Model(
+MODEL = Architecture(
     T5Config, T5Encoder, lambda config: Layout(FUSED, ("embed_tokens.", "decoder.", "lm_head."), _dtype_of),
     ("encoder.",),
 )  # fmt: skip

@@ -19,8 +19,7 @@ TwinFlow's time: temb = e1(t) + (t - tt) * e2(tt). The output is the velocity z 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,15 +30,13 @@ from ...config import SizeRule
 from ...errors import ConfigError
 from ...families import Family, must_equal
 from ...ops import EAGER, into
-from ...passes.fold import Absorption
 from ...stages.text import QwenImageText
 from ...stages.vae import QwenImageDecoder
-from ..containers import ModuleDict, ModuleList
+from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
-from ..mmdit import EPS, FUSED, PLAIN, Constants, modulation_rows, pack
-from ..network_config import NetworkConfig, second_embedder
-from ..patches import channels_first, joined
+from ..folding import Absorption, Resident
+from ..layers import EPS, FUSED, PLAIN, Constants, ModuleDict, ModuleList, channels_first, joined, modulation_rows, pack
 from ..token_split import WHOLE, TokenSplit
 from .qwen_image_blocks import Block, TimeEmbedding
 
@@ -168,9 +165,7 @@ class QwenImageTransformer(nn.Module):
         """Shift and scale of the closing norm, [B, 2, dim]; the checkpoint has them the other way."""
         return modulation_rows(self.norm_out["linear"], temb, scales=(0,)).flip(1)
 
-    def fold(
-        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
         """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
 
         This network may live on the meta device: `resident(*prefixes)` makes the parameters below

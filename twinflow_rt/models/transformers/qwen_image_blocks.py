@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import OpTable
-from ..mmdit import (
+from ..layers import (
     ROWS,
     Constants,
     FeedForward,

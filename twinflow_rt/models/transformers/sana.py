@@ -26,8 +26,7 @@ linear flow, x = x_t - t F, embeds t itself (not 1000 t), and UCGM's "few" mode 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -41,17 +40,14 @@ from ...config import SizeRule
 from ...errors import ConfigError
 from ...families import Family, must_equal
 from ...ops import EAGER, into
-from ...passes.fold import Absorption
 from ...stages.text_openuni import OpenUniText
 from ...stages.text_sana import SanaText
 from ...stages.vae import DeepDecoder
-from ..containers import ModuleDict, ModuleList
+from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
-from ..linear import with_gelu
-from ..mmdit import EPS, PLAIN, Constants
-from ..network_config import NetworkConfig, second_embedder
-from ..patches import channels_last, joined
+from ..folding import Absorption, Resident
+from ..layers import EPS, PLAIN, Constants, ModuleDict, ModuleList, channels_last, joined, with_gelu
 from .sana_blocks import QK_EPS, Block, TimeModulation, effective
 
 TIME_SCALE = 1000.0
@@ -221,9 +217,7 @@ class SanaTransformer(nn.Module):
         """Shift and scale of the closing norm, [B, 2, dim]."""
         return effective(self.scale_shift_table, condition[:, None], scales=(1,))
 
-    def fold(
-        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
         """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N]; see `passes.fold`."""
         with resident("time_embed", "time_embed_2"):
             shared, condition = self.embed_time(t, tt)

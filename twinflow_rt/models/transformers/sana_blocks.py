@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import OpTable, into
-from ..mmdit import EPS, ROWS, Constants, SinusoidEmbedder, Stream, add_branch, linear32
+from ..layers import EPS, ROWS, Constants, MixFeedForward, SinusoidEmbedder, Stream, add_branch, linear32
 
 QK_EPS = 1e-5
 
@@ -80,33 +80,6 @@ class CrossAttention(nn.Module):
         if self.normed:
             q = ops.rms_norm(q, self.norm_q.weight.float(), QK_EPS)
         return self.to_out[0](ops.attention(q.unflatten(-1, (self.heads, -1)), k, v, lengths))
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution by its checkpoint's shape, applied as the linear layer that it is to [..., inner]."""
-
-    def __init__(self, inner: int, outer: int, bias: bool = True) -> None:
-        super().__init__(inner, outer, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
-
-
-class MixFeedForward(nn.Module):
-    """Gated MLP with a 3x3 depthwise convolution on the image grid in its middle: the only place where
-    the network sees positions. [B, H, W, dim] -> the same, a channels-last image as it lies."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.conv_inverted = PointwiseConv(dim, 2 * hidden)
-        self.conv_depth = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
-        self.conv_point = PointwiseConv(hidden, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.silu(self.conv_inverted(x))
-        hidden, gate = self.conv_depth(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).chunk(2, -1)
-        out: Tensor = self.conv_point(hidden * F.silu(gate))
-        return out
 
 
 class Block(nn.Module):

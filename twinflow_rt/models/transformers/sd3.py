@@ -1,6 +1,6 @@
 """Stable Diffusion 3.5 velocity network with TwinFlow's second embedder (diffusers: SD3Transformer2DModel).
 
-Two streams meet in one joint attention per block (`mmdit`); the first blocks have a second attention
+Two streams meet in one joint attention per block (`models.layers`); the first blocks have a second attention
 of image tokens alone. Conditioning is time *and* the pooled prompt p,
 
     temb = e1(1000 t) + g1(p) + (t - tt) * (e2(1000 tt) + g2(p)),
@@ -12,8 +12,7 @@ evaluates every modulation once per prompt, for all N steps. The output is the v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -28,17 +27,16 @@ from ...families import Family, must_equal
 from ...ops import EAGER, into
 from ...stages.text_sd3 import SD3Text
 from ...stages.vae import KLDecoder
-from .. import mmdit
-from ..containers import ModuleDict, ModuleList
+from .. import layers
+from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
-from ..mmdit import EPS, Constants, modulation_rows, pack
-from ..network_config import NetworkConfig, second_embedder
-from ..patches import channels_last, joined
+from ..folding import Resident
+from ..layers import EPS, Constants, ModuleDict, ModuleList, channels_last, joined, modulation_rows, pack
 from .sd3_blocks import Block, TimeTextEmbedding
 
 TIME_SCALE = 1000.0
 
-FUSED = mmdit.FUSED | {
+FUSED = layers.FUSED | {
     f"attn2.to_qkv.{leaf}": tuple(f"attn2.{part}.{leaf}" for part in ("to_q", "to_k", "to_v"))
     for leaf in ("weight", "bias")
 }
@@ -193,9 +191,7 @@ class SD3Transformer(nn.Module):
         # the closing norm has its scale before its shift
         return torch.cat((*rows, modulation_rows(self.norm_out["linear"], temb, (0,)).flip(1)), 1)
 
-    def fold(
-        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
         """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N]; see `passes.fold`."""
         with resident("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder"):
             time, gap = self.embed_time(t, tt)

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import OpTable, into
-from ..containers import ModuleDict
-from ..mmdit import (
+from ..layers import (
     EPS,
     Constants,
     FeedForward,
     JointAttention,
+    ModuleDict,
     Readers,
     SinusoidEmbedder,
     Stream,

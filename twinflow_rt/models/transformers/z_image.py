@@ -15,8 +15,7 @@ likewise of tt. As sign(0) = 0, (t, tt) = (1, 0) gives s = s2 = 0: at one evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,12 +32,11 @@ from ...ops import EAGER, into
 from ...ops.tracing import Tables
 from ...stages.text import ZImageText
 from ...stages.vae import KLDecoder
-from ..containers import Module, ModuleDict, ModuleList
+from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
-from ..mmdit import linear32
-from ..network_config import NetworkConfig, second_embedder
-from ..patches import channels_last, joined
+from ..folding import Resident
+from ..layers import Module, ModuleDict, ModuleList, channels_last, joined, linear32
 from ..token_split import WHOLE, TokenSplit
 from .z_image_blocks import ADALN_DIM, BLOCK_NORMS, Block, FinalLayer, TimestepEmbedder
 
@@ -180,9 +178,7 @@ class ZImageTransformer(Module):
         layer: Any = self.all_final_layer["2-1"].adaLN_modulation[1]
         return 1 + linear32(layer, F.silu(temb))
 
-    def fold(
-        self, t: Tensor, tt: Tensor, resident: Callable[..., AbstractContextManager[None]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
         """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
 
         This network may live on the meta device: `resident(*prefixes)` makes the parameters below

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import OpTable, into
-from ..containers import Module
-from ..linear import with_swiglu
-from ..mmdit import FREQUENCY_DIM, linear32, sinusoids
+from ..layers import FREQUENCY_DIM, Module, linear32, sinusoids, with_swiglu
 
 if TYPE_CHECKING:
     from .z_image import ZImageConfig

@@ -7,7 +7,7 @@ import copy
 import pytest
 from torch import nn
 
-from twinflow_rt.models.containers import Module
+from twinflow_rt.models.layers import Module
 
 
 class Pair(Module):
