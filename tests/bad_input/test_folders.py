@@ -20,9 +20,9 @@ from tests.bad_input.tensors import BAD
 from tests.factory import WEIGHTS, shard
 from twinflow_rt import cli
 from twinflow_rt.checkpoint import files
-from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError
 from twinflow_rt.loading import load
+from twinflow_rt.planning.description import describe
 
 T, TEXT, TOKENIZER, VAE = "transformer/config.json", "text_encoder/config.json", "tokenizer/", "vae/config.json"
 

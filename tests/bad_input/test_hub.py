@@ -15,8 +15,8 @@ import pytest
 from tests.bad_input.conftest import refused
 from tests.bad_input.fake_hub import COMMIT, Hub, serving
 from twinflow_rt.checkpoint import hub
-from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.planning.description import describe
 
 REPO = "owner/tiny"
 # asks for each (name, download) in turn: the folder, or the refusal

@@ -14,8 +14,8 @@ import pytest
 import twinflow_rt
 from tests.bad_input.conftest import refused
 from twinflow_rt import cli
-from twinflow_rt.cli.inspect import describe
 from twinflow_rt.loading import load
+from twinflow_rt.planning.description import describe
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tests.bad_input.tensors import BAD
 from tests.factory import WEIGHTS
 from twinflow_rt import cli
 from twinflow_rt.bench import record
-from twinflow_rt.checkpoint.convert import convert
+from twinflow_rt.convert import convert
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.checkpoint.convert import MODELS
 from twinflow_rt.checkpoint.files import open_tensors, read_json
 from twinflow_rt.checkpoint.typed_json import typed
+from twinflow_rt.convert import MODELS
 from twinflow_rt.errors import TwinFlowError
 from twinflow_rt.families import FAMILIES, family_of
 from twinflow_rt.plan import Plan

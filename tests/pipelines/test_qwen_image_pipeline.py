@@ -15,10 +15,10 @@ from tests.factory import WEIGHTS
 from tests.qwen_image_factory import add_second, make_model, relative
 from twinflow_rt import cli
 from twinflow_rt.checkpoint.fuse import sources
-from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.families import family_of
 from twinflow_rt.loading import load
+from twinflow_rt.planning.description import describe
 from twinflow_rt.planning.work import PROMPT_TOKENS
 from twinflow_rt.sampling.noise import initial_noise
 

@@ -27,10 +27,10 @@ from tests.sana_factory import (
 )
 from twinflow_rt import cli
 from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
-from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.families import FAMILIES, family_of
 from twinflow_rt.loading import load
+from twinflow_rt.planning.description import describe
 from twinflow_rt.sampling.noise import initial_noise, step_noise
 from twinflow_rt.sampling.sampler import SamplerConfig, preset, sample, schedule
 from twinflow_rt.stages.text_sana import INSTRUCTION

@@ -16,10 +16,10 @@ from tests.qwen_image_factory import relative
 from tests.sd3_factory import add_second, make_model
 from twinflow_rt import cli
 from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
-from twinflow_rt.cli.inspect import describe
 from twinflow_rt.errors import CheckpointError
 from twinflow_rt.families import FAMILIES, family_of
 from twinflow_rt.loading import load
+from twinflow_rt.planning.description import describe
 from twinflow_rt.sampling.noise import initial_noise, step_noise
 from twinflow_rt.sampling.sampler import preset, sample, schedule
 

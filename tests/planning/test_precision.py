@@ -11,13 +11,13 @@ import torch
 from tests.factory import make_model
 from twinflow_rt import load
 from twinflow_rt.cli import main
-from twinflow_rt.cli.inspect import resident_bytes
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.families import family_of
 from twinflow_rt.models.transformers.qwen_image import QwenImageConfig
 from twinflow_rt.passes.layer_groups import Group
 from twinflow_rt.plan import Plan
 from twinflow_rt.planning import precision, sensitivity
+from twinflow_rt.planning.description import resident_bytes
 from twinflow_rt.planning.precision import Measurement, choose
 
 SENSITIVE = "layers.feed_forward.w2"

@@ -80,7 +80,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     from ..bench import record
     from ..config import DTYPES
     from ..loading import model_path
-    from .inspect import describe
+    from ..planning.description import describe
 
     width, height = args.size or (None, None)
     options: dict[str, Any] = {} if args.tokens is None else {"tokens": args.tokens}
@@ -119,7 +119,7 @@ def add_convert(parser: Parser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    from ..checkpoint.convert import convert
+    from ..convert import convert
 
     conversion = convert(args.files, args.base, args.target, dry_run=args.dry_run)
     print(json.dumps(conversion.to_dict(), indent=1) if args.json else conversion)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
-from ..atomic import new_folder
-from ..checkpoint import PICKLES
-from ..files import is_folder, open_tensors
+from ..checkpoint.atomic import new_folder
+from ..checkpoint.checkpoint import PICKLES
+from ..checkpoint.files import is_folder, open_tensors
+from ..errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000  # a shard is held in memory while it is written
 

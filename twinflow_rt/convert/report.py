@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...errors import CheckpointError
-from ..checkpoint import some
+from ..checkpoint.checkpoint import some
+from ..errors import CheckpointError
 
 LISTED = 12  # keys of one kind that the printed report names
 

@@ -18,9 +18,9 @@ from ..passes import quantize
 from ..passes.fold import folded_away
 from ..passes.upsample import fold_upsampling, folded_bytes
 from ..plan import CEILINGS, Ceiling, Stage, duration, group_parameters
-from ..planning.meta_model import FOLDED
-from ..planning.work import PROMPT_TOKENS, predict_stages
 from ..stages import stage
+from .meta_model import FOLDED
+from .work import PROMPT_TOKENS, predict_stages
 
 # the transformer's linear layers, the rest; float16 as bfloat16. int8 stands beside float32 on a CPU
 PRECISIONS = {

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import factory, qwen_image_factory
-from twinflow_rt import cli
-from twinflow_rt.checkpoint import convert
+from twinflow_rt import cli, convert
+from twinflow_rt.checkpoint import names
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.checkpoint.convert import files, names
+from twinflow_rt.convert import files
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 

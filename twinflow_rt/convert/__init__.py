@@ -16,19 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...cli.inspect import describe
-from ...errors import CheckpointError, ConfigError
-from ...families import family_of
-from ...models.architecture import Architecture
-from ...models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen
-from ...models.config import reading
-from ...models.text_encoders import clip_text, gemma2, qwen2_5_vl, qwen3, t5
-from ..atomic import check_target
-from ..checkpoint import DTYPES, Layout, check, some
-from ..files import check_tree, is_folder, read_json
-from ..fuse import sources
+from ..checkpoint.atomic import check_target
+from ..checkpoint.checkpoint import DTYPES, Layout, check, some
+from ..checkpoint.files import check_tree, is_folder, read_json
+from ..checkpoint.fuse import sources
+from ..checkpoint.names import CONTAINERS, RULES, Names, unchanged
+from ..errors import CheckpointError, ConfigError
+from ..families import family_of
+from ..models.architecture import Architecture
+from ..models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen
+from ..models.config import reading
+from ..models.text_encoders import clip_text, gemma2, qwen2_5_vl, qwen3, t5
+from ..planning.description import describe
 from .files import Source, open_sources, write_folder
-from .names import CONTAINERS, RULES, Names, unchanged
 from .report import Conversion, Key, PartReport
 
 # by _class_name or model_type of config.json
