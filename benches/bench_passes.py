@@ -10,7 +10,7 @@ import torch
 
 from twinflow_rt import load
 from twinflow_rt.checkpoint.checkpoint import Checkpoint, check, materialize
-from twinflow_rt.compile import compile_network
+from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.families import family_of
 from twinflow_rt.ops.selection import Target, select
 from twinflow_rt.passes.fold import fold
@@ -65,7 +65,7 @@ def test_select(benchmark):
 def test_compile(benchmark, parts, nfe):
     checkpoint, family, _ = parts
     times = schedule(preset(nfe), torch.float32)
-    benchmark(lambda: compile_network(checkpoint, family, times, device=CPU, dtype=torch.float32))
+    benchmark(lambda: compile_network(Recipe(checkpoint, family, CPU, torch.float32), times))
 
 
 @pytest.mark.benchmark(group="passes: loading a model")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.factory import TRANSFORMER, make_model, randomize
 from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
 from twinflow_rt.checkpoint.fuse import merge
-from twinflow_rt.compile import compile_network
+from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.families import family_of
 from twinflow_rt.loading import DEMO
@@ -43,7 +43,7 @@ def load_unfolded(checkpoint: Checkpoint, dtype: torch.dtype) -> ZImageTransform
 
 
 def compiled(checkpoint: Checkpoint, schedule, dtype=torch.float32):
-    return compile_network(checkpoint, family_of(checkpoint.config), schedule, device=CPU, dtype=dtype)
+    return compile_network(Recipe(checkpoint, family_of(checkpoint.config), CPU, dtype), schedule)
 
 
 def inputs(batch: int, height: int, width: int, lengths: tuple[int, ...], dtype=torch.float32):

@@ -42,11 +42,15 @@ MAX_EVALUATIONS = 100
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a program was compiled from; `absorb`: whether its constants may go into the weights.
-    precision, exempt: of the linear layers, see `passes.quantize.convert`. fp8_attention: whether attention's
-    scores are float8 products (`ops.attention_fp8`). sensitivity: what `exempt` was measured by, if it was.
-    notes: on the choice of all this, for the plan.
-    streamed: how many of the last blocks come and go as they run."""
+    """What a program is compiled from, and how.
+
+    source: an open checkpoint, or one with adapters merged in (`checkpoint.lora.Merged`). absorb: whether the
+    constants of a single evaluation go into the weights, where the family declares that they can (`absorptions`):
+    exact in float32, and in bfloat16 within 1.1x of the unfolded network's error.
+    precision, skip_layers: of the linear layers, see `passes.quantize.convert`. fp8_attention: whether attention's
+    scores are float8 products (`ops.attention_fp8`). sensitivity: what `skip_layers` was measured by, if it was.
+    notes: on the choice of all this, for the plan. streamed: how many of the last blocks come and go as they run
+    (see `runtime.streaming`)."""
 
     source: Checkpoint
     family: Family
@@ -54,11 +58,16 @@ class Recipe:
     dtype: torch.dtype
     absorb: bool = True
     precision: str | None = None
-    exempt: tuple[str, ...] = ()
+    skip_layers: tuple[str, ...] = ()
     fp8_attention: bool = False
     sensitivity: tuple[Group, ...] = ()
     notes: tuple[str, ...] = ()
     streamed: int = 0
+
+    @property
+    def absorbs(self) -> bool:
+        """`absorb`, but where a CPU's blocks stream: those are read from the checkpoint as they run."""
+        return self.absorb and not (self.streamed and self.device.type == "cpu")
 
     def unfolded(self) -> nn.Module:
         """The network as the checkpoint has it, on the meta device."""
@@ -143,49 +152,31 @@ class Program:
         """Becomes what `recipe` gives. The old network goes first: a device may not hold two. Should
         compiling fail, the program is left without a schedule and the next `refold` compiles it."""
         self.network, self.schedule, self.recipe = None, (), recipe
-        fresh = compile_network(
-            recipe.source, recipe.family, schedule, device=recipe.device, dtype=recipe.dtype, absorb=recipe.absorb,
-            precision=recipe.precision, exempt=recipe.exempt, fp8_attention=recipe.fp8_attention,
-            sensitivity=recipe.sensitivity, notes=recipe.notes, streamed=recipe.streamed,
-        )  # fmt: skip
+        fresh = compile_network(recipe, schedule)
         self.network, self.schedule, self.plan = fresh.network, fresh.schedule, fresh.plan
         if (sequence := self.sequence) is not None:
             self.sequence = None
             self.parallelize(sequence)
 
 
-def compile_network(
-    source: Checkpoint, family: Family, schedule: Schedule, *, device: torch.device, dtype: torch.dtype,
-    progress: Progress | None = None, absorb: bool = True, precision: str | None = None, exempt: Sequence[str] = (),
-    fp8_attention: bool = False, sensitivity: Sequence[Group] = (), notes: Sequence[str] = (), streamed: int = 0,
-) -> Program:  # fmt: skip
-    """Compiles a network for the (t, tt) pairs of `schedule` (1 to 100 of them).
+def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | None = None) -> Program:
+    """Compiles a network for the (t, tt) pairs of `schedule` (1 to 100 of them); returns its program.
 
-    source: an open checkpoint, or one with adapters merged in (`passes.lora.Merged`). absorb: whether
-    the constants of a single evaluation go into the weights, where the family declares that they can
-    (`absorptions`): exact in float32, and in bfloat16 within 1.1x of the unfolded network's error.
-    precision, exempt: of the linear layers, see `passes.quantize.convert`. fp8_attention, sensitivity, notes: see
-    `Recipe`.
-    streamed: how many of the last blocks come and go as they run (see `streaming`); on a CPU they are read from
-    the checkpoint then, so no constants go into weights.
-    Raises CheckpointError for anything about the files, ConfigError for the schedule or the precision.
+    progress(bytes) is called as tensors arrive. Raises CheckpointError for anything about the files, ConfigError for
+    the schedule or the precision.
     """
-    schedule = _checked(schedule)
+    schedule, source, family = _checked(schedule), recipe.source, recipe.family
+    device, dtype, precision, skip_layers = recipe.device, recipe.dtype, recipe.precision, recipe.skip_layers
     quantize.require(precision, device, dtype)
-    absorb = absorb and not (streamed and device.type == "cpu")
-    recipe = Recipe(
-        source, family, device, dtype, absorb, precision, tuple(exempt), fp8_attention, tuple(sensitivity),
-        tuple(notes), streamed,
-    )  # fmt: skip
     source.meter.start()
     unfolded = recipe.unfolded()
     check(unfolded.state_dict(), source, family.layout)
-    network = _folded(family, unfolded.config, len(schedule), absorb)
-    quantize.check_names(network, exempt, sensitivity)
+    network = _folded(family, unfolded.config, len(schedule), recipe.absorbs)
+    quantize.check_names(network, skip_layers, recipe.sensitivity)
     expected = network.state_dict()
     into: set[str] = set()
     read = lambda name: fetch(name, expected[name], source, family.layout, device, dtype)
-    streaming = Streaming(network, streamed, device, read, precision, exempt)
+    streaming = Streaming(network, recipe.streamed, device, read, precision, skip_layers)
     tables = recipe.tables(unfolded, schedule, into.add)
     for name, tensor in _tensors(recipe, network, expected, tables, streaming.names if streaming.mapped else ()):
         if name in streaming.names:
@@ -195,11 +186,11 @@ def compile_network(
         if progress is not None:
             progress(tensor.nbytes)
         del tensor
-        quantize.arrived(network, name, device, precision, exempt)
-    layers = quantize.convert(network, device, precision, exempt)
+        quantize.arrived(network, name, device, precision, skip_layers)
+    layers = quantize.convert(network, device, precision, skip_layers)
     network.eval()
     streaming.start()
-    choices = _select(network, device, dtype, fp8_attention)
+    choices = _select(network, device, dtype, recipe.fp8_attention)
     report = source.meter.report(len(expected), source.total_bytes())
     away = folded_away(unfolded, network)
     folded, pruned = (group_parameters({k: n for k, n in away.items() if (k in into) is yes}) for yes in (True, False))
@@ -208,8 +199,8 @@ def compile_network(
         family=family.name, source=Path(source.folder).parent.name, device=str(device), dtype=dtype_name(dtype),
         schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
         bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
-        absorbed=_is_absorbed(network), loras=source.loras, precision=precision, exempt=recipe.exempt, layers=layers,
-        fp8_attention=fp8_attention, sensitivity=recipe.sensitivity,
+        absorbed=_is_absorbed(network), loras=source.loras, precision=precision, exempt=skip_layers, layers=layers,
+        fp8_attention=recipe.fp8_attention, sensitivity=recipe.sensitivity,
         notes=(f"transformer {report}", *recipe.notes, *quantize.converted(source.main_dtype(), dtype, device)),
     )  # fmt: skip
     return Program(network, schedule, plan, recipe)

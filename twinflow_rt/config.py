@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, DeviceError
-from .sampling.schedule import PRESETS, SamplerConfig, preset
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": None, "fp8": None}
@@ -81,21 +80,6 @@ def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) ->
     if implied and name and ALIASES.get(name, name) != implied:
         raise ConfigError(f"precision {precision} is dtype {implied}, not {name}; give one of the two")
     return (precision if precision in ("int8", "fp8") else None), implied or dtype
-
-
-def resolve_sampler(nfe: int | None, sampler: SamplerConfig | str | None) -> SamplerConfig | None:
-    """Sampler settings from a number of evaluations, a preset's name, or as given; None if neither is."""
-    if nfe is not None and sampler is not None:
-        raise ConfigError("give nfe or sampler, not both: a sampler fixes the number of evaluations")
-    if nfe is not None:
-        return preset(nfe)
-    if isinstance(sampler, str):
-        if sampler not in PRESETS:
-            raise ConfigError(f"sampler {sampler!r} is no preset; use one of {', '.join(PRESETS)} or a SamplerConfig")
-        return PRESETS[sampler]
-    if sampler is not None and not isinstance(sampler, SamplerConfig):
-        raise ConfigError(f"sampler must be a SamplerConfig or a preset's name, not {type(sampler).__name__}")
-    return sampler
 
 
 def resolve_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:

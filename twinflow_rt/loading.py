@@ -1,8 +1,9 @@
-"""Opening a model: which folder, which precision, what streams; then the passes, and a Pipeline."""
+"""Opening a model: its folder, the stages in it, what streams; then the compile path, and a Pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import torch
 
 from .checkpoint import artifact, hub
-from .checkpoint.checkpoint import Checkpoint, model_folder
+from .checkpoint.checkpoint import Checkpoint, Progress, model_folder
 from .checkpoint.lora import Loras, Merged, require_same, resolve_loras
-from .compile import Program, compile_network, load_program
+from .compile import Program, Recipe, compile_network, load_program
 from .config import (
     DTYPES,
     SizeRule,
@@ -22,119 +23,192 @@ from .config import (
     resolve_device,
     resolve_dtype,
     resolve_precision,
-    resolve_sampler,
 )
 from .errors import ConfigError
-from .families import family_of
+from .families import Family, family_of
 from .host_memory import keep_freed_memory
+from .load_options import LoadOptions, describe, renamed
 from .ops.native import library
 from .passes.fold import Schedule
 from .pipeline import Pipeline
 from .plan import Plan
 from .planning import precision as precisions
-from .planning.memory_plan import plan_memory
+from .planning.memory_plan import MemoryPlan, plan_memory
 from .runtime import out_of_memory
-from .runtime.capture import MODES, open_captures
-from .sampling.sampler import SamplerConfig, preset, schedule
+from .runtime.capture import Captures, open_captures
+from .sampling.schedule import SamplerConfig, preset, resolve_sampler, schedule
 from .stages.tiles import check_tile
 from .stages.vae import PreviewDecoder
 
+__all__ = ["DEMO", "LoadOptions", "load", "model_path"]
 DEMO = Path(__file__).parent / "demo"
 
 
+@renamed(exempt="skip_layers", text_exempt="text_skip_layers")
 @out_of_memory.named("loading")
 def load(
     path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
     nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
     progress: Callable[[str, int], None] | None = None, precision: str | None = None,
-    exempt: Sequence[str] | str | Path = (), fp8_attention: bool = False,
-    text_precision: str | None = None, text_exempt: Sequence[str] = (),
-    prompt_cache: int = 0, download: bool = False, capture: str = "auto", batch_invariant: bool = False,
-    memory_budget: int | str | None = None, largest: tuple[int | None, int | None, int] | None = None,
-    tile: int | None = None,
+    skip_layers: Sequence[str] | str | Path = (), fp8_attention: bool = False, text_precision: str | None = None,
+    text_skip_layers: Sequence[str] = (), prompt_cache: int = 0, download: bool = False, capture: str = "auto",
+    batch_invariant: bool = False, memory_budget: int | str | None = None,
+    largest: tuple[int | None, int | None, int] | None = None, tile: int | None = None,
     preview: str | Path | None = None,
 ) -> Pipeline:  # fmt: skip
-    """Loads and compiles a model folder in diffusers' layout, "demo", the miniature that ships along, or
-    hf://owner/name[@revision][/subfolder] from the cache of the Hugging Face hub.
+    """Loads and compiles a model; returns its Pipeline.
 
-    device: default the GPU if there is one. dtype: default the checkpoint's, or float32 where the
-    device cannot compute in that at full rate. nfe: evaluations per image the network is folded for
-    (default 1). loras: adapters to merge, {path: weight} or [path or (path, weight), ...]; an artifact
-    takes those it was saved with, or None. progress(part, bytes) is called as tensors arrive.
-    precision: "fp32", "fp16" or "bf16", the dtypes; "int8" (CPUs, NVIDIA GPUs from compute capability 8.0 on) or "fp8"
-    (GPUs from 8.9 on; a CPU emulates it, slowly): linear layers of the transformer's blocks with 8-bit weights and
-    activations; None: what suits checkpoint and device; "auto": that, or int8, fp8 or bf16 if it measured faster here
-    and accurate (`twinflow-rt sensitivity --save`; the plan says why). exempt: parts of names of layers kept out of
-    int8 or fp8, because they measured sensitive, or a file of that command, whose errors go into the plan.
-    fp8_attention: beside "fp8", attention's scores are float8 products as well.
-    text_precision: "int8" or "fp8", for the linear layers of the text encoders' blocks, where `precision` never
-    reaches; text_exempt: parts of names of layers kept out of it.
-    prompt_cache: bytes of device memory to keep prompts in that were seen before, as the network reads them
-    (`Pipeline.prompts` counts hits); 0: none.
-    capture: "graphs" records every stage once per shape and replays it (CUDA graphs, see `capture`), "auto"
-    does so on a GPU where it pays, "off" never does.
-    batch_invariant: compute every image alone, so that its bits do not depend on the batch around it.
-    memory_budget: bytes, or text like "12GB": what device memory (on a CPU: anonymous memory) the model may take at
-    its peak. Chooses what streams and whether decoding is tiled (see `memory_plan`), before anything is loaded.
-    largest: (height, width, images) of the largest call it must hold for, default one image of the default size.
-    tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); default: whole, or as the
-    budget needs.
-    preview: folder of an AutoencoderTiny (taef1, taesd3, ...) that calls with preview=True decode with.
-    download: fetch a hf:// model (`hub`); nothing else ever opens a connection.
+    path: a model folder in diffusers' layout, one that `Pipeline.save` wrote, "demo", the miniature that ships along,
+    or hf://owner/name[@revision][/subfolder] from the cache of the Hugging Face hub. The options are `LoadOptions`:
+    {options}
     Raises CheckpointError, ConfigError, DeviceError, OutOfMemoryError.
     """
-    asked, target = resolve_sampler(nfe, sampler), resolve_device(device)
-    _, dtype = resolve_precision(precision, dtype)
-    check_choice("capture", capture, MODES)
-    captures = open_captures(capture, target)
+    given = locals()  # the arguments alone: nothing else has a name yet
+    asked = Asked.of(LoadOptions(**{option.name: given[option.name] for option in fields(LoadOptions)}))
     folder = model_folder(model_path(path, download))
-    saved = artifact.read(folder) if artifact.is_artifact(folder) else None
-    config = asked or (saved["sampler"] if saved else preset(1))
-    plan = Plan.from_dict(saved["plan"]) if saved else None
-    pairs = None if loras is None else resolve_loras(loras)
-    if plan is not None:
-        require_same(plan.loras, pairs)
-        precisions.require_saved(plan, folder, precision, exempt, fp8_attention)
-    checkpoint = _transformer(folder, pairs, plan)
-    family = family_of(checkpoint.config)
-    kind = resolve_dtype(dtype, target, DTYPES[plan.dtype] if plan else checkpoint.main_dtype())
-    how: dict[str, Any] = {} if plan is not None else precisions.resolve(
-        folder / "transformer", precision, exempt, fp8_attention, target, kind, free=dtype is None
-    )  # fmt: skip
-    kind = how.pop("dtype", kind)
-    text, vae, sizes = family.open(folder, checkpoint.config)
-    text.quantize(text_precision, text_exempt, target, kind)
-    times, memory = schedule(config, kind), None
-    if tile is not None:
-        check_tile(vae.network, tile)
-    if (budget := parse_bytes(memory_budget)) is not None:
-        if plan is None:
-            kinds = {"precision": how.get("precision"), "exempt": how.get("exempt", ())}
-        else:
-            kinds = {"precision": plan.precision, "exempt": plan.exempt, "saved": True}
-        whole = resolve_largest(largest, sizes)
-        memory = plan_memory(text, vae, checkpoint, family, times, target, kind, budget, whole, tile, **kinds)
-        if captures is not None and captures.strict and (memory.text_streams or memory.streamed):
+    return _load_artifact(folder, asked) if artifact.is_artifact(folder) else _load_folder(folder, asked)
+
+
+load.__doc__ = (load.__doc__ or "").replace(
+    "{options}", "\n    ".join(f"{option.name}: {describe(option)}." for option in fields(LoadOptions))
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """`LoadOptions` checked for this machine, in the types that loading works with. sampler, dtype, loras, budget:
+    None where nothing is asked for. captures: what records the stages, or None."""
+
+    options: LoadOptions
+    sampler: SamplerConfig | None
+    device: torch.device
+    dtype: str | torch.dtype | None
+    captures: Captures | None
+    loras: tuple[tuple[Path, float], ...] | None
+    budget: int | None
+
+    @classmethod
+    def of(cls, options: LoadOptions) -> Asked:
+        """Checks what can be checked without the model. Raises ConfigError, DeviceError."""
+        sampler, device = resolve_sampler(options.nfe, options.sampler), resolve_device(options.device)
+        _, dtype = resolve_precision(options.precision, options.dtype)
+        for option in fields(LoadOptions):
+            value = getattr(options, option.name)
+            if value is not None and option.metadata["choices"]:
+                check_choice(option.name, value, option.metadata["choices"])
+        loras = None if options.loras is None else resolve_loras(options.loras)
+        budget = parse_bytes(options.memory_budget)
+        return cls(options, sampler, device, dtype, open_captures(options.capture, device), loras, budget)
+
+    def progress(self, part: str) -> Progress | None:
+        """What is told of the bytes of `part` as they arrive."""
+        return self.options.progress and partial(self.options.progress, part)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model whose files are open and compared, none of its weights read: the stages around its network, and the
+    sampler it is to be compiled for, whose evaluations are at `times`."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    family: Family
+    text: Any
+    vae: Any
+    sizes: SizeRule
+    dtype: torch.dtype
+    sampler: SamplerConfig
+    times: Schedule
+
+    @classmethod
+    def open(
+        cls, folder: Path, checkpoint: Checkpoint, family: Family, dtype: torch.dtype, sampler: SamplerConfig,
+        asked: Asked,
+    ) -> Model:  # fmt: skip
+        """Opens the stages in `folder` beside the network in `checkpoint`."""
+        options = asked.options
+        text, vae, sizes = family.open(folder, checkpoint.config)
+        text.quantize(options.text_precision, options.text_skip_layers, asked.device, dtype)
+        if options.tile is not None:
+            check_tile(vae.network, options.tile)
+        vae.tile = options.tile
+        return cls(folder, checkpoint, family, text, vae, sizes, dtype, sampler, schedule(sampler, dtype))
+
+    def plan_memory(self, asked: Asked, **network: Any) -> MemoryPlan | None:
+        """What streams, and the side of tiles, so that the budget holds; None without a budget. network: of its linear
+        layers, and whether it is a saved program's, as `memory_plan.plan_memory` takes them. Raises ConfigError."""
+        if asked.budget is None:
+            return None
+        memory = plan_memory(
+            self.text, self.vae, self.checkpoint, self.family, self.times, asked.device, self.dtype, asked.budget,
+            resolve_largest(asked.options.largest, self.sizes), asked.options.tile, **network,
+        )  # fmt: skip
+        if asked.captures is not None and asked.captures.strict and (memory.text_streams or memory.streamed):
             raise ConfigError(
-                f"capture='graphs' records every stage; blocks stream within memory_budget {memory_budget}, and such "
-                "are not recorded: use capture='auto', or a larger budget"
+                f"capture='graphs' records every stage; blocks stream within memory_budget "
+                f"{asked.options.memory_budget}, and such are not recorded: use capture='auto', or a larger budget"
             )
-        text.streams, tile, how["streamed"] = memory.text_streams, memory.tile, memory.streamed
-    vae.tile = tile
-    part: Callable[[str], Callable[[int], None] | None] = lambda name: progress and partial(progress, name)
+        self.text.streams, self.vae.tile = memory.text_streams, memory.tile
+        return memory
+
+
+def _load_folder(folder: Path, asked: Asked) -> Pipeline:
+    """Of a folder in diffusers' layout: the passes compile its network."""
+    options, network = asked.options, folder / "transformer"
+    checkpoint = Merged(network, asked.loras) if asked.loras else Checkpoint(network)
+    family = family_of(checkpoint.config)
+    dtype = resolve_dtype(asked.dtype, asked.device, checkpoint.main_dtype())
+    arithmetic = precisions.resolve(
+        network, options.precision, options.skip_layers, options.fp8_attention, asked.device, dtype,
+        free=asked.dtype is None,
+    )  # fmt: skip
+    model = Model.open(folder, checkpoint, family, arithmetic.dtype, asked.sampler or preset(1), asked)
+    memory = model.plan_memory(asked, precision=arithmetic.precision, exempt=arithmetic.skip_layers)
+    streamed = 0 if memory is None else memory.streamed
+    recipe = Recipe(checkpoint, family, asked.device, **vars(arithmetic), streamed=streamed)
+    return _assemble(model, asked, memory, partial(compile_network, recipe, model.times))
+
+
+def _load_artifact(folder: Path, asked: Asked) -> Pipeline:
+    """Of a folder that `Pipeline.save` wrote: its plan says what the passes made of its network."""
+    options, saved = asked.options, artifact.read(folder)
+    plan = Plan.from_dict(saved["plan"])
+    require_same(plan.loras, asked.loras)
+    precisions.require_saved(plan, folder, options.precision, options.skip_layers, options.fp8_attention)
+    checkpoint = Checkpoint(folder / "transformer", quantized=plan.precision is not None)
+    family = family_of(checkpoint.config)
+    dtype = resolve_dtype(asked.dtype, asked.device, DTYPES[plan.dtype])
+    model = Model.open(folder, checkpoint, family, dtype, asked.sampler or saved["sampler"], asked)
+    memory = model.plan_memory(asked, precision=plan.precision, exempt=plan.exempt, saved=True)
+
+    def program(progress: Progress | None) -> Program:
+        made = load_program(checkpoint, family, plan, device=asked.device, dtype=dtype, progress=progress)
+        made.refold(model.times)  # refuses another schedule than the saved one
+        return made
+
+    return _assemble(model, asked, memory, program)
+
+
+def _assemble(
+    model: Model, asked: Asked, memory: MemoryPlan | None, compile: Callable[[Progress | None], Program]
+) -> Pipeline:
+    """Reads the weights, part by part, and makes the pipeline of them. compile(progress): the network's program."""
+    options, device, dtype, text, vae = asked.options, asked.device, model.dtype, model.text, model.vae
     with torch.no_grad():
-        text.materialize(target, kind, part("text encoder"))
-        to = {"device": target, "dtype": kind, "progress": part("transformer")}
-        program = _program(checkpoint, family, plan, times, to, how)
-        vae.materialize(target, kind, part("vae"))
-        pipe = Pipeline(text, program, vae, sizes, config, target, kind, folder, prompt_cache, batch_invariant)
+        text.materialize(device, dtype, asked.progress("text encoder"))
+        program = compile(asked.progress("transformer"))
+        vae.materialize(device, dtype, asked.progress("vae"))
+        pipe = Pipeline(
+            text, program, vae, model.sizes, model.sampler, device, dtype, model.folder, options.prompt_cache,
+            options.batch_invariant,
+        )  # fmt: skip
         pipe.memory = memory
-        if preview is not None:
-            pipe.preview = PreviewDecoder(Path(preview), vae)
-            pipe.preview.materialize(target, kind, part("preview"))
-    pipe.record(captures if memory is None or target.type == "cuda" else None)  # a CPU's budget counts every byte
+        if options.preview is not None:
+            pipe.preview = PreviewDecoder(Path(options.preview), vae)
+            pipe.preview.materialize(device, dtype, asked.progress("preview"))
+    pipe.record(asked.captures if memory is None or device.type == "cuda" else None)  # a CPU's budget counts every byte
     pipe.warm_up()
-    if target.type == "cpu":
+    if device.type == "cpu":
         library.release_threads()  # calls may come from other threads than this one
         if memory is None:
             keep_freed_memory()
@@ -154,21 +228,3 @@ def resolve_largest(largest: tuple[int | None, int | None, int] | None, sizes: S
 def model_path(path: str | Path, download: bool = False) -> Path:
     """The local folder that `load` takes for `path`."""
     return DEMO if str(path) == "demo" else hub.folder(path, download)
-
-
-def _transformer(folder: Path, loras: Any, plan: Plan | None) -> Checkpoint:
-    """The network's weights, with `loras` merged as they are read; an artifact's have them already."""
-    if loras and plan is None:
-        return Merged(folder / "transformer", loras)
-    return Checkpoint(folder / "transformer", quantized=plan is not None and plan.precision is not None)
-
-
-def _program(
-    checkpoint: Checkpoint, family: Any, plan: Plan | None, times: Schedule, to: dict[str, Any], how: dict[str, Any]
-) -> Program:
-    """The compiled network: by the passes, or as an artifact's plan has it."""
-    if plan is None:
-        return compile_network(checkpoint, family, times, **to, **how)
-    program = load_program(checkpoint, family, plan, **to)
-    program.refold(times)  # refuses another schedule than the saved one
-    return program

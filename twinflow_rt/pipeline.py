@@ -15,7 +15,7 @@ from torch import Tensor
 from .checkpoint import artifact
 from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
-from .config import ON_OOM, OUTPUTS, SizeRule, check_choice, check_count, resolve_prompts, resolve_sampler
+from .config import ON_OOM, OUTPUTS, SizeRule, check_choice, check_count, resolve_prompts
 from .errors import ConfigError, DeviceError, OutOfMemoryError
 from .models.context import Context, recorded_context
 from .ops import EAGER
@@ -32,7 +32,7 @@ from .runtime.streaming import NOT_RECORDED
 from .runtime.timing import Stages
 from .sampling.noise import check_batch, initial_noise, resolve_seeds, step_noise
 from .sampling.sampler import SamplerConfig, sample, schedule
-from .sampling.schedule import steps
+from .sampling.schedule import resolve_sampler, steps
 from .stages import embeds_file
 from .stages.prompt_cache import PromptCache
 from .stages.text import PromptEmbeds

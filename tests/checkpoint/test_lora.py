@@ -15,7 +15,7 @@ from tests.factory import WEIGHTS, make_model
 from tests.qwen_image_factory import SHAPES, TwinFlowReference, inputs, relative, run_step, save
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.lora import Adapter, Merged, resolve_loras
-from twinflow_rt.compile import compile_network
+from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.models.transformers.qwen_image import FAMILY as QWEN_IMAGE
@@ -194,7 +194,7 @@ def test_merges_before_absorbing(tmp_path):
     pairs = factors(Checkpoint(folder), modules)
     path = write(tmp_path / "a.safetensors", pairs)
     args, originals = inputs(SHAPES[-1]), {k: v.clone() for k, v in reference.tensors().items()}
-    program = compile_network(Merged(folder, [(path, 0.5)]), QWEN_IMAGE, ONE, device=CPU, dtype=torch.float32)
+    program = compile_network(Recipe(Merged(folder, [(path, 0.5)]), QWEN_IMAGE, CPU, torch.float32), ONE)
     assert program.plan.absorbed
     with torch.no_grad():
         for module, (a, b) in pairs.items():

@@ -29,7 +29,7 @@ SCRIPT = """
 import json, sys
 import torch
 from tests.memory import Peak
-from twinflow_rt.compile import compile_network
+from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.families import family_of
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.plan import parameter_bytes
@@ -44,7 +44,7 @@ with torch.device("meta"):
     family.network(family.config.from_dict(checkpoint.config), folded_steps=1)
 times = tuple((1 - i / steps, 0.0) for i in range(steps))
 with Peak() as peak, torch.no_grad():
-    program = compile_network(checkpoint, family, times, device=torch.device("cpu"), dtype=dtype)
+    program = compile_network(Recipe(checkpoint, family, torch.device("cpu"), dtype), times)
 held = anonymous_bytes() - peak.base
 print(json.dumps({"peak": peak.bytes, "held": held, "kept": parameter_bytes(program.network),
                   "note": program.plan.notes[0], "absorbed": program.plan.absorbed}))

@@ -14,7 +14,7 @@ from tests.qwen_image_factory import relative, save
 from tests.sana_factory import SHAPES, SMALL, SPRINT, TwinFlowReference, inputs, ours, run, run_step
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge, split
-from twinflow_rt.compile import compile_network
+from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.models.layers import PLAIN
 from twinflow_rt.models.transformers.sana import FAMILY, FUSED, SanaConfig, SanaTransformer
@@ -95,9 +95,8 @@ def test_compiles_wide_enough_for_packed_and_quantized_layers(tmp_path, config, 
     )  # fmt: skip
     reference = TwinFlowReference(config)
     source = Checkpoint(save(tmp_path / "transformer", reference.tensors(), config))
-    program = compile_network(
-        source, FAMILY, ONE, device=torch.device("cpu"), dtype=torch.float32, precision=precision
-    )
+    recipe = Recipe(source, FAMILY, torch.device("cpu"), torch.float32, precision=precision)
+    program = compile_network(recipe, ONE)
     args = inputs(SHAPES[-1], config)
     assert relative(run_step(program.network, args, 0), reference.velocity(*args, 1.0, 0.0)) < bar
 

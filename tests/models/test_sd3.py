@@ -22,7 +22,7 @@ from tests.sd3_factory import (
 )
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge, split
-from twinflow_rt.compile import compile_network
+from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.models.transformers.sd3 import FAMILY, FUSED, SD3Config, SD3Transformer
 from twinflow_rt.passes.fold import fold, folded_away
@@ -84,9 +84,8 @@ def test_compiles_wide_enough_for_packed_and_quantized_layers(tmp_path, precisio
     )
     reference = TwinFlowReference(config)
     source = Checkpoint(save(tmp_path / "transformer", reference.tensors(), config))
-    program = compile_network(
-        source, FAMILY, ONE, device=torch.device("cpu"), dtype=torch.float32, precision=precision
-    )
+    recipe = Recipe(source, FAMILY, torch.device("cpu"), torch.float32, precision=precision)
+    program = compile_network(recipe, ONE)
     args = inputs(SHAPES[2], config)
     assert relative(run_step(program.network, args, 0), reference.velocity(*args, 1.0, 0.0)) < bar
 

@@ -122,7 +122,7 @@ def test_norms_and_activations_write_what_is_multiplied(folder, precision):
 
 def test_sensitive_layers_stay_out(folder, exact):
     exempt = ("feed_forward.w2", "to_out")
-    pipe = load(folder, device="cpu", dtype="float32", precision="int8", exempt=exempt)
+    pipe = load(folder, device="cpu", dtype="float32", precision="int8", skip_layers=exempt)
     modules = dict(pipe.program.network.named_modules())
     assert isinstance(modules["layers.0.attention.to_qkv"], quantize.QuantizedLinear)
     assert isinstance(modules["layers.0.feed_forward.w2"], quantize.PackedLinear)
@@ -261,7 +261,7 @@ def test_advice_stays_within_its_budget():
 
 
 def test_advice_is_what_load_takes(folder):
-    kept = load(folder, device="cpu", dtype="float32", precision="int8", exempt=["layers.feed_forward.w2"])
+    kept = load(folder, device="cpu", dtype="float32", precision="int8", skip_layers=["layers.feed_forward.w2"])
     assert isinstance(kept.program.network.layers[1].feed_forward.w2, quantize.PackedLinear)
     with pytest.raises(ConfigError, match="not quantized yet"):
         sensitivity.of_pipeline(kept)

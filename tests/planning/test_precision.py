@@ -82,15 +82,15 @@ def test_a_measurement_says_what_it_measured(measured, folder):
 def test_a_file_gives_exemptions_and_its_errors_to_the_plan(measured, folder, tmp_path):
     file = precision.save(measured, tmp_path / "int8.json")
     assert precision.read(file) == measured
-    pipe = load(folder, device="cpu", dtype="float32", precision="int8", exempt=file)
+    pipe = load(folder, device="cpu", dtype="float32", precision="int8", skip_layers=file)
     assert pipe.plan.exempt == measured.exempt and pipe.plan.sensitivity == measured.groups
     assert f"{measured.groups[0]}  exempt" in str(pipe.plan)
-    again = load(pipe.save(tmp_path / "saved"), device="cpu", exempt=file)
+    again = load(pipe.save(tmp_path / "saved"), device="cpu", skip_layers=file)
     assert again.plan.sensitivity == measured.groups and again.plan.exempt == measured.exempt
     pipe("a red square", nfe=2, height=16, width=24, seed=0)  # compiled again, from the checkpoint
     assert pipe.plan.sensitivity == measured.groups
     with pytest.raises(ConfigError, match="measured for precision int8, not fp8"):
-        load(folder, device="cpu", precision="fp8", exempt=file)
+        load(folder, device="cpu", precision="fp8", skip_layers=file)
 
 
 def test_auto_reads_what_was_measured_here(measured, folder):
@@ -106,8 +106,8 @@ def test_auto_reads_what_was_measured_here(measured, folder):
     plan = load(folder, **options).plan
     assert plan.precision is None and any("not taken" in note for note in plan.notes)
     assert load(folder, device="cpu", dtype="float32").plan.precision is None  # nothing asked, nothing looked up
-    with pytest.raises(ConfigError, match="leave exempt"):
-        load(folder, exempt=["w2"], **options)
+    with pytest.raises(ConfigError, match="leave skip_layers"):
+        load(folder, skip_layers=["w2"], **options)
 
 
 @pytest.fixture
@@ -173,9 +173,9 @@ def test_measurements_of_another_network_are_refused(measured, folder, tmp_path)
     wrong = replace(measured, groups=(replace(measured.groups[0], layers=99),))
     file = precision.save(wrong, tmp_path / "wrong.json")
     with pytest.raises(ConfigError, match="of another network: it has 99 layers"):
-        load(folder, device="cpu", precision="int8", exempt=file)
+        load(folder, device="cpu", precision="int8", skip_layers=file)
     with pytest.raises(ConfigError, match="no linear layer is called nothing_like_it"):
-        load(folder, device="cpu", precision="int8", exempt=["nothing_like_it"])
+        load(folder, device="cpu", precision="int8", skip_layers=["nothing_like_it"])
 
 
 def test_plans_of_newer_versions_are_refused(folder):

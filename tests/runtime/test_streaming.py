@@ -51,13 +51,12 @@ def test_images_are_those_of_the_resident_model(folder, plain):
 
 def test_only_so_many_blocks_stream(folder, plain):
     """The first stay."""
-    from twinflow_rt.compile import compile_network
+    from twinflow_rt.compile import Recipe, compile_network
 
     recipe = plain.program.recipe
     network = plain.program.network
-    program = compile_network(
-        recipe.source, recipe.family, plain.program.schedule, device=CPU, dtype=torch.float32, streamed=1
-    )
+    streaming = Recipe(recipe.source, recipe.family, CPU, torch.float32, streamed=1)
+    program = compile_network(streaming, plain.program.schedule)
     blocks = block_names(network)
     names = parameters_of(program.network, blocks[-1])
     assert names and {n for n, p in program.network.named_parameters() if p.is_meta} == set(names)

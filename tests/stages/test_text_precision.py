@@ -88,7 +88,7 @@ def model(tmp_path_factory):
 
 def test_a_pipeline_says_so_and_leaves_the_network_alone(model, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "SMALLEST_PACKED", 0)
-    pipe = load(model, device="cpu", text_precision="int8", text_exempt=["layers.mlp.down_proj"])
+    pipe = load(model, device="cpu", text_precision="int8", text_skip_layers=["layers.mlp.down_proj"])
     layers = dict(pipe.text.network.named_modules())
     assert isinstance(layers["layers.0.mlp.gate_up_proj"], QuantizedLinear)
     assert isinstance(layers["layers.0.mlp.down_proj"], PackedLinear)
@@ -117,8 +117,8 @@ def test_less_memory_is_planned_for(model):
 def test_arguments_are_checked(model):
     for wrong, said in (
         ({"text_precision": "int4"}, "none of int8, fp8"),
-        ({"text_exempt": ["mlp"]}, "text_exempt names layers"),
-        ({"text_precision": "int8", "text_exempt": ["nothing_like_it"]}, "no linear layer is called nothing_like_it"),
+        ({"text_skip_layers": ["mlp"]}, "text_skip_layers names layers"),
+        ({"text_precision": "int8", "text_skip_layers": ["none_such"]}, "no linear layer is called none_such"),
     ):
         with pytest.raises(ConfigError, match=said):
             load(model, device="cpu", **wrong)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint, materialize, some
-from ..compile import compile_network
+from ..compile import Recipe, compile_network
 from ..errors import CheckpointError, ConfigError
 from ..families import FAMILIES, Family, family_of
 from ..ops.selection import Target, select
@@ -71,7 +71,7 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
         handle.park()
         source = Checkpoint.of({**original.state_dict(), **second}, _config(original), f"{name}/weights")
         with torch.no_grad():
-            program = compile_network(source, family, first_times, device=device, dtype=dtype, absorb=False)
+            program = compile_network(Recipe(source, family, device, dtype, absorb=False), first_times)
     except BaseException:
         handle.restore()
         raise

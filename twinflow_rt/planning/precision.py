@@ -83,26 +83,40 @@ def read(path: str | Path) -> Measurement:
     return found
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a network computes in; the fields are those of `compile.Recipe`.
+
+    dtype: of everything that has no 8 bits. precision: "int8", "fp8" or None for its linear layers; skip_layers: parts
+    of names of those kept out of it. sensitivity: what `skip_layers` was measured by, if it was. notes: on the choice.
+    """
+
+    dtype: torch.dtype
+    precision: str | None = None
+    skip_layers: tuple[str, ...] = ()
+    fp8_attention: bool = False
+    sensitivity: tuple[Group, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def resolve(
-    folder: Path, precision: str | None, exempt: Sequence[str] | str | Path, fp8_attention: bool,
+    folder: Path, precision: str | None, skip_layers: Sequence[str] | str | Path, fp8_attention: bool,
     device: torch.device, dtype: torch.dtype, free: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """The arguments of `compile_network` that those of `load` amount to, for the network in `folder`, the `dtype` of
-    everything among them. free: whether another than this one may be chosen for it."""
+) -> Arithmetic:  # fmt: skip
+    """What the arguments of `load` amount to for the network in `folder`. free: whether another dtype than `dtype` may
+    be chosen for it. Raises ConfigError for arguments that do not go together."""
     if precision == "auto":
-        if exempt or fp8_attention:
-            raise ConfigError("precision 'auto' takes what was measured: leave exempt and fp8_attention out")
+        if skip_layers or fp8_attention:
+            raise ConfigError("precision 'auto' takes what was measured: leave skip_layers and fp8_attention out")
         found, notes = automatic(folder, device, dtype, free)
         if found is None or found.precision == "bf16":
-            return {"notes": notes, "dtype": dtype if found is None else torch.bfloat16}
-        how: dict[str, Any] = {"precision": found.precision, "exempt": found.exempt, "sensitivity": found.groups}
-        return {"dtype": dtype, "notes": notes, **how}
+            return Arithmetic(dtype if found is None else torch.bfloat16, notes=notes)
+        return Arithmetic(dtype, found.precision, found.exempt, sensitivity=found.groups, notes=notes)
     quantized, _ = resolve_precision(precision, None)
     if fp8_attention and quantized != "fp8":
         raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision}")
-    names, measured = exemptions(exempt, quantized)
-    how = {"precision": quantized, "exempt": names, "sensitivity": measured, "fp8_attention": fp8_attention}
-    return {"dtype": dtype, **how}
+    names, measured = exemptions(skip_layers, quantized)
+    return Arithmetic(dtype, quantized, names, fp8_attention, measured)
 
 
 def require_saved(

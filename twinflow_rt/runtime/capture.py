@@ -38,7 +38,6 @@ BUDGET = 8 << 30  # bytes of the pool
 WARMUP = 2  # runs before recording: libraries choose kernels and allocate workspaces in the first
 SHAPES = 256  # on a CPU: tapes kept, and shapes whose first call is remembered
 LONGEST = 0.1  # seconds of a call on a CPU beyond which the Python between its ops is a small part
-MODES = ("auto", "graphs", "off")
 # Latent positions of a batch (128 x 128: one image of 1024 x 1024 at 8 pixels a latent) up to which "auto"
 # records the network. Beyond, kernels are long enough to hide their launches, and masks for padded prompts
 # would cost more than that. Judged, not measured.

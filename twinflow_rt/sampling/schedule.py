@@ -147,6 +147,21 @@ def preset(nfe: int, mode: Literal["few", "any", "multi"] | None = None) -> Samp
     )
 
 
+def resolve_sampler(nfe: int | None, sampler: SamplerConfig | str | None) -> SamplerConfig | None:
+    """Sampler settings from a number of evaluations, a preset's name, or as given; None if neither is."""
+    if nfe is not None and sampler is not None:
+        raise ConfigError("give nfe or sampler, not both: a sampler fixes the number of evaluations")
+    if nfe is not None:
+        return preset(nfe)
+    if isinstance(sampler, str):
+        if sampler not in PRESETS:
+            raise ConfigError(f"sampler {sampler!r} is no preset; use one of {', '.join(PRESETS)} or a SamplerConfig")
+        return PRESETS[sampler]
+    if sampler is not None and not isinstance(sampler, SamplerConfig):
+        raise ConfigError(f"sampler must be a SamplerConfig or a preset's name, not {type(sampler).__name__}")
+    return sampler
+
+
 def _grid(config: SamplerConfig, dtype: torch.dtype) -> Tensor:
     """`time_grid` as a tensor [N + 1] of `dtype`."""
     if dtype not in DTYPES:

@@ -18,9 +18,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import check_count, resolve_prompts, resolve_sampler
+from ..config import check_count, resolve_prompts
 from ..errors import CancelledError, ConfigError, TwinFlowError
 from ..sampling.noise import resolve_seeds
+from ..sampling.schedule import resolve_sampler
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.2  # weight of the newest batch in the running mean of seconds per image

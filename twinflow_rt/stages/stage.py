@@ -122,7 +122,7 @@ class Stage:
             names = ", ".join(quantize.ROWS)
             raise ConfigError(f"text_precision {precision!r:.40} is none of {names}; None keeps the dtype")
         if exempt and precision is None:
-            raise ConfigError("text_exempt names layers kept out of text_precision: give one")
+            raise ConfigError("text_skip_layers names layers kept out of text_precision: give one")
         quantize.require(precision, device, dtype)
         quantize.check_names(nn.ModuleDict({part.name: part.network for part in self.parts}), exempt)
         self.precision, self.exempt = precision, tuple(exempt)

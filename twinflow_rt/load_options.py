@@ -1,0 +1,151 @@
+"""The options of `load`, declared once: name, type, default and help.
+
+The signature of `load`, the options of every command, the server, Ray, the ComfyUI nodes, the bench and the table in
+docs/api.md are made from these fields, or compared with them by a test. Imports nothing heavy, so that the command
+line can print its help at once.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from .checkpoint.lora import Loras
+    from .sampling.schedule import SamplerConfig
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def about(
+    help: str, otherwise: str = "", *, flag: str | None = "", flag_help: str = "", metavar: str = "",
+    choices: Sequence[str] = (), page: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """Metadata of a field of `LoadOptions`.
+
+    otherwise: what the default comes to, in words. flag: how the command line writes it, "" for the name with dashes,
+    None where no command takes it. flag_help: the help there, where it differs. page: the page of docs/ to read on.
+    """
+    return {
+        "help": help, "otherwise": otherwise, "flag": flag, "flag_help": flag_help or help, "metavar": metavar,
+        "choices": tuple(choices), "page": page,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model. Checked by `load`, on the machine that loads it; can be pickled where its values can."""
+
+    device: str | torch.device | None = field(
+        default=None, metadata=about("cpu, cuda or cuda:N", "the GPU if there is one")
+    )
+    dtype: str | torch.dtype | None = field(default=None, metadata=about(
+        "float32, bfloat16 or float16 (or torch's own): what the model computes in",
+        "the checkpoint's, or float32 where the device cannot compute in that at full rate",
+    ))  # fmt: skip
+    nfe: int | None = field(default=None, metadata=about(
+        "network evaluations per image that the network is folded for", "1, or what was saved", metavar="N",
+    ))  # fmt: skip
+    sampler: SamplerConfig | str | None = field(
+        default=None, metadata=about("instead of `nfe`: a preset's name or a `SamplerConfig`", flag=None)
+    )
+    loras: Loras | None = field(default=None, metadata=about(
+        "adapters to merge: {path: weight} or [path or (path, weight), ...]",
+        "none; of an artifact, those it was saved with", flag="--lora", metavar="PATH[:WEIGHT]",
+        flag_help="merge this LoRA file; may be given several times (weight: default 1)",
+    ))  # fmt: skip
+    progress: Callable[[str, int], None] | None = field(
+        default=None, metadata=about("called with (part, bytes) as tensors arrive", flag=None)
+    )
+    precision: str | None = field(default=None, metadata=about(
+        "fp32, fp16 or bf16, as `dtype`; int8 (CPUs, NVIDIA GPUs from compute capability 8.0 on) or fp8 (GPUs from 8.9 "
+        "on; a CPU emulates it, slowly): linear layers of the transformer's blocks with 8-bit weights and activations; "
+        "auto: int8, fp8 or bf16 if it measured faster and accurate here (`twinflow-rt sensitivity`)",
+        "what suits checkpoint and device", page="precision.md",
+    ))  # fmt: skip
+    skip_layers: Sequence[str] | str | Path = field(default=(), metadata=about(
+        "parts of names of layers kept out of int8 or fp8, because they measured sensitive, or one .json file of "
+        "`twinflow-rt sensitivity --save`", "none", metavar="NAME", page="precision.md",
+    ))  # fmt: skip
+    fp8_attention: bool = field(default=False, metadata=about(
+        "with precision fp8: attention's scores are float8 products as well", "no", page="precision.md",
+    ))  # fmt: skip
+    text_precision: str | None = field(default=None, metadata=about(
+        "int8 or fp8: linear layers of the text encoders' blocks with 8 bits, where `precision` never reaches",
+        "their dtype", page="precision.md",
+    ))  # fmt: skip
+    text_skip_layers: Sequence[str] = field(default=(), metadata=about(
+        "parts of names of layers kept out of `text_precision`", "none", metavar="NAME", page="precision.md",
+    ))  # fmt: skip
+    prompt_cache: int = field(default=0, metadata=about(
+        "bytes of device memory that keep prompts seen before, as the network reads them (`Pipeline.prompts` counts "
+        "hits)", "0: none", metavar="BYTES",
+    ))  # fmt: skip
+    download: bool = field(default=False, metadata=about(
+        "fetch a model hf://owner/name[@revision][/subfolder] and check its files' hashes; nothing else opens a "
+        "connection", "no",
+    ))  # fmt: skip
+    capture: str = field(default="auto", metadata=about(
+        "graphs: every stage is recorded once per shape and replayed, as a CUDA graph; auto: so where it pays, and as "
+        "CPU graphs on a CPU; off: never", "auto", choices=("auto", "graphs", "off"), page="stages.md",
+    ))  # fmt: skip
+    batch_invariant: bool = field(default=False, metadata=about(
+        "an image's bits do not depend on the images beside it, at the price of what batching gains", "no",
+        page="reliability.md",
+    ))  # fmt: skip
+    memory_budget: int | str | None = field(default=None, metadata=about(
+        "bytes, or text like 12GB, of device memory (on a CPU: anonymous memory) that the model may take at its peak: "
+        "streams weights and decodes in tiles as it takes, decided before anything is loaded", "none", metavar="SIZE",
+        page="stages.md",
+    ))  # fmt: skip
+    largest: tuple[int | None, int | None, int] | None = field(default=None, metadata=about(
+        "(height, width, images) of the largest call that `memory_budget` must hold for",
+        "one image of the default size", flag=None, page="stages.md",
+    ))  # fmt: skip
+    tile: int | None = field(default=None, metadata=about(
+        "decode larger images in tiles of this side", "whole, or as the budget needs", metavar="PIXELS",
+        page="stages.md",
+    ))  # fmt: skip
+    preview: str | Path | None = field(default=None, metadata=about(
+        "folder of an AutoencoderTiny (taef1, taesd3, ...), for calls with preview=True", "none", metavar="FOLDER",
+        flag_help="decode with this AutoencoderTiny, not exactly", page="stages.md",
+    ))  # fmt: skip
+
+
+def flag(option: Field[Any]) -> str | None:
+    """How the command line writes an option of `LoadOptions`; None where no command takes it."""
+    written: str | None = option.metadata["flag"]
+    return f"--{option.name.replace('_', '-')}" if written == "" else written
+
+
+def describe(option: Field[Any]) -> str:
+    """An option's help and what its default comes to, in one line."""
+    otherwise = option.metadata["otherwise"]
+    return f"{option.metadata['help']}; default: {otherwise}" if otherwise else str(option.metadata["help"])
+
+
+def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates a function so that keywords under their old names (old="new") are taken, with a DeprecationWarning.
+    Raises TypeError where both names are given."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **given: P.kwargs) -> T:
+            for old in names.keys() & given.keys():
+                new = names[old]
+                if new in given:
+                    raise TypeError(f"{old}= is the old name of {new}=: give one of the two")
+                warnings.warn(f"{old}= is called {new}= now", DeprecationWarning, stacklevel=2)
+                given[new] = given.pop(old)
+            return function(*args, **given)
+
+        return call
+
+    return decorate
