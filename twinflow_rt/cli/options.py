@@ -51,7 +51,7 @@ def precision_options(args: argparse.Namespace) -> dict[str, Any]:
     one = args.exempt[0] if len(args.exempt) == 1 and args.exempt[0].endswith(".json") else None
     exempt = args.exempt if one is None else Path(one)
     return {
-        "precision": args.precision, "exempt": exempt, "fp8_attention": args.fp8_attention,
+        "precision": args.precision, "skip_layers": exempt, "fp8_attention": args.fp8_attention,
         "text_precision": args.text_precision,
     }  # fmt: skip
 
