@@ -39,12 +39,14 @@ INCLUDES = $(shell $(BIN)/python -c "import pybind11, sysconfig; \
   print('-isystem', pybind11.get_include(), '-isystem', sysconfig.get_path('include'))")
 LIBTORCH = $(shell $(BIN)/python -c "import torch.utils.cpp_extension as c; \
   print(*(f'-isystem {path}' for path in c.include_paths()))" 2>/dev/null)
+STB := $(addprefix -isystem ,$(wildcard /usr/include/stb))
 
+# csrc/embed: Debian's nlohmann-json3-dev and libstb-dev are needed (docs/embedding.md).
 lint-cpp: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/clang-tidy --quiet $(TIDY) -- -std=c++17 -fopenmp -Icsrc/include -Icsrc/cpu $(INCLUDES) \
 	  $(X86) -DTWINFLOW_ISA=twinflow_kernels_baseline
-	$(BIN)/clang-tidy --quiet $(wildcard csrc/embed/src/*.cpp) -- -std=c++17 -Icsrc/embed/include $(LIBTORCH)
+	$(BIN)/clang-tidy --quiet $(wildcard csrc/embed/src/*.cpp) -- -std=c++17 -Icsrc/embed/include $(LIBTORCH) $(STB)
 
 # The native CPU kernels under the address, undefined-behaviour and thread sanitizers; minutes.
 sanitize: $(VENV)/.built $(VENV)/.test

@@ -81,7 +81,7 @@ class Model {
 // (I64 or I32; absent: all L) and `extras.NAME` [B, P], floating point, which become extras.
 Prompt read_prompt(const std::string& path);
 
-// An 8-bit RGB PNG, not compressed; there whole or not at all.
+// An 8-bit RGB PNG; there whole or not at all.
 void write_png(const std::string& path, const Image& image);
 
 }  // namespace twinflow

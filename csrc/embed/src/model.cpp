@@ -18,7 +18,7 @@
 #include <cstring>
 #include <mutex>
 
-#include "json.h"
+#include "json_value.h"
 #include "sha256.h"
 #include "twinflow_rt_embed.h"
 
@@ -95,7 +95,7 @@ std::string major_minor(const std::string& version) {
 }
 
 // Refuses code compiled for another torch or another kind of processor (each runs the code of those before it).
-void check_machine(const Json& manifest) {
+void check_machine(const JsonValue& manifest) {
   const std::string made = major_minor(manifest["torch"].text()), here = major_minor(TORCH_VERSION);
   if (made != here) throw Error("it was compiled by torch " + made + ", this program has " + here);
   const std::vector<std::string> cpus = {"DEFAULT", "AVX2", "AVX512"};
@@ -106,29 +106,29 @@ void check_machine(const Json& manifest) {
     throw Error("it was compiled for processors with " + needs + ", this one has " + has);
 }
 
-Facts read_facts(const Json& manifest) {
+Facts read_facts(const JsonValue& manifest) {
   Facts facts;
   facts.model = manifest["model"].text(), facts.family = manifest["family"].text();
   facts.dtype = manifest["dtype"].text(), facts.device = manifest["device"].text();
   facts.torch = manifest["torch"].text(), facts.twinflow_rt = manifest["twinflow_rt"].text();
   facts.evaluations = manifest["nfe"].integer();
-  for (const Json& size : manifest["sizes"].items()) {
+  for (const JsonValue& size : manifest["sizes"].items()) {
     const std::vector<int64_t> pair = size.integers();
     if (pair.size() != 2 || pair[0] < 1 || pair[1] < 1) throw Error("the manifest has an impossible size");
     facts.sizes.emplace_back(pair[0], pair[1]);
   }
   if (facts.sizes.empty()) throw Error("the manifest has no sizes");
-  const Json& prompt = manifest["prompt"];
+  const JsonValue& prompt = manifest["prompt"];
   facts.prompt_width = prompt["width"].integer(), facts.max_tokens = prompt["max_tokens"].integer();
   facts.rows_multiple = prompt["multiple"].integer();
   facts.fixed_tokens = prompt["fixed"].is_null() ? 0 : prompt["fixed"].integer();
   if (facts.prompt_width < 1 || facts.rows_multiple < 1 || facts.max_tokens < 1)
     throw Error("the manifest has impossible prompts");
-  for (const Json& extra : prompt["extras"].items()) {
+  for (const JsonValue& extra : prompt["extras"].items()) {
     if (extra.items().size() != 2) throw Error("the manifest has an impossible extra input");
     facts.extras.emplace_back(extra.items()[0].text(), extra.items()[1].integer());
   }
-  const Json& text = manifest["text"];
+  const JsonValue& text = manifest["text"];
   if (!text.is_null()) {
     facts.vocabulary = text["vocabulary"].integer(), facts.max_ids = text["max_tokens"].integer();
     facts.dropped_ids = text["dropped"].integer();
@@ -193,7 +193,7 @@ struct Model::State {
       : path(file),
         map(file),
         archive(file),
-        manifest(Json::parse(record(archive, "extra/manifest.json"), "manifest")) {
+        manifest(JsonValue::parse(record(archive, "extra/manifest.json"), "manifest")) {
     if (!manifest.has("format") || manifest["format"].integer() != kFormat)
       throw Error("it has another format than this library reads; export it again");
     check_machine(manifest);
@@ -212,7 +212,7 @@ struct Model::State {
   const at::Tensor& weight(const std::string& key) {
     const auto known = weights.find(key);
     if (known != weights.end()) return known->second;
-    const Json& what = manifest["weights"][key];
+    const JsonValue& what = manifest["weights"][key];
     const std::vector<int64_t> shape = what["shape"].integers(), strides = what["strides"].integers();
     const at::ScalarType type = dtype_of(what["dtype"].text());
     if (shape.size() != strides.size()) throw Error("weight " + key + " has an impossible layout");
@@ -254,7 +254,7 @@ struct Model::State {
   std::string path;
   Mapping map;
   caffe2::serialize::PyTorchStreamReader archive;
-  Json manifest;
+  JsonValue manifest;
   Facts facts;
   at::ScalarType dtype = at::kFloat;
   int64_t least_ids = 0;                      // the text encoder's program takes no fewer; what is missing is padding
@@ -328,7 +328,7 @@ std::vector<Image> Model::generate(const Prompt& prompt, const std::vector<uint6
   return translated("generating", [&] {
     const c10::InferenceMode guard;
     const auto repeated = [&](const at::Tensor& x) { return x.repeat_interleave(images / prompt.count, 0); };
-    const Json &latent = state_->manifest["latent"], &noise = state_->manifest["noise"];
+    const JsonValue &latent = state_->manifest["latent"], &noise = state_->manifest["noise"];
     const int64_t scale = latent["scale"].integer(), streams = noise["streams"].integer();
     if (scale < 1) throw Error("the manifest has an impossible latent scale");
     const std::vector<int64_t> shape = {latent["channels"].integer(), height / scale, width / scale};

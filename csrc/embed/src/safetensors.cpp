@@ -5,7 +5,7 @@
 #include <fstream>
 #include <limits>
 
-#include "json.h"
+#include "json_value.h"
 #include "twinflow_rt_embed.h"
 
 namespace twinflow {
@@ -49,7 +49,8 @@ int64_t elements(const std::vector<int64_t>& shape, const std::string& what) {
   return count;
 }
 
-Stored locate(const std::string& name, const Json& entry, const std::string& path, const char* data, int64_t size) {
+Stored locate(const std::string& name, const JsonValue& entry, const std::string& path, const char* data,
+              int64_t size) {
   const std::string what = path + ": " + name;
   Stored out{name, entry["dtype"].text(), entry["shape"].integers(), 0, nullptr};
   const std::vector<int64_t> ends = entry["data_offsets"].integers();
@@ -118,7 +119,7 @@ Prompt read_prompt(const std::string& path) {
   for (int i = 7; i >= 0 && content.size() >= 8; --i) header = header << 8 | static_cast<unsigned char>(content[i]);
   if (content.size() < 8 || header > kLargestHeader || header > content.size() - 8)
     throw Error(path + " is no safetensors file, or cut short");
-  const Json names = Json::parse(content.substr(8, header), path);
+  const JsonValue names = JsonValue::parse(content.substr(8, header), path);
   const char* data = content.data() + 8 + header;
   const int64_t size = static_cast<int64_t>(content.size() - 8 - header);
 
