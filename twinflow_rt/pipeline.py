@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,20 +15,21 @@ from .checkpoint import artifact
 from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
 from .config import ON_OOM, OUTPUTS, SizeRule, check_choice, check_count, resolve_prompts
-from .errors import ConfigError, DeviceError, OutOfMemoryError
+from .errors import ConfigError, DeviceError
 from .models.context import Context, recorded_context
 from .ops import EAGER
-from .ops.native import library
 from .passes.fold import Schedule
 from .plan import Plan, Stage
 from .planning import warm_up as warm
 from .planning.memory_plan import MemoryPlan
 from .planning.work import predict_stages
-from .runtime import forks, out_of_memory
+from .runtime import out_of_memory
 from .runtime.capture import AUTO_POSITIONS, Captures
+from .runtime.forks import Lock
 from .runtime.parallel import Ulysses
 from .runtime.streaming import NOT_RECORDED
-from .runtime.timing import Stages
+from .runtime.threads import placed_threads
+from .runtime.timing import StageTimer
 from .sampling.noise import check_batch, initial_noise, resolve_seeds, step_noise
 from .sampling.sampler import SamplerConfig, sample, schedule
 from .sampling.schedule import resolve_sampler, steps
@@ -42,7 +42,7 @@ from .stages.vae import PreviewDecoder
 @dataclass(frozen=True)
 class Result:
     """images: one per (prompt, repeat), prompt-major. seeds: image k's own. timings: seconds per
-    stage and in total. memory: peak bytes per stage (see `report.Stages`). at_once: the most images
+    stage and in total. memory: peak bytes per stage (see `runtime.timing.StageTimer`). at_once: the most images
     that went through a network together."""
 
     images: Any
@@ -70,11 +70,9 @@ class Pipeline:
         self.memory: MemoryPlan | None = None
         self.preview: PreviewDecoder | None = None
         self.batch_invariant = batch_invariant
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._stages: tuple[Stage, ...] | None = None
         self._probe: PromptEmbeds | None = None  # of the text stage: what embeddings look like
-        self.forked = False
-        forks.register(self)
 
     @property
     def plan(self) -> Plan:
@@ -146,28 +144,25 @@ class Pipeline:
         config = resolve_sampler(nfe, sampler) or self.sampler
         if preview and self.preview is None:
             raise ConfigError("preview=True needs a preview decoder: load(..., preview=FOLDER) with an AutoencoderTiny")
-        stages = Stages(self.device, cancel)
-        if self.forked and self.device.type == "cuda":
+        stages = StageTimer(self.device, cancel)
+        if self._lock.forked and self.device.type == "cuda":
             raise DeviceError("CUDA does not survive a fork: start the worker by spawn and load the model in it")
-        at_once = 1 if self.batch_invariant else len(seeds)
 
-        def run() -> Any:
+        def run(at_once: int) -> Any:
             with torch.inference_mode():
                 return self._run(prompts, num_images, size, seeds, config, output, callback, stages, at_once, preview)
 
-        with self._lock, library.threads_apart(self.device):
-            while (attempt := out_of_memory.attempt(run))[1] is not None:
-                if self.captures is not None:
-                    self.captures.clear()
-                if on_oom == "raise" or at_once == 1:
-                    raise OutOfMemoryError(
-                        f"images of {size[1]}x{size[0]}, {at_once} at once, do not fit in {self.device}'s memory "
-                        f"({attempt[1]}); generate fewer or smaller ones, or pass on_oom='split' (--on-oom split)"
-                    )
-                at_once = -(-at_once // 2)
-            if self.device.type == "cpu" and threading.active_count() > 1:
-                library.release_threads()  # the next call may be another thread's
-        return Result(attempt[0], seeds, stages.timings(), stages.memory, at_once)
+        with self._lock, placed_threads(self.device):
+            images, at_once = out_of_memory.halving(
+                run, 1 if self.batch_invariant else len(seeds), split=on_oom == "split", release=self._release,
+                what=lambda n: f"images of {size[1]}x{size[0]}, {n} at once, do not fit in {self.device}'s memory",
+            )  # fmt: skip
+        return Result(images, seeds, stages.timings(), stages.memory, at_once)
+
+    def _release(self) -> None:
+        """Give up what graphs hold, before a call begins again with fewer images."""
+        if self.captures is not None:
+            self.captures.clear()
 
     def parallelize(self, group: Any = None) -> None:
         """Spreads the velocity network of each image over the processes of a torch.distributed group (None: all),
@@ -236,7 +231,7 @@ class Pipeline:
     def _run(
         self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, size: tuple[int, int], seeds: list[int],
         config: SamplerConfig, output: str, callback: Callable[[int, int, Tensor], None] | None,
-        stages: Stages, at_once: int, preview: bool,
+        stages: StageTimer, at_once: int, preview: bool,
     ) -> Any:  # fmt: skip
         times = schedule(config, self.dtype)
         self.program.refold(times)
@@ -270,7 +265,7 @@ class Pipeline:
         return fused and len(times) == 1 and self.dtype != torch.float64
 
     def _velocities(
-        self, contexts: list[Context], noise: Tensor, at_once: int, stages: Stages, direct: float | None
+        self, contexts: list[Context], noise: Tensor, at_once: int, stages: StageTimer, direct: float | None
     ) -> Callable[[Tensor, int], Tensor]:
         """The network for all images of a batch, `at_once` together, with their contexts. direct: the time at which
         its answer is to be the VAE's input in place of the velocity, or None."""
@@ -351,7 +346,7 @@ class Pipeline:
         return context
 
 
-def _in_parts(function: Callable[[Tensor, int], Tensor], x: Tensor, at_once: int, stages: Stages) -> Tensor:
+def _in_parts(function: Callable[[Tensor, int], Tensor], x: Tensor, at_once: int, stages: StageTimer) -> Tensor:
     """function(part, its number) for parts of `at_once` rows of x, joined; the caller can cancel between them."""
     results = []
     for i, part in enumerate(x.split(at_once)):

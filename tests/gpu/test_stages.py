@@ -11,7 +11,8 @@ from tests import factory
 from tests.memory import least
 from tests.runtime.test_capture import CALLS, FAMILIES, both
 from twinflow_rt.loading import load
-from twinflow_rt.runtime.capture import Captures, CudaGraphs
+from twinflow_rt.runtime.capture import Captures
+from twinflow_rt.runtime.cuda_graph import CudaGraphs
 
 pytestmark = pytest.mark.gpu
 

@@ -13,8 +13,9 @@ from tests.memory import least
 from twinflow_rt.errors import ConfigError, DeviceError
 from twinflow_rt.loading import load
 from twinflow_rt.models.context import BUCKET, bucket
-from twinflow_rt.runtime.capture import Captures, Stats, open_captures, tensors_of
-from twinflow_rt.runtime.cpu_graph import Tapes
+from twinflow_rt.runtime.capture import Captures, Stats, open_captures
+from twinflow_rt.runtime.cpu_graph import CpuGraphs
+from twinflow_rt.runtime.tensor_tree import tensors_of
 from twinflow_rt.stages import tiles
 
 CPU = torch.device("cpu")
@@ -185,7 +186,7 @@ def test_buckets():
 
 def test_modes():
     assert open_captures("off", CPU) is None and open_captures("auto", torch.device("mps")) is None
-    assert isinstance(open_captures("auto", CPU).backend, Tapes)
+    assert isinstance(open_captures("auto", CPU).backend, CpuGraphs)
     with pytest.raises(DeviceError, match="capture='graphs' records CUDA graphs"):
         open_captures("graphs", CPU)
 

@@ -1,4 +1,4 @@
-"""Tapes: what a call on a CPU did, played again. Bits are those of the call."""
+"""CPU graphs: what a call on a CPU did, played again. Bits are those of the call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from twinflow_rt.ops.native import plain as native
 from twinflow_rt.ops.native.conv import conv_winograd
 from twinflow_rt.runtime import capture
 from twinflow_rt.runtime.capture import Captures
-from twinflow_rt.runtime.cpu_graph import Recording, Tape, Tapes, tensors_of
+from twinflow_rt.runtime.cpu_graph import CpuGraph, CpuGraphs, Recorder
+from twinflow_rt.runtime.tensor_tree import tensors_of
 
 CPU = torch.device("cpu")
 def draw(*shape, seed=0):
@@ -27,9 +28,9 @@ def draw(*shape, seed=0):
 
 def recorded(function, *inputs):
     with torch.inference_mode():
-        with Tape(list(inputs)) as tape:
+        with Recorder(list(inputs)) as recorder:
             outputs = function(*inputs)
-        return Recording(tape, tensors_of(outputs)), outputs
+        return CpuGraph(recorder, tensors_of(outputs)), outputs
 
 
 WEIGHT = draw(8, 8, seed=3)
@@ -48,30 +49,30 @@ def varied(x, y):
 
 def test_plays_what_was_written_down():
     inputs = draw(4, 8), draw(2, 8)
-    tape, outputs = recorded(varied, *inputs)
+    graph, outputs = recorded(varied, *inputs)
     for seed in (5, 6):
         new = draw(4, 8, seed=seed), draw(2, 8, seed=seed)
         with torch.inference_mode():
             expected = tensors_of(varied(*(x.clone() for x in new)))
             for static, given in zip(inputs, new, strict=True):
                 static.copy_(given)
-            tape.play()
+            graph.play()
         got = tensors_of(outputs)
         assert len(got) == 5 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_keeps_constants_alive_and_lets_go_of_the_rest():
     x = draw(4, 8)
-    tape, _ = recorded(lambda x: F.linear(x, WEIGHT * 2).relu().sum(0), x)
+    graph, _ = recorded(lambda x: F.linear(x, WEIGHT * 2).relu().sum(0), x)
     with torch.inference_mode():
-        tape.play()
-    held = [value for value in tape.registers if isinstance(value, torch.Tensor)]
+        graph.play()
+    held = [value for value in graph.registers if isinstance(value, torch.Tensor)]
     assert {id(value) for value in held} == {id(x), id(WEIGHT)}
 
 
 def test_what_changes_nothing_is_no_step():
-    tape, _ = recorded(lambda x: x.float().to(torch.float32).contiguous() + 1, draw(2, 2))
-    assert len(tape.steps) == 1
+    graph, _ = recorded(lambda x: x.float().to(torch.float32).contiguous() + 1, draw(2, 2))
+    assert len(graph.steps) == 1
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_what_changes_nothing_is_no_step():
     ],
 )
 def test_what_cannot_be_played_runs_as_it_is(function, why):
-    graphs, x = Captures(Tapes(), kind="tapes", longest=10), draw(1, 2, 4, 4)
+    graphs, x = Captures(CpuGraphs(), kind="CPU graphs", longest=10), draw(1, 2, 4, 4)
     with torch.inference_mode():
         expected = function(x)
         for _ in range(3):
@@ -95,20 +96,20 @@ def test_what_cannot_be_played_runs_as_it_is(function, why):
 
 
 def test_records_what_comes_again_and_is_short():
-    calls, graphs = [], Captures(Tapes(), kind="tapes", longest=10)
+    calls, graphs = [], Captures(CpuGraphs(), kind="CPU graphs", longest=10)
     function = lambda x: calls.append(1) or x + 1
     for n, (count, kept) in enumerate([(1, 0), (2, 1), (2, 1), (2, 1)]):
         assert torch.equal(graphs("s", function, function, torch.full((3,), n)), torch.full((3,), n + 1))
         assert len(calls) == count and len(graphs._kept) == kept
-    slow = Captures(Tapes(), kind="tapes", longest=0.0)
+    slow = Captures(CpuGraphs(), kind="CPU graphs", longest=0.0)
     for _ in range(3):
         slow("s", function, function, torch.zeros(3))
     assert slow.stats()["s"].recorded == 0 and "would not show" in slow.stats()["s"].refused
-    assert "tapes of s: 0 kept" in "\n".join(slow.notes())
+    assert "CPU graphs of s: 0 kept" in "\n".join(slow.notes())
 
 
-def test_inference_mode_and_none_have_tapes_of_their_own():
-    graphs, function = Captures(Tapes(), longest=10), lambda x: x * 2
+def test_inference_mode_and_none_have_graphs_of_their_own():
+    graphs, function = Captures(CpuGraphs(), longest=10), lambda x: x * 2
     for _ in range(3):
         with torch.inference_mode():
             assert graphs("s", function, function, torch.ones(2)).is_inference()
@@ -118,7 +119,7 @@ def test_inference_mode_and_none_have_tapes_of_their_own():
 
 def test_shapes_met_are_forgotten(monkeypatch):
     monkeypatch.setattr(capture, "SHAPES", 2)
-    graphs, function = Captures(Tapes(), longest=10), lambda x: x * 2
+    graphs, function = Captures(CpuGraphs(), longest=10), lambda x: x * 2
     for n in (1, 2, 3, 1):
         graphs("s", function, function, torch.ones(n))
     assert len(graphs._met) == 2 and not graphs._kept
@@ -127,30 +128,30 @@ def test_shapes_met_are_forgotten(monkeypatch):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pipelines_give_the_same_bits(family, tmp_path):
     folder = FAMILIES[family](tmp_path / "m")
-    plain, taped = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
+    plain, replayed = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
     side = 2 * plain.sizes.multiple
     for prompts in (["a red circle"], ["a", "a blue square above a green one"]):
         for nfe in (1, 2):
             for seed in range(4):
                 how = {"height": side, "width": side, "seed": seed, "nfe": nfe, "output": "pt"}
-                images = [pipe(prompts, **how).images for pipe in (plain, taped)]
+                images = [pipe(prompts, **how).images for pipe in (plain, replayed)]
                 assert torch.equal(*images), (prompts, nfe, seed)
-    stats = taped.captures.stats()
+    stats = replayed.captures.stats()
     assert plain.captures is None and {"context", "velocity", "decode"} < {*stats}
     assert all(s.refused is None and s.replayed > 0 for s in stats.values()), stats
-    assert "tapes of velocity" in str(taped.plan)
+    assert "CPU graphs of velocity" in str(replayed.plan)
 
 
 def test_a_changed_network_has_new_tapes(tmp_path):
     folder = factory.make_model(tmp_path / "m")
-    plain, taped = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
-    for pipe in (plain, taped):
+    plain, replayed = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
+    for pipe in (plain, replayed):
         for nfe in (1, 1, 1, 3, 3, 1):
             pipe("a", seed=0, nfe=nfe)
     with torch.no_grad():
-        for pipe in (plain, taped):
+        for pipe in (plain, replayed):
             pipe.set_loras([])
-    images = [pipe("a", seed=0, output="pt").images for pipe in (plain, taped)]
+    images = [pipe("a", seed=0, output="pt").images for pipe in (plain, replayed)]
     assert torch.equal(*images)
 
 

@@ -20,7 +20,7 @@ def watched() -> bool:
 
 
 def kept_by_a_tape() -> bool:
-    """Whether what follows torch is a `tape.Tape`, whose constants may be tables of others."""
+    """Whether what follows torch is a `runtime.cpu_graph.Recorder`, whose constants may be tables of others."""
     return getattr(_get_current_dispatch_mode(), "keeps_constants", False)
 
 

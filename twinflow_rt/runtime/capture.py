@@ -1,4 +1,4 @@
-"""Stages recorded once per shape and replayed: CUDA graphs, and on a CPU tapes (see `tape`).
+"""Record the work of a stage once per shape and replay it: CUDA graphs on a GPU, CPU graphs on a CPU (`cpu_graph`).
 
 A stage of a one-step model is a fixed list of kernels, so it is recorded once for every shape it meets (a
 bucket: exact size and batch, prompt length up to its `models.context.bucket`) and then costs one launch. Inputs are
@@ -19,11 +19,10 @@ least recently used goes first.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,12 +30,15 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError
+from .cpu_graph import CpuGraphs
+from .cuda_graph import CudaGraphs
+from .forks import Lock
 from .out_of_memory import is_out_of_memory
+from .tensor_tree import map_tensors, structure
 
 ENTRIES = 32  # graphs kept
 BUDGET = 8 << 30  # bytes of the pool
-WARMUP = 2  # runs before recording: libraries choose kernels and allocate workspaces in the first
-SHAPES = 256  # on a CPU: tapes kept, and shapes whose first call is remembered
+SHAPES = 256  # on a CPU: graphs kept, and shapes whose first call is remembered
 LONGEST = 0.1  # seconds of a call on a CPU beyond which the Python between its ops is a small part
 # Latent positions of a batch (128 x 128: one image of 1024 x 1024 at 8 pixels a latent) up to which "auto"
 # records the network. Beyond, kernels are long enough to hide their launches, and masks for padded prompts
@@ -45,7 +47,7 @@ AUTO_POSITIONS = 128 * 128
 
 
 class Backend(Protocol):
-    """What records. Calls come one at a time, under the lock of `Captures`."""
+    """Records and replays on one kind of device. Calls come one at a time, under the lock of `Captures`."""
 
     def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Any, int]:
         """A graph of `run`, what run returned (tensors that every replay writes), bytes the pool grew by. inputs: what
@@ -62,46 +64,6 @@ class Backend(Protocol):
 
     def reset(self) -> None:
         """Gives the pool back; its graphs are gone."""
-
-
-class CudaGraphs:
-    """torch.cuda.CUDAGraph on one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._side, self._done = torch.cuda.Stream(device), torch.cuda.Event()
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Any, int]:
-        with torch.cuda.device(self.device):
-            here = torch.cuda.current_stream()
-            self._side.wait_stream(here)
-            with torch.cuda.stream(self._side):
-                for _ in range(WARMUP):
-                    run()
-            here.wait_stream(self._side)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            before, graph = torch.cuda.memory_reserved(), torch.cuda.CUDAGraph()
-            # other threads may allocate meanwhile: only this one's calls are recorded
-            mode: dict[str, Any] = {"pool": self._pool, "stream": self._side, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(graph, **mode):
-                outputs = run()
-            return graph, outputs, max(torch.cuda.memory_reserved() - before, 0)
-
-    def enter(self) -> None:
-        torch.cuda.current_stream(self.device).wait_event(self._done)
-
-    def replay(self, graph: Any) -> None:
-        graph.replay()
-
-    def leave(self) -> None:
-        self._done.record(torch.cuda.current_stream(self.device))
-
-    def reset(self) -> None:
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        self._pool = torch.cuda.graph_pool_handle()
 
 
 @dataclass(frozen=True)
@@ -149,7 +111,7 @@ class Captures:
         self.kind, self.buckets, self.longest = kind, buckets, longest
         self._met: OrderedDict[Hashable, None] = OrderedDict()
         self.pool_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._kept: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._plain: dict[Hashable, str] = {}
         self._owners: dict[str, Any] = {}
@@ -160,7 +122,7 @@ class Captures:
         them must be hashable and decides, with shapes and dtypes, which graph it is. The result's tensors are
         the caller's own. function may read other tensors if they live as long as `owner` and never move."""
         leaves: list[Tensor] = []
-        key = (stage, _shape(args, leaves), torch.is_inference_mode_enabled())
+        key = (stage, structure(args, leaves), torch.is_inference_mode_enabled())
         with self._lock:
             if self._owners.get(stage) is not owner:
                 self.forget(stage)
@@ -176,7 +138,7 @@ class Captures:
             for static, given in zip(entry.inputs, leaves, strict=True):
                 static.copy_(given)
             self.backend.replay(entry.graph)
-            result = _map(entry.outputs, lambda x: x.clone())
+            result = map_tensors(entry.outputs, lambda x: x.clone())
             self.backend.leave()
             return result
 
@@ -246,12 +208,12 @@ class Captures:
         for alone in (False, True):
             static = [x.clone() for x in leaves]
             supply = iter(static)
-            inputs = _map(args, partial(_taken, supply))
+            inputs = map_tensors(args, partial(_taken, supply))
             try:
                 graph, outputs, grown = self.backend.record(partial(function, *inputs), static)
             except RuntimeError as error:
                 if self.longest is not None and is_out_of_memory(error):
-                    raise  # a tape takes what the call takes, which would fail as well
+                    raise  # a CPU graph takes what the call takes, which would fail as well
                 reason = f"recording failed ({str(error).splitlines()[0]})"
                 if self.strict:
                     raise DeviceError(f"stage {stage}: {reason}; capture='off' runs without graphs") from error
@@ -280,62 +242,20 @@ class Captures:
         self._stats[stage] = replace(stats, **{name: getattr(stats, name) + n for name, n in more.items()})
 
 
-def _shape(value: Any, leaves: list[Tensor]) -> Hashable:
-    """What a graph depends on but the values of tensors, which are added to `leaves`."""
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        return tuple(value.shape), value.stride(), value.dtype, value.device
-    if isinstance(value, (tuple, list)):
-        return tuple(_shape(item, leaves) for item in value)
-    if isinstance(value, dict):
-        return tuple((name, _shape(item, leaves)) for name, item in value.items())
-    if is_dataclass(value):
-        return type(value), tuple(_shape(item, leaves) for item in _values(value))
-    known: Hashable = value
-    return known
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in a value, in the order `_map` meets them."""
-    leaves: list[Tensor] = []
-    _shape(value, leaves)
-    return leaves
-
-
 def _taken(supply: Iterator[Tensor], _: Tensor) -> Tensor:
     return next(supply)
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with its tensors changed, in the order `_shape` meets them."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(item, change) for item in value)
-    if isinstance(value, dict):
-        return {name: _map(item, change) for name, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        names = (field.name for field in fields(value))
-        changed = {name: _map(item, change) for name, item in zip(names, _values(value), strict=True)}
-        return replace(value, **changed)
-    return value
-
-
-def _values(value: Any) -> Iterator[Any]:
-    return (getattr(value, field.name) for field in fields(value))
-
-
 def open_captures(mode: str, device: torch.device) -> Captures | None:
-    """The captures that `load(capture=mode)` asks for; None: none. "auto" has graphs on a GPU, tapes on a CPU.
+    """The captures that `load(capture=mode)` asks for; None: none. "auto" has CUDA graphs on a GPU, CPU
+    graphs on a CPU.
 
     Raises DeviceError for "graphs" where there are none.
     """
     if mode == "off" or (mode == "auto" and device.type not in ("cuda", "cpu")):
         return None
     if mode == "auto" and device.type == "cpu":
-        from .cpu_graph import Tapes
-
-        return Captures(Tapes(), entries=SHAPES, kind="tapes", buckets=False, longest=LONGEST)
+        return Captures(CpuGraphs(), entries=SHAPES, kind="CPU graphs", buckets=False, longest=LONGEST)
     if device.type != "cuda":
         raise DeviceError(f"capture='graphs' records CUDA graphs, and this model is on {device}; use 'auto' or 'off'")
     return Captures(CudaGraphs(device), strict=mode == "graphs")

@@ -1,12 +1,12 @@
-"""Stages as tapes: on a CPU, the list of ops that a call made, played again without the Python between them.
+"""CPU graphs: the list of ops that a call on a CPU made, played again without the Python between them.
 
 A small model's call is hundreds of ops of microseconds, and between them Python finds out which comes next (modules,
 shapes, choices). For inputs of one shape that is the same list every time, so it is written down once, by a dispatch
 mode, and then played: each step calls an op on numbered registers. What the call read besides its inputs (weights,
-tables) are constants of the tape. Registers are let go after their last use, as a call's variables are: memory is
+tables) are constants of the graph. Registers are let go after their last use, as a call's variables are: memory is
 allocated as before, and nothing is held between calls but the constants, which live anyway, inputs and results.
 
-`Tapes` stands where a GPU has `capture.CudaGraphs`.
+`CpuGraphs` stands where a GPU has `cuda_graph.CudaGraphs`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.native.register import PLAIN
-from .capture import tensors_of
+from .tensor_tree import tensors_of
 
 _aten = torch.ops.aten
 # the same ops by torch's own bindings, which take half as long to call
@@ -45,8 +45,8 @@ BINDINGS: dict[Any, Callable[..., Any]] = {
 }
 
 
-class Tape(TorchDispatchMode):
-    """While entered, writes down every op that is called. inputs: whose values differ from play to play."""
+class Recorder(TorchDispatchMode):
+    """Write down every op that is called while entered. inputs: the tensors whose values differ from play to play."""
 
     keeps_constants = True
 
@@ -114,16 +114,17 @@ def _listed(*parts: Any) -> list[Any]:
     return list(parts)
 
 
-class Recording:
-    """A tape that is done: `play()` reads the inputs it was recorded with and writes its results to `outputs`."""
+class CpuGraph:
+    """The steps that a `Recorder` wrote down: `play()` reads the inputs it was recorded with and writes its results to
+    `outputs`."""
 
-    def __init__(self, tape: Tape, outputs: list[Tensor]) -> None:
-        results = [tape.register_of(x) for x in outputs]
+    def __init__(self, recorder: Recorder, outputs: list[Tensor]) -> None:
+        results = [recorder.register_of(x) for x in outputs]
         self.outputs = list(zip(results, outputs, strict=True))
-        self.registers = tape.registers
-        made, last = {place for *_, place in tape.steps}, dict[int, int]()
+        self.registers = recorder.registers
+        made, last = {place for *_, place in recorder.steps}, dict[int, int]()
         self.made, self.passing = made, made & set(results)
-        for number, (_, wanted, _, place) in enumerate(tape.steps):
+        for number, (_, wanted, _, place) in enumerate(recorder.steps):
             last |= dict.fromkeys((*wanted, place), number)
         dead: dict[int, list[int]] = {}
         for place, number in last.items():
@@ -131,7 +132,7 @@ class Recording:
                 dead.setdefault(number, []).append(place)
         self.steps = [
             (func, _getter(wanted), options, place, tuple(dead.get(number, ())))
-            for number, (func, wanted, options, place) in enumerate(tape.steps)
+            for number, (func, wanted, options, place) in enumerate(recorder.steps)
         ]
 
     def play(self) -> None:
@@ -157,18 +158,18 @@ def _getter(places: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
     return (lambda registers: (registers[places[0]],)) if places else lambda registers: ()
 
 
-class Tapes:
-    """`capture.Backend` of a CPU: no pool, nothing to wait for."""
+class CpuGraphs:
+    """The `capture.Backend` of a CPU: no pool, nothing to wait for."""
 
-    def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Recording, Any, int]:
-        with Tape(inputs) as tape:
+    def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[CpuGraph, Any, int]:
+        with Recorder(inputs) as recorder:
             outputs = run()
-        return Recording(tape, tensors_of(outputs)), outputs, 0
+        return CpuGraph(recorder, tensors_of(outputs)), outputs, 0
 
     def enter(self) -> None:
         pass
 
-    def replay(self, graph: Recording) -> None:
+    def replay(self, graph: CpuGraph) -> None:
         graph.play()
 
     def leave(self) -> None:

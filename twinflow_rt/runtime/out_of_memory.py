@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import wraps
+from functools import partial, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -60,6 +60,26 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
         torch.cuda.empty_cache()
     release_free_memory()
     return None, reason
+
+
+def halving(
+    run: Callable[[int], T], at_once: int, *, split: bool, release: Callable[[], None], what: Callable[[int], str]
+) -> tuple[T, int]:
+    """Return run(n) and n, the first of `at_once`, its half (rounded up), ... down to 1 for which memory is enough.
+
+    split: else only `at_once` itself is tried. release(): called after each failure; gives up what else holds memory.
+    what(n): says that n did not fit, for the OutOfMemoryError where nothing fits. Nothing of a failed run is kept.
+    """
+    while True:
+        result, reason = attempt(partial(run, at_once))
+        if reason is None:
+            return result, at_once  # type: ignore[return-value]
+        release()
+        if not split or at_once == 1:
+            raise OutOfMemoryError(
+                f"{what(at_once)} ({reason}); generate fewer or smaller ones, or pass on_oom='split' (--on-oom split)"
+            )
+        at_once = -(-at_once // 2)
 
 
 def named(doing: str) -> Callable[[Callable[P, T]], Callable[P, T]]:

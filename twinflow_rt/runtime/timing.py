@@ -13,8 +13,8 @@ from ..errors import CancelledError
 from ..host_memory import peak_bytes
 
 
-class Stages:
-    """Measures named stages; asks `cancel` before each.
+class StageTimer:
+    """Measure named stages of one call; ask `cancel` before each.
 
     Seconds: on CUDA between events on the current stream (so without synchronising), elsewhere wall
     time. Bytes: on CUDA the stage's peak of allocated device memory; on the CPU the process's peak
