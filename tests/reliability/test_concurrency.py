@@ -134,7 +134,7 @@ def test_pipelines_stay_in_their_process(demo):
 
 
 def test_cuda_after_a_fork_is_refused_by_name(demo, monkeypatch):
-    monkeypatch.setattr(demo, "forked", True)
+    monkeypatch.setattr(demo._lock, "forked", True)
     monkeypatch.setattr(demo, "device", torch.device("cuda"))
     with pytest.raises(DeviceError, match="spawn"):
         demo("a")

@@ -81,7 +81,7 @@ def pipe():
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("moment", ["recording", "playing"])
-def test_tapes_keep_nothing_of_a_call_that_fails(monkeypatch, failure, moment):
+def test_cpu_graphs_keep_nothing_of_a_call_that_fails(monkeypatch, failure, moment):
     pipe, lost, failing = load("demo", device="cpu", dtype="float32"), [], []
     run, want = pipe.vae.ops.group_norm_silu, None
 
