@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, QUANTIZED_OPS
+
+# the ops of networks that csrc/ has for either device
+NATIVE = tuple(
+    op for op, some in IMPLEMENTATIONS.items() if {"native", "cuda"} <= set(some) and op not in QUANTIZED_OPS
+)
+
 
 def registered(implementation: str) -> set[str]:
     """Names of the ops under `twinflow::` that Triton's launchers ("triton") or csrc's ("native") are, all loaded."""

@@ -95,7 +95,7 @@ def test_under_torch_compile(name, implementation):
 @pytest.mark.parametrize("implementation", ["cuda", "triton"])
 def test_rows_of_the_widest_text_encoder(implementation, to):
     """Qwen2.5-VL's MLP, whose rows Triton's kernel does not hold in registers."""
-    target = replace(Target.of(torch.device("cuda"), torch.bfloat16), rows=to)
+    target = replace(Target.of(torch.device("cuda"), torch.bfloat16), quantized=to)
     chosen = IMPLEMENTATIONS["swiglu_quantized"][implementation]
     if reason := chosen.refuses(target):
         pytest.skip(reason)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.registered import registered
+from tests.registered import NATIVE, registered
 from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES, Sizes, exact_layer, exact_rms, exact_rope, exact_rope_of_halves, judge
 from twinflow_rt.bench.op_cases import cases
@@ -22,7 +22,7 @@ from twinflow_rt.errors import DeviceError
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.native import plain as native
 from twinflow_rt.ops.native import rows as native_rows
-from twinflow_rt.ops.selection import NATIVE, Target, select
+from twinflow_rt.ops.selection import Target, select
 
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)

@@ -11,9 +11,9 @@ from twinflow_rt.bench.case import SIZES
 from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.native import rows as native_rows
-from twinflow_rt.ops.selection import ROW_OPS
+from twinflow_rt.ops.selection import QUANTIZED_OPS
 
-ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op in ROW_OPS]
+ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op in QUANTIZED_OPS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,7 +11,7 @@ import torch
 from twinflow_rt.cli import kernels as inventory
 from twinflow_rt.cli import main
 from twinflow_rt.ops import optional
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, select, select_rows
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, select, select_quantized
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def broken_flash_attention(tmp_path, monkeypatch):
 
 def test_lists_every_implementation_and_agrees_with_selection():
     for target in (Target("cpu", torch.float32), Target("cuda", torch.bfloat16, arch=90, head_dim=128)):
-        rows, choices = inventory.inventory(target), [*select(target)[1], *select_rows(target)[1]]
+        rows, choices = inventory.inventory(target), [*select(target)[1], *select_quantized(target)[1]]
         choices += [c for c in select(replace(target, fp8_attention=True))[1] if c.op == "attention_fp8"]
         assert {(r.op, r.name) for r in rows} == {(op, name) for op, some in IMPLEMENTATIONS.items() for name in some}
         assert {r.op: r.name for r in rows if r.chosen} == {c.op: c.chosen for c in choices}

@@ -25,10 +25,10 @@ from twinflow_rt.bench.case import SIZES, judge
 from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.ops.native import library
-from twinflow_rt.ops.selection import FP8, IMPLEMENTATIONS, RAGGED, OpTable, RowTable, Target
+from twinflow_rt.ops.selection import FP8, IMPLEMENTATIONS, RAGGED, OpTable, QuantizedOps, Target
 
 TINY = SIZES["tiny"]
-OPS = {f.name for table in (OpTable, RowTable) for f in fields(table)} | {RAGGED, FP8}
+OPS = {f.name for table in (OpTable, QuantizedOps) for f in fields(table)} | {RAGGED, FP8}
 
 
 def everything(dtype=torch.float32):

@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.registered import NATIVE
 from twinflow_rt import ops
 from twinflow_rt.ops import backends, mlp, optional
 from twinflow_rt.ops.selection import (
     IMPLEMENTATIONS,
-    NATIVE,
-    NO_TRITON,
+    QUANTIZED_OPS,
     RAGGED,
-    ROW_OPS,
     SEPARATE,
     OpTable,
     Target,
@@ -55,9 +54,10 @@ def test_rank():
     assert rank("rms_norm", Target("cpu", torch.float32)) == ("native",)
     assert rank("attention", Target("cpu", torch.float32)) == ()
     assert all(rank(op, H100) == ("cuda", "triton") for op in NATIVE)
-    assert all("triton" in rank(op, H100) for op in (*OPS, RAGGED) if op not in (*NO_TRITON, "linear_swiglu"))
+    without = ("linear_gelu", "linear_residual", "linear_swiglu", "upsample_conv", "grouped_qk_norm_rope")
+    assert all("triton" in rank(op, H100) for op in (*OPS, RAGGED) if op not in without)
     assert all(rank(op, Target("mps", torch.float32)) == () for op in OPS)
-    assert set(NATIVE) <= set(OPS)
+    assert set(NATIVE) <= set(OPS) and len(NATIVE) == 10
 
 
 FIRST = {80: "flash-attn-2", 89: "flash-attn-2", 90: "flash-attn-3", 100: "flash-attn-4", 120: "cudnn"}
@@ -122,9 +122,9 @@ def test_float8_attention_is_chosen_only_where_asked_for():
     assert "8.9" in refuses(replace(asked, arch=86)) and "not float32" in refuses(replace(asked, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("op", ROW_OPS)
+@pytest.mark.parametrize("op", QUANTIZED_OPS)
 def test_rows_of_float8_need_a_chip_that_stores_them(op):
-    float8 = replace(H100, rows=torch.float8_e4m3fn)
+    float8 = replace(H100, quantized=torch.float8_e4m3fn)
     product = op == "linear_quantized"
     names = ("scaled-mm", "cuda", "int8-mm") if product else ("cuda", "triton")
     assert rank(op, float8) == names
@@ -134,24 +134,24 @@ def test_rows_of_float8_need_a_chip_that_stores_them(op):
 
 
 def test_rows_of_a_cpu_are_made_by_its_kernels():
-    cpu = Target("cpu", torch.float32, rows=torch.int8)
+    cpu = Target("cpu", torch.float32, quantized=torch.int8)
     assert rank("linear_quantized", cpu) == ("native", "int8-mm")
-    assert all(rank(op, cpu) == ("native",) for op in ROW_OPS if op != "linear_quantized")
-    float8 = replace(cpu, rows=torch.float8_e4m3fn)  # which a CPU emulates, by the references
-    assert all("not float8" in IMPLEMENTATIONS[op]["native"].refuses(float8) for op in ROW_OPS)
+    assert all(rank(op, cpu) == ("native",) for op in QUANTIZED_OPS if op != "linear_quantized")
+    float8 = replace(cpu, quantized=torch.float8_e4m3fn)  # which a CPU emulates, by the references
+    assert all("not float8" in IMPLEMENTATIONS[op]["native"].refuses(float8) for op in QUANTIZED_OPS)
 
 
 def test_products_of_rows_say_what_they_multiply():
     refuses = {name: i.refuses for name, i in IMPLEMENTATIONS["linear_quantized"].items()}
-    assert "not int8" in refuses["scaled-mm"](replace(H100, rows=torch.int8))
+    assert "not int8" in refuses["scaled-mm"](replace(H100, quantized=torch.int8))
     assert "gives bfloat16, not float16" in refuses["scaled-mm"](replace(H100, dtype=torch.float16))
-    assert "not float8" in refuses["cuda"](replace(H100, rows=torch.float8_e4m3fn))
-    assert "not float8" not in (refuses["cuda"](replace(H100, rows=torch.int8)) or "")
-    assert refuses["int8-mm"](replace(H100, rows=torch.int8)) is None
-    assert "8.0" in refuses["int8-mm"](replace(H100, rows=torch.int8, arch=75))
-    cpu = Target("cpu", torch.float32, rows=torch.float8_e4m3fn)
+    assert "not float8" in refuses["cuda"](replace(H100, quantized=torch.float8_e4m3fn))
+    assert "not float8" not in (refuses["cuda"](replace(H100, quantized=torch.int8)) or "")
+    assert refuses["int8-mm"](replace(H100, quantized=torch.int8)) is None
+    assert "8.0" in refuses["int8-mm"](replace(H100, quantized=torch.int8, arch=75))
+    cpu = Target("cpu", torch.float32, quantized=torch.float8_e4m3fn)
     assert "not float8" in refuses["int8-mm"](cpu) and "not on cpu" in refuses["scaled-mm"](cpu)
-    assert refuses["int8-mm"](replace(cpu, rows=torch.int8)) is None
+    assert refuses["int8-mm"](replace(cpu, quantized=torch.int8)) is None
 
 
 def test_every_refusal_is_stated_and_eager_remains():

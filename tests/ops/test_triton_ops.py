@@ -14,8 +14,8 @@ from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES, judge
 from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import QUANTIZED, standalone
-from twinflow_rt.ops.rows import EAGER_ROWS, producing
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, RowTable
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, QuantizedOps
+from twinflow_rt.ops.table import EAGER_QUANTIZED, quantizing
 
 CASES = [c for c in cases(SIZES["tiny"], torch.float16, "cpu") if "triton" in IMPLEMENTATIONS[c.op]]
 EPS = 1e-5
@@ -110,8 +110,8 @@ def test_one_graph_under_torch_compile(table):
 
 def test_one_graph_of_a_quantized_block_under_torch_compile(table):
     """Rows travel from norm and activation to the products as a tuple: no graph break."""
-    rows = RowTable(**{**vars(EAGER_ROWS), **{op: table[op] for op in vars(EAGER_ROWS) if op in table}})
-    producers = producing(ops.EAGER, rows, torch.int8)
+    rows = QuantizedOps(**{**vars(EAGER_QUANTIZED), **{op: table[op] for op in vars(EAGER_QUANTIZED) if op in table}})
+    producers = quantizing(ops.EAGER, rows, torch.int8)
     x, w, weight = torch.randn(2, 3, 48), torch.rand(48), ops.quantize_rows(torch.randn(64, 48), torch.int8)
 
     def block(of, x):
@@ -119,7 +119,7 @@ def test_one_graph_of_a_quantized_block_under_torch_compile(table):
         y = rows.linear_quantized(h.values, h.scales, *weight, None, h.dtype)
         return total, of.swiglu(y).values.float()
 
-    expected = block(producing(ops.EAGER, EAGER_ROWS, torch.int8), x)
+    expected = block(quantizing(ops.EAGER, EAGER_QUANTIZED, torch.int8), x)
     compiled = torch.compile(lambda x: block(producers, x), backend="aot_eager", fullgraph=True)
     for got, wanted in zip(compiled(x), expected, strict=True):
         assert (got - wanted).abs().max() <= (1 if wanted is expected[1] else 1e-5)

@@ -1,4 +1,4 @@
-"""The ops of 8-bit networks, at their networks' sizes: as `op_cases`, for `RowTable` and float8 attention."""
+"""The ops of 8-bit networks, at their networks' sizes: as `op_cases`, for `QuantizedOps` and float8 attention."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops.selection import IMPLEMENTATIONS, ROW_OPS, Target
-from ..ops.table import Op
+from ..ops.declaration import Op
+from ..ops.selection import IMPLEMENTATIONS, QUANTIZED_OPS, Target
 from .case import EPS, Case, Draw, Drawing, Sizes, exact_attention, exact_gelu, exact_layer, exact_rms
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -32,9 +32,9 @@ def implementations(case: Case, target: Target, key: str | None = None) -> tuple
 
 
 def aimed(case: Case, target: Target) -> Target:
-    """`target` for networks of the rows that a case of `ROW_OPS` has."""
+    """`target` for networks of the rows that a case of `QUANTIZED_OPS` has."""
     kind = case.name.rpartition(", ")[2]
-    return replace(target, rows=QUANTIZED[kind]) if case.op in ROW_OPS else target
+    return replace(target, quantized=QUANTIZED[kind]) if case.op in QUANTIZED_OPS else target
 
 
 def standalone(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> list[Case]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .declaration import Op, op
 from .linear import SMALLEST, quantize_rows
 
 
@@ -55,3 +57,13 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.float().transpose(1, 2) for x in (q.relu(), k.relu(), v))
     total = q @ k.sum(2).unsqueeze(-1)
     return (q @ (k.transpose(2, 3) @ v) / (total + 1e-15)).transpose(1, 2).flatten(2).to(dtype)
+
+
+@dataclass(frozen=True)
+class AttentionOps:
+    """Attention as a network calls it. In which order `attention` is tried: `backends.order`."""
+
+    attention: Op = op(
+        attention, "triton", "cudnn", "torch-flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "xformers"
+    )
+    linear_attention: Op = op(linear_attention, "triton")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .norm import rms_norm
-
-# row u of a stride-2 transposed convolution's kernel is the sum of these rows of the 3-tap kernel that
-# read the same pixel of the smaller image: output 2y meets rows 3 and 1 (pixels y-1, y), 2y+1 rows 2 and 0
-_FOLD = ((0.0, 0.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 0.0))
+from .declaration import COMPILED, Op, op
 
 
 def to_uint8(image: Tensor) -> Tensor:
@@ -35,45 +32,9 @@ def x0_to_vae(x: Tensor, velocity: Tensor, t: float, std: Tensor, mean: Tensor, 
     return y.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """silu(group_norm(x) * weight + bias)   (GroupNorm, arXiv 1803.08494).
+@dataclass(frozen=True)
+class DecodeOps:
+    """What lies around the VAE."""
 
-    x: [B, C, H, W] in any float dtype; weight, bias: [C]; C a multiple of `groups`. Returns x's dtype,
-    channels last. Statistics and arithmetic are float32, with one rounding.
-    """
-    y = F.silu(F.group_norm(x.float(), groups, weight.float(), bias.float(), eps), inplace=True)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
-
-
-def rms_norm_silu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """silu(rms_norm over the channels of x, times weight), see `ops.rms_norm`.
-
-    x: [B, C, H, W] in any float dtype; weight: float32 [C]. Returns x's dtype, channels last.
-    Statistics and arithmetic are float32, with one rounding.
-    """
-    y = F.silu(rms_norm(x.permute(0, 2, 3, 1).float(), weight, eps), inplace=True)
-    return y.to(x.dtype).contiguous().permute(0, 3, 1, 2)
-
-
-def fold_upsample(weight: Tensor) -> Tensor:
-    """Kernel of `upsample_conv` from that of a 3x3 convolution which follows a nearest upsampling by 2.
-
-    An output pixel's nine taps read only 2x2 pixels of the smaller image, which four depending on its
-    parity: four 2x2 convolutions, interleaved, are one transposed convolution of stride 2. weight:
-    [O, I, 3, 3]; returns [I, O, 4, 4] in its dtype. Sums in float32 (float64 for float64), one rounding.
-    """
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    fold = torch.tensor(_FOLD, dtype=wide, device=weight.device)
-    return torch.einsum("ui,vj,ocij->couv", fold, fold, weight.to(wide)).to(weight.dtype).contiguous()
-
-
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """conv3x3(nearest upsampling of x by 2), by either form of its kernel.
-
-    x: [B, I, H, W]; bias: [O] or None. weight: [O, I, 3, 3], as a checkpoint has it, or [I, O, 4, 4] from
-    `fold_upsample`: then it takes 4 instead of 9 multiplications per output pixel and channel pair, and
-    the enlarged input is never made. Returns [B, O, 2H, 2W]. Rounding as that of torch's convolutions.
-    """
-    if weight.shape[-1] == 4:
-        return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    to_uint8: Op = op(to_uint8, *COMPILED)
+    x0_to_vae: Op = op(x0_to_vae, "triton")

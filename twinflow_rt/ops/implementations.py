@@ -14,8 +14,8 @@ import torch
 from ..config import dtype_name
 from . import backends, optional
 from .attention import attention_fp8
-from .rows import EAGER_ROWS, RowTable
-from .table import EAGER, Op, OpTable
+from .declaration import Op
+from .table import EAGER, EAGER_QUANTIZED, OpTable, QuantizedOps
 from .target import Target
 
 TRITON = (3, 6)
@@ -24,26 +24,20 @@ FLOAT8_ARCH = 89  # the first compute capability that stores and multiplies floa
 INT8_ARCH = 80  # the first that torch._int_mm serves
 RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of several lengths
 FP8 = "attention_fp8"  # attention with float8 scores, where the target asks for it
-
-# what csrc/ has, for either device
-NATIVE = (
-    "rms_norm", "layer_norm", "residual_norm", "residual_layer_norm", "qk_norm_rope", "joint_qk_norm_rope", "swiglu",
-    "gelu_tanh", "x0_project", "to_uint8",
-)  # fmt: skip
+QUANTIZED_OPS = tuple(f.name for f in fields(EAGER_QUANTIZED))
+CPU, GPU = ("cpu",), ("cuda",)
 _MULTIPLIES_INT8 = "multiplies int8, not float8_e4m3fn"
-# a product and what follows it -> the op that follows: "separate" is torch's product, then that op as chosen
-SEPARATE = {"linear_swiglu": "swiglu", "linear_gelu": "gelu_tanh"}
-NO_TRITON = ("linear_gelu", "linear_residual", "upsample_conv", "grouped_qk_norm_rope")
-ROW_OPS = tuple(f.name for f in fields(RowTable))
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op; `refuses(target)` gives the reason why it cannot, or None."""
+    """One way to run an op. `refuses(target)` gives the reason why it cannot, or None; `devices` are those it is
+    tried on, of the others it only says why it cannot."""
 
     name: str
     load: Callable[[], Op]
     refuses: Callable[[Target], str | None] = lambda target: None
+    devices: tuple[str, ...] = (*CPU, *GPU)
 
 
 def _cublas_refuses(target: Target) -> str | None:
@@ -108,38 +102,28 @@ def _older_refuses(what: str, least: int, arch: int | None) -> str | None:
     return None
 
 
-def _rows_refuse(refuses: Callable[[Target], str | None]) -> Callable[[Target], str | None]:
-    """`refuses` of kernels on a GPU that make quantized rows: float8 needs a chip that stores it."""
-
-    def of_rows(target: Target) -> str | None:
-        reason = _float8_refuses(target.arch) if target.rows == torch.float8_e4m3fn else None
-        return reason or refuses(target)
-
-    return of_rows
-
-
 def _int8_mm_refuses(target: Target) -> str | None:
     if target.device not in ("cpu", "cuda"):
         return f"runs on a CPU or an NVIDIA GPU, not on {target.device}"
     if reason := _older_refuses("int8", INT8_ARCH, target.arch):
         return reason
-    return _MULTIPLIES_INT8 if target.rows == torch.float8_e4m3fn else None
+    return _MULTIPLIES_INT8 if target.quantized == torch.float8_e4m3fn else None
 
 
-def _native_rows_refuses(target: Target) -> str | None:
-    if target.device == "cpu" and target.rows == torch.float8_e4m3fn:
+def _native_quantized_refuses(target: Target) -> str | None:
+    if target.device == "cpu" and target.quantized == torch.float8_e4m3fn:
         return "makes int8 rows, not float8_e4m3fn"
     return _library("refuses")(target)
 
 
 def _cuda_product_refuses(target: Target) -> str | None:
-    return _MULTIPLIES_INT8 if target.rows == torch.float8_e4m3fn else _library("cuda_refuses")(target)
+    return _MULTIPLIES_INT8 if target.quantized == torch.float8_e4m3fn else _library("cuda_refuses")(target)
 
 
 def _scaled_mm_refuses(target: Target) -> str | None:
     if target.device != "cuda":
         return f"runs on NVIDIA GPUs, not on {target.device}"
-    if target.rows == torch.int8:
+    if target.quantized == torch.int8:
         return "multiplies float8_e4m3fn, not int8"
     if target.dtype != torch.bfloat16:
         return f"gives bfloat16, not {dtype_name(target.dtype)}"
@@ -148,73 +132,85 @@ def _scaled_mm_refuses(target: Target) -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
-def _from(module: str, op: str) -> Callable[[], Op]:
-    """Loads `op` of a module of this package, which is imported only then."""
-    return lambda: getattr(import_module(f"twinflow_rt.{module}"), op)
+def _from(module: str, function: str) -> Callable[[], Op]:
+    """Loads a function of a module of this package, which is imported only then."""
+    return lambda: getattr(import_module(f"twinflow_rt.{module}"), function)
 
 
 def _library(function: str) -> Callable[[Target], str | None]:
     return lambda target: _from("ops.native.library", function)()(target)
 
 
-# op -> what its Triton kernel refuses beyond `triton_refuses`
-_TRITON_REFUSES = {
-    "attention": _triton_attention_refuses,
-    "linear_attention": _triton_linear_attention_refuses,
-    "linear_swiglu": _triton_linear_refuses,
+def _quantizing_refuses(refuses: Callable[[Target], str | None]) -> Callable[[Target], str | None]:
+    """`refuses` of kernels on a GPU that quantize: float8 needs a chip that stores it."""
+
+    def refuses_float8(target: Target) -> str | None:
+        reason = _float8_refuses(target.arch) if target.quantized == torch.float8_e4m3fn else None
+        return reason or refuses(target)
+
+    return refuses_float8
+
+
+# what speaks against our kernels, of each kind; against those that quantize; and against those that take less
+_REFUSES = {"cuda": _library("cuda_refuses"), "triton": triton_refuses, "native": _library("refuses")}
+_QUANTIZING_REFUSES = {
+    "cuda": _quantizing_refuses(_library("cuda_refuses")),
+    "triton": _quantizing_refuses(triton_refuses),
+    "native": _native_quantized_refuses,
 }
-# what is neither Triton's nor of csrc/
+_OWN_REFUSES: dict[tuple[str, str], Callable[[Target], str | None]] = {
+    ("attention", "triton"): _triton_attention_refuses,
+    ("linear_attention", "triton"): _triton_linear_attention_refuses,
+    ("linear_swiglu", "triton"): _triton_linear_refuses,
+    ("qk_norm_rope", "cuda"): _library("cuda_rope_refuses"),
+    ("joint_qk_norm_rope", "cuda"): _library("cuda_rope_refuses"),
+    ("linear_quantized", "cuda"): _cuda_product_refuses,
+}
+# what is none of our kernels: ops of torch, of cuBLAS, of other packages
 _OTHERS = {
-    "linear_swiglu": [Implementation("separate", _from("ops.mlp", "linear_swiglu"))],
-    "linear_gelu": [
+    i.name: i
+    for i in (
         Implementation("cublaslt", _from("ops.mlp", "linear_gelu_epilogue"), _cublas_refuses),
-        Implementation("separate", _from("ops.mlp", "linear_gelu")),
-    ],
-    "linear_residual": [Implementation("cublas", _from("ops.mlp", "linear_residual_epilogue"), _cublas_refuses)],
-    "upsample_conv": [Implementation("folded", _from("ops.decode", "upsample_conv"), _folded_refuses)],
-    **{
-        op: [Implementation("native", _from("ops.native.plain", op), _library("refuses"))]
-        for op in ("grouped_qk_norm_rope", "group_norm_silu", "rms_norm_silu")
-    },
-    "attention": [Implementation(b.name, b.load, b.refuses) for b in backends.BACKENDS.values()],
+        Implementation("cublas", _from("ops.mlp", "linear_residual_epilogue"), _cublas_refuses),
+        Implementation("folded", _from("ops.conv", "upsample_conv"), _folded_refuses),
+        Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm_refuses),
+        Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm_refuses, GPU),
+        *(Implementation(b.name, b.load, b.refuses, GPU) for b in backends.BACKENDS.values()),
+    )
 }
 
-def _implementations(op: str) -> dict[str, Implementation]:
-    found = []
-    if op not in NO_TRITON:
-        found.append(Implementation("triton", _from("ops.triton.plain", op), _TRITON_REFUSES.get(op, triton_refuses)))
-    found += _OTHERS.get(op, [])
-    if op in NATIVE:
-        found.append(Implementation("native", _from("ops.native.plain", op), _library("refuses")))
-        refuses = _library("cuda_rope_refuses" if "rope" in op else "cuda_refuses")
-        found.append(Implementation("cuda", _from("ops.native.plain", op), refuses))
-    found.append(Implementation("eager", lambda: getattr(EAGER, op)))
-    return {i.name: i for i in found}
+
+def _implementation(name: str, op: str, stem: str, eager: Op) -> Implementation:
+    """The implementation `name` of `op`, whose declaration names it."""
+    if name in _OTHERS:
+        return _OTHERS[name]
+    if name == "separate":
+        return Implementation(name, lambda: eager)
+    if name == "eager":
+        return Implementation(name, lambda: eager, devices=())
+    quantizes = op in QUANTIZED_OPS
+    refuses = _OWN_REFUSES.get((op, name)) or (_QUANTIZING_REFUSES if quantizes else _REFUSES)[name]
+    package = "ops.triton" if name == "triton" else "ops.native"
+    load = _from(f"{package}.{'rows' if quantizes else 'plain'}", op)
+    return Implementation(name, load, refuses, CPU if name == "native" else GPU)
 
 
-def _row_implementations(op: str) -> dict[str, Implementation]:
-    native = _from("ops.native.rows", op)
-    if op == "linear_quantized":
-        found = [
-            Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm_refuses),
-            Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm_refuses),
-            Implementation("cuda", native, _cuda_product_refuses),
-        ]
-    else:
-        found = [
-            Implementation("triton", _from("ops.triton.rows", op), _rows_refuse(triton_refuses)),
-            Implementation("cuda", native, _rows_refuse(_library("cuda_refuses"))),
-        ]
-    found.append(Implementation("native", native, _native_rows_refuses))
-    found.append(Implementation("eager", lambda: getattr(EAGER_ROWS, op)))
-    return {i.name: i for i in found}
+def _declared(table: OpTable | QuantizedOps) -> dict[str, dict[str, Implementation]]:
+    """op -> name -> implementation, of the fields of an op table that has its defaults; `eager` comes last."""
+    return {
+        f.name: {
+            name: _implementation(name, f.name, f.metadata["stem"], getattr(table, f.name))
+            for name in (*f.metadata["implementations"], "eager")
+        }
+        for f in fields(table)
+    }
 
 
-# op -> name -> implementation
-IMPLEMENTATIONS = {f.name: _implementations(f.name) for f in fields(OpTable)}
+# op -> name -> implementation, best first
+IMPLEMENTATIONS = _declared(EAGER)
 IMPLEMENTATIONS[RAGGED] = {name: IMPLEMENTATIONS["attention"][name] for name in ("triton", "eager")}
 IMPLEMENTATIONS[FP8] = {
-    "triton": Implementation("triton", _from("ops.triton.rows", "attention_fp8"), _triton_fp8_refuses),
-    "eager": Implementation("eager", lambda: attention_fp8),
+    "triton": Implementation("triton", _from("ops.triton.rows", FP8), _triton_fp8_refuses, GPU),
+    "eager": Implementation("eager", lambda: attention_fp8, devices=()),
 }
-IMPLEMENTATIONS |= {op: _row_implementations(op) for op in ROW_OPS}
+IMPLEMENTATIONS |= _declared(EAGER_QUANTIZED)

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +16,27 @@ from torch import Tensor
 
 from ..config import dtype_name
 from ..errors import ConfigError
+from .declaration import COMPILED, op
 
+Quantizing = Callable[..., tuple[Tensor, Tensor]]  # an op that returns values and scales
 # the largest magnitude of each quantized dtype; int8 keeps its range symmetric
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 GPU_ROWS = 16  # cuBLASLt's int8 product takes more rows than these
 SMALLEST = 1e-12  # rows whose largest magnitude is below quantize as if it were this: no division by zero
+
+
+class QuantizedRows(NamedTuple):
+    """Activations of a quantized network, about values * scales: what passes from the norm or activation that writes
+    them to the layer that multiplies them.
+
+    values: int8 or float8_e4m3fn [..., D]; scales: float32 [..., 1]; dtype: the storage dtype of the network, which
+    a product of these rows is rounded to.
+    """
+
+    values: Tensor
+    scales: Tensor
+    dtype: torch.dtype
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -47,6 +64,14 @@ def linear_quantized(
     """
     y = (x.float() @ weight.float().t()) * x_scales * weight_scales.float().t()
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+@dataclass(frozen=True)
+class QuantizedLinearOps:
+    """What a quantized layer calls."""
+
+    quantize_rows: Quantizing = op(quantize_rows, *COMPILED)
+    linear_quantized: Callable[..., Tensor] = op(linear_quantized, "native", "scaled-mm", "cuda", "int8-mm")
 
 
 # -- on a CPU: weights are stored once in the form that the matrix product reads ---------------------------

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import quantize_rows
+from .declaration import COMPILED, Op, op
+from .linear import Quantizing, quantize_rows
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -77,3 +80,22 @@ def linear_gelu_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def linear_residual_epilogue(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`linear_residual` as one product that adds to what is there (beta = 1)."""
     return torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t()).view(residual.shape)
+
+
+@dataclass(frozen=True)
+class MlpOps:
+    """Activations as a network calls them."""
+
+    swiglu: Op = op(swiglu, *COMPILED)
+    gelu_tanh: Op = op(gelu_tanh, *COMPILED)
+    linear_swiglu: Op = op(linear_swiglu, "triton", "separate")
+    linear_gelu: Op = op(linear_gelu, "cublaslt", "separate")
+    linear_residual: Op = op(linear_residual, "cublas")
+
+
+@dataclass(frozen=True)
+class QuantizedMlpOps:
+    """Activations that feed quantized layers."""
+
+    swiglu_quantized: Quantizing = op(swiglu_quantized, *COMPILED)
+    gelu_tanh_quantized: Quantizing = op(gelu_tanh_quantized, *COMPILED)

@@ -8,11 +8,14 @@ tanh(gate), so one op serves plain, modulated and folded networks. The `_quantiz
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .linear import quantize_rows
+from .declaration import COMPILED, Op, op
+from .linear import Quantizing, quantize_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -95,3 +98,48 @@ def residual_layer_norm_quantized(
     """`residual_layer_norm` with h quantized: (x' in x's dtype, values [B, S, D], float32 scales [B, S, 1])."""
     x, _ = residual_layer_norm(x, branch, gate, weight, bias, eps)
     return x, *layer_norm_quantized(x, weight, eps, bias, dtype)
+
+
+# -- of images: over the channels of [B, C, H, W], followed by SiLU ----------------------------------------------
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """silu(group_norm(x) * weight + bias)   (GroupNorm, arXiv 1803.08494).
+
+    x: [B, C, H, W] in any float dtype; weight, bias: [C]; C a multiple of `groups`. Returns x's dtype,
+    channels last. Statistics and arithmetic are float32, with one rounding.
+    """
+    y = F.silu(F.group_norm(x.float(), groups, weight.float(), bias.float(), eps), inplace=True)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """silu(rms_norm over the channels of x, times weight), see `ops.rms_norm`.
+
+    x: [B, C, H, W] in any float dtype; weight: float32 [C]. Returns x's dtype, channels last.
+    Statistics and arithmetic are float32, with one rounding.
+    """
+    y = F.silu(rms_norm(x.permute(0, 2, 3, 1).float(), weight, eps), inplace=True)
+    return y.to(x.dtype).contiguous().permute(0, 3, 1, 2)
+
+
+@dataclass(frozen=True)
+class NormOps:
+    """Norms as a network calls them."""
+
+    rms_norm: Op = op(rms_norm, *COMPILED)
+    layer_norm: Op = op(layer_norm, *COMPILED)
+    residual_norm: Op = op(residual_norm, *COMPILED)
+    residual_layer_norm: Op = op(residual_layer_norm, *COMPILED)
+    group_norm_silu: Op = op(group_norm_silu, "triton", "native")
+    rms_norm_silu: Op = op(rms_norm_silu, "triton", "native")
+
+
+@dataclass(frozen=True)
+class QuantizedNormOps:
+    """Norms that feed quantized layers."""
+
+    rms_norm_quantized: Quantizing = op(rms_norm_quantized, *COMPILED)
+    layer_norm_quantized: Quantizing = op(layer_norm_quantized, *COMPILED)
+    residual_norm_quantized: Op = op(residual_norm_quantized, *COMPILED)
+    residual_layer_norm_quantized: Op = op(residual_layer_norm_quantized, *COMPILED)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .declaration import COMPILED, Op, op
 from .norm import rms_norm
 
 
@@ -72,3 +74,12 @@ def joint_qk_norm_rope(
     parts = [qk_norm_rope(*stream, heads, eps) for stream in streams]
     q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     return q, k, v
+
+
+@dataclass(frozen=True)
+class RopeOps:
+    """Rotary embeddings as a network calls them."""
+
+    qk_norm_rope: Op = op(qk_norm_rope, *COMPILED)
+    joint_qk_norm_rope: Op = op(joint_qk_norm_rope, *COMPILED)
+    grouped_qk_norm_rope: Op = op(grouped_qk_norm_rope, "native")

@@ -16,66 +16,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
+from .declaration import Op
 from .implementations import (
     FLOAT8_ARCH,
     FP8,
     IMPLEMENTATIONS,
     INT8_ARCH,
-    NATIVE,
-    NO_TRITON,
+    QUANTIZED_OPS,
     RAGGED,
-    ROW_OPS,
-    SEPARATE,
     Implementation,
     triton_refuses,
 )
-from .rows import RowTable
-from .table import EAGER, Op, OpTable
+from .table import EAGER, OpTable, QuantizedOps
 from .target import Target
 
 __all__ = [
-    "EAGER", "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "INT8_ARCH", "NATIVE", "NO_TRITON", "RAGGED",
-    "ROW_OPS", "SEPARATE", "Choice", "Implementation", "OpTable", "RowTable", "Target", "choose", "rank", "select",
-    "select_rows", "triton_refuses",
+    "EAGER", "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "INT8_ARCH", "QUANTIZED_OPS", "RAGGED", "SEPARATE", "Choice",
+    "Implementation", "OpTable", "QuantizedOps", "Target", "choose", "rank", "select", "select_quantized",
+    "triton_refuses",
 ]  # fmt: skip
+
+# a product and what follows it -> the op that follows: "separate" is torch's product, then that op as chosen
+SEPARATE = {"linear_swiglu": "swiglu", "linear_gelu": "gelu_tanh"}
 
 
 def rank(op: str, target: Target) -> tuple[str, ...]:
     """Names of the implementations of `op` to try for `target`, best first; `eager` follows them all.
 
-    op: a field of `OpTable` or `RowTable`, `RAGGED` or `FP8`. On a GPU the library compiled ahead of time (`cuda`)
-    leads over Triton, which does the same work but compiles it on first use.
+    op: a key of `IMPLEMENTATIONS`. The order is that of the op's declaration, but for the ops whose best
+    implementation depends on the GPU. There the library compiled ahead of time (`cuda`) leads over Triton, which does
+    the same work but compiles it on first use.
     """
-    if op in _RANKS:
-        return _RANKS[op](target) if target.device in ("cpu", "cuda") else ()
-    if op == "linear_quantized":
-        return {"cpu": ("native", "int8-mm"), "cuda": ("scaled-mm", "cuda", "int8-mm")}.get(target.device, ())
-    if target.device == "cpu":
-        return ("native",) if op in NATIVE or op in ROW_OPS else ()
-    if target.device != "cuda":
-        return ()
-    if op == "attention":
-        return backends.order(target.arch)
-    return ("cuda", "triton") if op in NATIVE or op in ROW_OPS else ("triton",)
+    if target.device == "cuda" and op in _GPU_RANKS:
+        return _GPU_RANKS[op](target.arch)
+    return tuple(i.name for i in IMPLEMENTATIONS[op].values() if target.device in i.devices)
 
 
-def _rank_linear_swiglu(target: Target) -> tuple[str, ...]:
+def _rank_linear_swiglu(arch: int | None) -> tuple[str, ...]:
     """The pass that the fused product saves is a small part of the product's own time. Where products go through
     mma.sync (8.x, 12.x) Triton's are about level with cuBLAS's, so the pass decides; on 9.0 and 10.x the vendor's
     library feeds the tensor cores better than that. Judged, not measured: `benches/gpu.sh OUT layers-z-image`."""
-    level = target.device == "cuda" and target.arch is not None and not 90 <= target.arch < 120
-    return ("triton", "separate") if level else ("separate",)
+    return ("triton", "separate") if arch is not None and not 90 <= arch < 120 else ("separate",)
 
 
-# ops whose order is their own; only asked for CPUs and NVIDIA GPUs
-_RANKS: dict[str, Callable[[Target], tuple[str, ...]]] = {
+_GPU_RANKS: dict[str, Callable[[int | None], tuple[str, ...]]] = {
+    "attention": backends.order,
     "linear_swiglu": _rank_linear_swiglu,
-    "linear_gelu": lambda target: ("cublaslt", "separate"),
-    "linear_residual": lambda target: ("cublas",),
-    "upsample_conv": lambda target: ("folded",),
-    "grouped_qk_norm_rope": lambda target: ("native",) if target.device == "cpu" else (),
-    "group_norm_silu": lambda target: ("native",) if target.device == "cpu" else ("triton",),
-    "rms_norm_silu": lambda target: ("native",) if target.device == "cpu" else ("triton",),
 }
 
 
@@ -103,7 +89,7 @@ def choose(op: str, target: Target, prefer: str | None = None) -> Choice:
 
 def select(target: Target, prefer: str | None = None) -> tuple[OpTable, tuple[Choice, ...]]:
     """Picks an implementation per op for `target` (see `choose`); pure but for asking what the machine has."""
-    others = {*ROW_OPS, "attention", RAGGED} if target.fp8_attention else {*ROW_OPS, FP8}
+    others = {*QUANTIZED_OPS, "attention", RAGGED} if target.fp8_attention else {*QUANTIZED_OPS, FP8}
     choices = [choose(op, target, prefer) for op in IMPLEMENTATIONS if op not in others]
     table = {c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}
     if target.fp8_attention:
@@ -116,10 +102,10 @@ def select(target: Target, prefer: str | None = None) -> tuple[OpTable, tuple[Ch
     return OpTable(**table), tuple(choices)
 
 
-def select_rows(target: Target, prefer: str | None = None) -> tuple[RowTable, tuple[Choice, ...]]:
-    """`select` for the ops of quantized layers that multiply `target.rows`."""
-    choices = [choose(op, target, prefer) for op in ROW_OPS]
-    return RowTable(**{c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}), tuple(choices)
+def select_quantized(target: Target, prefer: str | None = None) -> tuple[QuantizedOps, tuple[Choice, ...]]:
+    """`select` for the ops of quantized layers that multiply `target.quantized`."""
+    choices = [choose(op, target, prefer) for op in QUANTIZED_OPS]
+    return QuantizedOps(**{c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}), tuple(choices)
 
 
 @cache

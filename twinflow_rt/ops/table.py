@@ -1,66 +1,78 @@
-"""The op table of a network."""
+"""The op tables of a network: what it calls, and what its quantized layers call.
+
+A norm or an activation that feeds a quantized layer writes what that layer multiplies, 8-bit values and a
+scale per row, so that no pass over memory is spent on quantizing. Networks say which layer comes next:
+
+    x, h = ops_for(self.w13, ops).residual_norm(x, branch, post, pre, eps)
+
+which is `ops.residual_norm` itself where `w13` is not quantized; else h are `QuantizedRows`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from .attention import attention, linear_attention
-from .decode import group_norm_silu, rms_norm_silu, to_uint8, upsample_conv, x0_to_vae
-from .mlp import gelu_tanh, linear_gelu, linear_residual, linear_swiglu, swiglu
-from .norm import layer_norm, residual_layer_norm, residual_norm, rms_norm
-from .rope import grouped_qk_norm_rope, joint_qk_norm_rope, qk_norm_rope
-from .sample import x0_project
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-Op = Callable[..., Any]  # gives tensors, or `QuantizedRows` where a quantized layer reads them
+from .attention import AttentionOps
+from .conv import ConvOps
+from .decode import DecodeOps
+from .linear import QuantizedLinearOps, QuantizedRows
+from .mlp import MlpOps, QuantizedMlpOps
+from .norm import NormOps, QuantizedNormOps
+from .rope import RopeOps
+from .sample import SampleOps
 
 
 @dataclass(frozen=True)
-class OpTable:
-    """The callables a compiled network runs on; the signatures are those of the eager references."""
-
-    rms_norm: Op
-    layer_norm: Op
-    residual_norm: Op
-    qk_norm_rope: Op
-    attention: Op
-    swiglu: Op
-    x0_project: Op
-    to_uint8: Op
-    residual_layer_norm: Op
-    joint_qk_norm_rope: Op
-    grouped_qk_norm_rope: Op
-    gelu_tanh: Op
-    linear_attention: Op
-    linear_swiglu: Op
-    linear_gelu: Op
-    linear_residual: Op
-    x0_to_vae: Op
-    group_norm_silu: Op
-    rms_norm_silu: Op
-    upsample_conv: Op
+class OpTable(ConvOps, DecodeOps, SampleOps, MlpOps, AttentionOps, RopeOps, NormOps):
+    """The callables a compiled network runs on; the signatures are those of the eager references, the defaults."""
 
 
-EAGER = OpTable(
-    rms_norm=rms_norm,
-    layer_norm=layer_norm,
-    residual_norm=residual_norm,
-    qk_norm_rope=qk_norm_rope,
-    attention=attention,
-    swiglu=swiglu,
-    x0_project=x0_project,
-    to_uint8=to_uint8,
-    residual_layer_norm=residual_layer_norm,
-    joint_qk_norm_rope=joint_qk_norm_rope,
-    grouped_qk_norm_rope=grouped_qk_norm_rope,
-    gelu_tanh=gelu_tanh,
-    linear_attention=linear_attention,
-    linear_swiglu=linear_swiglu,
-    linear_gelu=linear_gelu,
-    linear_residual=linear_residual,
-    x0_to_vae=x0_to_vae,
-    group_norm_silu=group_norm_silu,
-    rms_norm_silu=rms_norm_silu,
-    upsample_conv=upsample_conv,
-)
+@dataclass(frozen=True)
+class QuantizedOps(QuantizedMlpOps, QuantizedNormOps, QuantizedLinearOps):
+    """The callables of a network's quantized layers and of what feeds them; by default the eager references."""
+
+
+EAGER = OpTable()
+EAGER_QUANTIZED = QuantizedOps()
+
+
+def ops_for(layer: nn.Module | None, ops: OpTable) -> OpTable:
+    """Ops whose outputs are already quantized if `layer` is quantized, else `ops`."""
+    # beside __dict__ a module looks for parameters, buffers and modules of that name, as slowly as a small kernel runs
+    return ops if layer is None else layer.__dict__.get("input_ops", ops)
+
+
+def quantizing(ops: OpTable, quantized: QuantizedOps, to: torch.dtype) -> OpTable:
+    """`ops` with norms and activations that return `QuantizedRows` of dtype `to` in place of tensors.
+
+    The residual stream, which two of them return beside the normalised rows, stays a tensor.
+    """
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> QuantizedRows:
+        return QuantizedRows(*quantized.rms_norm_quantized(x, weight, eps, to), x.dtype)
+
+    def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> QuantizedRows:
+        return QuantizedRows(*quantized.layer_norm_quantized(x, weight, eps, bias, to), x.dtype)
+
+    def residual_norm(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float) -> tuple[Tensor, QuantizedRows]:
+        total, values, scales = quantized.residual_norm_quantized(x, branch, post, pre, eps, to)
+        return total, QuantizedRows(values, scales, x.dtype)
+
+    def residual_layer_norm(
+        x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, QuantizedRows]:
+        total, values, scales = quantized.residual_layer_norm_quantized(x, branch, gate, weight, bias, eps, to)
+        return total, QuantizedRows(values, scales, x.dtype)
+
+    return replace(
+        ops, rms_norm=rms_norm, layer_norm=layer_norm, residual_norm=residual_norm,
+        residual_layer_norm=residual_layer_norm,
+        swiglu=lambda x: QuantizedRows(*quantized.swiglu_quantized(x, to), x.dtype),
+        gelu_tanh=lambda x: QuantizedRows(*quantized.gelu_tanh_quantized(x, to), x.dtype),
+        linear_swiglu=lambda x, w: QuantizedRows(*quantized.swiglu_quantized(F.linear(x, w), to), x.dtype),
+        linear_gelu=lambda x, w, b: QuantizedRows(*quantized.gelu_tanh_quantized(F.linear(x, w, b), to), x.dtype),
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 @dataclass(frozen=True)
 class Target:
     """What a program is compiled for. arch: compute capability, 90 for 9.0; None on a CPU or where
-    unknown. head_dim, linear_head_dim: of softmax and of linear attention; None where unknown. rows: what
+    unknown. head_dim, linear_head_dim: of softmax and of linear attention; None where unknown. quantized: what
     quantized layers multiply, int8 or float8_e4m3fn; None where there are none, or unknown. fp8_attention:
     whether softmax attention may be `attention_fp8`."""
 
@@ -21,7 +21,7 @@ class Target:
     arch: int | None = None
     head_dim: int | None = None
     linear_head_dim: int | None = None
-    rows: torch.dtype | None = None
+    quantized: torch.dtype | None = None
     fp8_attention: bool = False
 
     @classmethod

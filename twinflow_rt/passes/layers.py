@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.linear import LIMITS, int8_limit, linear_packed, linear_upcast, pack, quantize_weight
-from ..ops.rows import EAGER_ROWS, QuantizedRows, RowTable
+from ..ops.linear import LIMITS, QuantizedRows, int8_limit, linear_packed, linear_upcast, pack, quantize_weight
+from ..ops.table import EAGER_QUANTIZED, QuantizedOps
 from .convolutions import plain_convolutions
 
 ROWS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # precision -> what its layers multiply
@@ -48,16 +48,17 @@ class QuantizedLinear(nn.Linear):
     """A linear layer with an int8 or float8_e4m3fn weight [N, K] and its float32 scales `weight_scale` [N, 1].
 
     Takes rows that are quantized already, or a tensor, whose rows it quantizes. `attach` gives it the
-    implementations of its machine in place of the reference ones, and `producers` for `ops.rows.into`.
+    implementations of its machine in place of the reference ones, and `input_ops` for `ops.ops_for`.
     """
 
-    rows: RowTable = EAGER_ROWS
+    quantized_ops: QuantizedOps = EAGER_QUANTIZED
     weight_scale: nn.Parameter
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         if not isinstance(x, QuantizedRows):
-            x = QuantizedRows(*self.rows.quantize_rows(x, self.weight.dtype), x.dtype)
-        return self.rows.linear_quantized(x.values, x.scales, self.weight, self.weight_scale, self.bias, x.dtype)
+            x = QuantizedRows(*self.quantized_ops.quantize_rows(x, self.weight.dtype), x.dtype)
+        multiply = self.quantized_ops.linear_quantized
+        return multiply(x.values, x.scales, self.weight, self.weight_scale, self.bias, x.dtype)
 
 
 def linear_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -116,7 +117,7 @@ class Trial:
         for layer, kind, weight in self._kept:
             layer.__class__, layer.weight = kind, weight
             del layer._parameters[SCALE]
-            for name in ("rows", "producers"):  # of `attach`
+            for name in ("quantized_ops", "input_ops"):  # of `attach`
                 layer.__dict__.pop(name, None)
 
 

@@ -1,7 +1,7 @@
 """Pack and quantize: what becomes of each linear layer of a network (`layers` has the kinds), and why.
 
 Layers of repeated blocks get 8 bits where a precision is asked for, but for those that are named as sensitive
-and what runs once per prompt. What norms and activations write for quantized layers: `ops.rows`.
+and what runs once per prompt. What norms and activations write for quantized layers: `ops.table`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
 from ..host_memory import release_free_memory
 from ..ops.linear import packing_refuses
-from ..ops.rows import producing
-from ..ops.selection import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_rows
+from ..ops.selection import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_quantized
+from ..ops.table import quantizing
 from .blocks import group_of, in_block
 from .layer_groups import Group, Layers
 from .layers import (
@@ -120,11 +120,11 @@ def attach(network: Any, target: Target) -> tuple[Choice, ...]:
     layers: list[Any] = [m for m in network.modules() if isinstance(m, QuantizedLinear)]
     choices: tuple[Choice, ...] = ()
     for to in {layer.weight.dtype for layer in layers}:  # one, of the networks made here
-        rows, choices = select_rows(replace(target, rows=to))
-        producers = producing(network.ops, rows, to)
+        quantized_ops, choices = select_quantized(replace(target, quantized=to))
+        input_ops = quantizing(network.ops, quantized_ops, to)
         for layer in layers:
             if layer.weight.dtype == to:
-                layer.rows, layer.producers = rows, producers
+                layer.quantized_ops, layer.input_ops = quantized_ops, input_ops
     return choices
 
 

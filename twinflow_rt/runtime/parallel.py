@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..ops.table import Op
+from ..ops.declaration import Op
 
 
 @dataclass(frozen=True)
