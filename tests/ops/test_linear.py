@@ -14,10 +14,12 @@ from twinflow_rt.ops.linear import (
     linear_packed,
     linear_upcast,
     pack,
+    packing_refuses,
     quantize_weight,
     scaled_mm,
 )
 
+CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
 SHAPES = [(1, 1, 5), (37, 199, 144), (199, 37, 760), (64, 432, 1128)]  # rows, outputs, inputs
 
@@ -41,6 +43,8 @@ def error(y, x, w, b):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("op", ["packed", "upcast"])
 def test_no_less_exact_than_torch(shape, dtype, op):
+    if op == "packed" and (reason := packing_refuses(CPU, dtype)):
+        pytest.skip(reason)
     x, w, b = case(*shape, dtype)
     for bias in (b, None):
         y = linear_packed(x, pack(w), bias) if op == "packed" else linear_upcast(x, w, bias)
@@ -48,6 +52,17 @@ def test_no_less_exact_than_torch(shape, dtype, op):
         bar = 1e-6 if dtype == torch.float32 else 2**-9  # float32 sums of another order; one bfloat16 rounding
         scale = float(F.linear(x.double().abs(), w.double().abs()).max())
         assert error(y, x, w, bias) <= max(2 * error(F.linear(x, w, bias), x, w, bias), bar * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_is_refused_where_onednn_refuses_it(dtype):
+    """bfloat16 on CPUs that cannot convert it."""
+    weight = torch.ones(8, 8, dtype=dtype)
+    if packing_refuses(CPU, dtype):
+        with pytest.raises(RuntimeError, match="needs the cpu support"):
+            pack(weight)
+    else:
+        assert torch.equal(pack(weight).to_dense(), weight)
 
 
 def test_packed_weights_take_strided_and_empty_rows_and_come_back():

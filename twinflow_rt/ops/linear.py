@@ -83,7 +83,11 @@ def packing_refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"oneDNN's layout is the CPU's, not {device.type}'s"
     if dtype not in PACKED_DTYPES:
         return f"oneDNN packs float32 and bfloat16, not {dtype_name(dtype)}"
-    return None if torch.backends.mkldnn.is_available() else "this torch is built without oneDNN"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN packs bfloat16 for CPUs with AVX-512 (BW, VL, DQ) or AVX-NE-CONVERT"
+    return None
 
 
 def pack(weight: Tensor) -> Tensor:

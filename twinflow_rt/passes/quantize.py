@@ -244,10 +244,10 @@ def _kind(
     if layer.weight.is_meta:  # never in a network of some precision
         return "plain", "its weight comes and goes with its block"
     stored = layer.weight.dtype
+    if device.type == "cpu" and stored == torch.bfloat16 and not has_native(stored, device):
+        return "upcast", "this CPU has no bfloat16 instructions (AVX512-BF16, AMX)"
     if reason := packing_refuses(device, stored):
         return "plain", reason if precision is None else why
-    if stored == torch.bfloat16 and not has_native(stored, device):
-        return "upcast", "this CPU has no bfloat16 instructions (AVX512-BF16, AMX)"
     if stored == torch.float32 and layer.weight.numel() < SMALLEST_PACKED:
         return "plain", "small: multiplied sooner than a packed product is called" if precision is None else why
     return "packed", why
