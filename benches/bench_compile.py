@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from twinflow_rt.bench.timing import interleave
-from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.families import family_of
 from twinflow_rt.passes.quantize import convert
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from twinflow_rt import load
-from twinflow_rt.checkpoint.checkpoint import Checkpoint, check, materialize
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.layout import check
+from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.families import family_of
 from twinflow_rt.ops.selection import Target, select

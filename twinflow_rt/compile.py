@@ -10,21 +10,24 @@
 
 The result holds no time embedder and no modulation layer. Another schedule needs other constants:
 `Program.refold` makes them from the checkpoint, so long as the program still has one. Adapters are
-merged into the checkpoint's tensors as these passes read them (`passes.lora`).
+merged into the checkpoint's tensors as these passes read them (`checkpoint.lora`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.checkpoint import Checkpoint, Layout, Progress, assign, check, fetch, materialize
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.layout import Layout, check
 from .checkpoint.lora import Merged
+from .checkpoint.reading import Progress, Reader, assign, materialize, read_into
 from .config import dtype_name
 from .errors import ConfigError
 from .families import Family
@@ -175,18 +178,11 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
     quantize.check_names(network, skip_layers, recipe.sensitivity)
     expected = network.state_dict()
     into: set[str] = set()
-    read = lambda name: fetch(name, expected[name], source, family.layout, device, dtype)
-    streaming = Streaming(network, recipe.streamed, device, read, precision, skip_layers)
+    reader = Reader(expected, source, family.layout, device, dtype)
+    streaming = Streaming(network, recipe.streamed, device, reader.tensor, precision, skip_layers)
     tables = recipe.tables(unfolded, schedule, into.add)
-    for name, tensor in _tensors(recipe, network, expected, tables, streaming.names if streaming.mapped else ()):
-        if name in streaming.names:
-            streaming.put(name, tensor)
-            continue
-        assign(network, name, tensor)
-        if progress is not None:
-            progress(tensor.nbytes)
-        del tensor
-        quantize.arrived(network, name, device, precision, skip_layers)
+    tensors = _tensors(reader, network, tables, without=streaming.in_files)
+    read_into(streaming.take, tensors, source.meter, progress)
     layers = quantize.convert(network, device, precision, skip_layers)
     network.eval()
     streaming.start()
@@ -240,27 +236,23 @@ def _folded(family: Family, config: Any, steps: int, absorb: bool) -> Any:
 
 
 def _tensors(
-    recipe: Recipe, network: Any, expected: Mapping[str, Tensor], tables: dict[str, Tensor], without: Collection[str]
+    reader: Reader, network: Any, tables: Mapping[str, Tensor], without: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor `expected` of the compiled `network` but those named in `without`, on the device, made one at a
-    time."""
-    source, layout, device = recipe.source, recipe.family.layout, recipe.device
+    """Yield (name, tensor) of the compiled `network` for every tensor but those named in `without`, made one at a
+    time: with constants of `tables` inside, from `tables`, or as read."""
     done = set()
     if _is_absorbed(network):
-
-        def read(name: str) -> Tensor:
-            return fetch(name, expected[name], source, layout, device, torch.float32)
-
+        read = partial(reader.tensor, dtype=torch.float32)
         for name, tensor in folding.absorb(network.absorptions(), tables, read):
             done.add(name)
-            tensor = tensor.to(layout.dtype_of(name, recipe.dtype))
+            tensor = tensor.to(reader.layout.dtype_of(name, reader.dtype))
             yield name, tensor
             del tensor  # before the next one is read
-    for name in (name for name in expected if name not in done and name not in without):
+    for name in reader.expected:
         if name in tables:
-            yield name, tables[name].to(device)
-        else:
-            yield name, fetch(name, expected[name], source, layout, device, recipe.dtype)
+            yield name, tables[name].to(reader.device)
+        elif name not in done and name not in without:
+            yield name, reader.tensor(name)
 
 
 def _select(network: Any, device: torch.device, dtype: torch.dtype, fp8_attention: bool) -> tuple[Choice, ...]:

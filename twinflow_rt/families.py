@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint.checkpoint import Layout
+from .checkpoint.layout import Layout
 from .config import SizeRule
 from .errors import CheckpointError
 from .models.config import reading

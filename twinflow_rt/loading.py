@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from .checkpoint import artifact, hub
-from .checkpoint.checkpoint import Checkpoint, Progress, model_folder
+from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.lora import Loras, Merged, require_same, resolve_loras
+from .checkpoint.model_folder import model_folder
+from .checkpoint.reading import Progress
 from .compile import Program, Recipe, compile_network, load_program
 from .config import (
     DTYPES,

@@ -19,7 +19,9 @@ from tests.bad_input.conftest import edit_json, refused
 from tests.bad_input.tensors import BAD
 from tests.factory import WEIGHTS, shard
 from twinflow_rt import cli
+from twinflow_rt.bench import random_file
 from twinflow_rt.checkpoint import files
+from twinflow_rt.checkpoint.tensor_files import READERS
 from twinflow_rt.errors import CheckpointError
 from twinflow_rt.loading import load
 from twinflow_rt.planning.description import describe
@@ -385,8 +387,9 @@ RANDOM = [
 
 @pytest.mark.parametrize("content", RANDOM, ids=str)
 def test_declared_random_weights(model, capsys, content):
+    assert random_file.FILE in READERS
     (model / "transformer" / WEIGHTS).unlink()
-    (model / "transformer" / "random_weights.json").write_text(json.dumps(content))
+    (model / "transformer" / random_file.FILE).write_text(json.dumps(content))
     inspect(model, "declares no random weights|missing|without any tensor", capsys)
 
 

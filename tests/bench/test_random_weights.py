@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from twinflow_rt import bench, load
+from twinflow_rt.bench import random_file as random
 from twinflow_rt.bench.random_weights import BLUEPRINTS, skeleton, temporary
-from twinflow_rt.checkpoint import random_file as random
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
 

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS, make_model, shard
-from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize, model_folder
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.model_folder import model_folder
+from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.errors import CheckpointError, ConfigError, TwinFlowError
 from twinflow_rt.families import family_of
 from twinflow_rt.loading import load

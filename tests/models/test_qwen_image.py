@@ -19,8 +19,9 @@ from tests.qwen_image_factory import (
     run,
     save,
 )
-from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge, split
+from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.layers import pack, unpack
 from twinflow_rt.models.transformers.qwen_image import FAMILY, FUSED, QwenImageConfig, QwenImageTransformer

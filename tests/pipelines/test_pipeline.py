@@ -88,7 +88,8 @@ def test_seeds_make_diffusers_noise(pipe, reference):
 
 @pytest.mark.parametrize("config", [preset(2), preset(4, "any"), SamplerConfig(3, sampling_order=2, mode="any")])
 def test_more_steps_equal_the_sampler_on_the_unfolded_network(pipe, model, config):
-    from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+    from twinflow_rt.checkpoint.checkpoint import Checkpoint
+    from twinflow_rt.checkpoint.reading import materialize
     from twinflow_rt.families import family_of
 
     checkpoint = Checkpoint(model / "transformer")

@@ -26,7 +26,8 @@ from tests.sana_factory import (
     siglip_encoder,
 )
 from twinflow_rt import cli
-from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.families import FAMILIES, family_of
 from twinflow_rt.loading import load

@@ -15,7 +15,8 @@ from tests.factory import WEIGHTS
 from tests.qwen_image_factory import relative
 from tests.sd3_factory import add_second, make_model
 from twinflow_rt import cli
-from twinflow_rt.checkpoint.checkpoint import Checkpoint, materialize
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.errors import CheckpointError
 from twinflow_rt.families import FAMILIES, family_of
 from twinflow_rt.loading import load

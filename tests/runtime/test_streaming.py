@@ -8,7 +8,7 @@ from torch import nn
 
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
 from tests.memory import least
-from twinflow_rt.checkpoint.checkpoint import assign
+from twinflow_rt.checkpoint.reading import assign
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.runtime.streaming import Buffers, Stream, Streaming, block_names, parameters_of

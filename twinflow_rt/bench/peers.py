@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import artifact
-from ..checkpoint.checkpoint import Checkpoint, materialize
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import read_json
-from ..checkpoint.random_file import random_tensor
+from ..checkpoint.reading import materialize
 from ..errors import ConfigError
 from ..families import Family, family_of
 from ..ops import EAGER
 from ..pipeline import Pipeline
 from ..sampling.noise import initial_noise
 from ..sampling.schedule import preset
+from .random_file import random_tensor
 from .workload import Workload
 
 NAMES = ("eager", "compile", "diffusers")

@@ -114,6 +114,7 @@ def _generator(task: Task) -> Any:
 
     torch.set_num_threads(task.threads)
     from ..loading import load
+    from . import random_file  # noqa: F401  the model may be made of random weights
 
     pipe = load(task.model, device=task.device, dtype=task.dtype, precision=task.precision, nfe=task.nfe)
     return lambda: pipe(task.prompt, seed=task.seed, width=task.width, height=task.height)

@@ -1,7 +1,7 @@
 """Model folders without weights: published configurations, to be measured with no download.
 
 `skeleton` writes what a downloaded folder holds but for the safetensors, in whose place
-`passes/random.py` makes tensors on demand. Everything else, the compile path included, is what a real
+`random_file` makes tensors on demand. Everything else, the compile path included, is what a real
 checkpoint meets. `scale` narrows every network and `layers` shortens the deep ones, for small machines.
 """
 
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import random_file as random
-from ..checkpoint.checkpoint import Layout
 from ..checkpoint.fuse import sources
+from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..families import FAMILIES, family_of
+from . import random_file as random
 from .blueprints import BLUEPRINTS, Blueprint
 
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.checkpoint import Checkpoint, model_folder
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.model_folder import model_folder
 from ..config import dtype_name, resolve_device, resolve_dtype, resolve_precision
 from ..errors import ConfigError
 from ..loading import DEMO, load

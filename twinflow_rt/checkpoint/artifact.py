@@ -24,8 +24,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..sampling.schedule import SamplerConfig
 from .atomic import check_target, new_folder
-from .checkpoint import some
-from .files import read_json
+from .files import read_json, some
 from .typed_json import typed
 from .versions import refusal
 

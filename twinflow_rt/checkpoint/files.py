@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ from ..errors import CheckpointError
 MAX_TEXT = 64 << 20  # bytes; the largest in use, tokenizers of 260,000 tokens, have 34 MB
 MAX_HEADER = 25 << 20  # bytes; 20-billion-parameter networks need 0.3 MB
 MAX_ENTRIES = 100_000  # files and folders of a model folder
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # can run code when read
+SHOWN = 8  # names listed in one message
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first few names as text, and how many more there are."""
+    ordered = [f"{name:.200}" for name in sorted(names)]
+    rest = len(ordered) - SHOWN
+    return ", ".join(ordered[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def file_type(path: Path) -> int:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 from .artifact import sha256
-from .checkpoint import PICKLES, Checkpoint, some
-from .files import file_type, is_folder, open_tensors, parse_json, read_json, require_file
+from .checkpoint import Checkpoint
+from .files import PICKLES, file_type, is_folder, open_tensors, parse_json, read_json, require_file, some
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")

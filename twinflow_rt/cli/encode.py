@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from ..checkpoint.atomic import check_target
-from ..checkpoint.checkpoint import Checkpoint, model_folder
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.model_folder import model_folder
 from ..config import resolve_device, resolve_dtype, resolve_prompts
 from ..families import family_of
 from ..stages.embeds_file import write

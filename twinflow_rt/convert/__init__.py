@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.atomic import check_target
-from ..checkpoint.checkpoint import DTYPES, Layout, check, some
-from ..checkpoint.files import check_tree, is_folder, read_json
+from ..checkpoint.files import check_tree, is_folder, read_json, some
 from ..checkpoint.fuse import sources
+from ..checkpoint.layout import Layout, check
 from ..checkpoint.names import CONTAINERS, RULES, Names, unchanged
+from ..checkpoint.tensor_files import DTYPES
 from ..errors import CheckpointError, ConfigError
 from ..families import family_of
 from ..models.architecture import Architecture
@@ -88,7 +89,7 @@ class Slot:
 
 
 class Converted:
-    """Tensors of a source under their new names, for `passes.load.check` and for writing."""
+    """Tensors of a source under their new names, for `layout.check` and for writing."""
 
     def __init__(self, source: Source, slot: Slot, keys: Sequence[Key]) -> None:
         self.folder, self.source, self.slot = source.path, source, slot

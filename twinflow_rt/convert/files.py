@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.atomic import new_folder
-from ..checkpoint.checkpoint import PICKLES
-from ..checkpoint.files import is_folder, open_tensors
+from ..checkpoint.files import PICKLES, is_folder, open_tensors
 from ..errors import CheckpointError
 
 SHARD_BYTES = 5_000_000_000  # a shard is held in memory while it is written

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoint.checkpoint import some
+from ..checkpoint.files import some
 from ..errors import CheckpointError
 
 LISTED = 12  # keys of one kind that the printed report names

@@ -28,7 +28,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.checkpoint import Checkpoint, materialize, some
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.files import some
+from ..checkpoint.reading import materialize
 from ..compile import Recipe, compile_network
 from ..errors import CheckpointError, ConfigError
 from ..families import FAMILIES, Family, family_of

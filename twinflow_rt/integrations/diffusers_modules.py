@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.checkpoint import some
+from ..checkpoint.files import some
 from ..compile import Program
 from ..errors import ConfigError
 from ..models.layers import pack, unpack

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.checkpoint import Checkpoint, Layout
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.layout import Layout
 from .config import check_fields, reading
 
 

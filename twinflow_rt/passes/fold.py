@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.checkpoint import assign
+from ..checkpoint.reading import assign
 from ..errors import ConfigError
 from ..models.folding import Absorption
 

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.checkpoint import Checkpoint, Layout, assign, check, model_folder
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.layout import Layout, check
+from ..checkpoint.model_folder import model_folder
+from ..checkpoint.reading import assign
 from ..config import dtype_name
 from ..errors import ConfigError
 from ..families import family_of

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.checkpoint import Checkpoint, Layout
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fuse import sources
+from ..checkpoint.layout import Layout
 from ..ops.selection import Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.checkpoint import Checkpoint, Layout
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..host_memory import return_freed_memory
 from .memory_costs import Costs, Network, costs_of

@@ -12,13 +12,15 @@ since what lies in the files has more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.checkpoint import Progress, assign, check, fetch
+from ..checkpoint.layout import check
+from ..checkpoint.load_report import LoadReport
+from ..checkpoint.reading import Progress, Reader, assign, read_into
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of
 
@@ -173,17 +175,18 @@ class Stream:
 
 
 class Streaming:
-    """A network being loaded of which the last `count` blocks will stream.
+    """Takes the weights of a network that is being loaded, of which the last `count` blocks will stream.
 
-    names: their parameters, before any has 8 bits (precision, exempt: see `passes.quantize.convert`). On a CPU these
-    are never read while loading (`read` does when they run); on a GPU `put` takes each as it comes.
+    read(name): reads one tensor as `take` gets it. precision, exempt: see `passes.quantize.convert`.
+    names: the parameters that stream. in_files: those of them that are not to be read while loading, because on a CPU
+    they are read from the mapped files as their block runs; on a GPU all are kept on the host.
     """
 
     def __init__(
         self, network: nn.Module, count: int, device: torch.device, read: Callable[[str], Tensor],
         precision: str | None = None, exempt: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.network, self.device, self.read = network, device, read
+        self.network, self.device, self.read, self.precision, self.exempt = network, device, read, precision, exempt
         self.blocks = block_names(network)[-count:] if count else []
         self._stored = [parameters_of(network, block) for block in self.blocks]
         self.names = frozenset(name for names in self._stored for name in names)
@@ -195,9 +198,17 @@ class Streaming:
         """Whether blocks are read from files as they run."""
         return self.device.type == "cpu"
 
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Takes one parameter, to be kept on the host."""
-        self._waiting |= {n: t.to("cpu") for n, t in quantize.held_as(self.network, name, tensor).items()}
+    @property
+    def in_files(self) -> frozenset[str]:
+        return self.names if self.mapped else frozenset()
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """Keep one tensor on the host if it streams; else put it into the network, quantized if its layer is to be."""
+        if name in self.names:
+            self._waiting |= {n: t.to("cpu") for n, t in quantize.held_as(self.network, name, tensor).items()}
+            return
+        assign(self.network, name, tensor)
+        quantize.arrived(self.network, name, self.device, self.precision, self.exempt)
 
     def start(self) -> None:
         """All parameters have come: from now on blocks stream."""
@@ -217,32 +228,20 @@ class Streaming:
 def load_part(
     part: Any, count: int, device: torch.device, dtype: torch.dtype, progress: Progress | None = None,
     precision: str | None = None, exempt: Sequence[str] = (),
-) -> Any:  # fmt: skip
-    """`passes.load.materialize` for a part of which the last `count` blocks stream. Returns its report.
-    precision, exempt: see `passes.quantize.convert`."""
-    network, checkpoint, layout = part.network, part.checkpoint, part.layout
+) -> LoadReport:  # fmt: skip
+    """Fill the network of `part`, of which the last `count` blocks stream, from its checkpoint.
+
+    precision, exempt: see `passes.quantize.convert`. Returns what that took.
+    """
+    network, checkpoint = part.network, part.checkpoint
     checkpoint.meter.start()
-    expected = dict(network.state_dict())
-    check(expected, checkpoint, layout)
-
-    def read(name: str) -> Tensor:
-        return fetch(name, expected[name], checkpoint, layout, device, dtype)
-
-    streaming = Streaming(network, count, device, read, precision, exempt)
-    for name in _kept(expected, streaming):
-        before = checkpoint.meter.bytes_read
-        if name in streaming.names:
-            streaming.put(name, read(name))
-        else:
-            assign(network, name, read(name))
-            quantize.arrived(network, name, device, precision, exempt)
-        if progress is not None:
-            progress(checkpoint.meter.bytes_read - before)
+    expected = network.state_dict()
+    check(expected, checkpoint, part.layout)
+    reader = Reader(expected, checkpoint, part.layout, device, dtype)
+    streaming = Streaming(network, count, device, reader.tensor, precision, exempt)
+    names = [name for name in expected if name not in streaming.in_files]
+    read_into(streaming.take, reader.tensors(names), checkpoint.meter, progress)
     network.eval()
     streaming.start()
-    return checkpoint.meter.report(len(expected), checkpoint.total_bytes())
-
-
-def _kept(names: Iterable[str], streaming: Streaming) -> list[str]:
-    """What is read while loading."""
-    return [name for name in names if not (streaming.mapped and name in streaming.names)]
+    report: LoadReport = checkpoint.meter.report(len(expected), checkpoint.total_bytes())
+    return report

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.checkpoint import Checkpoint, Layout, Progress, materialize
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fuse import sources
+from ..checkpoint.layout import Layout
 from ..checkpoint.load_report import LoadReport
+from ..checkpoint.reading import Progress
 from ..errors import ConfigError
 from ..models.architecture import Architecture
 from ..ops import EAGER
@@ -41,13 +42,8 @@ class Part:
     ) -> tuple[LoadReport, tuple[Layers, ...]]:  # fmt: skip
         """Reads the weights and says what linear layers became. streams: without those of repeated blocks, which come
         as they run (see `streaming`). precision, exempt: see `passes.quantize.convert`."""
-        report: LoadReport
-        if streams:
-            blocks = len(block_names(self.network))
-            report = load_part(self, blocks, device, dtype, progress, precision, exempt)
-        else:
-            narrow = partial(quantize.arrived, self.network, device=device, precision=precision, exempt=exempt)
-            report = materialize(self.network, self.checkpoint, self.layout, device, dtype, progress, narrow)
+        streamed = len(block_names(self.network)) if streams else 0
+        report = load_part(self, streamed, device, dtype, progress, precision, exempt)
         return report, quantize.convert(self.network, device, precision, exempt)
 
     def weights(self) -> dict[str, Tensor]:

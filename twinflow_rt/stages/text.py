@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.checkpoint import Progress
+from ..checkpoint.reading import Progress
 from ..errors import CheckpointError, ConfigError
 from ..models.architecture import Architecture
 from ..models.context import bucket

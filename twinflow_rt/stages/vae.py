@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.checkpoint import Progress
+from ..checkpoint.reading import Progress
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
 from ..models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen, autoencoder_tiny

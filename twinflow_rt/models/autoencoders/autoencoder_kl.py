@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.checkpoint import Layout
+from ...checkpoint.layout import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable
 from ..architecture import Architecture

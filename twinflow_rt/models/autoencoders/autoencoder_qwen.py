@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.checkpoint import Checkpoint, Layout
+from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.layout import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable
 from ..architecture import Architecture

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.checkpoint import Layout
+from ...checkpoint.layout import Layout
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable, into
 from ..architecture import Architecture

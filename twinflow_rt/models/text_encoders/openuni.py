@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.checkpoint import Layout
+from ...checkpoint.layout import Layout
 from ...errors import ConfigError
 from ...ops import EAGER
 from ..architecture import Architecture

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.checkpoint import Layout
+from ...checkpoint.layout import Layout
 from ...config import SizeRule
 from ...errors import ConfigError
 from ...families import Family, must_equal

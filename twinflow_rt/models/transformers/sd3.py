@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.checkpoint import Layout
+from ...checkpoint.layout import Layout
 from ...config import SizeRule
 from ...errors import CheckpointError, ConfigError
 from ...families import Family, must_equal
