@@ -1,5 +1,5 @@
 #!/bin/sh
-# The README's pictures, from the shipped model: run it in the project's folder after `make demo`.
+# The README's pictures, from the shipped model, and the page of its record: run it in the project's folder after `make demo`.
 set -e
 cd "$(dirname "$0")/.."
 run=${TWINFLOW:-.venv/bin/twinflow-rt}
@@ -12,3 +12,4 @@ cp "$folder/demo-grid.png" docs/demo.png
 records=benches/records
 .venv/bin/python -m twinflow_rt.evaluate.plot docs/scores.svg TwinFlow=$records/eval-twinflow.json \
     RCGM=$records/eval-rcgm.json "flow matching=$records/eval-flow.json" "flow matching=$records/eval-flow-50.json"
+"$run" bench show $records/demo-cpu.json --html docs/benchmark.html >/dev/null

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
-from twinflow_rt.bench import html, plots, svg
+from twinflow_rt.bench import html, plots
+from twinflow_rt.errors import ConfigError
 
 FIGURES = ("waterfall", "roofline", "evaluations", "throughput", "memory", "cold")
 FETCHING = ("src", "href", "srcset", "data", "action", "xlink:href")
@@ -45,10 +47,14 @@ class Outline(HTMLParser):
 def test_page_is_whole_and_fetches_nothing(record):
     page = html.render(record)
     outline = Outline(page)
-    assert not outline.open and not outline.fetching
+    assert not outline.open and all(value.startswith("#") for *_, value in outline.fetching)  # shapes of the page's own
     assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
-    assert "default-src 'none'" in page and "url(" not in page and "@import" not in page and "://" not in page
+    assert "default-src 'none'" in page and "@import" not in page and "://" not in page
+    assert "url(" not in page.replace("url(#", "")
     assert re.findall(r'<svg id="([a-z]+)"', page) == list(FIGURES)
+    assert html.render(record) == page
+    marks = page.partition("</head>")[2]
+    assert "var(--one)" in marks and not re.search(r"#[0-9a-f]{6}\b", marks)  # colours are the page's, dark ones too
     text = " ".join(outline.text)
     for stage in (*record["stages"], "diffusers", "GFLOP/s"):
         assert stage in text
@@ -68,33 +74,45 @@ def test_what_was_not_measured_is_left_out(record):
 
 
 def test_waterfall_is_to_scale(record):
-    """Every bar begins where the one before ends; lengths are proportional to the medians."""
-    drawn = plots.stage_waterfall(record)
-    bars = [tuple(map(float, m)) for m in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', drawn)]
+    """Every bar begins where the one before ends and is as long as the stage's median."""
+    axes = plots.stage_waterfall(record).axes[0]
+    bars = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
     medians = [record["stages"][name]["median"] for name in plots.ORDER]
-    scale = bars[-1][1] / max(record["stages"]["total"]["median"], sum(medians)) if len(bars) == 8 else None
-    at = bars[0][0]
-    for (x, width), median in zip(bars, medians, strict=False):
-        assert x == pytest.approx(at, abs=0.2)
-        if scale:
-            assert width == pytest.approx(max(1, median * scale), abs=0.2)
-            at += median * scale
-        else:
-            break
+    starts = [sum(medians[:i]) for i in range(len(medians))]
+    assert bars[: len(medians)] == [pytest.approx(pair) for pair in zip(starts, medians, strict=True)]
+    total = record["stages"]["total"]["median"]
+    assert bars[-1] == pytest.approx((0, total))
+    between = [pytest.approx((sum(medians), total - sum(medians)))] if total > sum(medians) else []
+    assert bars[len(medians) : -1] == between
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == [*plots.ORDER, *(["between"] if between else []), "whole call"]
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "log", "expected"),
-    [(0, 10, False, [0, 2, 4, 6, 8, 10]), (0, 0.13, False, [0, 0.05, 0.1]), (3, 2e4, True, [10, 100, 1000, 10000])],
-)
-def test_axes(low, high, log, expected):
-    axis = svg.Axis(low, high, 100, 300, log=log)
-    assert axis.ticks() == pytest.approx(expected)
-    assert axis(low) == pytest.approx(100) and axis(high) == pytest.approx(300)
+def test_plots_show_the_records_figures(record):
+    ceiling, *stages = _lines(plots.roofline(record))
+    peak, copy = record["ceilings"]["gemm"]["float32"], record["ceilings"]["copy"]
+    assert ceiling[1] == pytest.approx((peak / copy, peak)) and ceiling[0][1] == pytest.approx(ceiling[0][0] * copy)
+    stage = record["efficiency"]["text"]
+    assert stages[0] == [pytest.approx((stage["flops"] / stage["weight_bytes"], stage["flops_per_second"]))]
+    (line,) = _lines(plots.evaluations(record))
+    assert line == [(row["nfe"], pytest.approx(row["seconds"]["median"])) for row in record["evaluations"]]
+    batches, callers = _lines(plots.throughput(record))
+    assert batches == [(row["batch"], row["images_per_second"]) for row in record["batches"]]
+    assert callers == [(row["threads"], row["images_per_second"]) for row in record["concurrency"]]
+    timeline = record["cold_start"]["timeline"]
+    resident, *ends = _lines(plots.memory_timeline(record))
+    assert resident == [*zip(timeline["seconds"], timeline["host_resident"], strict=True)]
+    assert [end[0][0] for end in ends] == [mark["seconds"] for mark in timeline["marks"][1:]]
 
 
-def test_labels_are_moved_apart():
-    assert svg.apart([10, 11, 50, 9]) == [22, 35, 50, 9]
+def _lines(figure):
+    return [[tuple(point) for point in line.get_xydata()] for line in figure.axes[0].lines]
+
+
+def test_without_matplotlib_the_extra_is_named(record, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"plots need matplotlib: pip install 'twinflow-rt\[report\]'"):
+        html.render(record)
 
 
 def test_drawn_by_a_browser(record, tmp_path):

@@ -5,8 +5,7 @@ out 1, the Mann-Whitney test rejects equality (p < 0.01), and the ratio leaves t
 one run cannot see: `threshold` for what changes from run to run, or the drift of the machine's own
 ceilings during or between the two runs where that is more.
 
-The gate looks at what survives a change of load: speed-ups over peers of the same run, and
-instructions per image. It never looks at seconds.
+The gate looks at what survives a change of load, the speed-ups over peers of the same run; never at seconds.
 """
 
 from __future__ import annotations
@@ -20,13 +19,12 @@ from .facts import same_machine
 from .record import Record, timings
 
 THRESHOLD, LEVEL, FEWEST = 0.03, 0.01, 5
-INSTRUCTION_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Difference:
     """before, after: medians in seconds (or the figure's own unit). ratio: after / before. verdict: for
-    times and instructions "faster", "slower" or "within noise"; for ratios "better", "worse", ditto.
+    times "faster", "slower" or "within noise"; for ratios "better", "worse", ditto.
     gated: a regression here fails the gate."""
 
     figure: str
@@ -57,8 +55,7 @@ class Comparison:
         """True if no gated figure got worse. Raises ConfigError where there is none to look at."""
         if not any(d.gated for d in self.differences):
             raise ConfigError(
-                "nothing to gate on: neither record pair has a common peer's speed-up or an instruction count; "
-                "measure both with --peers eager or --instructions"
+                "nothing to gate on: the records have no common peer's speed-up; measure both with --peers eager"
             )
         return not self.regressions
 
@@ -68,8 +65,7 @@ class Comparison:
 
 
 def compare(
-    before: Record, after: Record, *, any_machine: bool = False, threshold: float = THRESHOLD,
-    instruction_tolerance: float = INSTRUCTION_TOLERANCE,
+    before: Record, after: Record, *, any_machine: bool = False, threshold: float = THRESHOLD
 ) -> Comparison:  # fmt: skip
     """Raises ConfigError for records of different workloads, or of different machines unless `any_machine`."""
     if differing := _settings(before["settings"], after["settings"]):
@@ -87,7 +83,6 @@ def compare(
     band, theirs = max(threshold, drift), dict(timings(after))
     differences = [_times(name, a, theirs[name], band) for name, a in timings(before) if name in theirs]
     differences += _ratios(before, after, threshold)
-    differences += _instructions(before, after, instruction_tolerance, gated=not elsewhere)
     return Comparison(tuple(differences), tuple(warnings))
 
 
@@ -143,16 +138,3 @@ def _ratios(before: Record, after: Record, threshold: float) -> list[Difference]
             verdict, why = ("better" if ratio > 1 else "worse"), "the intervals are apart"
         out.append(Difference(figure, a["speedup"], b["speedup"], ratio, verdict, f"{seen}: {why}", gated=True))
     return out
-
-
-def _instructions(before: Record, after: Record, tolerance: float, gated: bool) -> list[Difference]:
-    a, b = before["instructions"], after["instructions"]
-    if "per_image" not in a or "per_image" not in b or a["tool"] != b["tool"]:
-        return []
-    ratio = b["per_image"] / a["per_image"]
-    if abs(ratio - 1) <= tolerance:
-        verdict, why = "within noise", f"within the {tolerance:.0%} allowed"
-    else:
-        verdict, why = ("slower" if ratio > 1 else "faster"), f"beyond the {tolerance:.0%} allowed"
-    reason = f"x{ratio:.4f} in instructions ({a['tool']}): {why}"
-    return [Difference("instructions", a["per_image"], b["per_image"], ratio, verdict, reason, gated)]

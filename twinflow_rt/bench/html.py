@@ -29,28 +29,26 @@ th, td { padding: .2rem 1rem .2rem 0; text-align: right; font-weight: normal; wh
 th:first-child, td:first-child { text-align: left } tr + tr td { border-top: 1px solid var(--grid) }
 code { font-size: .9em; overflow-wrap: anywhere } .bad { color: var(--two) }
 svg { width: 100%; height: auto; display: block }
-svg text { fill: var(--ink); font: 12px system-ui, sans-serif }
-svg .tick, svg .label { fill: var(--soft); font-size: 11px }
-.grid { stroke: var(--grid); fill: none } .axis { stroke: var(--soft); fill: none }
-.stroke { fill: none; stroke-width: 2; stroke-linejoin: round }
-.stroke.one { stroke: var(--one) } .stroke.two { stroke: var(--two) }
-.fill.one { fill: var(--one) } .fill.muted { fill: var(--mute) }
-.dot { stroke: var(--page); stroke-width: 2 } .dot.one { fill: var(--one) } .dot.two { fill: var(--two) }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+# id, plot, title, caption
 PLOTS = (
-    (plots.stage_waterfall, "Where a call's time goes", "Medians of stages on their own and of whole calls, in turns."),
-    (plots.roofline, "How near the machine's limits", "Limits are this run's own measured matrix products and copies."),
-    (plots.evaluations, "Time against evaluations", "Medians; bars span the middle half of the samples."),
-    (plots.throughput, "Images per second", "Larger batches, and several callers at once."),
-    (plots.memory_timeline, "Memory of a cold start", "One fresh process, until its second image."),
-    (plots.cold_waterfall, "Time to the first image", "Medians over fresh processes; files were in the page cache."),
-)
+    ("waterfall", plots.stage_waterfall, "Where a call's time goes",
+     "Medians of stages on their own and of whole calls, in turns."),
+    ("roofline", plots.roofline, "How near the machine's limits",
+     "Limits are this run's own measured matrix products and copies."),
+    ("evaluations", plots.evaluations, "Time against evaluations",
+     "Medians; bars span the middle half of the samples."),
+    ("throughput", plots.throughput, "Images per second", "Larger batches, and several callers at once."),
+    ("memory", plots.memory_timeline, "Memory of a cold start", "One fresh process, until its second image."),
+    ("cold", plots.cold_waterfall, "Time to the first image",
+     "Medians over fresh processes; files were in the page cache."),
+)  # fmt: skip
 
 
 def render(record: Record) -> str:
-    """The page."""
-    drawn = [(plot(record), title, caption) for plot, title, caption in PLOTS]
+    """Return the page. Raises ConfigError where matplotlib is not installed."""
+    drawn = [(plots.inline(plot, record, name, title), title, caption) for name, plot, title, caption in PLOTS]
     figures = "".join(
         f"<figure><h2>{escape(title)}</h2><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
         for svg, title, caption in drawn
@@ -84,8 +82,6 @@ def _tiles(record: Record) -> str:
     tiles.append((size(max(peaks)), f"peak {where} memory"))
     if record["cold_start"]:
         tiles.append((seconds(record["cold_start"]["phases"]["total"]["median"]), "from process start to first image"))
-    if "joules_per_image" in record["energy"]:
-        tiles.append((f"{record['energy']['joules_per_image']:.3g} J", "per image"))
     return "".join(f"<div><b>{escape(value)}</b>{escape(label)}</div>" for value, label in tiles)
 
 

@@ -1,18 +1,75 @@
-"""The report's plots of a record. Each returns an <svg> element, or None where the record has no data for it."""
+"""The report's plots of a record, by matplotlib. Each returns a figure, or None where the record has no data for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from io import StringIO
+from typing import TYPE_CHECKING, Any
 
+from ..errors import ConfigError
 from .record import Record
-from .svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, apart, bar, dot, figure, frame, line, text
 from .terminal import rate, seconds, size
 
-ROW = 26
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 ORDER = ("text", "context", "noise", "velocity", "decode", "output")
+MARKERS = "os^Dvp"
+# of the light page, as variables of its style name them: a dark page has others in their place
+COLOURS = {
+    "ink": "#1c1c1a", "soft": "#66655f", "grid": "#e6e5e0", "one": "#2563c9", "two": "#b4541a", "mute": "#b9b7b0",
+}  # fmt: skip
+INK, SOFT, GRID, ONE, TWO, MUTE = COLOURS.values()
+POINTS = 72  # an inch
+STYLE: dict[Any, Any] = {  # the keys' type is a Literal of all that matplotlib knows
+    "text.color": INK, "text.parse_math": False, "axes.labelcolor": SOFT, "axes.edgecolor": SOFT, "grid.color": GRID,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "legend.frameon": False, "font.sans-serif": ["DejaVu Sans"],
+    "svg.fonttype": "none",
+    "xtick.bottom": False, "ytick.left": False, "xtick.minor.bottom": False, "ytick.minor.left": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
+}  # fmt: skip
 
 
-def stage_waterfall(record: Record) -> str:
+def inline(plot: Callable[[Record], Figure | None], record: Record, name: str, label: str) -> str | None:
+    """Return a plot as an <svg> element for an HTML page, None where the record has no data for it.
+
+    name: its id. label: its accessible name. The element refers to nothing outside itself and is the same for the
+    same record. Raises ConfigError where matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"plots need {error.name}: pip install 'twinflow-rt[report]'") from None
+    file, unsaid = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = plot(record)
+        if figure is None:
+            return None
+        figure.savefig(file, format="svg", transparent=True, metadata=unsaid)
+    body = file.getvalue().partition("<svg")[2].partition(">")[2]
+    body = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", body)  # "axes_1" and the like, which every plot has
+    for colour, value in COLOURS.items():
+        body = body.replace(value, f"var(--{colour})")
+    body = body.replace("'DejaVu Sans'", "system-ui")
+    width, height = figure.get_size_inches() * POINTS
+    return f'<svg id="{name}" viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{label}">{body}'
+
+
+def _axes(height: float = 300, x: str = "", y: str = "") -> tuple[Figure, Axes]:
+    """Return an empty plot of 560 x `height` points and its axes. x, y: their titles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((560 / POINTS, height / POINTS), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_title(y, loc="left", fontsize="medium", color=SOFT)
+    axes.grid(axis="y")
+    return figure, axes
+
+
+def stage_waterfall(record: Record) -> Figure:
     """Stages one after the other as in a call; what their sum leaves of the whole call is `between`."""
     nfe, spans, at = record["settings"]["nfe"], [], 0.0
     for name in ORDER:
@@ -22,124 +79,125 @@ def stage_waterfall(record: Record) -> str:
     total = record["stages"]["total"]["median"]
     if total > at:
         spans.append(("between", at, total - at))
-    return _waterfall("waterfall", "Stages of a warm call", [*spans, ("whole call", 0.0, total)])
+    return _waterfall([*spans, ("whole call", 0.0, total)])
 
 
-def cold_waterfall(record: Record) -> str | None:
+def cold_waterfall(record: Record) -> Figure | None:
     """Phases of a fresh process until the first image, and a second image for comparison."""
     if record["cold_start"] is None:
         return None
     spans, at = [], 0.0
     for name, samples in record["cold_start"]["phases"].items():
-        if name == "total":
-            continue
-        spans.append((name.replace("_", " "), at, samples["median"]))
-        at += samples["median"]
-    return _waterfall("cold", "Phases of a cold start", spans)
+        if name != "total":
+            spans.append((name.replace("_", " "), at, samples["median"]))
+            at += samples["median"]
+    return _waterfall(spans)
 
 
-def _waterfall(name: str, label: str, spans: Sequence[tuple[str, float, float]]) -> str:
-    bottom = TOP + ROW * len(spans)
-    x = Axis(0, max(start + took for _, start, took in spans) or 1, 92, WIDTH - 74)
-    parts = [line([(x(t), TOP), (x(t), bottom)], "grid") for t in x.ticks()]
-    parts += [text(x(t), bottom + 16, seconds(t) if t else "0", "middle", "tick") for t in x.ticks()]
-    for i, (stage, start, took) in enumerate(spans):
-        y = TOP + ROW * i
-        style = "fill muted" if stage in ("between", "whole call", "warm image") else "fill one"
-        parts.append(bar(x(start), y + 5, x(start + took) - x(start), ROW - 10, style, f"{stage}: {seconds(took)}"))
-        parts.append(text(x.start - 8, y + 17, stage, "end", "name"))
-        parts.append(text(x(start + took) + 6, y + 17, seconds(took), "start", "name"))
-    return figure(name, label, parts, bottom + 24)
+def _waterfall(spans: Sequence[tuple[str, float, float]]) -> Figure:
+    """spans: (name, start, duration), seconds; one bar each, the first on top."""
+    figure, axes = _axes(38 + 26 * len(spans))
+    for place, (name, start, took) in enumerate(spans):
+        muted = name in ("between", "whole call", "warm image")
+        axes.barh(place, took, 0.62, start, color=MUTE if muted else ONE)
+        _label(axes, seconds(took), start + took, place, (5, -3.5))
+    axes.set_yticks(range(len(spans)), [name for name, _, _ in spans])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.14 * max(start + took for _, start, took in spans) or 1)
+    axes.xaxis.set_major_formatter(lambda t, _: seconds(t) if t else "0")
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    return figure
 
 
-def roofline(record: Record) -> str:
+def _label(axes: Axes, text: str, x: float, y: float, offset: tuple[float, float] = (6, -14)) -> None:
+    """Writes beside a point; offset: in points."""
+    axes.annotate(text, (x, y), xytext=offset, textcoords="offset points")
+
+
+def roofline(record: Record) -> Figure:
     """FLOP/s reached against FLOPs per byte of weights, under this run's ceilings."""
     ceilings, dtype = record["ceilings"], record["settings"]["dtype"]
     peak, copy = ceilings["gemm"][dtype], ceilings["copy"]
     points = {
-        name: (stage["flops"] / stage["weight_bytes"], stage["flops_per_second"])
+        name: (stage["flops"] / stage["weight_bytes"], stage["flops_per_second"], stage["fraction_of_floor"])
         for name, stage in record["efficiency"].items()
         if stage["flops"] and stage["weight_bytes"]
     }
     ridge = peak / copy
-    xs, ys = [p[0] for p in points.values()] + [ridge], [p[1] for p in points.values()]
-    x = Axis(min(xs) / 3, max(xs) * 30, LEFT, WIDTH - RIGHT, log=True)
-    y = Axis(min([*ys, peak]) / 5, peak * 3, HEIGHT - BOTTOM, TOP, log=True)
-    start = max(x.low, y.low / copy)
-    roof = [(x(start), y(start * copy)), (x(ridge), y(peak)), (x(x.high), y(peak))]
-    labels = ("FLOPs per byte of weights", "FLOP/s")
-    parts = [*frame(x, y, *labels, lambda v: f"{v:g}", lambda v: rate(v, "")), line(roof, "stroke two")]
-    parts.append(text(x.end, y(peak) - 6, f"{rate(peak, 'FLOP/s')} {dtype}", "end", "name"))
-    heights = apart([y(v) + 4 for _, v in points.values()])
-    for (name, (intensity, reached)), height in zip(points.items(), heights, strict=True):
-        share = f"{record['efficiency'][name]['fraction_of_floor']:.0%} of its floor"
-        parts.append(dot(x(intensity), y(reached), "dot one", f"{name}: {rate(reached, 'FLOP/s')}, {share}"))
-        parts.append(text(x(intensity) + 9, height, name, "start", "name"))
-    return figure("roofline", "Roofline", parts)
+    reach = [ridge, *(x for x, _, _ in points.values())]
+    low, high = min(reach) / 3, max(reach) * 30
+    bottom = min([peak, *(y for _, y, _ in points.values())]) / 5
+    figure, axes = _axes(x="FLOPs per byte of weights", y="FLOP/s")
+    axes.loglog([low, ridge, high], [low * copy, peak, peak], color=TWO)
+    _label(axes, f"{rate(peak, 'FLOP/s')} {dtype}", high, peak, (-120, 6))
+    for marker, (name, (intensity, reached, share)) in zip(MARKERS, points.items(), strict=False):
+        axes.plot(intensity, reached, marker, color=ONE, label=f"{name}, {share:.0%} of its floor")
+    axes.set_xlim(low, high)
+    axes.set_ylim(bottom, 3 * peak)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter(lambda v, _: rate(v, ""))
+    axes.minorticks_off()
+    axes.legend(loc="lower right")
+    return figure
 
 
-def evaluations(record: Record) -> str | None:
+def evaluations(record: Record) -> Figure | None:
     """Median seconds of a call at each number of evaluations; bars span the middle half of the samples."""
     rows = [row for row in record["evaluations"] if "seconds" in row]
     if not rows:
         return None
-    counts = [row["nfe"] for row in rows]
-    x = Axis(0, max(counts) + 0.5, LEFT, WIDTH - RIGHT)
-    y = Axis(0, max(row["seconds"]["median"] + row["seconds"]["iqr"] for row in rows) * 1.1, HEIGHT - BOTTOM, TOP)
-    parts = frame(x, y, "evaluations per image", "seconds per call", lambda v: f"{v:g}", _plain, counts)
-    parts.append(line([(x(row["nfe"]), y(row["seconds"]["median"])) for row in rows], "stroke one"))
-    for row in rows:
-        median, half = row["seconds"]["median"], row["seconds"]["iqr"] / 2
-        at = x(row["nfe"])
-        parts.append(line([(at, y(median - half)), (at, y(median + half))], "stroke one"))
-        parts.append(dot(at, y(median), "dot one", f"{row['nfe']} evaluation(s): {seconds(median)}"))
-        parts.append(text(at + 8, y(median) + 16, seconds(median), "start", "name"))
-    return figure("evaluations", "Latency against evaluations", parts)
+    figure, axes = _axes(x="evaluations per image", y="seconds per call")
+    counts, medians = [row["nfe"] for row in rows], [row["seconds"]["median"] for row in rows]
+    axes.errorbar(counts, medians, [row["seconds"]["iqr"] / 2 for row in rows], color=ONE, marker="o")
+    for count, median in zip(counts, medians, strict=True):
+        _label(axes, seconds(median), count, median)
+    _from_zero(axes, counts)
+    return figure
 
 
-def memory_timeline(record: Record) -> str | None:
+def memory_timeline(record: Record) -> Figure | None:
     """Resident and device memory of a cold start over time, with the ends of its phases."""
     if record["cold_start"] is None:
         return None
     timeline = record["cold_start"]["timeline"]
-    times, series = timeline["seconds"], [("host resident", "one", timeline["host_resident"])]
-    if any(timeline["device_allocated"]):
-        series.append(("device allocated", "two", timeline["device_allocated"]))
-    x = Axis(0, max(times), LEFT, WIDTH - 136)
-    y = Axis(0, max(max(values) for _, _, values in series) * 1.08, HEIGHT - BOTTOM, TOP)
-    parts = frame(x, y, "seconds since the process started", "bytes", _plain, lambda v: size(v) if v else "0")
-    marks = [mark for mark in timeline["marks"] if mark["phase"] != "start"]
-    for i, mark in enumerate(marks):
-        phase, at = mark["phase"].replace("_", " "), mark["seconds"]
-        parts.append(bar(x(at) - 0.5, y.end, 1, y.start - y.end, "fill muted", f"{phase} ends at {at:.2f} s"))
-        parts.append(text(WIDTH - 128, TOP + 18 + 14 * i, f"{at:.2f} s {phase}", "start", "tick"))
-    for label, style, values in series:
-        parts.append(line([(x(t), y(v)) for t, v in zip(times, values, strict=True)], f"stroke {style}"))
-        parts.append(text(x.start + 8, y(max(values)) + 14, f"{label}, at most {size(max(values))}", "start", "name"))
-    return figure("memory", "Memory over time", parts)
+    figure, axes = _axes(x="seconds since the process started", y="bytes")
+    for label, colour in (("host resident", ONE), ("device allocated", TWO)):
+        values = timeline[label.replace(" ", "_")]
+        if any(values):
+            axes.plot(timeline["seconds"], values, color=colour, label=f"{label}, at most {size(max(values))}")
+    for i, mark in enumerate(mark for mark in timeline["marks"] if mark["phase"] != "start"):
+        axes.axvline(mark["seconds"], color=MUTE, linewidth=1)
+        text = f"{mark['seconds']:.2f} s {mark['phase'].replace('_', ' ')}"
+        axes.annotate(text, (1.02, 0.95 - 0.07 * i), xycoords="axes fraction", color=SOFT)
+    axes.set_xlim(0, max(timeline["seconds"]))
+    axes.set_ylim(0)
+    axes.yaxis.set_major_formatter(lambda v, _: size(v) if v else "0")
+    axes.legend(loc="upper left")
+    return figure
 
 
-def throughput(record: Record) -> str | None:
+def throughput(record: Record) -> Figure | None:
     """Images per second against batch size and against concurrent callers."""
-    series = (("batch size", "one", "batches", "batch"), ("callers", "two", "concurrency", "threads"))
-    lines = [
-        (label, style, [(row[key], row["images_per_second"]) for row in record[field] if "images_per_second" in row])
-        for label, style, field, key in series
-    ]
-    lines = [entry for entry in lines if entry[2]]
-    if not lines:
+    figure, axes = _axes(x="images per batch, or callers", y="images per second")
+    counts: set[int] = set()
+    series = (("batch size", ONE, "batches", "batch"), ("callers", TWO, "concurrency", "threads"))
+    for label, colour, field, key in series:
+        rows = [row for row in record[field] if "images_per_second" in row]
+        if rows:
+            counts |= {row[key] for row in rows}
+            rates = [row["images_per_second"] for row in rows]
+            axes.plot([row[key] for row in rows], rates, color=colour, marker="o", label=label)
+    if not counts:
         return None
-    counts = sorted({n for _, _, points in lines for n, _ in points})
-    x = Axis(0, max(counts) + 0.5, LEFT, WIDTH - 90)
-    y = Axis(0, max(v for _, _, points in lines for _, v in points) * 1.15, HEIGHT - BOTTOM, TOP)
-    parts = frame(x, y, "images per batch, or callers", "images per second", lambda v: f"{v:g}", _plain, counts)
-    ends = apart([y(points[-1][1]) + 4 for _, _, points in lines])
-    for (label, style, points), end in zip(lines, ends, strict=True):
-        parts.append(line([(x(n), y(v)) for n, v in points], f"stroke {style}"))
-        parts += [dot(x(n), y(v), f"dot {style}", f"{label} {n}: {v:.3g} images/s") for n, v in points]
-        parts.append(text(x(points[-1][0]) + 9, end, label, "start", "name"))
-    return figure("throughput", "Throughput", parts)
+    _from_zero(axes, sorted(counts))
+    axes.legend(loc="lower right")
+    return figure
 
 
-def _plain(value: float) -> str:
-    return f"{value:.4g}"
+def _from_zero(axes: Axes, counts: Sequence[int]) -> None:
+    """Has both axes begin at 0 and the horizontal one state `counts`."""
+    axes.set_xlim(0, max(counts) + 0.5)
+    axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+    axes.set_xticks(counts)
+    axes.yaxis.set_major_formatter("{x:g}")

@@ -1,6 +1,6 @@
-"""What runs in a process of its own: a cold start, or images whose instructions are counted.
+"""A cold start, measured in a process of its own.
 
-    python -m twinflow_rt.bench.probe '{"kind": "cold", ...}'
+    python -m twinflow_rt.bench.probe '{"model": "demo", ...}'
 
 Prints one JSON object as the last line of stdout. `Task` says what it takes.
 """
@@ -23,10 +23,8 @@ PHASES = ("start", "import", "load", "compile", "first_image")
 
 @dataclass(frozen=True)
 class Task:
-    """kind: "cold" or "instructions". control: see `counting`. Everything else as `twinflow_rt.load` and
-    a call take it; threads: of torch on the CPU."""
+    """What is loaded and called, as `twinflow_rt.load` and a call take it. threads: of torch on the CPU."""
 
-    kind: str
     model: str
     device: str
     dtype: str | None
@@ -37,12 +35,10 @@ class Task:
     width: int | None
     height: int | None
     threads: int
-    images: int = 1
-    control: dict[str, str] | None = None
 
 
 def run(task: Task, wrapper: tuple[str, ...] = (), timeout: float = 1800) -> dict[str, Any]:
-    """Runs `task` in a fresh interpreter (started by `wrapper`, if any) and returns what it prints.
+    """Run `task` in a fresh interpreter and return what it prints. wrapper: a command that starts the interpreter.
 
     Raises TwinFlowError with the end of its stderr if it fails.
     """
@@ -58,37 +54,39 @@ def run(task: Task, wrapper: tuple[str, ...] = (), timeout: float = 1800) -> dic
 
 
 def cold(task: Task, origin: float) -> dict[str, Any]:
-    """Seconds from the start of the process, by phase, and its memory over time.
+    """Return the seconds from the start of the process by phase, and its memory over time.
 
-    load: reading text encoder and decoder; compile: `compile_network` or, for an artifact,
-    `load_program`, which read the network's weights as they go. A second image follows, for comparison.
+    origin: time.monotonic() when the process was started. load: opening the model, reading text encoder and decoder;
+    compile: from the network's first tensor until the decoder's, the passes between them. A second image follows,
+    for comparison.
     """
     with Timeline(origin) as timeline:
         timeline.mark("start")
-        from .. import loading
+        import torch
+
+        from ..loading import load
         from ..runtime.timer import synchronize
+        from . import random_file  # noqa: F401  the model may be made of random weights
 
         timeline.mark("import")
+        torch.set_num_threads(task.threads)
+        seen = "text encoder"
 
-        def marked(function: Any) -> Any:
-            def call(*args: Any, **options: Any) -> Any:
-                timeline.mark("load")
-                result = function(*args, **options)
+        def progress(part: str, _: int) -> None:
+            """Ends a phase where `load` goes on to another network."""
+            nonlocal seen
+            if part != seen:
                 synchronize(task.device)
-                timeline.mark("compile")
-                return result
+                timeline.mark("compile" if seen == "transformer" else "load")
+                seen = part
 
-            return call
-
-        for name in ("compile_network", "load_program"):
-            setattr(loading, name, marked(getattr(loading, name)))
-        generate = _generator(task)
+        options: dict[str, Any] = {"dtype": task.dtype, "precision": task.precision, "nfe": task.nfe}
+        pipe = load(task.model, device=task.device, progress=progress, **options)
         synchronize(task.device)
         timeline.mark("load")
-        generate()
-        timeline.mark("first_image")
-        generate()
-        timeline.mark("warm_image")
+        for phase in ("first_image", "warm_image"):
+            pipe(task.prompt, seed=task.seed, width=task.width, height=task.height)
+            timeline.mark(phase)
     seconds, before = dict.fromkeys((*PHASES, "warm_image"), 0.0), 0.0
     for end, phase in timeline.marks:
         seconds[phase] += end - before
@@ -96,45 +94,7 @@ def cold(task: Task, origin: float) -> dict[str, Any]:
     return {"phases": seconds, "timeline": timeline.to_dict()}
 
 
-def instructions(task: Task) -> dict[str, Any]:
-    """Runs images while the tool around this process counts; `images` of them, after one that is not counted."""
-    generate = _generator(task)
-    generate()
-    generate()
-    control = task.control or {}
-    _tell(control, "enable")
-    for _ in range(task.images):
-        generate()
-    _tell(control, "disable")
-    return {"images": task.images}
-
-
-def _generator(task: Task) -> Any:
-    import torch
-
-    torch.set_num_threads(task.threads)
-    from ..loading import load
-    from . import random_file  # noqa: F401  the model may be made of random weights
-
-    pipe = load(task.model, device=task.device, dtype=task.dtype, precision=task.precision, nfe=task.nfe)
-    return lambda: pipe(task.prompt, seed=task.seed, width=task.width, height=task.height)
-
-
-def _tell(control: dict[str, str], word: str) -> None:
-    """Switches the counter on or off: perf by its control pipe, callgrind by its own command."""
-    if "callgrind" in control:
-        state = "on" if word == "enable" else "off"
-        command = [control["callgrind"], f"--instr={state}", str(os.getpid())]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    elif "perf" in control:
-        with open(control["perf"], "w") as pipe:
-            pipe.write(word + "\n")
-        with open(control["ack"]) as pipe:
-            pipe.readline()
-
-
 if __name__ == "__main__":
     raw = json.loads(sys.argv[1])
     began = raw.pop("origin")
-    asked = Task(**raw)
-    print(json.dumps(cold(asked, began) if asked.kind == "cold" else instructions(asked)))
+    print(json.dumps(cold(Task(**raw), began)))

@@ -9,9 +9,9 @@ from typing import Any
 from ..checkpoint.atomic import write_json
 from ..checkpoint.files import parse_json
 from ..errors import ConfigError
-from .schema import SCHEMA, validate
+from .schema import validate
 
-Record = dict[str, Any]  # as `schema.SCHEMA` describes
+Record = dict[str, Any]  # as `schema.RecordFields` describes
 
 
 def save(record: Record, path: str | Path) -> Path:
@@ -31,7 +31,7 @@ def load(path: str | Path) -> Record:
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); give a record's file") from None
     try:
-        validate(record, SCHEMA)
+        validate(record)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return record

@@ -1,10 +1,10 @@
 """One run of the bench: everything that is measured, in the order in which it disturbs itself least.
 
-    cold starts and instruction counts    in processes of their own, before this one holds the model
+    cold starts                           in processes of their own, before this one holds the model
     reference outputs                     float32, unfolded; its memory is freed again
     memory per stage                      with nothing loaded but the model
     stages, whole calls and peers         in turns, between two measurements of the machine's ceilings
-    batch sizes, callers, evaluations     in turns; energy last
+    batch sizes, callers, evaluations     in turns
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..errors import ConfigError
 from ..loading import DEMO, load
 from ..ops.selection import Choice
 from ..pipeline import Pipeline
-from . import energy, facts, instructions, peers, random_weights, sweeps
+from . import facts, peers, random_weights, stats, sweeps
 from .ceilings import Ceilings
 from .ceilings import measure as measure_ceilings
 from .correctness import Verdict, judge
@@ -50,12 +50,14 @@ def run(
     model: str | Path = "demo", *, command: str | None = None, say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Record:  # fmt: skip
-    """Measures a model and returns the record (`schema.SCHEMA`; `record.save` writes it).
+    """Measures a model and returns the record (`schema.RecordFields`; `record.save` writes it).
 
     options: the fields of `Settings`. command: kept in the record, for others to repeat. say(text):
     told what is being measured. Raises ConfigError, CheckpointError, DeviceError.
     """
     settings = Settings(model=str(model), **options)
+    if settings.peers:
+        stats.library()  # a missing one is told before anything is measured
     with ExitStack() as stack:
         folder = DEMO if settings.model == "demo" else Path(settings.model)
         if settings.random_weights:
@@ -82,7 +84,7 @@ class _Run:
         machine = facts.machine(self.device)
         if (machine["load_average"] or 0) > machine["cores"]:
             self._note(f"the machine was busy: load {machine['load_average']} on {machine['cores']} cores")
-        cold, counted = self._cold(), self._instructions()
+        cold = self._cold()
         exact = self._exact()
         pipe, choices = self._load()
         work = self._work(pipe)
@@ -99,8 +101,7 @@ class _Run:
             "ceilings": {**ceiling.to_dict(), "drift": drift}, "correctness": verdicts["ours"].to_dict(),
             "stages": {name: timed[name].to_dict() for name in (*STAGES, "total")},
             "efficiency": efficiency(pipe, work, timed, ceiling, self.dtype_name), "memory": memory,
-            "cold_start": cold, **self._sweep(pipe, work), "instructions": counted, "peers": compared,
-            "notes": self.notes,
+            "cold_start": cold, **self._sweep(pipe, work), "peers": compared, "notes": self.notes,
         }  # fmt: skip
         validate(record)
         return record
@@ -111,31 +112,21 @@ class _Run:
 
     # -- in processes of their own ----------------------------------------------------------------
 
-    def _task(self, kind: str) -> Task:
-        settings = self.settings
-        width, height = settings.size or (None, None)
-        prompt = batch_of(settings.prompt, 1)[0]
-        return Task(
-            kind, str(self.folder), str(self.device), self.dtype_name, self.quantized, settings.nfe, prompt,
-            settings.seed, width, height, torch.get_num_threads(),
-        )  # fmt: skip
-
     def _cold(self) -> dict[str, Any] | None:
         runs = self.settings.cold_runs
         if not runs:
             return None
         self.say(f"{runs} cold starts")
-        results = [run_probe(self._task("cold")) for _ in range(runs)]
+        settings, (width, height) = self.settings, self.settings.size or (None, None)
+        task = Task(
+            str(self.folder), str(self.device), self.dtype_name, self.quantized, settings.nfe,
+            batch_of(settings.prompt, 1)[0], settings.seed, width, height, torch.get_num_threads(),
+        )  # fmt: skip
+        results = [run_probe(task) for _ in range(runs)]
         phases = {name: [r["phases"][name] for r in results] for name in results[0]["phases"]}
         phases["total"] = [sum(r["phases"][name] for name in PHASES) for r in results]
         summary = {name: Samples(tuple(seconds)).to_dict() for name, seconds in phases.items()}
         return {"runs": runs, "phases": summary, "timeline": results[-1]["timeline"]}
-
-    def _instructions(self) -> dict[str, Any]:
-        if not self.settings.count_instructions:
-            return {"reason": "not asked for (--instructions)"}
-        self.say("instructions of one image")
-        return instructions.count(self._task("instructions"))
 
     # -- outputs ----------------------------------------------------------------------------------
 
@@ -237,11 +228,9 @@ class _Run:
         batches = sweeps.batches(pipe, work, settings.batches, few, settings.max_seconds)
         self.say(f"{settings.callers or 'no'} concurrent callers")
         concurrency = sweeps.concurrency(pipe, work, settings.callers, few)
-        self.say("energy")
-        used = energy.per_image(lambda: work.call(pipe), len(work.prompts), self.device)
         self.say(f"{settings.evaluations or 'no'} evaluations")
         evaluations = sweeps.evaluations(pipe, work, settings.evaluations, few, settings.max_seconds)
-        return {"batches": batches, "concurrency": concurrency, "energy": used, "evaluations": evaluations}
+        return {"batches": batches, "concurrency": concurrency, "evaluations": evaluations}
 
     def _settings(self, work: Workload) -> dict[str, Any]:
         kept = (

@@ -1,139 +1,102 @@
-"""The record's schema, version 1, and its validation.
-
-`SCHEMA` is JSON Schema (2020-12); `validate` checks the part of that language it uses: type, const,
-required, properties, additionalProperties, items, minimum. docs/benchmarking.md explains the fields.
-"""
+"""The record's schema, version 1: what a file must hold to be one. docs/benchmarking.md explains the fields."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
+from ..checkpoint.typed_json import typed
 from ..checkpoint.versions import refusal
 from ..errors import ConfigError
 
 VERSION = 1
 
-Spec = dict[str, Any]
-STRING: Spec = {"type": "string"}
-NUMBER: Spec = {"type": "number"}
-POSITIVE: Spec = {"type": "number", "minimum": 0}
-COUNT: Spec = {"type": "integer", "minimum": 0}
-BOOLEAN: Spec = {"type": "boolean"}
+Positive = Annotated[float, 0]
+Count = Annotated[int, 0]
 
-
-def _object(required: dict[str, Spec], optional: dict[str, Spec] | None = None, closed: bool = True) -> Spec:
-    properties = {**required, **(optional or {})}
-    return {"type": "object", "required": [*required], "properties": properties, "additionalProperties": not closed}
-
-
-def _map(values: Spec) -> Spec:
-    return {"type": "object", "additionalProperties": values}
-
-
-def _list(items: Spec) -> Spec:
-    return {"type": "array", "items": items}
-
-
-def _or_null(spec: Spec) -> Spec:
-    return {**spec, "type": [spec["type"], "null"]}
-
-
-SAMPLES = _object({
-    **dict.fromkeys(("median", "p50", "p90", "p99", "mad", "iqr", "min"), POSITIVE), "samples": _list(POSITIVE),
+Samples = TypedDict("Samples", {
+    "median": Positive, "p50": Positive, "p90": Positive, "p99": Positive, "mad": Positive, "iqr": Positive,
+    "min": Positive, "samples": list[Positive],
 })  # fmt: skip
-PEAKS = _object({
-    "device_allocated": _or_null(COUNT), "device_reserved": _or_null(COUNT), "host_resident": COUNT,
-    "host_peak_is_of_stage": BOOLEAN,
+Peaks = TypedDict("Peaks", {
+    "device_allocated": Count | None, "device_reserved": Count | None, "host_resident": Count,
+    "host_peak_is_of_stage": bool,
 })  # fmt: skip
-ERROR = _object({"worst": _or_null(NUMBER), "rms": _or_null(NUMBER)})
-VERDICT = _object({"errors": _map(ERROR), "passed": BOOLEAN, "reason": STRING})
-TIMELINE = _object({
-    "seconds": _list(POSITIVE), "host_resident": _list(COUNT), "device_allocated": _list(COUNT),
-    "marks": _list(_object({"seconds": POSITIVE, "phase": STRING})),
+Error = TypedDict("Error", {"worst": float | None, "rms": float | None})
+Verdict = TypedDict("Verdict", {"errors": dict[str, Error], "passed": bool, "reason": str})
+Mark = TypedDict("Mark", {"seconds": Positive, "phase": str})
+Timeline = TypedDict("Timeline", {
+    "seconds": list[Positive], "host_resident": list[Count], "device_allocated": list[Count], "marks": list[Mark],
 })  # fmt: skip
-MACHINE = _object({
-    "cpu": STRING, "cores": COUNT, "threads": COUNT, "cpu_clock_mhz": _or_null(NUMBER),
-    "load_average": _or_null(NUMBER), "memory_bytes": COUNT, "system": STRING,
-    "gpu": _or_null(_object({"name": STRING, "memory_bytes": COUNT}, closed=False)), "python": STRING,
-    "cuda": _or_null(STRING), "packages": _map(_or_null(STRING)), "commit": _or_null(STRING),
+ColdStart = TypedDict("ColdStart", {"runs": Count, "phases": dict[str, Samples], "timeline": Timeline})
+Memory = TypedDict("Memory", {"loaded": Peaks, "stages": dict[str, Peaks]})
+Gpu = TypedDict("Gpu", {
+    "name": str, "capability": str, "multiprocessors": Count, "memory_bytes": Count, "l2_bytes": Count | None,
+    "driver": str | None, "power_limit_w": float | None, "max_sm_clock_mhz": float | None,
+    "sm_clock_mhz": float | None, "memory_clock_mhz": float | None, "temperature_c": float | None,
 })  # fmt: skip
-SETTINGS = _object({
-    "model": STRING, "random_weights": _or_null(STRING), "scale": POSITIVE, "layers": _or_null(COUNT),
-    "width": COUNT, "height": COUNT, "batch": COUNT, "nfe": COUNT, "device": STRING, "dtype": STRING,
-    "precision": _or_null(STRING), "backend": STRING, "prompts": _list(STRING), "seed": COUNT, "repeats": COUNT,
-    "warmup": COUNT, "tolerance": _or_null(POSITIVE),
+Machine = TypedDict("Machine", {
+    "cpu": str, "cores": Count, "threads": Count, "cpu_clock_mhz": float | None, "load_average": float | None,
+    "memory_bytes": Count, "system": str, "gpu": Gpu | None, "python": str, "cuda": str | None,
+    "packages": dict[str, str | None], "commit": str | None,
 })  # fmt: skip
-MODEL = _object({
-    "family": STRING, "parameters": COUNT, "weight_bytes": COUNT, "ops": _map(STRING), "prompt_tokens": _list(COUNT),
+Settings = TypedDict("Settings", {
+    "model": str, "random_weights": str | None, "scale": Positive, "layers": Count | None, "width": Count,
+    "height": Count, "batch": Count, "nfe": Count, "device": str, "dtype": str, "precision": str | None,
+    "backend": str, "prompts": list[str], "seed": Count, "repeats": Count, "warmup": Count,
+    "tolerance": Positive | None,
 })  # fmt: skip
-EFFICIENCY = _object({
-    "flops": COUNT, "weight_bytes": COUNT, "flops_per_second": POSITIVE, "bytes_per_second": POSITIVE,
-    "floor_seconds": POSITIVE, "fraction_of_floor": POSITIVE, "bound": STRING,
+Model = TypedDict("Model", {
+    "family": str, "parameters": Count, "weight_bytes": Count, "ops": dict[str, str], "prompt_tokens": list[Count],
 })  # fmt: skip
-CEILINGS = _object({"gemm": _map(POSITIVE), "copy": POSITIVE, "sizes": _map(COUNT), "drift": POSITIVE})
-RUN = _object({}, {"seconds": SAMPLES, "images_per_second": POSITIVE, "memory": PEAKS, "reason": STRING})
-BATCH = {**RUN, "required": ["batch"], "properties": {**RUN["properties"], "batch": COUNT}}
-THREADS = {**RUN, "required": ["threads"], "properties": {**RUN["properties"], "threads": COUNT}}
-EVALUATIONS = {**RUN, "required": ["nfe"], "properties": {**RUN["properties"], "nfe": COUNT}}
-PEER = _object({
-    "name": STRING, "seconds": _or_null(SAMPLES), "correctness": _or_null(VERDICT), "speedup": _or_null(POSITIVE),
-    "interval": _or_null(_list(POSITIVE)), "reason": STRING,
+Efficiency = TypedDict("Efficiency", {
+    "flops": Count, "weight_bytes": Count, "flops_per_second": Positive, "bytes_per_second": Positive,
+    "floor_seconds": Positive, "fraction_of_floor": Positive, "bound": str,
 })  # fmt: skip
-SCHEMA: Spec = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "twinflow_rt benchmark record",
-    **_object({
-        "schema": {"const": VERSION}, "created": STRING, "command": STRING, "machine": MACHINE, "settings": SETTINGS,
-        "model": MODEL, "ceilings": CEILINGS, "correctness": VERDICT, "stages": _map(SAMPLES),
-        "efficiency": _map(EFFICIENCY), "memory": _object({"loaded": PEAKS, "stages": _map(PEAKS)}),
-        "cold_start": _or_null(_object({"runs": COUNT, "phases": _map(SAMPLES), "timeline": TIMELINE})),
-        "batches": _list(BATCH), "concurrency": _list(THREADS), "evaluations": _list(EVALUATIONS),
-        "energy": _object({}, {"joules_per_image": POSITIVE, "watts": POSITIVE, "images": COUNT, "reason": STRING}),
-        "instructions": _object({}, {"per_image": POSITIVE, "tool": STRING, "images": COUNT, "reason": STRING}),
-        "peers": _list(PEER), "notes": _list(STRING),
-    }),
-}  # fmt: skip
-
-TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "number": (int, float), "integer": (int,), "boolean": (bool,), "object": (dict,),
-    "array": (list,), "null": (type(None),),
-}  # fmt: skip
+Ceilings = TypedDict("Ceilings", {
+    "gemm": dict[str, Positive], "copy": Positive, "sizes": dict[str, Count], "drift": Positive,
+})  # fmt: skip
+Peer = TypedDict("Peer", {
+    "name": str, "seconds": Samples | None, "correctness": Verdict | None, "speedup": Positive | None,
+    "interval": list[Positive] | None, "reason": str,
+})  # fmt: skip
 
 
-def validate(value: Any, spec: Spec = SCHEMA, where: str = "record") -> None:
-    """Raises ConfigError naming the first place where `value` departs from `spec`."""
-    if "const" in spec:
-        if value != spec["const"]:
-            raise ConfigError(refusal(where.removesuffix(".schema"), value, spec["const"], "measure again"))
-        return
-    kinds = spec["type"] if isinstance(spec["type"], list) else [spec["type"]]
-    if not any(_is(value, kind) for kind in kinds):
-        kind = type(value).__name__
-        raise ConfigError(f"{where} must be {' or '.join(kinds)}, not {kind}: not a bench record, or damaged")
-    if "minimum" in spec and value is not None and not value >= spec["minimum"]:
-        raise ConfigError(f"{where} is {value}, below {spec['minimum']}: the record is damaged")
-    if isinstance(value, dict):
-        _validate_object(value, spec, where)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            validate(item, spec["items"], f"{where}[{i}]")
+class Row(TypedDict, total=False):
+    """A line of a sweep: measured, or with the reason why not."""
+
+    seconds: Samples
+    images_per_second: Positive
+    memory: Peaks
+    reason: str
 
 
-def _is(value: Any, kind: str) -> bool:
-    return isinstance(value, TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
+class Batch(Row):
+    batch: Count
 
 
-def _validate_object(value: dict[str, Any], spec: Spec, where: str) -> None:
-    properties, others = spec.get("properties", {}), spec.get("additionalProperties", True)
-    for key, fixed in properties.items():  # the version first: what else differs follows from it
-        if "const" in fixed and key in value:
-            validate(value[key], fixed, f"{where}.{key}")
-    if missing := [key for key in spec.get("required", ()) if key not in value]:
-        raise ConfigError(f"{where} lacks {', '.join(missing)}: not a bench record, or damaged")
-    for key, item in value.items():
-        if key in properties:
-            validate(item, properties[key], f"{where}.{key}")
-        elif others is False:
-            raise ConfigError(f"{where} has an unknown field {key!r}: written by another version")
-        elif isinstance(others, dict):
-            validate(item, others, f"{where}.{key}")
+class Callers(Row):
+    threads: Count
+
+
+class Evaluations(Row):
+    nfe: Count
+
+
+# energy and instructions stand in records of before; they are read and no longer written
+RecordFields = TypedDict("RecordFields", {
+    "schema": int, "created": str, "command": str, "machine": Machine, "settings": Settings, "model": Model,
+    "ceilings": Ceilings, "correctness": Verdict, "stages": dict[str, Samples], "efficiency": dict[str, Efficiency],
+    "memory": Memory, "cold_start": ColdStart | None, "batches": list[Batch], "concurrency": list[Callers],
+    "evaluations": list[Evaluations], "energy": NotRequired[dict[str, float | str]],
+    "instructions": NotRequired[dict[str, float | str]], "peers": list[Peer], "notes": list[str],
+})  # fmt: skip
+
+
+def validate(record: Any) -> None:
+    """Raise ConfigError naming the first place where `record` departs from `RecordFields`, its version first."""
+    if isinstance(record, dict) and "schema" in record and record["schema"] != VERSION:
+        raise ConfigError(refusal("record", record["schema"], VERSION, "measure again"))
+    try:
+        typed(record, RecordFields, "record")
+    except ValueError as error:
+        raise ConfigError(f"{error}: not a bench record, or damaged") from None

@@ -40,7 +40,6 @@ class Settings:
     callers: tuple[int, ...] = (1, 2, 4)
     evaluations: tuple[int, ...] = (1, 2, 4)
     cold_runs: int = 3
-    count_instructions: bool = False
     check: bool = True
     tolerance: float | None = None
     max_seconds: float = 60.0

@@ -1,49 +1,58 @@
-"""Whether two sets of samples differ: bootstrap intervals and the Mann-Whitney test."""
+"""Whether two sets of samples differ: bootstrap intervals and the Mann-Whitney test, by scipy.stats."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError
 
 RESAMPLES = 2000
+
+
+def library() -> Any:
+    """Return scipy.stats. Raises ConfigError naming the extra to install where there is none."""
+    try:
+        from scipy import stats
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"comparing samples needs {error.name}: pip install 'twinflow-rt[report]'") from None
+    return stats
 
 
 def ratio_interval(
     numerator: Sequence[float], denominator: Sequence[float], *, paired: bool = False, level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:  # fmt: skip
-    """Bootstrap percentile interval of median(numerator) / median(denominator).
+    """Return the bootstrap percentile interval of median(numerator) / median(denominator).
 
-    paired: sample k of both was taken in the same round, so rounds are resampled together and what
-    slowed a whole round cancels. Needs equally many samples then.
+    paired: sample k of both was taken in the same round, so rounds are resampled together and what slowed a whole
+    round cancels. Raises ValueError where paired samples are not equally many. One sample has no spread: the
+    interval is the ratio itself.
     """
-    rng = np.random.default_rng(seed)
-    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
-    if paired and len(top) != len(bottom):
-        raise ValueError(f"paired samples must be equally many; got {len(top)} and {len(bottom)}")
-    rows = rng.integers(len(top), size=(RESAMPLES, len(top)))
-    columns = rows if paired else rng.integers(len(bottom), size=(RESAMPLES, len(bottom)))
-    ratios = np.median(top[rows], axis=1) / np.median(bottom[columns], axis=1)
-    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    if paired and len(numerator) != len(denominator):
+        raise ValueError(f"paired samples must be equally many; got {len(numerator)} and {len(denominator)}")
+    if min(len(numerator), len(denominator)) < 2:
+        return (float(_ratio(numerator, denominator)),) * 2
+    low, high = library().bootstrap(
+        (numerator, denominator), _ratio, paired=paired, vectorized=True, n_resamples=RESAMPLES,
+        confidence_level=level, method="percentile", random_state=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
     return float(low), float(high)
 
 
-def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p-value that samples of `a` are neither larger nor smaller than those of `b`.
+def _ratio(numerator: Any, denominator: Any, axis: int = -1) -> NDArray[np.float64]:
+    ratio: NDArray[np.float64] = np.median(numerator, axis) / np.median(denominator, axis)
+    return ratio
 
-    Normal approximation with correction for ties and continuity: good from about 8 samples each.
+
+def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return the two-sided p-value of samples of `a` being neither larger nor smaller than those of `b`.
+
+    By the normal approximation, corrected for ties and continuity: good from about 8 samples each.
     """
-    n, m = len(a), len(b)
-    values = np.concatenate([np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)])
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # ties share their mean rank
-    u = ranks[:n].sum() - n * (n + 1) / 2
-    total = n + m
-    ties = float((counts**3 - counts).sum())
-    variance = n * m / 12 * (total + 1 - ties / (total * (total - 1)))
-    if variance <= 0:
-        return 1.0
-    z = max(0.0, abs(u - n * m / 2) - 0.5) / math.sqrt(variance)
-    return math.erfc(z / math.sqrt(2))
+    if len({*a, *b}) == 1:
+        return 1.0  # the approximation's variance is 0
+    return float(library().mannwhitneyu(a, b, method="asymptotic").pvalue)

@@ -55,10 +55,9 @@ def headline(record: Record) -> list[str]:
 def show(record: Record, console: Console | None = None) -> None:
     """Prints a record."""
     tables = [_stages(record), _cold(record), _sweeps(record), _peers(record)]
-    foot = [f"energy: {_energy(record['energy'])}", f"instructions: {_instructions(record['instructions'])}"]
     notes = [f"note: {note}" for note in record["notes"]]
     lines = [Text(line) for line in headline(record)]
-    (console or Console()).print(Group(*lines, *(t for t in tables if t is not None), *map(Text, foot + notes)))
+    (console or Console()).print(Group(*lines, *(t for t in tables if t is not None), *map(Text, notes)))
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -127,16 +126,6 @@ def _peers(record: Record) -> Table | None:
         interval = "{:.2f} to {:.2f}".format(*peer["interval"]) if peer["interval"] else "-"
         table.add_row(peer["name"], median, ratio, interval, peer["reason"])
     return table
-
-
-def _energy(energy: dict[str, Any]) -> str:
-    if "reason" in energy:
-        return str(energy["reason"])
-    return f"{energy['joules_per_image']:.3g} J per image at {energy['watts']:.0f} W, over {energy['images']} images"
-
-
-def _instructions(counted: dict[str, Any]) -> str:
-    return counted["reason"] if "reason" in counted else f"{counted['per_image']:,.0f} per image ({counted['tool']})"
 
 
 def show_comparison(comparison: Comparison, console: Console | None = None) -> None:

@@ -11,22 +11,15 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import ConfigError
 from ..runtime.timer import Timer
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between order statistics (numpy's default), q in [0, 1]."""
-    ordered = sorted(values)
-    place = q * (len(ordered) - 1)
-    low = math.floor(place)
-    return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,8 @@ class Samples:
         return self.quantile(0.75) - self.quantile(0.25)
 
     def quantile(self, q: float) -> float:
-        return quantile(self.seconds, q)
+        """Return the value at `q` in [0, 1], interpolated linearly between samples."""
+        return float(np.quantile(self.seconds, q))
 
     def to_dict(self) -> dict[str, Any]:
         """Summary and samples, seconds."""

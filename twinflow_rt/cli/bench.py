@@ -66,10 +66,6 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "callers": {"type": counts, "metavar": "LIST", "help": "simultaneous callers (default 1,2,4; '' for none)"},
         "evaluations": {"type": counts, "metavar": "LIST", "help": "per image, to time (default 1,2,4; '' for none)"},
         "cold-runs": {"type": int, "metavar": "N", "help": "fresh processes for the cold start (default 3; 0: none)"},
-        "instructions": {
-            "action": "store_true", "default": None, "dest": "count_instructions",
-            "help": "count instructions per image, by perf or (slowly) callgrind",
-        },
         "tolerance": {"type": float, "help": "accept outputs of at most this rms error instead of the error rule"},
         "no-check": {
             "action": "store_false", "default": None, "dest": "check",
@@ -81,7 +77,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "html": {"type": Path, "metavar": "FILE", "help": "write the page with plots"},
     },
     "compare": {
-        "gate": {"action": "store_true", "help": "exit with 1 if a speed-up or an instruction count got worse"},
+        "gate": {"action": "store_true", "help": "exit with 1 if a speed-up got worse"},
         "any-machine": {"action": "store_true", "help": "compare records of different machines all the same"},
         "threshold": {"type": float, "default": 0.03, "help": "change that runs differ by (default %(default)s)"},
     },
@@ -170,7 +166,7 @@ def repeatable(args: argparse.Namespace) -> str:
     words = ["twinflow-rt", "bench", *(Path(target).name for target in args.target)]
     for name in SETTINGS:
         value = getattr(args, name)
-        flag = {"count_instructions": "--instructions", "check": "--no-check"}.get(name, "--" + name.replace("_", "-"))
+        flag = "--no-check" if name == "check" else "--" + name.replace("_", "-")
         if isinstance(value, tuple):
             words += [flag, ("x" if name == "size" else ",").join(map(str, value))]
         elif value is not None:

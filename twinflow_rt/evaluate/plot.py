@@ -10,25 +10,30 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from io import StringIO
+from itertools import cycle
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..bench.svg import BOTTOM, HEIGHT, LEFT, TOP, WIDTH, Axis, apart, dot, frame, line, text
 from ..checkpoint.atomic import write_text
 from ..checkpoint.files import parse_json
 from ..checkpoint.versions import refusal
 from ..errors import ConfigError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SCHEMA = 1  # of the report of `twinflow-rt eval --json`
 Series = dict[str, list[tuple[int, float]]]
 COLORS = ("#2563c9", "#b4541a", "#2f7d4f", "#8a4fa3", "#66655f")
-# the page's ground is drawn too: GitHub shows pictures on dark and on light
-STYLE = """svg { font: 12px system-ui, sans-serif; background: #fcfcfb } text { fill: #1c1c1a }
-.tick, .label { fill: #66655f; font-size: 11px } .grid { stroke: #e6e5e0; fill: none } .axis { stroke: #66655f }
-polyline { fill: none; stroke-width: 2; stroke-linejoin: round } polyline.grid, polyline.axis { stroke-width: 1 }"""
+PAGE, INK, GRID = "#fcfcfb", "#1c1c1a", "#e6e5e0"  # the page is drawn, too: GitHub shows pictures on dark and on light
 
 
 def read(pairs: Sequence[tuple[str, Path]]) -> Series:
-    """(name, file) -> points (evaluations, mean score) by name, sorted. ConfigError for other files."""
+    """Return the sorted points (evaluations, mean score) of each name.
+
+    pairs: (name, report's file). Raises ConfigError for other files.
+    """
     series: Series = defaultdict(list)
     for name, path in pairs:
         try:
@@ -43,25 +48,39 @@ def read(pairs: Sequence[tuple[str, Path]]) -> Series:
     return {name: sorted(points) for name, points in series.items()}
 
 
-def draw(series: Series) -> str:
-    """The picture. The axis of evaluations is logarithmic."""
-    counts = sorted({n for points in series.values() for n, _ in points})
-    x = Axis(0.9, max(counts) * 1.1, LEFT, WIDTH - 150, log=True)
-    y = Axis(0, 1, HEIGHT - BOTTOM, TOP)
-    parts = frame(
-        x, y, "evaluations of the velocity network", "share of images that show what was asked", lambda v: f"{v:g}",
-        lambda v: f"{v:g}", counts,
-    )  # fmt: skip
-    heights = apart([y(points[-1][1]) + 4 for points in series.values()])
-    for i, ((name, points), height) in enumerate(zip(series.items(), heights, strict=True)):
-        parts.append(f'<g stroke="{(color := COLORS[i % len(COLORS)])}">')
-        parts.append(line([(x(n), y(score)) for n, score in points], "series") + "</g>")
-        parts.append(f'<g fill="{color}">' + "".join(dot(x(n), y(s), "", f"{name}, {n}: {s:.2f}") for n, s in points))
-        parts.append("</g>" + text(x(points[-1][0]) + 9, height, f"{name} {points[-1][1]:.2f}"))
-    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    title = "Share of right images against evaluations"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{title}">'
-    return f"{head}<style>{STYLE}</style>{''.join(parts)}</svg>\n"
+def draw(series: Series) -> Figure:
+    """Return the picture. The axis of evaluations is logarithmic. Raises ConfigError where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"plots need {error.name}: pip install 'twinflow-rt[report]'") from None
+    figure = Figure((7.8, 4.2), layout="constrained", facecolor=PAGE)
+    axes = figure.add_subplot(facecolor=PAGE)
+    for (name, points), color in zip(series.items(), cycle(COLORS)):
+        counts, scores = zip(*points, strict=True)
+        axes.semilogx(counts, scores, color=color, marker="o", label=f"{name} {scores[-1]:.2f}")
+    axes.set_ylim(0, 1)
+    axes.set_xticks(sorted({n for points in series.values() for n, _ in points}))
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.tick_params(length=0)
+    axes.grid(axis="y", color=GRID)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("evaluations of the velocity network")
+    axes.set_title("share of images that show what was asked", loc="left", fontsize="medium", color=INK)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def write(figure: Figure, path: Path) -> Path:
+    """Write `figure` as SVG, the same bytes for the same data, with its text as text."""
+    from matplotlib import rc_context
+
+    file = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "scores"}):
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue()
+    return write_text(path, text[text.index("<svg") :])  # without a DTD that lies on the web
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     pairs = [(name, Path(path)) for name, path in (pair.split("=", 1) for pair in argv[1:])]
-    write_text(Path(argv[0]), draw(read(pairs)))
+    write(draw(read(pairs)), Path(argv[0]))
     return 0
 
 
