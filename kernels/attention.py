@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..errors import ConfigError
 from . import launch
+from .register import torch_op
 
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -55,9 +55,9 @@ def config(queries: int, head_dim: int, dtype: torch.dtype, arch: int, aligned: 
     memory accelerator can address q, k and v (base and strides are multiples of 16 bytes, and keys exist).
     """
     if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ConfigError(f"attention: head dims up to {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"attention: head dims up to {MAX_HEAD_DIM}, got {head_dim}")
     if dtype not in DTYPES:
-        raise ConfigError(f"attention: needs bfloat16 or float16, got {dtype}")
+        raise ValueError(f"attention: needs bfloat16 or float16, got {dtype}")
     dim = max(launch.power_of_two(head_dim), 64)
     chip = 80 if arch < 86 else 90 if arch == 90 else 100 if 100 <= arch < 120 else 86
     if chip == 90 and dim in _SPECIALIZED and queries > 64 and aligned:
@@ -175,18 +175,18 @@ def _specialized(
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
     b, _, h, d = q.shape
     if not q.dtype == k.dtype == v.dtype:
-        raise ConfigError(f"attention: q, k and v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise ValueError(f"attention: q, k and v of one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not k.shape == v.shape == (b, k.shape[1], h, d):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ConfigError(f"attention: needs [B, Sq, H, D] and twice [B, S, H, D], got {shapes}")
+        raise ValueError(f"attention: needs [B, Sq, H, D] and twice [B, S, H, D], got {shapes}")
     if d > 1 and any(x.stride(-1) != 1 for x in (q, k, v)):
-        raise ConfigError("attention: the last dimension of q, k and v must be contiguous")
+        raise ValueError("attention: the last dimension of q, k and v must be contiguous")
     if max(k.stride(1), v.stride(1)) > MAX_ROW_STRIDE:
-        raise ConfigError(f"attention: rows of k and v at most {MAX_ROW_STRIDE} elements apart, got {k.stride(1)}")
+        raise ValueError(f"attention: rows of k and v at most {MAX_ROW_STRIDE} elements apart, got {k.stride(1)}")
     if max(b, h) > 65535:
-        raise ConfigError(f"attention: at most 65535 samples and heads, got {b} and {h}")
+        raise ValueError(f"attention: at most 65535 samples and heads, got {b} and {h}")
     if lengths is not None and not (lengths.shape == (b,) and lengths.dtype == torch.int64 and lengths.is_contiguous()):
-        raise ConfigError(f"attention: lengths are int64 [{b}], got {lengths.dtype} {tuple(lengths.shape)}")
+        raise ValueError(f"attention: lengths are int64 [{b}], got {lengths.dtype} {tuple(lengths.shape)}")
 
 
 def _aligned(*tensors: Tensor) -> bool:
@@ -202,6 +202,12 @@ def _tiles(x: Tensor, c: Config) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, c.keys, c.dim])
 
 
+def joined_heads(q: Tensor, *_: object) -> Tensor:
+    """An uninitialised result, [B, Sq, H*D], for queries [B, Sq, H, D]."""
+    return q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3]))
+
+
+@torch_op("attention(Tensor q, Tensor k, Tensor v, Tensor? lengths=None) -> Tensor", joined_heads)
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """`ops.attention` on the GPU: q [B, Sq, H, D], k, v [B, S, H, D] in any batch, row and head strides.
 
@@ -246,7 +252,7 @@ class LinearConfig:
 def linear_config(keys: int, head_dim: int) -> LinearConfig:
     """Chunks of 256 keys, so that few heads fill the chip, and no more than 32 of them to add up."""
     if not 0 < head_dim <= MAX_LINEAR_HEAD_DIM:
-        raise ConfigError(f"linear_attention: head dims up to {MAX_LINEAR_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"linear_attention: head dims up to {MAX_LINEAR_HEAD_DIM}, got {head_dim}")
     return LinearConfig(64, max(launch.power_of_two(head_dim), 16), 256 * max(launch.ceil_div(keys, 256 * 32), 1))
 
 
@@ -299,6 +305,7 @@ def _linear_apply(
     tl.store(out + at, y.to(out.dtype.element_ty), (query < queries) & (col < head_dim))
 
 
+@torch_op("linear_attention(Tensor q, Tensor k, Tensor v) -> Tensor", joined_heads)
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`ops.linear_attention` on the GPU: q, k, v [B, S, H, D] in any batch, row and head strides, D <= 32.
 

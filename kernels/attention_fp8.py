@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ConfigError
 from . import launch
-from .attention import DTYPES, MAX_HEAD_DIM, Config, _check, fold
+from .attention import DTYPES, MAX_HEAD_DIM, Config, _check, fold, joined_heads
 from .linear import quantized
+from .register import torch_op
 
 FP8 = torch.float8_e4m3fn
 QUANTIZED_ROWS = 32  # tokens of one head that a program of `_quantize` takes
@@ -34,9 +34,9 @@ _TILES = {
 def config(queries: int, head_dim: int, dtype: torch.dtype, arch: int) -> Config:
     """Tile for `queries` rows of `head_dim` on compute capability `arch`, as `attention.config`; from 8.9 on."""
     if not 0 < head_dim <= MAX_HEAD_DIM:
-        raise ConfigError(f"attention_fp8: head dims up to {MAX_HEAD_DIM}, got {head_dim}")
+        raise ValueError(f"attention_fp8: head dims up to {MAX_HEAD_DIM}, got {head_dim}")
     if dtype not in DTYPES:
-        raise ConfigError(f"attention_fp8: needs bfloat16 or float16, got {dtype}")
+        raise ValueError(f"attention_fp8: needs bfloat16 or float16, got {dtype}")
     launch.require_quantized("attention_fp8", FP8, arch)
     dim = max(launch.power_of_two(head_dim), 64)
     m, n, warps, stages = _TILES[90 if arch == 90 else 100 if 100 <= arch < 120 else 89][dim]
@@ -130,6 +130,7 @@ def _heads(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
+@torch_op("attention_fp8(Tensor q, Tensor k, Tensor v, Tensor? lengths=None) -> Tensor", joined_heads)
 def attention_fp8(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """`ops.attention_fp8` on the GPU: q [B, Sq, H, D], k, v [B, S, H, D] in any batch, row and head strides.
 

@@ -11,8 +11,6 @@ import torch
 import triton
 from torch import Tensor
 
-from ..errors import ConfigError
-
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 HOST_ARCH = 89  # what is assumed of tensors that are on no GPU (Triton's interpreter): every storage type
@@ -38,14 +36,14 @@ class RowTile:
 
 
 def row_tile(where: str, count: int, width: int, dtype: torch.dtype, mixed: bool = False) -> RowTile:
-    """Tile for `count` rows of `width` elements; ConfigError where a row is too wide.
+    """Tile for `count` rows of `width` elements; ValueError where a row is too wide.
 
     A thread holds 16 elements (8 of float32, so that its loads stay 16 bytes wide but few), more
     once 16 warps are in use. Narrow rows share a program, as many as there are. `mixed`: the kernel
     writes `dtype` and bytes, and with 8 elements a thread both stores take them where they are.
     """
     if width > MAX_WIDTH:
-        raise ConfigError(f"{where}: rows of at most {MAX_WIDTH} elements, got {width}")
+        raise ValueError(f"{where}: rows of at most {MAX_WIDTH} elements, got {width}")
     block = power_of_two(width)
     rows = min(max(2048 // block, 1), power_of_two(count))
     per_warp = 32 * (8 if mixed or dtype.itemsize == 4 else 16)
@@ -64,18 +62,18 @@ def arch(x: Tensor) -> int:
 
 
 def require_floats(where: str, *tensors: Tensor) -> None:
-    """Raises ConfigError for a tensor that is in none of the storage types the kernels read."""
+    """Raises ValueError for a tensor that is in none of the storage types the kernels read."""
     for x in tensors:
         if x.dtype not in FLOATS:
-            raise ConfigError(f"{where}: needs bfloat16, float16 or float32, got {x.dtype}")
+            raise ValueError(f"{where}: needs bfloat16, float16 or float32, got {x.dtype}")
 
 
 def require_quantized(where: str, dtype: torch.dtype, arch: int) -> None:
-    """Raises ConfigError for a dtype that rows cannot be quantized to on compute capability `arch`."""
+    """Raises ValueError for a dtype that rows cannot be quantized to on compute capability `arch`."""
     if dtype not in QUANTIZED:
-        raise ConfigError(f"{where}: rows quantize to float8_e4m3fn or int8, got {dtype}")
+        raise ValueError(f"{where}: rows quantize to float8_e4m3fn or int8, got {dtype}")
     if dtype == torch.float8_e4m3fn and arch < 89:
-        raise ConfigError(f"{where}: float8_e4m3fn needs compute capability 8.9, this is {arch / 10}; use int8")
+        raise ValueError(f"{where}: float8_e4m3fn needs compute capability 8.9, this is {arch / 10}; use int8")
 
 
 def rows(x: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .register import torch_op
 
 
 @triton.jit
@@ -44,12 +47,23 @@ def _quantize_rows(x, out, scales, count, seq, width, x_batch, x_row, ROWS: tl.c
     tl.store(out + row.to(tl.int64) * width + col, values, mask)
 
 
+def quantized_like(x: Tensor, dtype: torch.dtype, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Uninitialised values in `dtype` and scales for the rows of x, or for as many rows of `width`."""
+    values = x.new_empty((*x.shape[:-1], x.shape[-1] if width is None else width), dtype=dtype)
+    return values, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def fake_quantized(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """`quantized_like` as `torch_op` asks for it; the last argument is the dtype."""
+    return quantized_like(x, arguments[-1])
+
+
+@torch_op("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", fake_quantized)
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`ops.quantize_rows` on the GPU: x [..., D], any row strides, D <= 16384. float8_e4m3fn needs 8.9 or later."""
     launch.require_floats("quantize_rows", x)
     launch.require_quantized("quantize_rows", dtype, launch.arch(x))
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    scales = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    out, scales = quantized_like(x, dtype)
     if not out.numel():
         return out, scales
     x = launch.rows(x)

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ConfigError
 from . import launch
-from .linear import encoded, quantized
+from .linear import encoded, fake_quantized, quantized, quantized_like
+from .register import like, torch_op
 
 WIDE_BLOCK = 8192  # bytes of a row that a program takes at a time where it does not hold the row
 
@@ -103,8 +103,7 @@ def _launch(where: str, x: Tensor, width: int, gated: bool) -> Tensor:
 def _launch_quantized(where: str, x: Tensor, width: int, gated: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     launch.require_floats(where, x)
     launch.require_quantized(where, dtype, launch.arch(x))
-    out = torch.empty(*x.shape[:-1], width, dtype=dtype, device=x.device)
-    scales = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    out, scales = quantized_like(x, dtype, width)
     if not out.numel():
         return out, scales
     x = launch.rows(x)
@@ -127,25 +126,32 @@ def _launch_quantized(where: str, x: Tensor, width: int, gated: bool, dtype: tor
 
 def _half(where: str, x: Tensor) -> int:
     if x.shape[-1] % 2:
-        raise ConfigError(f"{where}: needs an even last dimension, got {x.shape[-1]}")
+        raise ValueError(f"{where}: needs an even last dimension, got {x.shape[-1]}")
     return x.shape[-1] // 2
 
 
+@torch_op("swiglu(Tensor x) -> Tensor", lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)))
 def swiglu(x: Tensor) -> Tensor:
     """`ops.swiglu` on the GPU: x [..., 2*hidden], any row strides; returns [..., hidden], contiguous."""
     return _launch("swiglu", x, _half("swiglu", x), gated=True)
 
 
+@torch_op(
+    "swiglu_quantized(Tensor x, ScalarType dtype) -> (Tensor, Tensor)",
+    lambda x, dtype: quantized_like(x, dtype, x.shape[-1] // 2),
+)
 def swiglu_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`ops.swiglu_quantized` in one pass over memory: x [..., 2*hidden], any row strides."""
     return _launch_quantized("swiglu_quantized", x, _half("swiglu_quantized", x), True, dtype)
 
 
+@torch_op("gelu_tanh(Tensor x) -> Tensor", like)
 def gelu_tanh(x: Tensor) -> Tensor:
     """`ops.gelu_tanh` on the GPU: x [..., D], any row strides; returns the same shape, contiguous."""
     return _launch("gelu_tanh", x, x.shape[-1], gated=False)
 
 
+@torch_op("gelu_tanh_quantized(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", fake_quantized)
 def gelu_tanh_quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`ops.gelu_tanh_quantized` in one pass over memory: x [..., D], any row strides."""
     return _launch_quantized("gelu_tanh_quantized", x, x.shape[-1], False, dtype)
@@ -204,6 +210,10 @@ def _linear_swiglu(
     tl.store(target, y.to(out.dtype.element_ty), (row < count) & (col[None, :] < hidden))
 
 
+@torch_op(
+    "linear_swiglu(Tensor x, Tensor weight) -> Tensor",
+    lambda x, weight: x.new_empty((*x.shape[:-1], weight.shape[0] // 2)),
+)
 def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     """`ops.linear_swiglu` on the GPU: one product with both halves of the weight, no w1|w3 result in memory.
 
@@ -212,9 +222,9 @@ def linear_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     """
     hidden = _half("linear_swiglu", weight.t())
     if x.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != x.dtype:
-        raise ConfigError(f"linear_swiglu: needs bfloat16 or float16 twice, got {x.dtype} and {weight.dtype}")
+        raise ValueError(f"linear_swiglu: needs bfloat16 or float16 twice, got {x.dtype} and {weight.dtype}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.stride(1) != 1:
-        raise ConfigError(f"linear_swiglu: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+        raise ValueError(f"linear_swiglu: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     out = torch.empty(*x.shape[:-1], hidden, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out

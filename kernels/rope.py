@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ConfigError
 from . import launch
+from .register import torch_op
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Config:
 def config(heads: int, head_dim: int) -> Config:
     """Tile for `heads` heads of `head_dim`: up to 2048 elements a program, 16 a thread."""
     if head_dim % 2 or not 0 < head_dim <= 512:
-        raise ConfigError(f"rope: needs an even head dim up to 512, got {head_dim}")
+        raise ValueError(f"rope: needs an even head dim up to 512, got {head_dim}")
     pairs = launch.power_of_two(head_dim // 2)
     tile = min(launch.power_of_two(heads), max(1024 // pairs, 1))
     return Config(tile, pairs, max(2 * tile * pairs // 512, 1))
@@ -63,19 +63,19 @@ def _qk_norm_rope(
 
 
 def _check(where: str, qkv: Tensor, weights: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int) -> int:
-    """Head dim of a well-formed call; ConfigError otherwise."""
+    """Head dim of a well-formed call; ValueError otherwise."""
     launch.require_floats(where, qkv)
     if qkv.dim() != 3 or heads < 1 or qkv.shape[-1] % (3 * heads) or qkv.stride(-1) != 1:
-        raise ConfigError(f"{where}: qkv {tuple(qkv.shape)} is not [B, S, 3*{heads}*D] with dense rows")
+        raise ValueError(f"{where}: qkv {tuple(qkv.shape)} is not [B, S, 3*{heads}*D] with dense rows")
     d = qkv.shape[-1] // (3 * heads)
     if cos.shape not in ((1, qkv.shape[1], d // 2), (qkv.shape[0], qkv.shape[1], d // 2)):
-        raise ConfigError(f"{where}: cos {tuple(cos.shape)} does not fit qkv {tuple(qkv.shape)}, head dim {d}")
+        raise ValueError(f"{where}: cos {tuple(cos.shape)} does not fit qkv {tuple(qkv.shape)}, head dim {d}")
     if sin.shape != cos.shape or sin.stride() != cos.stride():
-        raise ConfigError(f"{where}: sin {tuple(sin.shape)} is not laid out as cos {tuple(cos.shape)}")
+        raise ValueError(f"{where}: sin {tuple(sin.shape)} is not laid out as cos {tuple(cos.shape)}")
     if any(w.shape != (d,) for w in weights):
-        raise ConfigError(f"{where}: norm weights are [{d}], got {[tuple(w.shape) for w in weights]}")
+        raise ValueError(f"{where}: norm weights are [{d}], got {[tuple(w.shape) for w in weights]}")
     if any(x.dtype != torch.float32 or (x.shape[-1] > 1 and x.stride(-1) != 1) for x in (*weights, cos, sin)):
-        raise ConfigError(f"{where}: weights and angles are float32 with dense rows")
+        raise ValueError(f"{where}: weights and angles are float32 with dense rows")
     return d
 
 
@@ -97,6 +97,17 @@ def _launch(
         )  # fmt: skip
 
 
+@torch_op(
+    "qk_norm_rope_(Tensor(a!) qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, int heads, float eps)"
+    " -> ()",
+    lambda *_: None,
+)
+def _in_place(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> None:
+    _launch("qk_norm_rope", qkv, qkv.unflatten(-1, (3, -1)), q_weight, k_weight, cos, sin, heads, eps, parts=2)
+
+
 def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,24 +115,42 @@ def qk_norm_rope(
 
     qkv: [B, S, 3*H*D], any batch and row strides; every other argument as the eager reference.
     """
-    parts = qkv.unflatten(-1, (3, -1))
-    _launch("qk_norm_rope", qkv, parts, q_weight, k_weight, cos, sin, heads, eps, parts=2)
-    q, k, v = parts.unflatten(-1, (heads, -1)).unbind(2)
+    _in_place(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
     return q, k, v
+
+
+def _joint_like(qkv: Sequence[Tensor], *_: object) -> Tensor:
+    """An uninitialised q|k|v buffer of the joint sequence."""
+    first = qkv[0]
+    return first.new_empty((first.shape[0], sum(x.shape[1] for x in qkv), first.shape[2]))
+
+
+@torch_op(
+    "joint_qk_norm_rope(Tensor[] qkv, Tensor[] q_weights, Tensor[] k_weights, Tensor cos, Tensor sin, int heads,"
+    " float eps) -> Tensor",
+    _joint_like,
+)
+def _jointly(
+    qkv: Sequence[Tensor], q_weights: Sequence[Tensor], k_weights: Sequence[Tensor], cos: Tensor, sin: Tensor,
+    heads: int, eps: float,
+) -> Tensor:  # fmt: skip
+    lengths, joint = [x.shape[1] for x in qkv], _joint_like(qkv)
+    pieces = joint.split(lengths, 1), cos.split(lengths, 1), sin.split(lengths, 1)
+    for x, q_weight, k_weight, out, c, s in zip(qkv, q_weights, k_weights, *pieces, strict=True):
+        if x.dtype != joint.dtype:
+            raise ValueError(f"joint_qk_norm_rope: streams of one dtype, got {x.dtype} and {joint.dtype}")
+        parts = out.unflatten(-1, (3, -1))
+        _launch("joint_qk_norm_rope", x, parts, q_weight, k_weight, c, s, heads, eps, parts=3)
+    return joint
 
 
 def joint_qk_norm_rope(
     qkv: Sequence[Tensor], q_weights: Sequence[Tensor], k_weights: Sequence[Tensor],
     cos: Tensor, sin: Tensor, heads: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`ops.joint_qk_norm_rope`: each stream goes straight to its rows of one joint q|k|v buffer."""
-    lengths = [x.shape[1] for x in qkv]
-    first = qkv[0]
-    joint = torch.empty(first.shape[0], sum(lengths), 3, first.shape[2] // 3, dtype=first.dtype, device=first.device)
-    pieces = joint.split(lengths, 1), cos.split(lengths, 1), sin.split(lengths, 1)
-    for x, q_weight, k_weight, out, c, s in zip(qkv, q_weights, k_weights, *pieces, strict=True):
-        if x.dtype != first.dtype:
-            raise ConfigError(f"joint_qk_norm_rope: streams of one dtype, got {x.dtype} and {first.dtype}")
-        _launch("joint_qk_norm_rope", x, out, q_weight, k_weight, c, s, heads, eps, parts=3)
-    q, k, v = joint.unflatten(-1, (heads, -1)).unbind(2)
+    """`ops.joint_qk_norm_rope`: each stream goes straight to its rows of one joint q|k|v buffer, of which the
+    results are views."""
+    joint = _jointly(list(qkv), list(q_weights), list(k_weights), cos, sin, heads, eps)
+    q, k, v = joint.unflatten(-1, (3, heads, -1)).unbind(-3)
     return q, k, v

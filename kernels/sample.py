@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import ConfigError
 from . import launch
+from .register import like, torch_op
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ def _x0_project(
     tl.store(out + at, (a - t * f).to(out.dtype.element_ty), mask)
 
 
+@torch_op("x0_project(Tensor x, Tensor velocity, float t=1.0) -> Tensor", like)
 def x0_project(x: Tensor, velocity: Tensor, t: float = 1.0) -> Tensor:
     """`ops.x0_project` on the GPU: x, velocity [B, C, H, W] with any strides; contiguous, in x's dtype."""
     launch.require_floats("x0_project", x, velocity)
     if x.dim() != 4 or x.shape != velocity.shape:
-        raise ConfigError(f"x0_project: needs two [B, C, H, W], got {tuple(x.shape)} and {tuple(velocity.shape)}")
+        raise ValueError(f"x0_project: needs two [B, C, H, W], got {tuple(x.shape)} and {tuple(velocity.shape)}")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out

@@ -134,12 +134,12 @@ def test_pixels():
 
 
 def test_group_norm(monkeypatch):
-    monkeypatch.setattr(decode, "MAX_CHUNKS", 1)  # one program has the statistics of a whole image
+    monkeypatch.setattr(norm, "MAX_CHUNKS", 1)  # one program has the statistics of a whole image
     b, channels, groups = 65535, 8192, 1024
     x = reserve(b, 2, 3, channels, dtype=HALF).permute(0, 3, 1, 2)
     x[-1] = draw(channels, 2, 3)
     w = draw(channels, seed=1)
-    got = decode.group_norm_silu(x, groups, w, w, EPS)
+    got = norm.group_norm_silu(x, groups, w, w, EPS)
     group = channels // groups  # the last programs merge one group and write one pixel
     wanted = ops.group_norm_silu(x[-1:, -group:], 1, w[-group:], w[-group:], EPS)
     same(got[-1, -group:, -1, -1], wanted[0, :, -1, -1])
@@ -150,4 +150,4 @@ def test_rms_norm_silu():
     x = reserve(b, 2, 3, channels, dtype=HALF).permute(0, 3, 1, 2)
     x[-1] = draw(channels, 2, 3)
     w = draw(channels, seed=1)
-    same(decode.rms_norm_silu(x, w, EPS)[-1, :, -1, -1], ops.rms_norm_silu(x[-1:], w, EPS)[0, :, -1, -1])
+    same(norm.rms_norm_silu(x, w, EPS)[-1, :, -1, -1], ops.rms_norm_silu(x[-1:], w, EPS)[0, :, -1, -1])

@@ -104,8 +104,8 @@ VAE = ((128, 1024), (512, 256), (96, 1328), (1024, 32))  # channels, pixels alon
 def test_group_norm(monkeypatch, tmp_path, arch, layer, dtype):
     channels, size = layer
     x, w = meta(2, size, size, channels, dtype=dtype).permute(0, 3, 1, 2), meta(channels, dtype=dtype)
-    call = lambda: (decode.group_norm_silu(x, 32, w, w, EPS), decode.rms_norm_silu(x, meta(channels), EPS))
-    assert len(list(check(monkeypatch, tmp_path, decode, arch, call))) == 4
+    call = lambda: (norm.group_norm_silu(x, 32, w, w, EPS), norm.rms_norm_silu(x, meta(channels), EPS))
+    assert len(list(check(monkeypatch, tmp_path, norm, arch, call))) == 4
 
 
 @pytest.mark.parametrize("arch, size, dtype", matrix((128, 166), DTYPES))

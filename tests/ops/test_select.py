@@ -191,6 +191,7 @@ def test_a_separate_product_is_followed_by_the_op_that_was_chosen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_epilogues_of_cublas(dtype):
     """The operators exist and mean this. (A CPU's `_addmm_activation` has the exact GELU: 5e-4 from the tanh form.)"""
+    torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 3, 8).to(dtype), torch.randn(10, 8).to(dtype), torch.randn(10).to(dtype)
     exact = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
     got = mlp.linear_gelu_epilogue(x, weight, bias)
@@ -258,7 +259,7 @@ def test_torch_backends_are_called_by_operators_that_exist(name):
 def test_a_cpu_target_imports_no_gpu_software():
     code = (
         "import torch, sys; from twinflow_rt.ops.selection import Target, select; select(Target('cpu', torch.float32));"
-        "assert not {'triton', 'flash_attn', 'xformers', 'twinflow_rt.ops.triton.plain'} & set(sys.modules)"
+        "assert not {'triton', 'flash_attn', 'xformers', 'twinflow_rt.kernels.norm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -190,9 +190,8 @@ def _implementation(name: str, op: str, stem: str, eager: Op) -> Implementation:
         return Implementation(name, lambda: eager, devices=())
     quantizes = op in QUANTIZED_OPS
     refuses = _OWN_REFUSES.get((op, name)) or (_QUANTIZING_REFUSES if quantizes else _REFUSES)[name]
-    package = "ops.triton" if name == "triton" else "ops.native"
-    load = _from(f"{package}.{'rows' if quantizes else 'plain'}", op)
-    return Implementation(name, load, refuses, CPU if name == "native" else GPU)
+    module = f"kernels.{stem}" if name == "triton" else f"ops.native.{'rows' if quantizes else 'plain'}"
+    return Implementation(name, _from(module, op), refuses, CPU if name == "native" else GPU)
 
 
 def _declared(table: OpTable | QuantizedOps) -> dict[str, dict[str, Implementation]]:
@@ -210,7 +209,7 @@ def _declared(table: OpTable | QuantizedOps) -> dict[str, dict[str, Implementati
 IMPLEMENTATIONS = _declared(EAGER)
 IMPLEMENTATIONS[RAGGED] = {name: IMPLEMENTATIONS["attention"][name] for name in ("triton", "eager")}
 IMPLEMENTATIONS[FP8] = {
-    "triton": Implementation("triton", _from("ops.triton.rows", FP8), _triton_fp8_refuses, GPU),
+    "triton": Implementation("triton", _from("kernels.attention_fp8", FP8), _triton_fp8_refuses, GPU),
     "eager": Implementation("eager", lambda: attention_fp8, devices=()),
 }
 IMPLEMENTATIONS |= _declared(EAGER_QUANTIZED)
