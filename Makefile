@@ -31,6 +31,7 @@ bench: $(VENV)/.built $(VENV)/.test
 lint: $(VENV)/.lint $(VENV)/.test lint-cpp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 CPP := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
 TIDY := csrc/cpu/dispatch.cpp csrc/cpu/kernels.cpp csrc/bindings.cpp

@@ -29,11 +29,13 @@ assert pathlib.Path(twinflow_rt.__file__).is_relative_to(place), twinflow_rt.__f
 assert pathlib.Path(kernels.__file__).is_relative_to(place), kernels.__file__
 assert not {"torch", "transformers", "triton"} & set(sys.modules)
 import torch
-from twinflow_rt import library, native, ops
+from twinflow_rt import ops
+from twinflow_rt.ops.native import library
+from twinflow_rt.ops.selection import IMPLEMENTATIONS
 assert library.unavailable_reason() is None, library.unavailable_reason()
 assert (library.unavailable_reason("cuda") is None) == gpu, library.unavailable_reason("cuda")
 x, w = torch.randn(2, 37, 199), torch.randn(199)
-torch.testing.assert_close(native.rms_norm(x, w, 1e-5), ops.rms_norm(x, w, 1e-5))
+torch.testing.assert_close(IMPLEMENTATIONS["rms_norm"]["native"].load()(x, w, 1e-5), ops.rms_norm(x, w, 1e-5))
 assert (pathlib.Path(twinflow_rt.__file__).parent / "demo").exists() == (sys.argv[3] == "demo")
 script = pathlib.Path(sys.executable).with_name("twinflow-rt")
 assert "generate" in subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout

@@ -35,7 +35,7 @@ FIELDS = ("device", "dtype", "prompt", "latent", "noise", "sizes", "programs", "
 
 
 class Writer:
-    """Writes the records of one archive; `close` adds the manifest, without which nothing loads."""
+    """Writes one archive, record by record; `close` adds the manifest, without which nothing loads."""
 
     def __init__(self, path: Path) -> None:
         self._file = torch._C.PyTorchFileWriter(str(path))
@@ -47,20 +47,21 @@ class Writer:
             self._file.write_record(name, content.encode(), len(content))
 
     def add(self, name: str, content: bytes) -> None:
+        """Write one record and note its size and hash for the manifest."""
         self._file.write_record(name, content, len(content))
         self.files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
     def add_program(self, name: str, files: Sequence[Path], constants: Iterable[tuple[str, Tensor]]) -> None:
-        """One compiled program: its files and its constants, named as it names them, on whose values and strides
-        it relies."""
+        """Write a compiled program's files and its constants (name in the program, tensor). Equal constants, of
+        this program or of another, are stored once."""
         for file in files:
             self.add(f"{PROGRAMS}{name}/{file.name}", file.read_bytes())
         keys = {constant: self._add_weight(tensor) for constant, tensor in constants}
         self.programs[name] = {"constants": keys}
 
     def _add_weight(self, tensor: Tensor) -> str:
-        """Stores a tensor unless an equal one is stored; returns its key."""
-        storage = torch.as_strided(tensor, (span(tensor.shape, tensor.stride()),), (1,)).cpu()
+        """Store a tensor unless one of equal values, dtype and strides is stored; return its key."""
+        storage = torch.as_strided(tensor, (storage_elements(tensor.shape, tensor.stride()),), (1,)).cpu()
         content = storage.view(torch.uint8).numpy().tobytes()
         what = {
             "dtype": dtype_name(tensor.dtype),
@@ -74,7 +75,7 @@ class Writer:
         return key
 
     def close(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes the manifest of `facts` and of what was added, and completes the file."""
+        """Write the manifest (`facts` and what was added) and complete the file; return the manifest."""
         manifest = {
             "format": FORMAT, **facts, "programs": self.programs, "weights": self.weights, "files": self.files,
         }  # fmt: skip
@@ -85,17 +86,20 @@ class Writer:
 
 
 def image_name(height: int, width: int) -> str:
-    """The name of the program for images of one size."""
+    """Return the name of the program for images of one size, in pixels."""
     return f"image_{height}x{width}"
 
 
-def span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements of storage from a tensor's first to its last."""
+def storage_elements(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how many elements of storage lie from a tensor's first element to its last, both included."""
     return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 class Reader:
-    """An archive that was written whole; its file is mapped, not read."""
+    """Opens an archive. Its file is mapped, not read.
+
+    Raises CheckpointError for a file that is absent, was not written to its end, or has another format.
+    """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -112,7 +116,7 @@ class Reader:
         self._storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
 
     def verify(self) -> None:
-        """Raises CheckpointError unless every record has the hash that the manifest states."""
+        """Read every record; raise CheckpointError unless each has the hash that the manifest states."""
         known = self.manifest["files"]
         for name, facts in known.items():
             if name not in self.names:
@@ -121,16 +125,18 @@ class Reader:
                 raise CheckpointError(f"{self.path}: {name} does not match its hash; it was changed or damaged")
 
     def weight(self, key: str) -> Tensor:
-        """A weight, mapped from the file."""
+        """Return a weight, mapped from the file, with the strides it was stored with."""
         what = self.manifest["weights"][key]
         dtype, shape, strides = getattr(torch, what["dtype"]), what["shape"], what["strides"]
-        flat = self._bytes(WEIGHTS + key, span(shape, strides) * dtype.itemsize).view(dtype)
+        flat = self._bytes(WEIGHTS + key, storage_elements(shape, strides) * dtype.itemsize).view(dtype)
         return torch.as_strided(flat, shape, strides)
 
     def text(self, name: str) -> str:
+        """Return a record that is UTF-8 text."""
         return bytes(self._file.get_record(name)).decode()
 
     def _bytes(self, name: str, size: int) -> Tensor:
+        """Return the first `size` bytes of a record, uint8 [size], mapped from the file."""
         try:
             start = self._file.get_record_offset(name)  # type: ignore[attr-defined]
         except RuntimeError:
@@ -141,6 +147,7 @@ class Reader:
 
 
 def _checked(manifest: Any, path: Path) -> dict[str, Any]:
+    """Return the manifest; raise CheckpointError where its format is another or a field is absent."""
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise CheckpointError(refusal(path, found, FORMAT, "export it again"))

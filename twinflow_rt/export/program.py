@@ -1,9 +1,8 @@
-"""What is exported: plain torch programs of a loaded model, compiled by AOTInductor.
+"""Compiles a loaded model into programs that run without Python, by torch.export and AOTInductor.
 
-Every network runs on the eager references of its ops, which are plain torch and so become generated code
-or torch's own kernels; no custom op, packed weight or Triton kernel of this package is left in the file.
-Shapes: any number of images, prompts of any length (a multiple of the family's `prompt_multiple`), and
-one program per image size. The sampler is unrolled into it.
+Networks are traced with the eager references of their ops: plain torch, which becomes generated code and torch's own
+kernels. No custom op, packed weight or Triton kernel of this package is left in the file. A program is for one image
+size, any number of images and prompts of any length; the sampler's steps are unrolled into it.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from .runtime import Exported
 
 MAX_EVALUATIONS = 8  # each is a copy of the network in the program
 TOLERANCE = 1  # of 255 levels
-LEAST_TOKENS = 4  # rows of ids that are not dropped; below, tracing would have to treat lengths of 1 apart
+LEAST_TOKENS = 4  # after the fixed beginning: torch.export would specialise a program on lengths of 0 and 1
 COMPILER = {
     "aot_inductor.package": True,
     "aot_inductor.package_constants_in_so": False,
@@ -47,29 +46,34 @@ COMPILER = {
 
 
 class Generate(nn.Module):
-    """noise [B, C, h, w], embeds [B, L, D], lengths int64 [B], then the streams' noise [N - 1, B, C, h, w] float32 if
-    the sampler injects any, then the family's extra inputs by name -> pixels uint8 [B, H, W, 3]."""
+    """The program of one image size: all steps of the sampler and the decoder.
+
+    Takes noise [B, C, h, w], embeds [B, L, D], lengths int64 [B]; then, if the sampler injects noise, what it injects
+    [steps - 1, B, C, h, w] float32; then the family's extra inputs [B, P] in the order of their names. Returns pixels,
+    uint8 [B, H, W, 3]. Floating point without a dtype here is the pipeline's.
+    """
 
     def __init__(self, pipe: Pipeline, config: SamplerConfig) -> None:
         super().__init__()
         self.network, self.decoder = pipe.program.network, pipe.vae.network
         self.vae, self.config = pipe.vae, config
-        self.extras, self.injects = tuple(sorted(extras_of(pipe))), injected(config, pipe.dtype) > 0
+        self.extras = tuple(sorted(extra_widths(pipe)))
+        self.injects = injected_noises(config, pipe.dtype) > 0
 
     def forward(self, noise: Tensor, embeds: Tensor, lengths: Tensor, *rest: Tensor) -> Tensor:
-        streams, extras = rest[: self.injects], dict(zip(self.extras, rest[self.injects :], strict=True))
+        noises, extras = rest[: self.injects], dict(zip(self.extras, rest[self.injects :], strict=True))
         context = self.network.encode_context(embeds, lengths, **extras)
         latents = sample(
             lambda x, step: self.network(x, self.network.step_modulation(step), context), noise, self.config,
-            noise_fn=lambda step: streams[0][step - 1], project=EAGER.x0_project,
+            noise_fn=lambda step: noises[0][step - 1], project=EAGER.x0_project,
         )  # fmt: skip
         images: Tensor = self.vae.decode_uint8(latents)
         return images
 
 
 class Encode(nn.Module):
-    """Token ids int64 [B, T] of prompts as the tokenizer renders them, padded on the right by anything ->
-    embeddings [B, T - dropped, D]."""
+    """The text encoder's program: token ids int64 [B, T], padded on the right by anything, to prompt embeddings
+    [B, T - dropped, D]; `dropped` tokens are the fixed beginning of every prompt."""
 
     def __init__(self, text: TextEncoder) -> None:
         super().__init__()
@@ -79,14 +83,15 @@ class Encode(nn.Module):
         return self.text.kept(self.network(ids))
 
 
-def injected(config: SamplerConfig, dtype: torch.dtype) -> int:
-    """Noise tensors that the sampler takes between its steps; all of them if any."""
+def injected_noises(config: SamplerConfig, dtype: torch.dtype) -> int:
+    """Return how many noise tensors a program takes for the sampler to inject between steps: one per step but the
+    last if any step injects, else 0."""
     plan = steps(config, dtype)
     return len(plan) - 1 if any(step.inject for step in plan[:-1]) else 0
 
 
-def extras_of(pipe: Pipeline) -> dict[str, int]:
-    """Names and widths of what the family's network takes of a prompt beside its embeddings."""
+def extra_widths(pipe: Pipeline) -> dict[str, int]:
+    """Return the network's further inputs per prompt, beside its embeddings: {name: width}."""
     return {name: tensor.shape[-1] for name, tensor in pipe.text.probe(1).extras.items()}
 
 
@@ -96,36 +101,22 @@ def export_model(
     loras: Loras | None = None, text_encoder: bool = False, options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compiles a model for use without Python and writes it to `output`; returns the manifest.
+    """Compile a model for use without Python and write it to `output`; return the manifest.
 
     model, device, dtype, nfe, sampler, loras: as for `load`; at most 8 evaluations. sizes: (height, width) in
     pixels, one program each; default: the model's own size. text_encoder: whether to export that, too.
     options: settings of torch._inductor. progress(doing) is called before each slow part.
 
-    The code is for the kind of processor it is compiled on. Each program is run once beside the model itself
-    and must agree with it (at most 1 of 255 levels). The file is there whole or not at all.
+    The code is for the kind of processor it is compiled on. Each program is run beside the model itself and must
+    agree with it (at most 1 of 255 levels). The file is there whole or not at all.
     Raises ConfigError for arguments that cannot work, what `load` raises, TwinFlowError where torch cannot
     compile the model or compiles it wrongly.
     """
-    output = Path(output)
-    if output.suffix != ".pt2":
-        raise ConfigError(f"output {output}: the name must end in .pt2")
-    check_target(output, "output")
+    output = check_output(output)
     progress("loading")
     pipe = load(model, device=device, dtype=dtype, nfe=nfe, sampler=sampler, loras=loras)
-    if kept := pipe.program.plan.precision:
-        raise ConfigError(f"{model} was saved in {kept}, which cannot be exported; give the folder it came from")
-    plain(pipe)
-    if len(pipe.program.schedule) > MAX_EVALUATIONS:
-        raise ConfigError(
-            f"{len(pipe.program.schedule)} evaluations would be that many copies of the network in one program; "
-            f"export at most {MAX_EVALUATIONS}"
-        )
-    if text_encoder and not isinstance(pipe.text, TextEncoder):
-        raise ConfigError(
-            f"{type(pipe.text).__name__} is more than one language model and cannot be exported yet: leave the text "
-            "encoder out and export prompts with `twinflow-rt encode`"
-        )
+    check_exportable(pipe, model, text_encoder)
+    use_eager_ops(pipe)
     chosen = tuple(dict.fromkeys(pipe.sizes.resolve(*size) for size in sizes or ((None, None),)))
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder, torch.no_grad():
         partial = Path(folder) / "twinflow.pt2"
@@ -145,8 +136,34 @@ def export_model(
     return manifest
 
 
-def plain(pipe: Pipeline) -> None:
-    """Gives every network of a loaded pipeline the eager ops and the weights that those take, in place."""
+def check_output(output: str | Path) -> Path:
+    """Return the path to write to; raise ConfigError unless it ends in .pt2 and can be written."""
+    output = Path(output)
+    if output.suffix != ".pt2":
+        raise ConfigError(f"output {output}: the name must end in .pt2")
+    check_target(output, "output")
+    return output
+
+
+def check_exportable(pipe: Pipeline, model: str | Path, text_encoder: bool) -> None:
+    """Raise ConfigError where a model was saved quantized, has too many evaluations, or has a text stage that is no
+    single language model though its encoder is wanted."""
+    if kept := pipe.program.plan.precision:
+        raise ConfigError(f"{model} was saved in {kept}, which cannot be exported; give the folder it came from")
+    if len(pipe.program.schedule) > MAX_EVALUATIONS:
+        raise ConfigError(
+            f"{len(pipe.program.schedule)} evaluations would be that many copies of the network in one program; "
+            f"export at most {MAX_EVALUATIONS}"
+        )
+    if text_encoder and not isinstance(pipe.text, TextEncoder):
+        raise ConfigError(
+            f"{type(pipe.text).__name__} is more than one language model and cannot be exported yet: leave the text "
+            "encoder out and export prompts with `twinflow-rt encode`"
+        )
+
+
+def use_eager_ops(pipe: Pipeline) -> None:
+    """Give every network of a loaded pipeline the eager ops and plain weights, in place."""
     networks = [pipe.program.network, *(part.network for stage in (pipe.text, pipe.vae) for part in stage.parts)]
     for network in networks:
         network.ops = EAGER
@@ -159,7 +176,8 @@ def plain(pipe: Pipeline) -> None:
 def image_inputs(
     pipe: Pipeline, size: tuple[int, int], images: int = 2, seed: int = 0
 ) -> tuple[tuple[Tensor, ...], Any]:
-    """Example inputs of `Generate` for random prompts of two lengths, and which of their axes are free."""
+    """Return example inputs of `Generate` (random prompts of two lengths) and, for torch.export, the axes of each
+    that may have any size."""
     generator = torch.Generator().manual_seed(seed)
     batch, multiple = torch.export.Dim("batch", min=1), prompt_multiple(pipe)
     most = max(pipe.text.max_tokens // multiple, 2)
@@ -176,9 +194,9 @@ def image_inputs(
     def normal(*shape: int, dtype: torch.dtype = pipe.dtype) -> Tensor:
         return torch.randn(*shape, generator=generator).to(pipe.device, dtype)
 
-    streams = injected(pipe.sampler, pipe.dtype)
+    streams = injected_noises(pipe.sampler, pipe.dtype)
     rest = [(normal(streams, *shape, dtype=torch.float32), {1: batch})] if streams else []
-    rest += [(normal(images, width), {0: batch}) for _, width in sorted(extras_of(pipe).items())]
+    rest += [(normal(images, width), {0: batch}) for _, width in sorted(extra_widths(pipe).items())]
     inputs = (
         normal(*shape), normal(images, length, pipe.text.width), torch.tensor(lengths, device=pipe.device),
         *(tensor for tensor, _ in rest),
@@ -188,7 +206,7 @@ def image_inputs(
 
 
 def text_inputs(pipe: Pipeline) -> tuple[tuple[Tensor, ...], Any]:
-    """Example inputs of `Encode`, and which of their axes are free."""
+    """Return example inputs of `Encode` and, for torch.export, their axes that may have any size."""
     dropped = pipe.text.dropped
     tokens = torch.export.Dim("tokens", min=dropped + LEAST_TOKENS, max=dropped + pipe.text.max_tokens)
     ids = torch.arange(2 * (dropped + 5), device=pipe.device).view(2, -1) % pipe.text.network.config.vocab_size
@@ -196,20 +214,20 @@ def text_inputs(pipe: Pipeline) -> tuple[tuple[Tensor, ...], Any]:
 
 
 def prompt_multiple(pipe: Pipeline) -> int:
-    """The rows of prompt embeddings must be a multiple of this."""
+    """Return what the number of rows of prompt embeddings must be a multiple of."""
     return getattr(pipe.program.network, "prompt_multiple", 1)
 
 
 def has_lengths(pipe: Pipeline) -> bool:
-    """Whether prompts have lengths of their own; SD3.5 reads all rows of a fixed number."""
-    return isinstance(pipe.text, TextEncoder) or not extras_of(pipe)
+    """Return whether prompts may differ in length; SD3.5 reads a fixed number of rows."""
+    return isinstance(pipe.text, TextEncoder) or not extra_widths(pipe)
 
 
 def compile_into(
     writer: archive.Writer, name: str, module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any,
     options: Mapping[str, Any] | None,
 ) -> None:  # fmt: skip
-    """Traces and compiles `module` and adds it to the archive."""
+    """Trace and compile `module` and add it to the archive; raise TwinFlowError where torch cannot."""
     module.eval()
     module(*inputs)  # fills tables and caches with values; traced first, they would hold none
     with tempfile.TemporaryDirectory() as folder:
@@ -222,17 +240,17 @@ def compile_into(
             raise TwinFlowError(f"torch {torch.__version__} cannot compile {name}: {reason}") from error
         files = [Path(file) for file in made if isinstance(file, str) and file]
         (weights,) = (entry for entry in made if not isinstance(entry, str))
-        writer.add_program(name, files, laid_out(weights))
+        writer.add_program(name, files, constants_of(weights))
 
 
-def laid_out(weights: Any) -> Iterator[tuple[str, Tensor]]:
-    """The constants of a compiled program by name, each with the strides that the program reads it by."""
+def constants_of(weights: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield a compiled program's constants by name, each with the strides that the program reads it by."""
     for name, (tensor, properties) in weights.items():
         yield name, torch.empty_strided(properties.shape, properties.stride, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], text_encoder: bool) -> dict[str, Any]:
-    """The manifest but for what the archive's writer knows."""
+    """Return the manifest's entries (docs/embedding.md) but for those that the archive's writer adds."""
     text = pipe.text
     multiple = prompt_multiple(pipe)
     fixed = None if has_lengths(pipe) else text.probe(1).embeds.shape[1]
@@ -249,11 +267,11 @@ def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], t
         "nfe": len(schedule(pipe.sampler, pipe.dtype)),
         "sizes": [list(size) for size in sizes],
         "latent": {"channels": pipe.vae.channels, "scale": pipe.vae.scale},
-        "noise": {"generator": "torch-cpu-per-image", "streams": injected(pipe.sampler, pipe.dtype)},
+        "noise": {"generator": "torch-cpu-per-image", "streams": injected_noises(pipe.sampler, pipe.dtype)},
         "prompt": {
             "width": text.width, "multiple": multiple, "fixed": fixed,
             "max_tokens": fixed or text.max_tokens // multiple * multiple,
-            "extras": [[name, width] for name, width in sorted(extras_of(pipe).items())],
+            "extras": [[name, width] for name, width in sorted(extra_widths(pipe).items())],
         },
         "output": {"dtype": "uint8", "layout": "NHWC", "channels": 3},
         "text": text_facts(text) if text_encoder else None,
@@ -261,7 +279,7 @@ def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], t
 
 
 def text_facts(text: TextEncoder) -> dict[str, Any]:
-    """What the program for token ids takes. prefix, suffix: what a prompt is written between before it is
+    """Return the manifest's entry on the text encoder. prefix, suffix: what a prompt is written between before it is
     tokenized; None where the family does more than that to it."""
     mark = "\ue000"
     before, found, after = text.tokenizer.render(mark).partition(mark)
@@ -276,7 +294,7 @@ def text_facts(text: TextEncoder) -> dict[str, Any]:
 
 
 def compare(pipe: Pipeline, exported: Exported, sizes: Sequence[tuple[int, int]], text_encoder: bool) -> None:
-    """Raises TwinFlowError unless the exported programs agree with the model they were made from."""
+    """Run each exported program beside the model; raise TwinFlowError where they disagree."""
     for size in sizes:
         for images in (1, 2):
             inputs, _ = image_inputs(pipe, size, images, seed=images)

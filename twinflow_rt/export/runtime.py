@@ -21,7 +21,7 @@ CPUS = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
 
 
 def load_exported(path: str | Path, *, verify: bool = True) -> Exported:
-    """Opens a file written by `twinflow-rt export`. verify: compare every part with its hash first.
+    """Open a file written by `twinflow-rt export`. verify: compare every part with its hash first.
 
     Programs are loaded when first used; weights are mapped from the file, which must stay.
     Raises CheckpointError for a file that is not whole, was changed, or was compiled for another torch or
@@ -50,10 +50,10 @@ class Exported:
         self, prompt: PromptEmbeds, *, height: int | None = None, width: int | None = None,
         seed: int | Sequence[int] | None = None, num_images: int = 1,
     ) -> Tensor:  # fmt: skip
-        """Pixels uint8 [B, H, W, 3] on the device, `num_images` per prompt, prompt-major.
+        """Return images, uint8 [B, H, W, 3] on the device, `num_images` per prompt, those of a prompt together.
 
         prompt: embeddings as `Pipeline.text` or `encode` gives them. height, width: one of `sizes`; default the
-        first. seed: as for `Pipeline`. Raises ConfigError for what the file cannot do.
+        first. seed: as for `Pipeline`. Raises ConfigError for a size or prompt that the file was not made for.
         """
         check_count("num_images", num_images)
         size = (height or self.sizes[0][0], width or self.sizes[0][1])
@@ -73,7 +73,10 @@ class Exported:
         return self.run(image_name(*size), (noise, *inputs))
 
     def encode(self, ids: Sequence[Sequence[int]]) -> PromptEmbeds:
-        """Embeddings of prompts given as token ids, each as long as it is."""
+        """Return embeddings of prompts given as token ids, which may differ in length.
+
+        Raises ConfigError for a file without text encoder, and for ids and lengths that it does not take.
+        """
         text = self.manifest["text"]
         if text is None:
             raise ConfigError("this file has no text encoder; export it with --text-encoder")
@@ -87,8 +90,8 @@ class Exported:
         return PromptEmbeds(self.run(TEXT, (padded,)), tuple(len(row) - dropped for row in ids))
 
     def run(self, program: str, inputs: Sequence[Tensor]) -> Tensor:
-        """The output of one program, whose inputs are those of `program.Generate` or `program.Encode`. Nothing
-        is checked here, nor inside."""
+        """Return the output of one program. inputs: as for `program.Generate` or `program.Encode`, unchecked: wrong
+        ones may end the process."""
         if program not in self._programs:
             self._programs[program] = self._load(program)
         output: Tensor
@@ -96,6 +99,7 @@ class Exported:
         return output
 
     def _load(self, name: str) -> Any:
+        """Load a program's code and give it its weights, which programs share."""
         loader = torch._C._aoti.AOTIModelPackageLoader(str(self.archive.path), name, False, 1, -1)
         constants = {}
         for constant, key in self.manifest["programs"][name]["constants"].items():
@@ -106,7 +110,7 @@ class Exported:
         return loader
 
     def _padded(self, prompt: PromptEmbeds) -> tuple[Tensor, Tensor]:
-        """Embeddings with as many rows as the programs take, and lengths."""
+        """Return embeddings with as many rows as the programs take, and lengths, int64 [B]."""
         rule, shape = self.manifest["prompt"], tuple(prompt.embeds.shape)
         lengths, longest = prompt.lengths, max(prompt.lengths, default=0)
         if len(shape) != 3 or shape[2] != rule["width"] or len(lengths) != shape[0] or not 0 < longest <= shape[1]:
@@ -122,13 +126,14 @@ class Exported:
         return F.pad(embeds, (0, 0, 0, wanted - embeds.shape[1])), torch.tensor(lengths, device=self.device)
 
     def _extra(self, prompt: PromptEmbeds, name: str, width: int) -> Tensor:
+        """Return the prompt's further input `name`, [B, width]."""
         if name not in prompt.extras or prompt.extras[name].shape != (len(prompt), width):
             raise ConfigError(f"this model takes prompts with {name!r} of shape [B, {width}]")
         return prompt.extras[name].to(self.device, self.dtype)
 
 
 def check_machine(manifest: dict[str, Any], path: Path) -> None:
-    """Raises CheckpointError where this torch or processor cannot run the compiled code."""
+    """Raise CheckpointError where this torch or processor cannot run the compiled code."""
     made, here = (".".join(re.findall(r"\d+", v)[:2]) for v in (manifest["torch"], torch.__version__))
     if made != here:
         raise CheckpointError(f"{path} was compiled by torch {made}, this is {here}; export it again here")
