@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -13,18 +11,10 @@ from . import launch
 from .register import image_like, torch_op
 
 
-@dataclass(frozen=True)
-class Config:
-    """`block` output elements per program, on `warps` warps."""
-
-    block: int
-    warps: int
-
-
-def config(count: int) -> Config:
+def config(count: int) -> launch.Tile:
     """Elements per program for an output of `count`: four a thread, one 32-bit store of bytes."""
     block = min(max(launch.power_of_two(count), 32), 1024)
-    return Config(block, max(block // 128, 1))
+    return launch.Tile(block, max(block // 128, 1))
 
 
 @triton.jit

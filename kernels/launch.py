@@ -27,6 +27,14 @@ def power_of_two(n: int) -> int:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """`block` elements per program, on `warps` warps."""
+
+    block: int
+    warps: int
+
+
+@dataclass(frozen=True)
 class RowTile:
     """Tile of a program that holds whole rows: `rows` x `block` elements on `warps` warps."""
 

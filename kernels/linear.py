@@ -49,8 +49,9 @@ def _quantize_rows(x, out, scales, count, seq, width, x_batch, x_row, ROWS: tl.c
 
 def quantized_like(x: Tensor, dtype: torch.dtype, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Uninitialised values in `dtype` and scales for the rows of x, or for as many rows of `width`."""
-    values = x.new_empty((*x.shape[:-1], x.shape[-1] if width is None else width), dtype=dtype)
-    return values, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    *outer, inner = x.shape
+    values = torch.empty(*outer, inner if width is None else width, dtype=dtype, device=x.device)
+    return values, torch.empty(*outer, 1, dtype=torch.float32, device=x.device)
 
 
 def fake_quantized(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -16,19 +16,11 @@ from .register import like, torch_op
 WIDE_BLOCK = 8192  # bytes of a row that a program takes at a time where it does not hold the row
 
 
-@dataclass(frozen=True)
-class Config:
-    """`block` elements of a row per program, on `warps` warps."""
-
-    block: int
-    warps: int
-
-
-def config(width: int, dtype: torch.dtype) -> Config:
+def config(width: int, dtype: torch.dtype) -> launch.Tile:
     """Pieces for rows of `width` output elements: a 16-byte load and store per thread and operand."""
     per_thread = 16 // dtype.itemsize
     block = min(launch.power_of_two(width), 128 * per_thread)
-    return Config(block, max(block // (32 * per_thread), 1))
+    return launch.Tile(block, max(block // (32 * per_thread), 1))
 
 
 @triton.jit

@@ -38,10 +38,10 @@ def torch_op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
 def like(x: Tensor, *_: object) -> Tensor:
     """An uninitialised tensor of x's shape and dtype, contiguous."""
-    return x.new_empty(x.shape)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def image_like(x: Tensor, *_: object, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised [B, C, H, W] of x's shape, channels last, in `dtype` or x's."""
     b, c, h, w = x.shape
-    return x.new_empty((b, h, w, c), dtype=dtype or x.dtype).permute(0, 3, 1, 2)
+    return torch.empty(b, h, w, c, dtype=dtype or x.dtype, device=x.device).permute(0, 3, 1, 2)

@@ -123,7 +123,8 @@ def qk_norm_rope(
 def _joint_like(qkv: Sequence[Tensor], *_: object) -> Tensor:
     """An uninitialised q|k|v buffer of the joint sequence."""
     first = qkv[0]
-    return first.new_empty((first.shape[0], sum(x.shape[1] for x in qkv), first.shape[2]))
+    shape = first.shape[0], sum(x.shape[1] for x in qkv), first.shape[2]
+    return torch.empty(shape, dtype=first.dtype, device=first.device)
 
 
 @torch_op(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -13,18 +11,10 @@ from . import launch
 from .register import like, torch_op
 
 
-@dataclass(frozen=True)
-class Config:
-    """`block` elements per program, on `warps` warps."""
-
-    block: int
-    warps: int
-
-
-def config(count: int) -> Config:
+def config(count: int) -> launch.Tile:
     """Elements per program for `count` elements: four a thread, so that small latents fill the chip."""
     block = min(max(launch.power_of_two(count), 32), 512)
-    return Config(block, max(block // 128, 1))
+    return launch.Tile(block, max(block // 128, 1))
 
 
 @triton.jit

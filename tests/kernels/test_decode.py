@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from oracle import draw, judge
 
 from twinflow_rt import ops
-from twinflow_rt.kernels import decode
+from twinflow_rt.kernels import decode, launch
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -90,4 +90,4 @@ def test_refusals():
 
 
 def test_config():
-    assert decode.config(1) == decode.Config(32, 1) and decode.config(3 * 1024 * 1024) == decode.Config(1024, 8)
+    assert decode.config(1) == launch.Tile(32, 1) and decode.config(3 * 1024 * 1024) == launch.Tile(1024, 8)

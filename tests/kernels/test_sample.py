@@ -7,7 +7,7 @@ import torch
 from oracle import draw, judge
 
 from twinflow_rt import ops
-from twinflow_rt.kernels import sample
+from twinflow_rt.kernels import launch, sample
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,4 +33,4 @@ def test_refuses_shapes_that_differ():
 
 
 def test_config():
-    assert sample.config(5) == sample.Config(32, 1) and sample.config(16 * 128 * 128) == sample.Config(512, 4)
+    assert sample.config(5) == launch.Tile(32, 1) and sample.config(16 * 128 * 128) == launch.Tile(512, 4)
