@@ -134,6 +134,11 @@ def exact_gelu(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def exact_swiglu(x: Tensor) -> Tensor:
+    a, g = x.double().chunk(2, -1)
+    return a / (1 + (-a).exp()) * g
+
+
 def exact_bytes(image: Tensor) -> Tensor:
     return ((image.double() / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1)
 

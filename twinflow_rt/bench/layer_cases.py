@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import fold_upsample
-from .case import EPS, Case, Draw, Drawing, Sizes, exact_gelu, exact_rms
+from .case import EPS, Case, Draw, Drawing, Sizes, exact_gelu, exact_rms, exact_swiglu
 
 # the ops of these cases
 LAYERS = (
@@ -27,8 +27,7 @@ def products(s: Sizes, draw: Draw, b: int) -> list[Case]:
         return draw(rows, columns, seed=9).mul(columns**-0.5)
 
     def swiglu(x: Tensor, weight: Tensor) -> tuple[Tensor]:
-        a, g = (x.double() @ weight.double().t()).chunk(2, -1)
-        return (a / (1 + (-a).exp()) * g,)
+        return (exact_swiglu(x.double() @ weight.double().t()),)
 
     def gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
         return (exact_gelu(x.double() @ weight.double().t() + bias.double()),)

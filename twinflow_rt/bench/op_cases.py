@@ -27,6 +27,7 @@ from .case import (
     exact_rms,
     exact_rope,
     exact_rope_of_halves,
+    exact_swiglu,
 )
 from .layer_cases import decoding, products
 
@@ -128,12 +129,9 @@ def _attentions(s: Sizes, draw: Draw, b: int) -> list[Case]:
 def _pointwise(s: Sizes, draw: Draw, b: int) -> list[Case]:
     hidden, latents, pixels = b * s.tokens * s.hidden, b * math.prod(s.latents), b * 3 * s.pixels**2
 
-    def swiglu(x: Tensor) -> tuple[Tensor]:
-        a, g = x.double().chunk(2, -1)
-        return (a / (1 + (-a).exp()) * g,)
-
     return [
-        Case("swiglu", "swiglu", lambda: (2 * draw(b, s.tokens, 2 * s.hidden),), swiglu, 3 * hidden * draw.item),
+        Case("swiglu", "swiglu", lambda: (2 * draw(b, s.tokens, 2 * s.hidden),),
+             lambda x: (exact_swiglu(x),), 3 * hidden * draw.item),
         Case("gelu_tanh", "gelu_tanh", lambda: (2 * draw(b, s.tokens, s.hidden),), lambda x: (exact_gelu(x),),
              2 * hidden * draw.item),
         Case("x0_project", "x0_project", lambda: (draw(b, *s.latents), draw(b, *s.latents, seed=3), 0.7),

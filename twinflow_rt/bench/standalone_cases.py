@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +11,12 @@ from torch import Tensor
 from .. import ops
 from ..ops.declaration import Op
 from ..ops.selection import IMPLEMENTATIONS, QUANTIZED_OPS, Target
-from .case import EPS, Case, Draw, Drawing, Sizes, exact_attention, exact_gelu, exact_layer, exact_rms
+from .case import Case, Draw, Sizes, exact_attention
+from .op_cases import cases
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
+# ops whose results a linear layer multiplies
+PRODUCERS = ("rms_norm", "layer_norm", "residual_norm", "residual_layer_norm", "swiglu", "gelu_tanh")
 
 
 def implementations(case: Case, target: Target, key: str | None = None) -> tuple[dict[str, Op], dict[str, str]]:
@@ -38,9 +40,17 @@ def aimed(case: Case, target: Target) -> Target:
 
 
 def standalone(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> list[Case]:
-    """A case per op, the quantizing ones for float8 and int8."""
-    draw = Draw(dtype, torch.device(device))
-    rows = [c for kind in QUANTIZED for c in (*_quantizing(sizes, draw, kind), _product(sizes, draw, kind))]
+    """Return a case per op, for those that quantize one of float8 and one of int8."""
+    draw, plain = Draw(dtype, torch.device(device)), {case.op: case for case in cases(sizes, dtype, device)}
+    rows = [
+        case
+        for kind in QUANTIZED
+        for case in (
+            _quantize_rows(sizes, draw, kind),
+            *(_quantizing(plain[op], sizes, draw, kind) for op in PRODUCERS),
+            _product(sizes, draw, kind),
+        )
+    ]
     return [*rows, _attention(sizes, draw)]
 
 
@@ -50,47 +60,21 @@ def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (*before, values.float() * scales)
 
 
-def _quantizing(s: Sizes, draw: Draw, kind: str) -> list[Case]:
-    quantized = QUANTIZED[kind]
-    shape, count = (1, s.tokens, s.width), s.tokens * s.width
-    x: Drawing = lambda: draw(*shape)
-    branch: Drawing = lambda: draw(*shape, seed=5)
-    w: Drawing = lambda seed=1: draw.weight(1, 1, s.width, seed=seed)
-    bias: Drawing = lambda: w(3) - 1
+def _quantize_rows(s: Sizes, draw: Draw, kind: str) -> Case:
+    inputs = lambda: (draw(1, s.tokens, s.width), QUANTIZED[kind])
+    moved = s.tokens * s.width * (draw.item + 1)
+    exact = lambda x, _: (x.double(),)
+    return Case("quantize_rows", f"quantize_rows, {kind}", inputs, exact, moved, read=dequantized)
 
-    def residual(
-        x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float, _: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        total = x.double() + exact_rms(branch, post, eps)
-        return total, exact_rms(total.to(x.dtype), pre, eps)
 
-    def gated(
-        x: Tensor, branch: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, _: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        total = x.double() + gate.double() * branch.double()
-        return total, exact_layer(total.to(x.dtype), weight, eps, bias)
-
-    def swiglu(x: Tensor, _: torch.dtype) -> tuple[Tensor]:
-        a, g = x.double().chunk(2, -1)
-        return (a / (1 + (-a).exp()) * g,)
-
-    hidden = s.tokens * s.hidden
-    wide: Drawing = lambda n: 2 * draw(1, s.tokens, n)
-    table: list[tuple[str, Callable[[], tuple[Any, ...]], Callable[..., tuple[Tensor, ...]], int]] = [
-        ("quantize_rows", lambda: (x(), quantized), lambda x, _: (x.double(),), count * (draw.item + 1)),
-        ("rms_norm_quantized", lambda: (x(), w(), EPS, quantized), lambda x, w, e, _: (exact_rms(x, w, e),),
-         count * (draw.item + 1)),
-        ("layer_norm_quantized", lambda: (x(), w(), EPS, bias(), quantized),
-         lambda x, w, e, b, _: (exact_layer(x, w, e, b),), count * (draw.item + 1)),
-        ("residual_norm_quantized", lambda: (x(), branch(), w(), w(2), EPS, quantized), residual,
-         count * (3 * draw.item + 1)),
-        ("residual_layer_norm_quantized", lambda: (x(), branch(), bias(), w(), bias(), EPS, quantized), gated,
-         count * (3 * draw.item + 1)),
-        ("swiglu_quantized", lambda: (wide(2 * s.hidden), quantized), swiglu, hidden * (2 * draw.item + 1)),
-        ("gelu_tanh_quantized", lambda: (wide(s.hidden), quantized), lambda x, _: (exact_gelu(x),),
-         hidden * (draw.item + 1)),
-    ]  # fmt: skip
-    return [Case(op, f"{op}, {kind}", args, exact, size, read=dequantized) for op, args, exact, size in table]
+def _quantizing(case: Case, s: Sizes, draw: Draw, kind: str) -> Case:
+    """Return the case of an op that quantizes what the op of `case` returns last: the same inputs, fewer bytes."""
+    written = s.tokens * (s.hidden if case.op in ("swiglu", "gelu_tanh") else s.width)
+    return replace(
+        case, op=f"{case.op}_quantized", name=f"{case.op}_quantized, {kind}",
+        inputs=lambda: (*case.inputs(), QUANTIZED[kind]), exact=lambda *args: case.exact(*args[:-1]),
+        bytes=case.bytes - written * (draw.item - 1), read=dequantized,
+    )  # fmt: skip
 
 
 def _product(s: Sizes, draw: Draw, kind: str) -> Case:
