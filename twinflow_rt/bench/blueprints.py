@@ -15,7 +15,8 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """transformer: its config. parts: folder -> config, and the module of `twinflow_rt.models` whose MODEL reads it."""
+    """The configs of one model. parts: folder -> config, and the module of `twinflow_rt.models` whose MODEL reads
+    it."""
 
     transformer: Config
     parts: dict[str, tuple[Config, str]]

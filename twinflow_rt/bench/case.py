@@ -20,7 +20,8 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Sizes:
-    """image, text: tokens; width = heads * head dim; hidden: of the MLP; latents: [C, H, W]; pixels: edge."""
+    """What a network of one size works on. image, text: tokens; width = heads * head dim; hidden: of the MLP;
+    latents: [C, H, W]; pixels: edge."""
 
     image: int
     text: int
@@ -54,7 +55,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """op(*inputs()) against exact(*inputs()), which returns float64 tensors. bytes: the least a call must
+    """One call of an op: op(*inputs()) is judged by exact(*inputs()), float64 tensors. bytes: the least it must
     read and write; flops: of its matrix products. in_place: the first argument is consumed. read: from
     what the op returns to what `exact` is compared with, for results in a code such as float8 and scales."""
 
@@ -69,7 +70,7 @@ class Case:
 
 
 class Draw:
-    """Seeded normal tensors on the device; the same call gives the same values."""
+    """Draws normal tensors on the device; the same call gives the same values."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device, self.item = dtype, device, dtype.itemsize
@@ -99,21 +100,21 @@ def exact_layer(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | Non
 
 
 def exact_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """x: [B, S, H, D]; the rounding between norm and rotation is part of the op, so it is done here too."""
+    """Return the normed and rotated x, [B, S, H, D]. The rounding between the two is part of the op, so it is done."""
     x = exact_rms(x, weight, eps).to(x.dtype).double()
     turn = torch.complex(cos.double(), sin.double()).unsqueeze(-2)
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
 
 
 def exact_rope_of_halves(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """`exact_rope` of pairs (x[i], x[i + D/2]), x: [B, H, S, D]; without a weight, without the norm."""
+    """Return `exact_rope` of pairs (x[i], x[i + D/2]), x: [B, H, S, D]; without a weight, without the norm."""
     x = (x if weight is None else exact_rms(x, weight, eps).to(x.dtype)).double()
     turned = torch.complex(*x.chunk(2, -1)) * torch.complex(cos.double(), sin.double()).unsqueeze(1)
     return torch.cat((turned.real, turned.imag), -1)
 
 
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """One sample and head at a time, so that full-size score matrices fit."""
+    """Return softmax(q k^T / sqrt(D)) v, one sample and head at a time, so that full-size score matrices fit."""
     out = torch.empty(*q.shape, dtype=torch.float64, device=q.device)
     for b in range(q.shape[0]):
         n = k.shape[1] if lengths is None else int(lengths[b])
@@ -151,7 +152,7 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
 
 
 def judge(got: Any, eager: Any, exact: Sequence[Tensor]) -> str | None:
-    """None where every output is right, otherwise what is wrong.
+    """Return None where every output is right, otherwise what is wrong.
 
     The error rule: the largest error over all elements is at most twice the eager reference's in the
     same dtype, or one unit in the last place of the largest value. Bytes: within one rounding, 0.5.

@@ -26,18 +26,19 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Ceilings:
-    """gemm: dtype -> FLOP/s. copy: bytes/s, read and write counted. sizes: n of each product, bytes of the copy."""
+    """What was measured. gemm: dtype -> FLOP/s. copy: bytes/s, read and write counted. sizes: n of each product,
+    bytes of the copy."""
 
     gemm: dict[str, float]
     copy: float
     sizes: dict[str, int]
 
     def seconds(self, flops: float, nbytes: float, dtype: str) -> float:
-        """The roofline: no stage of so many FLOPs and bytes takes less."""
+        """Return the roofline's time: no stage of so many FLOPs and bytes takes less."""
         return max(flops / self.gemm[dtype], nbytes / self.copy)
 
     def best(self, other: Ceilings) -> Ceilings:
-        """The higher of two measurements of one machine."""
+        """Return the higher of two measurements of one machine."""
         gemm = {name: max(rate, other.gemm[name]) for name, rate in self.gemm.items()}
         return Ceilings(gemm, max(self.copy, other.copy), self.sizes)
 
@@ -46,7 +47,7 @@ class Ceilings:
 
 
 def gemm_size(device_type: str, native: bool) -> int:
-    """Edge of the measured matrix product: large enough to reach the peak, small enough to take
+    """Return the edge of the measured matrix product: large enough to reach the peak, small enough to take
     well below a second even where the dtype is emulated."""
     if device_type == "cuda":
         return 8192
@@ -54,7 +55,7 @@ def gemm_size(device_type: str, native: bool) -> int:
 
 
 def measure(device: torch.device | str, dtypes: Iterable[str], *, repeats: int = 7) -> Ceilings:
-    """Ceilings of `device` for dtypes out of `DTYPES`.
+    """Measure the ceilings of `device` for dtypes out of `DTYPES`.
 
     float8 is rowwise-scaled e4m3 with bfloat16 results and needs CUDA capability 8.9.
     Raises ConfigError for another dtype.

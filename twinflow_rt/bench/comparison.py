@@ -23,7 +23,7 @@ THRESHOLD, LEVEL, FEWEST = 0.03, 0.01, 5
 
 @dataclass(frozen=True)
 class Difference:
-    """before, after: medians in seconds (or the figure's own unit). ratio: after / before. verdict: for
+    """One figure of two records. before, after: medians in seconds, or speed-ups. ratio: after / before. verdict: for
     times "faster", "slower" or "within noise"; for ratios "better", "worse", ditto.
     gated: a regression here fails the gate."""
 
@@ -42,7 +42,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """differences: of figures that both records have. warnings: what weakens them."""
+    """differences: of figures that both records have. warnings: what makes them less certain."""
 
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...]
@@ -52,7 +52,7 @@ class Comparison:
         return tuple(d for d in self.differences if d.regressed)
 
     def gate(self) -> bool:
-        """True if no gated figure got worse. Raises ConfigError where there is none to look at."""
+        """Return whether no gated figure got worse. Raises ConfigError where there is none to look at."""
         if not any(d.gated for d in self.differences):
             raise ConfigError(
                 "nothing to gate on: the records have no common peer's speed-up; measure both with --peers eager"
@@ -67,7 +67,10 @@ class Comparison:
 def compare(
     before: Record, after: Record, *, any_machine: bool = False, threshold: float = THRESHOLD
 ) -> Comparison:  # fmt: skip
-    """Raises ConfigError for records of different workloads, or of different machines unless `any_machine`."""
+    """Compare two records. threshold: the relative change that runs of the same program differ by.
+
+    Raises ConfigError for records of different workloads, or of different machines unless `any_machine`.
+    """
     if differing := _settings(before["settings"], after["settings"]):
         raise ConfigError(f"the records measured different things: {'; '.join(differing)}")
     elsewhere = same_machine(before["machine"], after["machine"])
@@ -87,13 +90,13 @@ def compare(
 
 
 def _settings(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What differs between two workloads; backend, repeats and tolerance may: they are what is compared."""
+    """Return what differs between two workloads; backend, repeats and tolerance may: they are what is compared."""
     keys = ("model", "random_weights", "scale", "layers", "width", "height", "batch", "nfe", "prompts")
     return [f"{key}: {a[key]} against {b[key]}" for key in keys if a[key] != b[key]]
 
 
 def _drift(before: Record, after: Record) -> float:
-    """The largest change of the machine's matrix products: within each run, and between them."""
+    """Return the largest change of the machine's matrix products: within each run, and between them."""
     a, b = before["ceilings"], after["ceilings"]
     ratios = [a["drift"], b["drift"], *(b["gemm"][k] / a["gemm"][k] for k in a["gemm"] if k in b["gemm"])]
     return max(abs(float(r) - 1) for r in ratios)
@@ -119,7 +122,7 @@ def _times(figure: str, a: dict[str, Any], b: dict[str, Any], band: float) -> Di
 
 
 def _ratios(before: Record, after: Record, threshold: float) -> list[Difference]:
-    """Speed-ups over the same peer; losing one to the correctness check is a regression."""
+    """Compare speed-ups over the same peer; losing one to the correctness check is a regression."""
     theirs, out = {peer["name"]: peer for peer in after["peers"]}, []
     for a in before["peers"]:
         b, figure = theirs.get(a["name"]), f"speed-up over {a['name']}"

@@ -29,7 +29,7 @@ KINDS = ("latents", "images")
 
 @dataclass(frozen=True)
 class Error:
-    """Of one output: largest and root-mean-square difference, relative to the reference's largest
+    """How far one output is off: largest and root-mean-square difference, relative to the reference's largest
     magnitude and root mean square."""
 
     worst: float
@@ -38,21 +38,21 @@ class Error:
 
 @dataclass(frozen=True)
 class Verdict:
-    """errors: by output. passed is False with a reason in words, never without."""
+    """What `judge` found. errors: by output. reason: in words, whether it passed or not."""
 
     errors: dict[str, Error]
     passed: bool
     reason: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it: null for an infinite error."""
+        """Return it as JSON can hold it: null for an infinite error."""
         raw = asdict(self)
         finite = {k: {n: x if math.isfinite(x) else None for n, x in e.items()} for k, e in raw["errors"].items()}
         return {**raw, "errors": finite}
 
 
 def error(got: Tensor, reference: Tensor) -> Error:
-    """inf where shapes differ or anything is not finite."""
+    """Return the error of `got`, infinite where shapes differ or anything is not finite."""
     if got.shape != reference.shape or not got.isfinite().all():
         return Error(math.inf, math.inf)
     difference, reference = got.double() - reference.double(), reference.double()
@@ -66,8 +66,8 @@ def judge(
     got: Sequence[Tensor], reference: Sequence[Tensor], *, dtype: str, eager: Sequence[Tensor] | None = None,
     ours: bool = True, tolerance: float | None = None,
 ) -> Verdict:  # fmt: skip
-    """The rule above. got, reference, eager: latents and images; eager: the unfolded eager network's in
-    `dtype`, needed below float32 where no tolerance is given."""
+    """Judge outputs by the rule above. got, reference, eager: latents and images; eager: the unfolded eager network's
+    in `dtype`, needed below float32 where no tolerance is given."""
     errors = {kind: error(a, b) for kind, a, b in zip(KINDS, got, reference, strict=True)}
     faults = []
     for i, (kind, e) in enumerate(errors.items()):

@@ -29,7 +29,7 @@ IDENTITY = ("cpu", "cores", "gpu")
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Facts of this machine as JSON can hold them; `gpu` is None where `device` is a CPU."""
+    """Return the facts of this machine as JSON can hold them; `gpu` is None where `device` is a CPU."""
     device = torch.device(device)
     gpu = gpu_facts(device) if device.type == "cuda" else None
     return {
@@ -49,7 +49,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def same_machine(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What differs between two records' hardware, in words; empty if they are comparable."""
+    """Return what differs between two records' hardware, in words; nothing if they are comparable."""
     differing = []
     for key in IDENTITY:
         x, y = a[key], b[key]
@@ -63,7 +63,7 @@ def same_machine(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def cpu_clock() -> float | None:
-    """MHz of the first core as the system reports it, None where it does not."""
+    """Return the MHz of the first core as the system reports it, None where it does not."""
     for line in cpu_lines():
         if line.startswith("cpu MHz"):
             return float(line.partition(":")[2])
@@ -75,7 +75,7 @@ def _memory() -> int:
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:
-    """Name, size and, where nvidia-smi answers, driver, clocks and power limit of a CUDA device."""
+    """Return name, size and, where nvidia-smi answers, driver, clocks and power limit of a CUDA device."""
     properties = torch.cuda.get_device_properties(device)
     facts = {
         "name": properties.name,
@@ -88,7 +88,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
 
 
 def _smi(uuid: str) -> dict[str, Any]:
-    """nvidia-smi's answer for the GPU of that uuid (of the first GPU where torch gives none)."""
+    """Ask nvidia-smi about the GPU of that uuid (the first GPU where torch gives none)."""
     if shutil.which("nvidia-smi") is None:
         return dict.fromkeys(GPU_FIELDS.values())
     query = ["nvidia-smi", f"--query-gpu=uuid,{','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
@@ -97,7 +97,7 @@ def _smi(uuid: str) -> dict[str, Any]:
 
 
 def parse_smi(answer: str, uuid: str) -> dict[str, Any]:
-    """The record's fields from nvidia-smi's lines; None for what it does not tell."""
+    """Return the record's fields from nvidia-smi's lines; None for what it does not tell."""
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines() if line.count(",")]
     bare = uuid.removeprefix("GPU-")
     row = next((r for r in rows if bare and r[0].removeprefix("GPU-") == bare), rows[0] if rows else [])
@@ -113,7 +113,7 @@ def _number(text: str | None) -> float | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of what a figure can depend on; None for what is absent."""
+    """Return the installed versions of what a figure can depend on; None for what is absent."""
     found: dict[str, str | None] = {}
     for name in ("twinflow-rt", *PACKAGES):
         try:
@@ -124,7 +124,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `+changes` where tracked files differ from it; None outside a checkout."""
+    """Return the checkout's commit, with `+changes` where tracked files differ from it; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None

@@ -20,7 +20,8 @@ from .workload import Workload
 
 
 def speedup(ours: Samples, theirs: Samples | None, mine: Verdict, other: Verdict | None) -> dict[str, Any]:
-    """{"speedup", "interval", "reason"}: null with a reason where one of the outputs is not known to be right."""
+    """Return {"speedup", "interval", "reason"}: null with a reason where one of the outputs is not known to be
+    right."""
     if theirs is None or other is None:
         return {"speedup": None, "interval": None, "reason": "the peer could not be run; see the notes"}
     for who, verdict in (("ours", mine), ("the peer's", other)):
@@ -31,7 +32,8 @@ def speedup(ours: Samples, theirs: Samples | None, mine: Verdict, other: Verdict
 
 
 def prefer(pipe: Pipeline, backend: str) -> tuple[Choice, ...]:
-    """Puts `backend` first wherever an op has it. Raises ConfigError where it serves none, with the reasons."""
+    """Put `backend` first wherever an op has it; return what was chosen. Raises ConfigError where it serves none,
+    with the reasons."""
     network: Any = pipe.program.network
     network.ops, choices = select(Target.of_network(network.config, pipe.device, pipe.dtype), backend)
     if not any(choice.chosen == backend for choice in choices):
@@ -44,8 +46,10 @@ def prefer(pipe: Pipeline, backend: str) -> tuple[Choice, ...]:
 def efficiency(
     pipe: Pipeline, work: Workload, timed: dict[str, Samples], ceiling: Ceilings, dtype: str
 ) -> dict[str, Any]:
-    """Achieved FLOP/s and bytes/s per stage against the roofline: FLOPs of the batch, weights read once
-    (see `plan.Stage`; activations are left out here, so the floor is a low one)."""
+    """Return the rates that each stage reached, and the roofline's least time for its FLOPs and weights.
+
+    FLOPs are of the whole batch; weights are read once, activations are left out, so the least time is a low one.
+    """
     rows = {}
     for stage in predict_stages(pipe.text, pipe.program.network, pipe.vae, work.height, work.width, pipe.dtype):
         flops, seconds, weights = stage.flops * len(work.prompts), timed[stage.name].median, stage.weight_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..checkpoint.atomic import write_text
 from . import plots
 from .record import Record
-from .terminal import headline, rate, seconds, size
+from .terminal import PEER_COLUMNS, headline, peer_rows, rate, seconds, size
 
 STYLE = """
 :root { --page: #fcfcfb; --ink: #1c1c1a; --soft: #66655f; --grid: #e6e5e0;
@@ -97,18 +97,8 @@ def _tables(record: Record) -> str:
             size(peaks["device_allocated"]), size(peaks["device_reserved"]), size(peaks["host_resident"]),
         ])  # fmt: skip
     columns = ("stage", "median", "p90", "p99", "MAD", "reached", "of floor", "allocated", "reserved", "resident")
-    out = _table(columns, rows)
-    if record["peers"]:
-        peers = [
-            [
-                peer["name"], seconds(peer["seconds"]["median"]) if peer["seconds"] else "-",
-                f"{peer['speedup']:.2f}x" if peer["speedup"] is not None else "refused",
-                "{:.2f} to {:.2f}".format(*peer["interval"]) if peer["interval"] else "-", peer["reason"],
-            ]
-            for peer in record["peers"]
-        ]  # fmt: skip
-        out += _table(("peer", "median", "speed-up", "95% interval", "why"), peers)
-    return out
+    peers = _table(PEER_COLUMNS, peer_rows(record)) if record["peers"] else ""
+    return _table(columns, rows) + peers
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,7 @@ LAYERS = (
 
 
 def products(s: Sizes, draw: Draw, b: int) -> list[Case]:
-    """Of the feed-forward blocks: up and gate, up, and down into the residual stream."""
+    """Return the cases of feed-forward blocks: up and gate, up, and down into the residual stream."""
     count, one = b * s.tokens, b * s.tokens * s.width * s.hidden
     x: Drawing = lambda: draw(b, s.tokens, s.width)
 
@@ -48,7 +48,7 @@ def products(s: Sizes, draw: Draw, b: int) -> list[Case]:
 
 
 def decoding(s: Sizes, draw: Draw, b: int) -> list[Case]:
-    """Of the VAE: its input, and layers of the level with the image's size."""
+    """Return the cases of the VAE: its input, and layers of the level with the image's size."""
     channels, groups = (128, 32) if s.pixels > 64 else (16, 4)
     edge, half, latents = s.pixels, s.pixels // 2, b * math.prod(s.latents)
 

@@ -15,7 +15,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def reset_host_peak() -> bool:
-    """Starts a new peak of resident memory; False where only the peak since the start can be had."""
+    """Start a new peak of resident memory; return False where only the peak since the start can be had."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -24,7 +24,7 @@ def reset_host_peak() -> bool:
 
 
 def stage_peaks(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Bytes at the peak of one call: allocated and reserved on a GPU (None on a CPU), resident on the host.
+    """Return the bytes at the peak of one call: allocated and reserved on a GPU (None on a CPU), resident on the host.
 
     `host_peak_is_of_stage` is False where the host's peak is that of the process so far.
     """

@@ -33,7 +33,7 @@ from .layer_cases import decoding, products
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str, batch: int = 1) -> list[Case]:
-    """One case or more per op of the table; inputs are drawn in float32 and rounded to `dtype`."""
+    """Return one case or more per op of `OpTable`; inputs are drawn in float32 and rounded to `dtype`."""
     draw = Draw(dtype, torch.device(device))
     kinds = (_norms, _ropes, _attentions, _pointwise, products, decoding)
     return [case for kind in kinds for case in kind(sizes, draw, batch)]

@@ -67,7 +67,7 @@ class UnfoldedProgram:
 
 
 def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """The model of a folder with no pass run over it: the unfolded network, eager ops throughout."""
+    """Open a model folder with no pass run over it: the unfolded network, eager ops throughout."""
     network, family = _network(folder, device, dtype)
     text, vae = family.text(folder), family.vae(folder)
     sizes = family.fit(network.config, text, vae)
@@ -80,7 +80,7 @@ def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeli
 
 
 def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
-    """The same beside a loaded pipeline, sharing its text encoder's and decoder's weights."""
+    """Return the same for a loaded pipeline; it shares the text encoder's and the decoder's weights."""
     network, _ = _network(pipe.folder, pipe.device, pipe.dtype)
     program: Any = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
     text, vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
@@ -100,7 +100,7 @@ def _network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn
 
 
 def _eager_stage(stage: Any) -> Any:
-    """A copy of a stage that shares its weights and runs on eager ops."""
+    """Return a copy of a stage that shares its weights and runs on eager ops."""
     twin = copy.copy(stage)
     twin.captures = None  # recordings are of the stage's own ops
     if hasattr(stage, "ops"):
@@ -112,7 +112,7 @@ def _eager_stage(stage: Any) -> Any:
 
 
 def build(name: str, pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
-    """The peer's call of `work`. Raises ConfigError where the peer cannot do it or is not installed."""
+    """Return the peer's call of `work`. Raises ConfigError where the peer cannot do it or is not installed."""
     if name not in NAMES:
         raise ConfigError(f"no peer {name!r}; use some of {', '.join(NAMES)}")
     if name == "diffusers":
@@ -124,7 +124,7 @@ def build(name: str, pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
 
 
 def _compile_now(twin: Pipeline, work: Workload) -> None:
-    """The first call, in which torch compiles: minutes, and failure where it finds no compiler."""
+    """Make the first call, in which torch compiles for minutes. Raises ConfigError where it finds no compiler."""
     try:
         work.call(twin, "latent")
     except torch.OutOfMemoryError:
@@ -134,8 +134,8 @@ def _compile_now(twin: Pipeline, work: Workload) -> None:
 
 
 def _diffusers(pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
-    """diffusers' ZImagePipeline: one Euler step from t = 1 to 0 is x0 = z - F(z, 1, 0), where TwinFlow's
-    second time embedder is multiplied by 0."""
+    """Return a call of diffusers' ZImagePipeline: one Euler step from t = 1 to 0 is x0 = z - F(z, 1, 0), where
+    TwinFlow's second time embedder is multiplied by 0."""
     if absent := [m for m in ("diffusers", "transformers") if find_spec(m) is None]:
         raise ConfigError(f"the diffusers peer needs {' and '.join(absent)}; pip install 'twinflow-rt[train]'")
     family = family_of(Checkpoint(pipe.folder / "transformer").config).name
@@ -180,7 +180,7 @@ def _z_image_pipeline(pipe: Pipeline) -> Any:
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, pipe: Pipeline) -> None:
-    """Gives a module on the meta device the checkpoint's weights. Parts that image generation never reads
+    """Give a module on the meta device the checkpoint's weights. Parts that image generation never reads
     (the VAE's encoder) may be absent from declared random weights; they get others of their kind."""
     tensors = {
         name: checkpoint.get(name, pipe.device, pipe.dtype)

@@ -70,7 +70,7 @@ def _axes(height: float = 300, x: str = "", y: str = "") -> tuple[Figure, Axes]:
 
 
 def stage_waterfall(record: Record) -> Figure:
-    """Stages one after the other as in a call; what their sum leaves of the whole call is `between`."""
+    """Draw the stages one after the other as in a call; `between` is what their sum leaves of the whole call."""
     nfe, spans, at = record["settings"]["nfe"], [], 0.0
     for name in ORDER:
         took = record["stages"][name]["median"] * (nfe if name == "velocity" else 1)
@@ -83,7 +83,7 @@ def stage_waterfall(record: Record) -> Figure:
 
 
 def cold_waterfall(record: Record) -> Figure | None:
-    """Phases of a fresh process until the first image, and a second image for comparison."""
+    """Draw the phases of a fresh process until the first image, and a second image for comparison."""
     if record["cold_start"] is None:
         return None
     spans, at = [], 0.0
@@ -95,7 +95,7 @@ def cold_waterfall(record: Record) -> Figure | None:
 
 
 def _waterfall(spans: Sequence[tuple[str, float, float]]) -> Figure:
-    """spans: (name, start, duration), seconds; one bar each, the first on top."""
+    """Draw one bar per span (name, start, duration), in seconds, the first on top."""
     figure, axes = _axes(38 + 26 * len(spans))
     for place, (name, start, took) in enumerate(spans):
         muted = name in ("between", "whole call", "warm image")
@@ -111,12 +111,12 @@ def _waterfall(spans: Sequence[tuple[str, float, float]]) -> Figure:
 
 
 def _label(axes: Axes, text: str, x: float, y: float, offset: tuple[float, float] = (6, -14)) -> None:
-    """Writes beside a point; offset: in points."""
+    """Write beside a point. offset: in points."""
     axes.annotate(text, (x, y), xytext=offset, textcoords="offset points")
 
 
 def roofline(record: Record) -> Figure:
-    """FLOP/s reached against FLOPs per byte of weights, under this run's ceilings."""
+    """Draw the FLOP/s reached against FLOPs per byte of weights, under this run's ceilings."""
     ceilings, dtype = record["ceilings"], record["settings"]["dtype"]
     peak, copy = ceilings["gemm"][dtype], ceilings["copy"]
     points = {
@@ -143,7 +143,7 @@ def roofline(record: Record) -> Figure:
 
 
 def evaluations(record: Record) -> Figure | None:
-    """Median seconds of a call at each number of evaluations; bars span the middle half of the samples."""
+    """Draw the median seconds of a call at each number of evaluations; bars span the middle half of the samples."""
     rows = [row for row in record["evaluations"] if "seconds" in row]
     if not rows:
         return None
@@ -157,7 +157,7 @@ def evaluations(record: Record) -> Figure | None:
 
 
 def memory_timeline(record: Record) -> Figure | None:
-    """Resident and device memory of a cold start over time, with the ends of its phases."""
+    """Draw resident and device memory of a cold start over time, with the ends of its phases."""
     if record["cold_start"] is None:
         return None
     timeline = record["cold_start"]["timeline"]
@@ -178,7 +178,7 @@ def memory_timeline(record: Record) -> Figure | None:
 
 
 def throughput(record: Record) -> Figure | None:
-    """Images per second against batch size and against concurrent callers."""
+    """Draw images per second against batch size and against concurrent callers."""
     figure, axes = _axes(x="images per batch, or callers", y="images per second")
     counts: set[int] = set()
     series = (("batch size", ONE, "batches", "batch"), ("callers", TWO, "concurrency", "threads"))
@@ -196,7 +196,7 @@ def throughput(record: Record) -> Figure | None:
 
 
 def _from_zero(axes: Axes, counts: Sequence[int]) -> None:
-    """Has both axes begin at 0 and the horizontal one state `counts`."""
+    """Have both axes begin at 0 and the horizontal one state `counts`."""
     axes.set_xlim(0, max(counts) + 0.5)
     axes.set_ylim(0, 1.1 * axes.dataLim.y1)
     axes.set_xticks(counts)

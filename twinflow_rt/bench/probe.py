@@ -73,7 +73,7 @@ def cold(task: Task, origin: float) -> dict[str, Any]:
         seen = "text encoder"
 
         def progress(part: str, _: int) -> None:
-            """Ends a phase where `load` goes on to another network."""
+            """End a phase where `load` goes on to another network."""
             nonlocal seen
             if part != seen:
                 synchronize(task.device)

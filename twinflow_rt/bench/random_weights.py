@@ -43,7 +43,7 @@ WORDS = (
 def skeleton(
     name: str, folder: Path, *, scale: float = 1.0, layers: int | None = None, dtype: str = "bfloat16"
 ) -> Path:  # fmt: skip
-    """Writes the folder of model `name` with random weights; kilobytes, whatever the model's size.
+    """Write the folder of model `name` with random weights; kilobytes, whatever the model's size.
 
     scale: factor on all widths, in (0, 1]. layers: at most so many in each deep stack. dtype: of the
     declared weights. Raises ConfigError for a model that this build has no network of.
@@ -64,7 +64,7 @@ def skeleton(
 
 @contextmanager
 def temporary(name: str, **options: Any) -> Iterator[Path]:
-    """`skeleton` in a folder that is removed afterwards; its name is the model's."""
+    """Write `skeleton` into a folder of the model's name that is removed afterwards."""
     with TemporaryDirectory() as parent:
         folder = Path(parent) / f"random-{name}"
         yield skeleton(name, folder, **options)
@@ -88,7 +88,7 @@ def _write_part(folder: Path, config: dict[str, Any], network: nn.Module, layout
 
 
 def checkpoint_shapes(network: nn.Module, layout: Layout, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint that `network` (on the meta device) is read from."""
+    """Return names and shapes of a checkpoint that `network` (on the meta device) is read from."""
     shapes = {}
     for name, tensor in network.state_dict().items():
         names = sources(name, layout.fused)

@@ -15,13 +15,13 @@ Record = dict[str, Any]  # as `schema.RecordFields` describes
 
 
 def save(record: Record, path: str | Path) -> Path:
-    """Writes a record, whole or not at all. Raises ConfigError where it is not one."""
+    """Write a record, whole or not at all. Raises ConfigError where it is not one."""
     validate(record)
     return write_json(path, record)
 
 
 def load(path: str | Path) -> Record:
-    """Reads and validates a record. Raises ConfigError naming what is wrong with it."""
+    """Read and validate a record. Raises ConfigError naming what is wrong with it."""
     try:
         record: Record = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -38,7 +38,7 @@ def load(path: str | Path) -> Record:
 
 
 def timings(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(figure, samples) of everything timed, under names that two records share."""
+    """Yield (figure, samples) of everything timed, under names that two records share."""
     for name, samples in record["stages"].items():
         yield f"stage {name}", samples
     for name, samples in (record["cold_start"] or {"phases": {}})["phases"].items():

@@ -50,7 +50,7 @@ def run(
     model: str | Path = "demo", *, command: str | None = None, say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> Record:  # fmt: skip
-    """Measures a model and returns the record (`schema.RecordFields`; `record.save` writes it).
+    """Measure a model and return the record (`schema.RecordFields`; `record.save` writes it).
 
     options: the fields of `Settings`. command: kept in the record, for others to repeat. say(text):
     told what is being measured. Raises ConfigError, CheckpointError, DeviceError.
@@ -131,7 +131,7 @@ class _Run:
     # -- outputs ----------------------------------------------------------------------------------
 
     def _exact(self) -> tuple[Tensor, Tensor] | None:
-        """Reference outputs, float32; None where not wanted or where they do not fit in memory."""
+        """Return the reference outputs in float32; None where not wanted or where they do not fit in memory."""
         if not self.settings.check:
             return None
         self.say("reference outputs in float32")
@@ -161,7 +161,7 @@ class _Run:
         return Workload(batch_of(settings.prompt, settings.batch), height, width, settings.seed, settings.nfe)
 
     def _contenders(self, pipe: Pipeline, work: Workload) -> dict[str, Contender]:
-        """name -> call(output): ours, the peers, and below float32 the eager network that sets the bar."""
+        """Return name -> call(output): ours, the peers, and below float32 the eager network that sets the bar."""
         found: dict[str, Contender] = {"ours": lambda output="pil": work.call(pipe, output)}
         judged = self.settings.check and self.dtype != torch.float32 and self.settings.tolerance is None
         for name in dict.fromkeys((*self.settings.peers, *(("eager",) if judged else ()))):
@@ -195,8 +195,10 @@ class _Run:
     def _time(
         self, pipe: Pipeline, work: Workload, contenders: dict[str, Contender]
     ) -> tuple[dict[str, Samples], Ceilings, float]:
-        """Stages, whole calls and peers in turns; ceilings before and after (the better counts), and the
-        ratio of the later to the earlier: how much the machine changed meanwhile."""
+        """Time stages, whole calls and peers in turns; measure ceilings before and after (the better counts).
+
+        Returns the ratio of the later ceiling to the earlier, too: how much the machine changed meanwhile.
+        """
         settings = self.settings
         asked = {f"peer {name}": contenders[name] for name in settings.peers if name in contenders}
         calls = {**stages(pipe, work), "total": contenders["ours"], **asked}
@@ -214,7 +216,7 @@ class _Run:
         return timed, before.best(after), drift
 
     def _compare(self, timed: dict[str, Samples], verdicts: dict[str, Verdict]) -> list[dict[str, Any]]:
-        """The peers: a speed-up stands only where both outputs passed."""
+        """Return the peers' part of the record: a speed-up stands only where both outputs passed."""
         rows = []
         for name in self.settings.peers:
             samples, verdict = timed.get(f"peer {name}"), verdicts.get(name)
@@ -245,7 +247,7 @@ class _Run:
 
 @contextmanager
 def _float32_is_float32() -> Iterator[None]:
-    """Keeps cuDNN's convolutions from rounding float32 to TF32: the reference must not, nor what is held to it."""
+    """Keep cuDNN's convolutions from rounding float32 to TF32: the reference must not, nor what is held to it."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -55,5 +55,5 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """The model's, without the folders it lies in."""
+        """The model's name, without the folders it lies in."""
         return f"random-{self.random_weights}" if self.random_weights else Path(self.model).name

@@ -20,8 +20,10 @@ PRODUCERS = ("rms_norm", "layer_norm", "residual_norm", "residual_layer_norm", "
 
 
 def implementations(case: Case, target: Target, key: str | None = None) -> tuple[dict[str, Op], dict[str, str]]:
-    """The implementations that serve the case on `target` here, and why the others do not. key: the case's in
-    `IMPLEMENTATIONS`, if not its op."""
+    """Return the implementations that serve the case on `target` here, and why the others do not.
+
+    key: the case's in `IMPLEMENTATIONS`, if not its op.
+    """
     usable, refused = {}, {}
     for name, implementation in IMPLEMENTATIONS[key or case.op].items():
         if name == "eager":
@@ -34,7 +36,7 @@ def implementations(case: Case, target: Target, key: str | None = None) -> tuple
 
 
 def aimed(case: Case, target: Target) -> Target:
-    """`target` for networks of the rows that a case of `QUANTIZED_OPS` has."""
+    """Return `target` for networks quantized as the case is, for a case of `QUANTIZED_OPS`."""
     kind = case.name.rpartition(", ")[2]
     return replace(target, quantized=QUANTIZED[kind]) if case.op in QUANTIZED_OPS else target
 
@@ -55,7 +57,7 @@ def standalone(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> 
 
 
 def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """(..., values, scales) -> (..., values * scales): what a matrix product will see."""
+    """Return (..., values * scales) for (..., values, scales): what a matrix product will see."""
     *before, values, scales = result
     return (*before, values.float() * scales)
 
@@ -91,7 +93,8 @@ def _product(s: Sizes, draw: Draw, kind: str) -> Case:
 
 
 def _attention(s: Sizes, draw: Draw) -> Case:
-    """Judged against its definition: float64 attention of the quantized queries and keys."""
+    """Return the case of float8 attention, judged by its definition: float64 attention of the quantized queries and
+    keys."""
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
         rows = (ops.quantize_rows(x, QUANTIZED["float8"]) for x in (q, k))

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def batches(pipe: Pipeline, work: Workload, sizes: Iterable[int], repeats: int, max_seconds: float) -> list[Row]:
-    """Seconds per call, images per second and peak memory for each batch size; sizes take turns.
+    """Measure seconds per call, images per second and peak memory of each batch size; sizes take turns.
 
     A size that does not fit in memory gets a reason instead.
     """
@@ -42,7 +42,7 @@ def batches(pipe: Pipeline, work: Workload, sizes: Iterable[int], repeats: int, 
 
 
 def concurrency(pipe: Pipeline, work: Workload, callers: Iterable[int], repeats: int) -> list[Row]:
-    """Latency that each of n simultaneous callers sees, and images per second of all together.
+    """Measure the latency that each of n simultaneous callers sees, and images per second of all together.
 
     Each caller makes `repeats` calls, one after the other; all begin at once.
     """
@@ -81,7 +81,7 @@ def _callers(pipe: Pipeline, work: Workload, count: int, repeats: int) -> Row:
 
 
 def evaluations(pipe: Pipeline, work: Workload, counts: Iterable[int], repeats: int, max_seconds: float) -> list[Row]:
-    """Seconds per call at each number of evaluations, one after the other, as each folds the program anew
+    """Measure seconds per call at each number of evaluations, one after the other, as each folds the program anew
     (in the warm-up). The workload's own comes first: what was absorbed into weights for one evaluation
     is not after another schedule. A saved artifact holds one schedule: the others get a reason."""
     rows: list[Row] = []

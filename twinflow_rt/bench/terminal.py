@@ -16,7 +16,7 @@ COLOURS = {"faster": "green", "better": "green", "slower": "red", "worse": "red"
 
 
 def seconds(value: float) -> str:
-    """Three digits and a unit."""
+    """Return three digits and a unit."""
     for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
         if value * factor >= 1 or unit == "us":
             return f"{value * factor:.3g} {unit}" if value * factor < 1000 else f"{value * factor:.0f} {unit}"
@@ -37,7 +37,7 @@ def rate(value: float, unit: str) -> str:
 
 
 def headline(record: Record) -> list[str]:
-    """What was measured where, in words."""
+    """Return what was measured where, in words."""
     machine, asked, ceilings = record["machine"], record["settings"], record["ceilings"]
     gpu = machine["gpu"]
     where = gpu["name"] if gpu else f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
@@ -53,7 +53,7 @@ def headline(record: Record) -> list[str]:
 
 
 def show(record: Record, console: Console | None = None) -> None:
-    """Prints a record."""
+    """Print a record."""
     tables = [_stages(record), _cold(record), _sweeps(record), _peers(record)]
     notes = [f"note: {note}" for note in record["notes"]]
     lines = [Text(line) for line in headline(record)]
@@ -116,20 +116,31 @@ def _sweeps(record: Record) -> Table | None:
     return table if table.row_count else None
 
 
-def _peers(record: Record) -> Table | None:
-    if not record["peers"]:
-        return None
-    table = _table("Against peers: whole calls in the same rounds", "peer", "median", "speed-up", "95%", "why")
+PEER_COLUMNS = ("peer", "median", "speed-up", "95% interval", "why")
+
+
+def peer_rows(record: Record) -> list[tuple[str, ...]]:
+    """Return a line of text per peer, of `PEER_COLUMNS`."""
+    rows = []
     for peer in record["peers"]:
         median = seconds(peer["seconds"]["median"]) if peer["seconds"] else "-"
         ratio = f"{peer['speedup']:.2f}x" if peer["speedup"] is not None else "refused"
         interval = "{:.2f} to {:.2f}".format(*peer["interval"]) if peer["interval"] else "-"
-        table.add_row(peer["name"], median, ratio, interval, peer["reason"])
+        rows.append((peer["name"], median, ratio, interval, peer["reason"]))
+    return rows
+
+
+def _peers(record: Record) -> Table | None:
+    if not record["peers"]:
+        return None
+    table = _table("Against peers: whole calls in the same rounds", *PEER_COLUMNS)
+    for row in peer_rows(record):
+        table.add_row(*row)
     return table
 
 
 def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints a comparison; gated figures are marked."""
+    """Print a comparison; gated figures are marked."""
     console = console or Console()
     table = Table(title="B against A", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for name, fixed in (("figure", True), ("verdict", True), ("why", False)):

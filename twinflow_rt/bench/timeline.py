@@ -39,7 +39,7 @@ class Timeline:
         self._sample()
 
     def mark(self, name: str) -> float:
-        """The phase `name` ends here; returns the seconds since the origin."""
+        """End the phase `name` here; return the seconds since the origin."""
         now = time.monotonic() - self.origin
         self.marks.append((now, name))
         self._sample()
@@ -53,7 +53,7 @@ class Timeline:
         self.samples.append((time.monotonic() - self.origin, resident_bytes(), _device_bytes()))
 
     def to_dict(self, most: int = 400) -> dict[str, Any]:
-        """At most `most` samples, evenly chosen, the last one and the highest always among them."""
+        """Return at most `most` samples, evenly chosen, the last one and the highest always among them."""
         chosen = set(range(0, len(self.samples), max(1, -(-len(self.samples) // most))))
         chosen |= {len(self.samples) - 1} | {
             max(range(len(self.samples)), key=lambda i: self.samples[i][column]) for column in (1, 2)

@@ -50,7 +50,7 @@ class Samples:
         return float(np.quantile(self.seconds, q))
 
     def to_dict(self) -> dict[str, Any]:
-        """Summary and samples, seconds."""
+        """Return summary and samples, in seconds, as JSON can hold them."""
         return {
             "median": self.median, "p50": self.quantile(0.5), "p90": self.quantile(0.9), "p99": self.quantile(0.99),
             "mad": self.mad, "iqr": self.iqr, "min": min(self.seconds), "samples": list(self.seconds),
@@ -61,7 +61,8 @@ def interleave(
     calls: Mapping[str, Callable[[], Any]], *, device: torch.device | str = "cpu", repeats: int = 20, warmup: int = 3,
     max_seconds: float = math.inf, clock: str = "wall", flush_l2: bool = False, seed: int = 0,
 ) -> dict[str, Samples]:  # fmt: skip
-    """name -> Samples of each callable: `warmup` unmeasured rounds, then up to `repeats` measured ones.
+    """Time each callable, and return its Samples by name: `warmup` unmeasured rounds, then up to `repeats` measured
+    ones.
 
     max_seconds: no new round begins after so long (three are run in any case, or `repeats` if fewer).
     Raises ConfigError for repeats < 1 or warmup < 0; whatever a callable raises is passed on.
@@ -84,5 +85,5 @@ def interleave(
 
 
 def measure(call: Callable[[], Any], **options: Any) -> Samples:
-    """`interleave` of one callable."""
+    """Time one callable; options as of `interleave`."""
     return interleave({"": call}, **options)[""]

@@ -30,7 +30,7 @@ PROMPTS = ("a photograph of a lighthouse in a storm at dusk", "two red squares a
 
 
 def batch_of(prompt: str | None, count: int) -> tuple[str, ...]:
-    """`count` different prompts, so that nothing is computed once for all: the given one or the built-in
+    """Return `count` different prompts, so that nothing is computed once for all: the given one or the built-in
     ones, then variations."""
     base = (prompt,) if prompt is not None else PROMPTS
     return tuple(base[k] if k < len(base) else f"{base[k % len(base)]} variation {k}" for k in range(count))
@@ -51,18 +51,18 @@ class Workload:
         return [self.seed + k for k in range(len(self.prompts))]
 
     def call(self, pipe: Pipeline, output: str = "pil") -> Any:
-        """The images of one whole call."""
+        """Return the images of one whole call."""
         return pipe(
             list(self.prompts), height=self.height, width=self.width, seed=self.seed, nfe=self.nfe, output=output
         ).images
 
     def shape(self, pipe: Pipeline) -> tuple[int, int, int]:
-        """Of one latent."""
+        """Return the shape of one latent, [C, H, W]."""
         return pipe.vae.channels, self.height // pipe.vae.scale, self.width // pipe.vae.scale
 
 
 def stages(pipe: Pipeline, work: Workload) -> dict[str, Callable[[], Any]]:
-    """name -> one run of that stage alone, on inputs made by the stages before it."""
+    """Return name -> one run of that stage alone, on inputs made by the stages before it."""
     pipe.program.refold(schedule(preset(work.nfe), pipe.dtype))
     network: Any = pipe.program.network
     with torch.inference_mode():
@@ -83,7 +83,7 @@ def stages(pipe: Pipeline, work: Workload) -> dict[str, Callable[[], Any]]:
 
 
 def exact_outputs(pipe: Pipeline, work: Workload, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Latents x0 and images [B, 3, H, W] of a float32 pipeline that starts from the noise a pipeline in
+    """Return latents x0 and images [B, 3, H, W] of a float32 pipeline that starts from the noise a pipeline in
     `dtype` starts from, at the times that one evaluates: what its outputs would be without rounding.
 
     (With several evaluations the state between them is rounded to `dtype`, as the sampler does there.)
@@ -104,6 +104,6 @@ def exact_outputs(pipe: Pipeline, work: Workload, dtype: torch.dtype) -> tuple[T
 
 
 def outputs(call: Callable[[str], Tensor], kinds: Sequence[str] = ("latent", "pt")) -> tuple[Tensor, ...]:
-    """Latents and images of a contender, float32 on the host; call(output) makes them."""
+    """Return latents and images of a contender, float32 on the host; call(output) makes them."""
     with torch.inference_mode():
         return tuple(call(kind).float().cpu() for kind in kinds)

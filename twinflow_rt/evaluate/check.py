@@ -46,7 +46,7 @@ class Scores:
 
 
 def check(image: ArrayLike, scene: Scene) -> Verdict:
-    """Examines one image (uint8 [H, W, 3] or PIL) against the scene's caption.
+    """Examine one image (uint8 [H, W, 3] or PIL) against the scene's caption.
 
     Each kind needs the asked shapes, in the asked colours; more than asked is wrong in counting
     only, where the shape must appear exactly so often in any colour. In position, every first
@@ -58,7 +58,7 @@ def check(image: ArrayLike, scene: Scene) -> Verdict:
 
 
 def score(images: Iterable[ArrayLike], scenes: Sequence[Scene]) -> Scores:
-    """Checks images[i] against scenes[i]. ConfigError if there is not one image per scene."""
+    """Check images[i] against scenes[i]. Raises ConfigError if there is not one image per scene."""
     images = list(images)
     if len(images) != len(scenes) or not scenes:
         raise ConfigError(
@@ -80,13 +80,13 @@ def examine(
     split: Split = "heldout",
     seed: int = 0,
 ) -> Scores:
-    """Scores `generate(captions) -> images` on `per_kind` captions of each kind."""
+    """Score `generate(captions) -> images` on `per_kind` captions of each kind."""
     scenes = [s for kind in KINDS for s in prompts(kind, per_kind, split, seed)]
     return score(generate([s.caption for s in scenes]), scenes)
 
 
 def relations(first: Detection, second: Detection) -> set[str]:
-    """Where `first` is as seen from `second`: none, one or (on a diagonal) two of RELATIONS.
+    """Return where `first` is as seen from `second`: none, one or (on a diagonal) two of RELATIONS.
 
     GenEval's rule: the offset less MARGIN x both sizes, over the offset's length, exceeds 1/2.
     """
@@ -101,7 +101,7 @@ def _matches(found: Iterable[Detection], asked: Requirement) -> list[Detection]:
 
 
 def _faults(found: list[Detection], scene: Scene) -> Iterable[str]:
-    """The reasons why the detections fail the scene, worst first; lazily."""
+    """Yield the reasons why the detections fail the scene, worst first."""
     for asked in scene.required:
         name = f"{asked.color} {asked.shape}" if asked.color else asked.shape
         matching = _matches(found, asked)
@@ -117,7 +117,7 @@ def _faults(found: list[Detection], scene: Scene) -> Iterable[str]:
 
 
 def _confusion(verdicts: Iterable[Verdict], scenes: Iterable[Scene]) -> Confusion:
-    """Counts of (asked, shown); see Scores."""
+    """Count (asked, shown); see Scores."""
     counts: dict[str, Counter[tuple[object, object]]] = {
         name: Counter() for name in ("shape", "color", "count", "relation")
     }

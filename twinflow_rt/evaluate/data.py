@@ -12,7 +12,7 @@ from .check import Scores, score
 
 
 def score_data(vae_folder: Path, per_kind: int = 50, seed: int = 0) -> dict[str, Scores]:
-    """Scores of `per_kind` rendered scenes of each kind, "drawn" and "encoded": encoded and decoded by the
+    """Score `per_kind` rendered scenes of each kind, "drawn" and "encoded": encoded and decoded by the
     VAE in `vae_folder`. The first bounds what the checker can give, the second what a generator can get."""
     import torch
 

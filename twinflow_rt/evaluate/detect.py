@@ -35,7 +35,7 @@ class Detection:
 
 
 def detect(image: ArrayLike) -> list[Detection]:
-    """All shapes in `image` (uint8 [H, W, 3] or a PIL image), largest first.
+    """Return all shapes in `image` (uint8 [H, W, 3] or a PIL image), largest first.
 
     A pixel is modelled as p = b + a (c - b): background b (median of the border), palette colour c,
     cover a. It belongs to the colour of least residual, and to an object of it where a > 1/2; so
@@ -69,7 +69,7 @@ def detect(image: ArrayLike) -> list[Detection]:
 
 
 def _unmix(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-    """Cover [colours, H, W] in [0, 1] and the index [H, W] of the fitting colour, or -1 (none)."""
+    """Return the cover [colours, H, W] in [0, 1] and the index [H, W] of the fitting colour, or -1 (none)."""
     border = [pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]]
     background = np.median(np.concatenate([b.reshape(-1, 3) for b in border]), axis=0)
     lines = np.asarray(list(COLORS.values()), np.float32) - background
@@ -83,7 +83,7 @@ def _unmix(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np
 
 
 def _best_shape(cover: NDArray[np.float32], color: str) -> Detection:
-    """The shape that overlaps best with one object's cover [H, W]."""
+    """Return the shape that overlaps best with one object's cover [H, W]."""
     total = float(cover.sum())
     columns, rows = np.arange(cover.shape[1]) + 0.5, np.arange(cover.shape[0]) + 0.5
     cx, cy = float(cover.sum(0) @ columns) / total, float(cover.sum(1) @ rows) / total

@@ -11,7 +11,7 @@ from ..training.scenes import KINDS, Scene, prompts, render, sample_scene
 
 
 def pairwise_distance(images: ArrayLike) -> float:
-    """Mean root-mean-square distance of all pairs of images [N, H, W, 3], N >= 2, in units of 1/255."""
+    """Return the mean root-mean-square distance of all pairs of images [N, H, W, 3], N >= 2, in units of 1/255."""
     stack = np.asarray(images, np.float64)
     flat = stack.reshape(len(stack), -1)
     square = np.square(flat).sum(1)
@@ -22,7 +22,7 @@ def pairwise_distance(images: ArrayLike) -> float:
 def diversity(
     generate: Callable[[list[str]], ArrayLike], captions: int = 2, images: int = 16, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean pairwise distance over `images` images of each of `captions` captions a kind: of the
+    """Return the mean pairwise distance over `images` images of each of `captions` captions a kind: of the
     generator, and of rendered scenes with the same captions. The ratio of the two is 1 for a
     generator whose images vary as the data do."""
     asked = [s for kind in KINDS for s in prompts(kind, captions, "train", seed)]
@@ -33,7 +33,7 @@ def diversity(
 
 
 def _renders(scene: Scene, count: int, seed: int) -> np.ndarray:
-    """`count` other scenes with this caption, drawn."""
+    """Return pictures of `count` other scenes with this caption."""
     rng = np.random.default_rng(seed)
     found: list[np.ndarray] = []
     while len(found) < count:

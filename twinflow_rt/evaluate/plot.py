@@ -84,7 +84,7 @@ def write(figure: Figure, path: Path) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry of the command."""
+    """Run the command; return its exit status."""
     if len(argv) < 2 or not all("=" in pair for pair in argv[1:]):
         print(__doc__, file=sys.stderr)
         return 2

@@ -25,9 +25,9 @@ def contact_sheet(
     verdicts: Sequence[Verdict] | None = None,
     columns: int = 6,
 ) -> Image:
-    """A PIL image with one framed cell per image: its caption, and the verdict in green or red.
+    """Return a PIL image with one framed cell per image: its caption, and the verdict in green or red.
 
-    `verdicts` are computed if not given. ConfigError if the lengths differ.
+    `verdicts` are computed if not given. Raises ConfigError if the lengths differ.
     """
     from PIL import Image, ImageDraw
 

@@ -23,7 +23,7 @@ LATENT_NOISE = 0.05  # the decoder must bear what a one-step generator gets slig
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    """Return uint8 [B, H, W, 3] as float32 [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -50,7 +50,7 @@ class Autoencoder(nn.Module):
 
 
 def _draw(batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """Fresh scenes; numpy's generator is seeded from torch's, whose state is checkpointed."""
+    """Draw fresh scenes; numpy's generator is seeded from torch's, whose state is checkpointed."""
     rng = np.random.default_rng(int(torch.randint(2**62, ())))
     return to_tensor(np.stack([render(sample_scene(rng)) for _ in range(batch)])).to(device)
 
@@ -64,7 +64,7 @@ def train_autoencoder(
     log: Callable[[str], None] = print,
     device: torch.device | str = "cpu",
 ) -> Path:
-    """Trains or resumes in folder `out`; returns `out`/final, for AutoencoderKL.from_pretrained.
+    """Train or resume in folder `out`; return `out`/final, for AutoencoderKL.from_pretrained.
 
     A folder already finished is returned as it is. shift_factor and scaling_factor normalise
     latents to mean 0, standard deviation 1 over scenes: (z - shift_factor) * scaling_factor.
@@ -88,7 +88,7 @@ def train_autoencoder(
 
 
 def load_autoencoder(folder: Path) -> nn.Module:
-    """The finished autoencoder, in evaluation mode."""
+    """Open the finished autoencoder, in evaluation mode."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
@@ -96,6 +96,6 @@ def load_autoencoder(folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def encode_images(vae: nn.Module, images: np.ndarray) -> Tensor:
-    """uint8 [B, H, W, 3] -> normalised latents (mean of the posterior) [B, 4, H/4, W/4] float32."""
+    """Return the normalised latents (mean of the posterior) of uint8 [B, H, W, 3]: [B, 4, H/4, W/4] float32."""
     z = vae.encode(to_tensor(images).to(vae.device)).latent_dist.mean
     return (z - vae.config.shift_factor) * vae.config.scaling_factor

@@ -72,7 +72,7 @@ RECIPES = {
 
 
 def init_weights(network: ZImageTransformer) -> None:
-    """Xavier linears; zero modulation and output, so that every block starts as the identity."""
+    """Give linear layers Xavier weights, modulation and output zeros, so that every block starts as the identity."""
     for name, p in network.named_parameters():
         if "adaLN" in name or "all_final_layer" in name or name.endswith("bias"):
             torch.nn.init.zeros_(p)
@@ -92,7 +92,7 @@ class DemoModel(torch.nn.Module):
         self.text_encoder = build_text_encoder(vocab, TRANSFORMER.cap_feat_dim)
 
     def embed(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids [B, L] and lengths [B], on the CPU -> (prompt_embeds [B, L, D], lengths)."""
+        """Return (prompt_embeds [B, L, D], lengths) of token ids [B, L] and lengths [B], which are on the CPU."""
         longest = int(lengths.max())
         ids = ids[:, :longest]
         mask = torch.arange(longest) < lengths[:, None]
@@ -126,7 +126,7 @@ class LatentData:
 def encode_scenes(
     out: Path, vae_dir: Path, tokenizer: object, recipe: Recipe, log: Callable, device: torch.device
 ) -> LatentData:
-    """Renders and encodes the training scenes once; cached in `out`/latents.pt."""
+    """Render and encode the training scenes once; cached in `out`/latents.pt."""
     cache = out / "latents.pt"
     captions = Captions(tokenizer)
     if not cache.exists():
@@ -156,7 +156,7 @@ def _run(trainer: Trainer, compile: bool) -> DemoModel:
 
 
 def flow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
-    """Flow-matching pretraining, learning rates high to the end: another stage follows."""
+    """Return the trainer of flow-matching pretraining, learning rates high to the end: another stage follows."""
     config = TrainerConfig(
         steps=recipe.flow_steps, lr=3e-3, muon=0.03, floor=0.3, ema=0.999, seed=recipe.seed
     )  # fmt: skip
@@ -164,14 +164,15 @@ def flow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, 
 
 
 def settle_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
-    """Flow matching at rates that fall to nearly nothing: what the pretraining had seen, kept."""
+    """Return the trainer of flow matching at rates that fall to nearly nothing, on what the pretraining saw."""
     model.requires_grad_(True)
     config = _falling(recipe.settle_steps, recipe.seed + 1)
     return Trainer("settle", model, _flow_loss(data, recipe, recipe.settle_batch), config, out, log)
 
 
 def last_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
-    """The recipe's objective from the settled flow; TwinFlow and RCGM leave the text encoder frozen."""
+    """Return the trainer of the recipe's objective from the settled flow; TwinFlow and RCGM leave the text encoder
+    frozen."""
     model.requires_grad_(True)
     if recipe.objective:
         model.text_encoder.requires_grad_(False)
@@ -186,7 +187,7 @@ def _falling(steps: int, seed: int) -> TrainerConfig:
 
 
 def _flow_loss(data: LatentData, recipe: Recipe, batch: int) -> Loss:
-    """Flow matching at tt = t, with prompts dropped at random (for guidance)."""
+    """Return the loss of flow matching at tt = t, with prompts dropped at random (for guidance)."""
 
     def loss(current: DemoModel, _: DemoModel, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         x, ids, lengths = data.draw(batch)
@@ -201,7 +202,7 @@ def _flow_loss(data: LatentData, recipe: Recipe, batch: int) -> Loss:
 
 
 def _objective_loss(model: DemoModel, data: LatentData, objective: ObjectiveConfig, batch: int) -> Loss:
-    """TwinFlow's objective (and RCGM's: the same without the twin) on frozen prompt embeddings."""
+    """Return the loss of TwinFlow's objective (and RCGM's: the same without the twin) on frozen prompt embeddings."""
     with torch.no_grad():
         empty = model.embed(*data.empty)
 
@@ -225,7 +226,7 @@ def train(
     out: Path, recipe: Recipe, log: Callable[[str], None] = print, compile: bool = False,
     device: torch.device = CPU,
 ) -> Path:  # fmt: skip
-    """Runs or resumes `recipe` in folder `out`; returns the finished model folder `out`/`recipe.name`/model.
+    """Run or resume `recipe` in folder `out`; return the finished model folder `out`/`recipe.name`/model.
 
     The same seed on the same device and machine gives the same model, interrupted or not.
     `compile` runs the network through torch.compile: 1.6 times as fast on two cores after a minute or

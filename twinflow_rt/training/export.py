@@ -28,7 +28,7 @@ def save_model(
     folder: Path, network: nn.Module, text_encoder: nn.Module, tokenizer: object, vae_dir: Path,
     dtype: torch.dtype = torch.float16,
 ) -> Path:  # fmt: skip
-    """Saves network (keys split into the checkpoint's names), text encoder, tokenizer and VAE in `dtype`.
+    """Save network (keys split into the checkpoint's names), text encoder, tokenizer and VAE in `dtype`.
 
     The folder appears under its name only when complete; only then does an older one go.
     """

@@ -17,7 +17,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices U V^T of g = U S V^T, roughly: singular values in about 0.7..1.2.
+    """Return the nearest semi-orthogonal matrices U V^T of g = U S V^T, roughly: singular values in about 0.7..1.2.
 
     g: [..., m, n], any floating dtype; the result has its shape and dtype.
     """

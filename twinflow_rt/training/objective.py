@@ -45,13 +45,13 @@ class ObjectiveConfig:
 
 
 def flow_matching_loss(velocity: Velocity, x: Tensor, t: Tensor, cond: object) -> Tensor:
-    """mean |F(x_t, t, t) - (z - x)|^2, x_t = t z + (1 - t) x   (arXiv 2210.02747). t: [B]."""
+    """Return mean |F(x_t, t, t) - (z - x)|^2, x_t = t z + (1 - t) x   (arXiv 2210.02747). t: [B]."""
     z = torch.randn_like(x)
     return (velocity(_mix(x, z, t), t, t, cond) - (z - x)).square().mean()
 
 
 def twin_times(t: Tensor) -> tuple[Tensor, Tensor]:
-    """The (t, tt) that mark time t of the twin trajectory for Z-Image's embedder."""
+    """Return the (t, tt) that mark time t of the twin trajectory for Z-Image's embedder."""
     return t, -t
 
 
@@ -69,7 +69,7 @@ class TwinFlowObjective:
         self.velocity, self.target, self.config, self.pick, self.drop = velocity, target, config, pick, drop
 
     def __call__(self, x: Tensor, cond: object) -> tuple[Tensor, dict[str, Tensor]]:
-        """x: clean latents [B, C, H, W] float32, B >= 4. Returns (loss, detached parts by name)."""
+        """Return (loss, detached parts by name). x: clean latents [B, C, H, W] float32, B >= 4."""
         cfg = self.config
         e2e, _, jump, twin = masks = self._split(len(x), x.device)
         with torch.no_grad():
@@ -97,14 +97,14 @@ class TwinFlowObjective:
         return loss, parts
 
     def _split(self, batch: int, device: torch.device) -> list[Tensor]:
-        """Boolean masks [B] of the four parts, contiguous, in order."""
+        """Return boolean masks [B] of the four parts, contiguous, in order."""
         ends = torch.tensor(self.config.parts).cumsum(0)
         edges = [0, *(ends / ends[-1] * batch).round().int().tolist()]
         index = torch.arange(batch, device=device)
         return [(index >= a) & (index < b) for a, b in pairwise(edges)]
 
     def _inputs(self, x: Tensor, cond: object, masks: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean latents (the twin part replaced by own one-step samples) and times t, tt [B]."""
+        """Return clean latents (the twin part replaced by own one-step samples) and times t, tt [B]."""
         e2e, mul, _, twin = masks
         a, b = (torch.tensor(v, device=x.device) for v in self.config.time_beta)
         t = torch.distributions.Beta(a, b).sample((len(x),)).clamp(1e-3, 1)
@@ -120,13 +120,13 @@ class TwinFlowObjective:
         return x, t, tt
 
     def _guide(self, x_t: Tensor, t: Tensor, cond: object) -> Tensor:
-        """Classifier-free guidance (arXiv 2207.12598) as a correction of the target."""
+        """Correct the target by classifier-free guidance (arXiv 2207.12598)."""
         return self.config.guidance * (self.target(x_t, t, t, cond) - self.target(x_t, t, t, self.drop(cond)))
 
     def _rcgm_target(
         self, velocity: Tensor, target: Tensor, x_t: Tensor, t: Tensor, tt: Tensor, cond: object
     ) -> Tensor:
-        """F - clamp(r), with r the violation of  (t - tt) F = delta * target + integral from t - delta to tt,
+        """Return F - clamp(r), with r the violation of  (t - tt) F = delta * target + integral from t - delta to tt,
         divided by delta (by t - tt where the jump is shorter than delta)."""
         cfg = self.config
         step = torch.minimum(t - tt, torch.full_like(t, cfg.delta)).clamp_min(1e-4)
@@ -141,7 +141,7 @@ class TwinFlowObjective:
         return velocity - residual.clamp(-cfg.clamp, cfg.clamp)
 
     def _rectify(self, z: Tensor, velocity: Tensor, cond: object) -> Tensor:
-        """Loss whose gradient moves F along clamp(v_twin - v_real) at random times of the samples z - F."""
+        """Return the loss whose gradient moves F along clamp(v_twin - v_real) at random times of the samples z - F."""
         with torch.no_grad():
             x = z - velocity
             t = torch.rand(len(x), device=x.device)
@@ -160,7 +160,7 @@ def _mix(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
 
 
 def _balanced(error: Tensor, c: float = 1e-3) -> Tensor:
-    """Per-sample robust loss [B]: mse weighted by 1 / sqrt(mse + c^2), weight detached (Barron's
+    """Return the per-sample robust loss [B]: mse weighted by 1 / sqrt(mse + c^2), weight detached (Barron's
     general loss at alpha = 1, arXiv 1701.03077), so that easy and hard times pull alike."""
     mse = error.square().flatten(1).mean(1)
     return mse * (mse.detach() + c * c).rsqrt()

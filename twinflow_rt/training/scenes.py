@@ -84,7 +84,7 @@ class Scene:
 
 
 def is_heldout(first: tuple[str, str], second: tuple[str, str]) -> bool:
-    """Whether the unordered pair of (shape, color) objects is kept for evaluation (1 in 6)."""
+    """Return whether the unordered pair of (shape, color) objects is kept for evaluation (1 in 6)."""
     colors = list(COLORS)
     a, b = sorted((SHAPES.index(s), colors.index(c)) for s, c in (first, second))
     return (a[1] + 2 * b[1] + a[0] + b[0]) % 6 == 0
@@ -93,7 +93,7 @@ def is_heldout(first: tuple[str, str], second: tuple[str, str]) -> bool:
 def sample_scene(
     rng: np.random.Generator, split: Split = "train", kind: str | None = None
 ) -> Scene:
-    """Draws a scene, of a random kind (shares as in `KINDS`) unless `kind` is given.
+    """Draw a scene, of a random kind (shares as in `KINDS`) unless `kind` is given.
 
     Scenes with two different objects show a held-out pair exactly if `split` is "heldout"; the
     other kinds have one distribution in both splits. ConfigError for an unknown split or kind.
@@ -110,13 +110,13 @@ def sample_scene(
 
 
 def prompts(kind: str, n: int, split: Split = "heldout", seed: int = 0) -> list[Scene]:
-    """`n` scenes of one kind, the same for the same arguments."""
+    """Return `n` scenes of one kind, the same for the same arguments."""
     rng = np.random.default_rng([seed, *kind.encode()])
     return [sample_scene(rng, split, kind) for _ in range(n)]
 
 
 def render(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
-    """Draws the scene: uint8 [size, size, 3], anti-aliased by the distance to each outline."""
+    """Draw the scene: uint8 [size, size, 3], anti-aliased by the distance to each outline."""
     image = np.full((size, size, 3), float(scene.background), np.float32)
     scale = size / SIZE
     for o in scene.objects:
@@ -132,7 +132,8 @@ def render(scene: Scene, size: int = SIZE) -> NDArray[np.uint8]:
 
 
 def _triangle(x: Plane, y: Plane, r: float) -> Plane:
-    """Upright isosceles triangle filling the box: distance to its base and its two sides."""
+    """Return the distance to an upright isosceles triangle that fills the box: distance to its base and its two
+    sides."""
     side = (2 * np.abs(x) - y - r) / math.sqrt(5)
     return np.maximum(side, y - r)
 
@@ -152,13 +153,13 @@ DISTANCE: dict[str, Callable[[Plane, Plane, float], Plane]] = {
 
 
 def _pick(rng: np.random.Generator, values: Iterable[str], n: int = 1) -> list[str]:
-    """`n` different values."""
+    """Draw `n` different values."""
     names = list(values)
     return [names[i] for i in rng.permutation(len(names))[:n]]
 
 
 def _same_objects(rng: np.random.Generator, kind: str) -> Scene:
-    """single, colors, counting: one to four equal objects."""
+    """Draw a scene of kind single, colors or counting: one to four equal objects."""
     (shape,), (color,) = _pick(rng, SHAPES), _pick(rng, COLORS)
     n = int(rng.integers(2, 5)) if kind == "counting" else 1
     named = color if kind == "colors" or (n > 1 and rng.random() < 0.5) else None
@@ -169,7 +170,7 @@ def _same_objects(rng: np.random.Generator, kind: str) -> Scene:
 
 
 def _two_objects(rng: np.random.Generator, kind: str, split: Split) -> Scene:
-    """two, position, attribution: two objects of different shape."""
+    """Draw a scene of kind two, position or attribution: two objects of different shape."""
     while True:
         shapes = _pick(rng, SHAPES, 2)
         # colours that the caption binds differ, or swapping them would be no error
@@ -198,7 +199,7 @@ def _background(rng: np.random.Generator) -> int:
 def _place(
     rng: np.random.Generator, pairs: list[tuple[str, str]], angle: float
 ) -> tuple[SceneObject, ...]:
-    """Puts the objects on a ring around the centre, the first at `angle`, without touching."""
+    """Put the objects on a ring around the centre, the first at `angle`, without touching."""
     n = len(pairs)
     while True:
         radius, size = rng.uniform(*_RADII[n]), rng.uniform(*_SIZES[n])
@@ -217,7 +218,7 @@ def _place(
 
 
 def _fits(objects: list[SceneObject]) -> bool:
-    """Boxes lie 2 px inside the image and 3 px apart."""
+    """Return whether boxes lie 2 px inside the image and 3 px apart."""
     if any(not o.size / 2 + 2 <= c <= SIZE - 2 - o.size / 2 for o in objects for c in (o.cx, o.cy)):
         return False
     return all(

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(seed: int) -> object:
-    """Learns a byte-level BPE of 512 tokens from training captions; any string can be encoded."""
+    """Learn a byte-level BPE of 512 tokens from training captions; any string can be encoded."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -50,7 +50,7 @@ class Captions:
         self.tokenizer = tokenizer
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Returns ids [N, 32] int64 and lengths [N] int64."""
+        """Return ids [N, 32] int64 and lengths [N] int64."""
         chats = [
             self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=True
@@ -62,7 +62,7 @@ class Captions:
 
 
 def build_text_encoder(vocab: int, width: int) -> nn.Module:
-    """A Qwen3Model of three layers; prompt_embeds are what enters its last (hidden_states[-2])."""
+    """Return a Qwen3Model of three layers; prompt_embeds are what enters its last (hidden_states[-2])."""
     from transformers import Qwen3Config, Qwen3Model
 
     config = Qwen3Config(
@@ -78,7 +78,7 @@ CLASSES = (len(SHAPES), len(COLORS) + 1, len(SHAPES) + 1, len(COLORS) + 1, len(R
 
 
 def describe(scene: Scene) -> list[int]:
-    """The scene's class in each of CLASSES; the last class of a colour, shape or relation is "not named"."""
+    """Return the scene's class in each of CLASSES; the last class of a colour, shape or relation is "not named"."""
     first, second = (*scene.required, None)[:2]
     classes = []
     for asked in (first, second):
@@ -109,7 +109,7 @@ class _Reader(nn.Module):
 def pretrain_text_encoder(
     encoder: nn.Module, tokenizer: object, out: Path, steps: int, seed: int, log: Callable[[str], None]
 ) -> None:
-    """Teaches `encoder` in place to classify captions by what they ask for (see `describe`), in folder `out`.
+    """Teach `encoder` in place to classify captions by what they ask for (see `describe`), in folder `out`.
 
     Without it the encoder learns grammar through the velocity loss alone: slowly, and two-object captions last.
     """

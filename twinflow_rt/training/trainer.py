@@ -20,8 +20,8 @@ Loss = Callable[[nn.Module, nn.Module, int], tuple[Tensor, dict[str, Tensor]]]  
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """steps: optimiser steps; lr: AdamW's peak rate (warm-up, then cosine to `floor` of it); muon: Muon's, for
-    the matrices of repeated layers (0: AdamW for all); ema: final decay."""
+    """How long and how fast to train. steps: optimiser steps; lr: AdamW's peak rate (warm-up, then cosine to `floor`
+    of it); muon: Muon's, for the matrices of repeated layers (0: AdamW for all); ema: final decay."""
 
     steps: int
     lr: float
@@ -50,7 +50,7 @@ class Trainer:
         self.step = 0
 
     def run(self) -> nn.Module:
-        """Trains to the end (or finds it done) and returns the EMA model."""
+        """Train to the end (or find it done) and return the EMA model."""
         self.folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(self.config.seed)
         self._resume()
@@ -82,7 +82,7 @@ class Trainer:
         return {"loss": loss.detach(), **parts}
 
     def _rate(self) -> float:
-        """Of the peak rates, now."""
+        """Return the share of the peak rates that applies now."""
         c = self.config
         cosine = c.floor + (1 - c.floor) * (0.5 + 0.5 * math.cos(math.pi * self.step / c.steps))
         return min(1.0, (self.step + 1) / c.warmup) * cosine
@@ -125,8 +125,8 @@ class Trainer:
 
 
 def _optimizers(model: nn.Module, config: TrainerConfig) -> list[tuple[torch.optim.Optimizer, float]]:
-    """(optimiser, peak rate): Muon for the matrices inside numbered layers (`layers.3.attention.to_q`), except
-    modulation, which is a function of the time alone; AdamW for the rest."""
+    """Return pairs (optimiser, peak rate): Muon for the matrices inside numbered layers (`layers.3.attention.to_q`),
+    except modulation, which is a function of the time alone; AdamW for the rest."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     repeated = [
         name for name, p in trained.items()
