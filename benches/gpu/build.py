@@ -19,14 +19,14 @@ CUDA_HOME = Path("/usr/local/cuda/bin/nvcc")
 
 
 def link(folder: Path) -> Path:
-    """Fresh links to the package's files; libraries built earlier stay."""
+    """Make fresh links to the package's files and return the linked package; libraries built earlier stay."""
     package = folder / "python" / "twinflow_rt"
     package.mkdir(parents=True, exist_ok=True)
     for old in package.iterdir():
         if old.is_symlink():
             old.unlink()
     for item in (ROOT / "twinflow_rt").iterdir():
-        if item.suffix != ".so" and item.name != "__pycache__":
+        if item.suffix != ".so" and item.name not in ("__pycache__", "kernels"):
             (package / item.name).symlink_to(item)
     (package / "kernels").symlink_to(ROOT / "kernels")
     return package

@@ -65,7 +65,7 @@ def test_from_the_command_line(tmp_path, monkeypatch):
 def test_the_linked_package_is_complete(tmp_path):
     package = build.link(tmp_path)
     build.link(tmp_path)  # a second time over what is there
-    for name in ("__init__.py", "ops", "kernels/norm.py", "library.py"):
+    for name in ("__init__.py", "ops", "kernels/norm.py", "families.py"):
         assert (package / name).exists()
     target = tmp_path / "target"
     assert build.stale(target, [])

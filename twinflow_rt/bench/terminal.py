@@ -121,7 +121,7 @@ PEER_COLUMNS = ("peer", "median", "speed-up", "95% interval", "why")
 
 def peer_rows(record: Record) -> list[tuple[str, ...]]:
     """Return a line of text per peer, of `PEER_COLUMNS`."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for peer in record["peers"]:
         median = seconds(peer["seconds"]["median"]) if peer["seconds"] else "-"
         ratio = f"{peer['speedup']:.2f}x" if peer["speedup"] is not None else "refused"
