@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.factory import make_model
-from twinflow_rt.load_options import LoadOptions
+from twinflow_rt.options import LoadOptions
 from twinflow_rt.loading import load
 
 OPTIONS = {option.name: option for option in fields(LoadOptions)}
@@ -37,7 +37,7 @@ def test_load_is_short():
 def test_options_reach_ray_workers_and_the_command_line_without_torch():
     options = LoadOptions(device="cpu", dtype=torch.float32, loras={Path("a"): 1.0}, largest=(None, None, 4))
     assert pickle.loads(pickle.dumps(options)) == options
-    code = "import sys, twinflow_rt.load_options; assert 'torch' not in sys.modules"
+    code = "import sys, twinflow_rt.options; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -29,7 +29,7 @@ from .config import (
 from .errors import ConfigError
 from .families import Family, family_of
 from .host_memory import keep_freed_memory
-from .load_options import LoadOptions, describe, renamed
+from .options import CAPTURES, LoadOptions, describe, renamed
 from .ops.native import library
 from .passes.fold import Schedule
 from .pipeline import Pipeline
@@ -94,10 +94,7 @@ class Asked:
         """Checks what can be checked without the model. Raises ConfigError, DeviceError."""
         sampler, device = resolve_sampler(options.nfe, options.sampler), resolve_device(options.device)
         _, dtype = resolve_precision(options.precision, options.dtype)
-        for option in fields(LoadOptions):
-            value = getattr(options, option.name)
-            if value is not None and option.metadata["choices"]:
-                check_choice(option.name, value, option.metadata["choices"])
+        check_choice("capture", options.capture, CAPTURES)
         loras = None if options.loras is None else resolve_loras(options.loras)
         budget = parse_bytes(options.memory_budget)
         return cls(options, sampler, device, dtype, open_captures(options.capture, device), loras, budget)

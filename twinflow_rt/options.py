@@ -1,15 +1,16 @@
-"""The options of `load`, declared once: name, type, default and help.
+"""The options of `load`, declared once: name, type, default and help; and dataclasses as options of a command.
 
 The signature of `load`, the options of every command, the server, Ray, the ComfyUI nodes, the bench and the table in
-docs/api.md are made from these fields, or compared with them by a test. Imports nothing heavy, so that the command
-line can print its help at once.
+docs/api.md are made from the fields of `LoadOptions`, or compared with them by a test. Imports nothing heavy, so that
+the command line prints its help at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import Field, dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import Field, dataclass, field, fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -23,20 +24,30 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+CAPTURES = ("auto", "graphs", "off")
+
 
 def about(
-    help: str, otherwise: str = "", *, flag: str | None = "", flag_help: str = "", metavar: str = "",
-    choices: Sequence[str] = (), page: str = "",
-) -> dict[str, Any]:  # fmt: skip
-    """Metadata of a field of `LoadOptions`.
+    help: str, otherwise: str = "", *, flag: str | None = "", old_flag: str = "", page: str = "", **argparse: Any
+) -> dict[str, Any]:
+    """Metadata of a dataclass's field that is an option.
 
     otherwise: what the default comes to, in words. flag: how the command line writes it, "" for the name with dashes,
-    None where no command takes it. flag_help: the help there, where it differs. page: the page of docs/ to read on.
+    None where no command takes it; old_flag: how it did before. page: the page of docs/ to read on. argparse: what
+    `ArgumentParser.add_argument` is told, beside what follows from the field's type.
     """
     return {
-        "help": help, "otherwise": otherwise, "flag": flag, "flag_help": flag_help or help, "metavar": metavar,
-        "choices": tuple(choices), "page": page,
+        "help": help, "otherwise": otherwise, "flag": flag, "old_flag": old_flag, "page": page, "argparse": argparse
     }  # fmt: skip
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """ "PATH" or "PATH:WEIGHT" -> (path, weight)."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # the colon is part of the path
 
 
 @dataclass(frozen=True)
@@ -57,9 +68,9 @@ class LoadOptions:
         default=None, metadata=about("instead of `nfe`: a preset's name or a `SamplerConfig`", flag=None)
     )
     loras: Loras | None = field(default=None, metadata=about(
-        "adapters to merge: {path: weight} or [path or (path, weight), ...]",
+        "LoRA adapters to merge, {path: weight} or [path or (path, weight), ...]; on a command line one each time",
         "none; of an artifact, those it was saved with", flag="--lora", metavar="PATH[:WEIGHT]",
-        flag_help="merge this LoRA file; may be given several times (weight: default 1)",
+        type=parse_lora, action="append",
     ))  # fmt: skip
     progress: Callable[[str, int], None] | None = field(
         default=None, metadata=about("called with (part, bytes) as tensors arrive", flag=None)
@@ -72,7 +83,7 @@ class LoadOptions:
     ))  # fmt: skip
     skip_layers: Sequence[str] | str | Path = field(default=(), metadata=about(
         "parts of names of layers kept out of int8 or fp8, because they measured sensitive, or one .json file of "
-        "`twinflow-rt sensitivity --save`", "none", metavar="NAME", page="precision.md",
+        "`twinflow-rt sensitivity --save`", "none", old_flag="--exempt", metavar="NAME", page="precision.md",
     ))  # fmt: skip
     fp8_attention: bool = field(default=False, metadata=about(
         "with precision fp8: attention's scores are float8 products as well", "no", page="precision.md",
@@ -94,7 +105,7 @@ class LoadOptions:
     ))  # fmt: skip
     capture: str = field(default="auto", metadata=about(
         "graphs: every stage is recorded once per shape and replayed, as a CUDA graph; auto: so where it pays, and as "
-        "CPU graphs on a CPU; off: never", "auto", choices=("auto", "graphs", "off"), page="stages.md",
+        "CPU graphs on a CPU; off: never", "auto", choices=CAPTURES, page="stages.md",
     ))  # fmt: skip
     batch_invariant: bool = field(default=False, metadata=about(
         "an image's bits do not depend on the images beside it, at the price of what batching gains", "no",
@@ -114,21 +125,62 @@ class LoadOptions:
         page="stages.md",
     ))  # fmt: skip
     preview: str | Path | None = field(default=None, metadata=about(
-        "folder of an AutoencoderTiny (taef1, taesd3, ...), for calls with preview=True", "none", metavar="FOLDER",
-        flag_help="decode with this AutoencoderTiny, not exactly", page="stages.md",
+        "folder of an AutoencoderTiny (taef1, taesd3, ...) that calls with preview=True decode with, not exactly", "none",
+        metavar="FOLDER", page="stages.md",
     ))  # fmt: skip
-
-
-def flag(option: Field[Any]) -> str | None:
-    """How the command line writes an option of `LoadOptions`; None where no command takes it."""
-    written: str | None = option.metadata["flag"]
-    return f"--{option.name.replace('_', '-')}" if written == "" else written
 
 
 def describe(option: Field[Any]) -> str:
     """An option's help and what its default comes to, in one line."""
     otherwise = option.metadata["otherwise"]
     return f"{option.metadata['help']}; default: {otherwise}" if otherwise else str(option.metadata["help"])
+
+
+def flag(option: Field[Any]) -> str | None:
+    """How the command line writes an option; None where no command takes it."""
+    written: str | None = option.metadata["flag"]
+    return f"--{option.name.replace('_', '-')}" if written == "" else written
+
+
+def otherwise(option: Field[Any]) -> str:
+    """What holds where an option is not given, in words; "" where nothing is to be said."""
+    return option.metadata["otherwise"] or ("" if option.default in (None, False, ()) else str(option.default))
+
+
+def describe(option: Field[Any]) -> str:
+    """An option's help and what its default comes to, in one line."""
+    default = otherwise(option)
+    return f"{option.metadata['help']}; default: {default}" if default else str(option.metadata["help"])
+
+
+def add_arguments(
+    parser: argparse._ActionsContainer, options: Any, only: Collection[str] = (), skip: Collection[str] = ()
+) -> None:
+    """Declares the fields of `options`, a dataclass, to a parser: those in `only`, or all but those in `skip`."""
+    for option in fields(options):
+        written = flag(option)
+        if written is None or option.name in skip or (only and option.name not in only):
+            continue
+        told = {"dest": option.name, **_by_type(str(option.type)), **option.metadata["argparse"]}
+        parser.add_argument(written, default=option.default, help=describe(option).replace("%", "%%"), **told)
+        if old := option.metadata["old_flag"]:
+            parser.add_argument(old, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **told)
+
+
+def read_arguments(args: argparse.Namespace, options: Callable[..., T], **others: Any) -> T:
+    """The dataclass `options` from parsed arguments; fields that were not declared have their defaults, or `others`."""
+    names: list[str] = [option.name for option in fields(options)]  # type: ignore[arg-type]
+    return options(**({name: getattr(args, name) for name in names if hasattr(args, name)} | others))
+
+
+def _by_type(kind: str) -> dict[str, Any]:
+    """What argparse is told of a field of this type, as its annotation reads."""
+    if kind == "bool":
+        return {"action": "store_true"}
+    if kind.startswith("Sequence[str]"):
+        return {"nargs": "+"}
+    kinds = [name for name in kind.split(" | ") if name != "None"]
+    return {"type": {"int": int, "float": float, "Path": Path}.get(kinds[0], str) if len(kinds) == 1 else str}
 
 
 def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
