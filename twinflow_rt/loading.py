@@ -29,8 +29,8 @@ from .config import (
 from .errors import ConfigError
 from .families import Family, family_of
 from .host_memory import keep_freed_memory
-from .options import CAPTURES, LoadOptions, describe, renamed
 from .ops.native import library
+from .options import CAPTURES, LoadOptions, describe, renamed
 from .passes.fold import Schedule
 from .pipeline import Pipeline
 from .plan import Plan
@@ -173,7 +173,7 @@ def _load_artifact(folder: Path, asked: Asked) -> Pipeline:
     options, saved = asked.options, artifact.read(folder)
     plan = Plan.from_dict(saved["plan"])
     require_same(plan.loras, asked.loras)
-    precisions.require_saved(plan, folder, options.precision, options.skip_layers, options.fp8_attention)
+    _require_precision(plan, folder, options)
     checkpoint = Checkpoint(folder / "transformer", quantized=plan.precision is not None)
     family = family_of(checkpoint.config)
     dtype = resolve_dtype(asked.dtype, asked.device, DTYPES[plan.dtype])
@@ -212,6 +212,19 @@ def _assemble(
         if memory is None:
             keep_freed_memory()
     return pipe
+
+
+def _require_precision(plan: Plan, folder: Path, options: LoadOptions) -> None:
+    """Raises ConfigError where another precision is asked for than the program saved in `folder` has."""
+    quantized, _ = resolve_precision(options.precision, None)
+    other = options.precision not in (None, "auto") and quantized != plan.precision
+    if other or (options.skip_layers and precisions.skipped(options.skip_layers, plan.precision)[0] != plan.exempt):
+        raise ConfigError(
+            f"{folder} was saved with linear layers in {plan.precision or 'its dtype'}, for good; "
+            "load the model folder for another precision"
+        )
+    if options.fp8_attention and not plan.fp8_attention:
+        raise ConfigError(f"{folder} was saved without fp8_attention; load the model folder for it")
 
 
 def resolve_largest(largest: tuple[int | None, int | None, int] | None, sizes: SizeRule) -> tuple[int, int, int]:

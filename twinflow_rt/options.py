@@ -125,15 +125,9 @@ class LoadOptions:
         page="stages.md",
     ))  # fmt: skip
     preview: str | Path | None = field(default=None, metadata=about(
-        "folder of an AutoencoderTiny (taef1, taesd3, ...) that calls with preview=True decode with, not exactly", "none",
-        metavar="FOLDER", page="stages.md",
+        "folder of an AutoencoderTiny (taef1, taesd3, ...) that calls with preview=True decode with, not exactly",
+        "none", metavar="FOLDER", page="stages.md",
     ))  # fmt: skip
-
-
-def describe(option: Field[Any]) -> str:
-    """An option's help and what its default comes to, in one line."""
-    otherwise = option.metadata["otherwise"]
-    return f"{option.metadata['help']}; default: {otherwise}" if otherwise else str(option.metadata["help"])
 
 
 def flag(option: Field[Any]) -> str | None:

@@ -16,9 +16,8 @@ from PIL import Image
 import twinflow_rt
 from tests.bad_input.conftest import refused
 from twinflow_rt.bench import html, record
-from twinflow_rt.checkpoint import atomic
+from twinflow_rt.checkpoint import atomic, image_files
 from twinflow_rt.cli import eval as evaluate
-from twinflow_rt.cli import image_files
 from twinflow_rt.convert import convert
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.stages import embeds_file

@@ -12,10 +12,10 @@ from PIL import Image
 
 from tests.factory import make_model
 from twinflow_rt import cli, serve
-from twinflow_rt.cli import batch
 from twinflow_rt.cli.prompt_file import read_rows
 from twinflow_rt.errors import CheckpointError, DeviceError
 from twinflow_rt.loading import load
+from twinflow_rt.serve import batch
 
 PROMPTS = ["a red circle", "ein grünes Kreuz ✓", "two, with \"quotes\""]
 

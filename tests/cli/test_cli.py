@@ -13,7 +13,8 @@ import pytest
 
 from tests.factory import make_model
 from twinflow_rt import cli
-from twinflow_rt.cli import image_files, options
+from twinflow_rt.checkpoint import image_files
+from twinflow_rt.cli import options
 from twinflow_rt.loading import load
 
 

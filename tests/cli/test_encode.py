@@ -13,7 +13,7 @@ from tests import factory, sd3_factory
 from twinflow_rt.cli import main
 from twinflow_rt.cli.encode import encode, open_text
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.loading import load
+from twinflow_rt.loading import LoadOptions, load
 from twinflow_rt.stages.embeds_file import fingerprint, read
 
 PROMPTS = ["a red circle", "two blue squares, one above the other", ""]
@@ -71,7 +71,7 @@ def test_pooled_embeddings_are_kept(tmp_path):
 
 
 def test_many_prompts_go_in_batches(model):
-    _, text = open_text(model, "cpu", None)
+    _, text = open_text(model, LoadOptions(device="cpu"))
     prompts = [f"{'x' * (k % 7)} {k}" for k in range(35)]
     out = encode(text, prompts)
     with torch.inference_mode():

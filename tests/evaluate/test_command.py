@@ -44,12 +44,12 @@ def test_every_precision_can_be_scored(model, capsys, precision):
     assert cli.main([*argv, "--nfe", "1"]) == 0
     report = json.loads(capsys.readouterr().out)
     quantized = precision if precision in ("int8", "fp8") else None
-    assert report["precision"] == quantized and report["exempt"] == [] and len(report["rows"]) == 2
+    assert report["precision"] == quantized and report["skip_layers"] == [] and len(report["rows"]) == 2
     assert report["dtype"] == ("bfloat16" if precision == "bf16" else "float32")
 
 
 def test_guidance_extrapolates_from_the_empty_prompt(model):
-    from twinflow_rt.cli.eval import Generator
+    from twinflow_rt.evaluate.generator import Generator
     from twinflow_rt.loading import load
     from twinflow_rt.sampling.schedule import preset
 

@@ -23,7 +23,7 @@ from twinflow_rt.planning.precision import Measurement, choose
 SENSITIVE = "layers.feed_forward.w2"
 MADE_UP = Measurement(
     precision="int8", family="z-image", weights="w", device="a chip", torch="2", dtype="float32", budget=0.03,
-    exempt=(), error=0.02, seconds=0.5, seconds_before=1.0, groups=(Group(SENSITIVE, 2, 10, 0.02),),
+    skip_layers=(), error=0.02, seconds=0.5, seconds_before=1.0, groups=(Group(SENSITIVE, 2, 10, 0.02),),
 )  # fmt: skip
 
 
@@ -75,18 +75,21 @@ def test_the_fastest_of_several_is_taken():
 def test_a_measurement_says_what_it_measured(measured, folder):
     assert measured.precision == "int8" and measured.family == "z-image" and measured.dtype == "float32"
     assert measured.weights == precision.fingerprint(folder / "transformer")
-    assert measured.exempt == (measured.groups[0].name,) and 0 < measured.error <= 1.5 * measured.budget
+    assert measured.skip_layers == (measured.groups[0].name,) and 0 < measured.error <= 1.5 * measured.budget
     assert measured.seconds > 0 and measured.seconds_before > 0
 
 
 def test_a_file_gives_exemptions_and_its_errors_to_the_plan(measured, folder, tmp_path):
     file = precision.save(measured, tmp_path / "int8.json")
     assert precision.read(file) == measured
+    old = file.read_text().replace('"skip_layers"', '"exempt"')  # as earlier versions wrote it
+    (tmp_path / "old.json").write_text(old)
+    assert precision.read(tmp_path / "old.json") == measured
     pipe = load(folder, device="cpu", dtype="float32", precision="int8", skip_layers=file)
-    assert pipe.plan.exempt == measured.exempt and pipe.plan.sensitivity == measured.groups
+    assert pipe.plan.exempt == measured.skip_layers and pipe.plan.sensitivity == measured.groups
     assert f"{measured.groups[0]}  exempt" in str(pipe.plan)
     again = load(pipe.save(tmp_path / "saved"), device="cpu", skip_layers=file)
-    assert again.plan.sensitivity == measured.groups and again.plan.exempt == measured.exempt
+    assert again.plan.sensitivity == measured.groups and again.plan.exempt == measured.skip_layers
     pipe("a red square", nfe=2, height=16, width=24, seed=0)  # compiled again, from the checkpoint
     assert pipe.plan.sensitivity == measured.groups
     with pytest.raises(ConfigError, match="measured for precision int8, not fp8"):
@@ -100,7 +103,7 @@ def test_auto_reads_what_was_measured_here(measured, folder):
     assert not any("fp8" in note for note in plan.notes)  # a CPU emulates it: never a gain
     precision.save(replace(measured, seconds=1.0, seconds_before=2.0, error=0.0))
     plan = load(folder, **options).plan
-    assert plan.precision == "int8" and plan.exempt == measured.exempt and plan.sensitivity == measured.groups
+    assert plan.precision == "int8" and plan.exempt == measured.skip_layers and plan.sensitivity == measured.groups
     assert any("2.00x as fast" in note for note in plan.notes)
     precision.save(replace(measured, seconds=2.0, seconds_before=1.0))
     plan = load(folder, **options).plan
@@ -108,6 +111,10 @@ def test_auto_reads_what_was_measured_here(measured, folder):
     assert load(folder, device="cpu", dtype="float32").plan.precision is None  # nothing asked, nothing looked up
     with pytest.raises(ConfigError, match="leave skip_layers"):
         load(folder, skip_layers=["w2"], **options)
+
+
+def reload(folder):
+    return lambda dtype: load(folder, device="cpu", dtype=dtype)
 
 
 @pytest.fixture
@@ -119,8 +126,8 @@ def native_bfloat16(monkeypatch):
 
 def test_auto_takes_bfloat16_where_it_measured_faster(folder, tmp_path, native_bfloat16):
     pipe = load(folder, device="cpu", dtype="float32")
-    found = sensitivity.of_pipeline(pipe, "bf16", rounds=1)
-    assert found.precision == "bf16" and found.dtype == "float32" and not found.exempt and not found.groups
+    found = sensitivity.of_bfloat16(pipe, reload(folder), rounds=1)
+    assert found.precision == "bf16" and found.dtype == "float32" and not found.skip_layers and not found.groups
     assert 0 < found.error < 0.03
     assert precision.read(precision.save(found, tmp_path / "bf16.json")) == found
     precision.save(replace(found, seconds=1.0, seconds_before=2.0))
@@ -134,14 +141,14 @@ def test_auto_takes_bfloat16_where_it_measured_faster(folder, tmp_path, native_b
     precision.save(replace(found, seconds=1.0, seconds_before=2.0, error=0.1))
     assert load(folder, device="cpu", precision="auto").dtype == torch.float32
     with pytest.raises(ConfigError, match="against float32"):
-        sensitivity.of_pipeline(load(folder, device="cpu", dtype="bfloat16"), "bf16")
+        sensitivity.of_bfloat16(load(folder, device="cpu", dtype="bfloat16"), reload(folder))
 
 
 def test_bfloat16_is_no_choice_where_it_is_emulated(folder, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     pipe = load(folder, device="cpu")
     with pytest.raises(ConfigError, match="only emulates bfloat16"):
-        sensitivity.of_pipeline(pipe, "bf16")
+        sensitivity.of_bfloat16(pipe, reload(folder))
     _, said = precision.automatic(folder / "transformer", pipe.device, pipe.dtype, free=True)
     assert not any("bf16" in one for one in said)
 

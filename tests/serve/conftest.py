@@ -13,7 +13,8 @@ import uvicorn
 
 from tests.serve.fake import FakePipe
 from twinflow_rt.serve.app import create_app
-from twinflow_rt.serve.engine import Engine, Limits
+from twinflow_rt.serve.engine import Engine
+from twinflow_rt.serve.settings import Limits
 
 PATIENCE = 60  # seconds; tests of waiting wait far less
 

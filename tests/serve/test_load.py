@@ -11,7 +11,7 @@ from benches import load as bench
 from tests.serve.conftest import served
 from tests.serve.fake import FakePipe
 from twinflow_rt.loading import load
-from twinflow_rt.serve.engine import Limits
+from twinflow_rt.serve.settings import Limits
 
 SIZES = [(64, 64), (48, 64)]
 GROWTH = 64e6  # bytes; the first batches of 16 callers bring more activations than the warm-up saw

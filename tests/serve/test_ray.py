@@ -5,7 +5,6 @@ Runs where ray is installed (extra: ray); the whole file shares one cluster.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
@@ -16,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,17 +33,17 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
 from benches import load as bench
 from twinflow_rt import cli
-from twinflow_rt.cli import batch
-from twinflow_rt.cli import serve as command
+from twinflow_rt.cli import batch as command
 from twinflow_rt.cli.prompt_file import read_rows
 from twinflow_rt.config import SizeRule
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
-from twinflow_rt.loading import load
+from twinflow_rt.loading import LoadOptions, load
 from twinflow_rt.sampling.sampler import preset
+from twinflow_rt.serve import batch, ray_data, server
 from twinflow_rt.serve import cluster as cluster_module
 from twinflow_rt.serve import ray as on_ray
-from twinflow_rt.serve import ray_data
-from twinflow_rt.serve.engine import DrainingError, Limits, QueueFullError
+from twinflow_rt.serve.engine import DrainingError, QueueFullError
+from twinflow_rt.serve.settings import RayOptions, Settings
 
 ROUTE = "/v1/images/generations"
 PATIENCE = 300
@@ -95,8 +95,9 @@ def kill_a_node(cluster) -> None:
     cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
 
 
-def options(*words: str) -> argparse.Namespace:
-    return cli.build_parser(["serve"]).parse_args(["serve", "demo", "--device", "cpu", "--ray", "", *words])
+def settings(*words: str) -> Settings:
+    argv = ["serve", "demo", "--device", "cpu", "--ray", "", "--workers", "1", *words]
+    return Settings.of(cli.build_parser(argv).parse_args(argv))
 
 
 def running() -> int:
@@ -107,8 +108,8 @@ def running() -> int:
 
 def test_the_front_in_this_process(cluster, alone):
     """`twinflow-rt serve --ray`: the engine it opens takes, refuses, gives up and drains like the local one."""
-    limits = Limits(max_batch=2, max_wait=0, max_queue=8, max_images=4)
-    with command.open_engine(options("--workers", "1"), limits, load) as engine:
+    asked = settings("--max-batch", "2", "--max-wait", "0", "--max-queue", "8", "--max-images", "4")
+    with server.open_engine(asked, load) as engine:
         jobs = [job for k in range(KINDS) for job in engine.submit(f"a red circle, {k}", seed=k)]
         with pytest.raises(QueueFullError) as caught:
             engine.submit("too many", num_images=4)
@@ -129,7 +130,7 @@ def test_the_front_in_this_process(cluster, alone):
 
 def test_a_worker_that_cannot_start(cluster):
     refused = pytest.raises(DeviceError, match=r"could not start the workers[\s\S]*dtype 'int4' is not supported")
-    with refused, command.open_engine(options("--dtype", "int4", "--workers", "1"), Limits(), load):
+    with refused, server.open_engine(settings("--dtype", "int4"), load):
         pass
     assert not serve.status().applications
 
@@ -195,9 +196,9 @@ def test_a_killed_node_loses_no_prompt(cluster, alone, tmp_path):
     argv = ["batch", "demo", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "out"), "--ray", "", "--device", "cpu"]
     argv += ["--min-workers", "2", "--batch-size", "2"]
     args = cli.build_parser(argv).parse_args(argv)
-    groups = batch.group(batch.plan_requests(read_rows(args.prompts), args), args.batch_size)
+    groups = batch.group(batch.plan_requests(read_rows(args.prompts), "demo"), args.batch_size)
     names = set()
-    with batch.painted(groups, args) as images:
+    with command.painted(groups, args) as images:
         for name, _ in images:
             names.add(name)
             if len(names) == 3:
@@ -225,7 +226,7 @@ def test_what_a_worker_refuses_is_told(cluster, tmp_path, capsys):
 
 def test_a_model_that_a_worker_cannot_load_is_told_by_its_first_batch():
     """Ray itself would start such a worker again and again."""
-    painter = ray_data.Painter("demo", {"device": "cpu", "dtype": "int4"}, "raise")
+    painter = ray_data.Painter("demo", LoadOptions(device="cpu", dtype="int4"), "raise")
     with pytest.raises(ConfigError, match="dtype 'int4' is not supported"):
         painter({"requests": []})
 
@@ -308,18 +309,18 @@ def test_drain_gives_up_what_takes_too_long(ask):
 
 
 def test_workers_fit_the_cluster(monkeypatch):
-    plan = on_ray.plan_workers
+    plan = lambda device=None, **asked: on_ray.plan_workers(device, RayOptions(**asked))
     nodes = [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}, {"Alive": True, "Resources": {"CPU": 4.0}}]
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}}])
     assert plan() == on_ray.Workers(1, 2, gpus=1, cpus=1) and plan().device == "cuda" and plan("cpu").device == "cpu"
     assert plan("cpu") == on_ray.Workers(1, 2, gpus=0, cpus=4.0)
-    assert plan("cuda", most=8, least=2, cpus=3) == on_ray.Workers(2, 8, gpus=1, cpus=3)
+    assert plan("cuda", workers=8, min_workers=2, worker_cpus=3) == on_ray.Workers(2, 8, gpus=1, cpus=3)
     with pytest.raises(ConfigError, match="--worker-cpus 0"):
-        plan(cpus=0)
+        plan(worker_cpus=0)
     with pytest.raises(ConfigError, match="--device cuda:1 with --ray"):
         plan("cuda:1")
     with pytest.raises(ConfigError, match="3 to 2 workers"):
-        plan(least=3)
+        plan(min_workers=3)
     nodes[0]["Resources"] = {}
     with pytest.raises(DeviceError, match="no GPU yet"):
         plan("cuda")
@@ -330,8 +331,12 @@ def test_options_of_an_application():
         on_ray.build({"port": 8000})
     with pytest.raises(ConfigError, match=r"--max-bach.*options are those"):
         on_ray.build({"max_bach": 4})
-    parsed = on_ray._parsed({"model": "hf://a/b", "max_batch": "4", "download": "true", "batch_invariant": True})
-    assert (parsed.model, parsed.max_batch, parsed.download, parsed.timeout) == ("hf://a/b", 4, True, 120)
-    assert parsed.batch_invariant
+    options = {"max_batch": "4", "download": "true", "batch_invariant": True, "memory_budget": "1GB", "lora": "a:2"}
+    parsed = on_ray.parse({"model": "hf://a/b", **options})
+    assert (parsed.model, parsed.limits.max_batch, parsed.server.timeout) == ("hf://a/b", 4, 120)
+    changed = {"download": True, "batch_invariant": True, "memory_budget": "1GB", "loras": [("a", 2.0)]}
+    assert parsed.load == LoadOptions(**changed, largest=(None, None, 4))
+    there = on_ray.for_workers(parsed.load, "cuda")
+    assert there == replace(parsed.load, device="cuda", loras=[(Path("a").resolve(), 2.0)])
     assert on_ray.model_path("hf://a/b") == "hf://a/b" and on_ray.model_path("demo") == "demo"
     assert on_ray.model_path("m") == str(Path("m").resolve())

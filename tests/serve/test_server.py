@@ -24,7 +24,7 @@ from tests.serve.conftest import PATIENCE, eventually, served
 from twinflow_rt import cli
 from twinflow_rt.loading import load
 from twinflow_rt.serve.app import PAGE, PAGE_HEADERS
-from twinflow_rt.serve.engine import Limits
+from twinflow_rt.serve.settings import Limits, ServerOptions
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROUTE = "/v1/images/generations"
@@ -160,12 +160,10 @@ def test_command_refuses_what_cannot_work(folder, tmp_path, capsys, monkeypatch)
 
 
 def test_tokens_come_from_a_file_or_the_environment(tmp_path, monkeypatch):
-    from twinflow_rt.cli.serve import read_token
-
     (tmp_path / "token").write_text("from-file\n")
     monkeypatch.setenv("SOME_TOKEN", "from-env")
-    assert read_token(tmp_path / "token", None) == "from-file"
-    assert read_token(None, "SOME_TOKEN") == "from-env" and read_token(None, None) is None
+    assert ServerOptions(token_file=tmp_path / "token").token() == "from-file"
+    assert ServerOptions(token_env="SOME_TOKEN").token() == "from-env" and ServerOptions().token() is None
 
 
 # a user: a request that works, then one that does not

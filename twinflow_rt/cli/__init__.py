@@ -1,31 +1,37 @@
-"""The `twinflow-rt` command. Heavy imports happen inside the command that needs them."""
+"""The `twinflow-rt` command: a table of commands, each a module of this package with
+
+    add_arguments(parser)    declares its options
+    run(args) -> int         does it and returns the exit status
+
+Only the module of the command that is called is imported, and heavy imports happen inside `run`: help is quick.
+"""
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from ..errors import TwinFlowError
-from . import generate
-from .options import add_download, add_model, loading, parse_size, precision_options
 
-Parser = argparse.ArgumentParser
-
-
-@dataclass(frozen=True)
-class Command:
-    """One subcommand; `add` declares its options and runs only when the command is the one called."""
-
-    help: str
-    add: Callable[[Parser], Any]
-    run: Callable[[argparse.Namespace], int]
+COMMANDS = {
+    "generate": "Generate images from prompts.",
+    "encode": "Encode prompts into a file.",
+    "convert": "Write a model folder from weight files under other names.",
+    "inspect": "Describe a model folder without loading it.",
+    "kernels": "List every op's implementations and what speaks against each here.",
+    "sensitivity": "Measure what int8, fp8 or bf16 hurts and gains.",
+    "batch": "Make the images of a file of prompts.",
+    "export": "Compile a model into a file that runs without Python.",
+    "bench": "Measure a model; compare two measurements.",
+    "eval": "Score a model of coloured shapes with a program.",
+    "serve": "Serve a model over HTTP (OpenAI's images API).",
+    "train": "Train a model.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return COMMANDS[args.command].run(args)
+        status: int = _module(args.command).run(args)
+        return status
     except TwinFlowError as error:
         print(f"twinflow-rt: {' '.join(str(error).split()):.2000}", file=sys.stderr)
         return 2
@@ -51,205 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def build_parser(argv: Sequence[str] = ()) -> Parser:
+def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """The parser; only the options of the command named in `argv` are declared, so `--help` stays fast."""
-    parser = Parser(prog="twinflow-rt", description="Few-step text-to-image inference with TwinFlow models.")
+    description = "Few-step text-to-image inference with TwinFlow models."
+    parser = argparse.ArgumentParser(prog="twinflow-rt", description=description)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     called = next((a for a in argv if not a.startswith("-")), None)
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.help, description=command.help)
+    for name, help in COMMANDS.items():
+        sub = commands.add_parser(name, help=help, description=help)
         if name == called:
-            command.add(sub)
+            _module(name).add_arguments(sub)
     return parser
 
 
-# -- inspect, train, eval -------------------------------------------------------------------------------
-
-
-def add_inspect(parser: Parser) -> None:
-    parser.add_argument("model", help="model folder (diffusers layout), hf://owner/name, or 'demo'")
-    add_download(parser)
-    parser.add_argument("--size", type=parse_size, metavar="WxH", help="of the image whose work is counted")
-    parser.add_argument("--tokens", type=int, metavar="N", help="length of its prompt (default: 32)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
-    parser.add_argument("--ceilings", type=Path, metavar="RECORD", help="a bench's: state times for its machine, too")
-    parser.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def run_inspect(args: argparse.Namespace) -> int:
-    from ..bench import record
-    from ..config import DTYPES
-    from ..loading import model_path
-    from ..planning.description import describe
-
-    width, height = args.size or (None, None)
-    options: dict[str, Any] = {} if args.tokens is None else {"tokens": args.tokens}
-    if args.dtype is not None:
-        options["dtype"] = DTYPES[args.dtype]
-    if args.ceilings is not None:
-        options["ceilings"] = record.load(args.ceilings)["ceilings"]
-    description = describe(model_path(args.model, args.download), (height, width), **options)
-    print(json.dumps(description.to_dict(), indent=1) if args.json else description)
-    return 0
-
-
-def add_encode(parser: Parser) -> None:
-    from . import encode
-
-    add_model(parser)
-    encode.add_arguments(parser)
-
-
-def run_encode(args: argparse.Namespace) -> int:
-    from ..loading import model_path
-    from . import encode
-
-    return encode.run(args, model_path(args.model, args.download))
-
-
-def add_convert(parser: Parser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors files, or folders of them")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="the model folder to write")
-    parser.add_argument(
-        "--base", type=Path, required=True, metavar="FOLDER",
-        help="the released model in diffusers' layout: its configs, tokenizer, and the networks FILEs lack",
-    )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="report, key by key, and write nothing")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON, with every key")
-
-
-def run_convert(args: argparse.Namespace) -> int:
-    from ..convert import convert
-
-    conversion = convert(args.files, args.base, args.target, dry_run=args.dry_run)
-    print(json.dumps(conversion.to_dict(), indent=1) if args.json else conversion)
-    conversion.require_complete()  # a dry run reports first
-    return 0
-
-
-def add_kernels(parser: Parser) -> None:
-    from . import kernels as inventory
-
-    inventory.add_arguments(parser)
-
-
-def run_kernels(args: argparse.Namespace) -> int:
-    from . import kernels as inventory
-
-    return inventory.run(args)
-
-
-def add_train(parser: Parser) -> None:
-    from ..training import demo
-
-    models = parser.add_subparsers(dest="trained", required=True, metavar="model")
-    demo.add_arguments(models.add_parser("demo", help="the shipped miniature, on two CPU cores"))
-
-
-def run_train(args: argparse.Namespace) -> int:
-    from ..training import demo
-
-    return demo.run(args)
-
-
-def add_eval(parser: Parser) -> None:
-    from . import eval as command
-
-    add_model(parser)
-    command.add_arguments(parser)
-
-
-def run_eval(args: argparse.Namespace) -> int:
-    from ..loading import load
-    from . import eval as command
-
-    with loading(args.model) as progress:
-        options = {**precision_options(args), "progress": progress, "download": args.download}
-        pipe = load(args.model, device=args.device, dtype=args.dtype, **options)
-    return command.run(args, pipe)
-
-
-def add_serve(parser: Parser) -> None:
-    from . import serve as command
-
-    command.add_arguments(parser)
-
-
-def run_serve(args: argparse.Namespace) -> int:
-    from . import serve as command
-
-    def load_model() -> Any:
-        from ..loading import load
-
-        with loading(args.model) as progress:
-            options = {name: getattr(args, name) for name in command.LOADING}
-            return load(args.model, progress=progress, **options)
-
-    return command.run(args, load_model)
-
-
-def add_sensitivity(parser: Parser) -> None:
-    from ..planning import sensitivity
-
-    sensitivity.add_arguments(parser)
-
-
-def run_sensitivity(args: argparse.Namespace) -> int:
-    from ..loading import load
-    from ..planning import sensitivity
-
-    with loading(args.model) as progress:
-        pipe = load(args.model, device=args.device, dtype=args.dtype, progress=progress)
-    return sensitivity.run(args, pipe)
-
-
-def add_batch(parser: Parser) -> None:
-    from . import batch
-
-    batch.add_arguments(parser)
-
-
-def run_batch(args: argparse.Namespace) -> int:
-    from . import batch
-
-    return batch.run(args)
-
-
-def add_export(parser: Parser) -> None:
-    from . import export as command
-
-    command.add_arguments(parser)
-
-
-def run_export(args: argparse.Namespace) -> int:
-    from . import export as command
-
-    return command.run(args)
-
-
-def add_bench(parser: Parser) -> None:
-    from . import bench as command
-
-    command.add_arguments(parser)
-
-
-def run_bench(args: argparse.Namespace) -> int:
-    from . import bench as command
-
-    return command.run(args)
-
-
-COMMANDS = {
-    "generate": Command("Generate images from prompts.", generate.add_arguments, generate.run),
-    "encode": Command("Encode prompts into a file.", add_encode, run_encode),
-    "convert": Command("Write a model folder from weight files under other names.", add_convert, run_convert),
-    "inspect": Command("Describe a model folder without loading it.", add_inspect, run_inspect),
-    "kernels": Command("List every op's implementations and what speaks against each here.", add_kernels, run_kernels),
-    "sensitivity": Command("Measure what int8, fp8 or bf16 hurts and gains.", add_sensitivity, run_sensitivity),
-    "batch": Command("Make the images of a file of prompts.", add_batch, run_batch),
-    "export": Command("Compile a model into a file that runs without Python.", add_export, run_export),
-    "bench": Command("Measure a model; compare two measurements.", add_bench, run_bench),
-    "eval": Command("Score a model of coloured shapes with a program.", add_eval, run_eval),
-    "serve": Command("Serve a model over HTTP (OpenAI's images API).", add_serve, run_serve),
-    "train": Command("Train a model.", add_train, run_train),
-}
+def _module(command: str) -> Any:
+    return import_module(f".{command}", __package__)

@@ -17,8 +17,12 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.model_folder import model_folder
 from ..config import resolve_device, resolve_dtype, resolve_prompts
 from ..families import family_of
+from ..loading import model_path
+from ..options import LoadOptions, read_arguments
+from ..options import add_arguments as add_options
 from ..stages.embeds_file import write
 from ..stages.text import PromptEmbeds
+from .options import add_model
 from .prompt_file import FILES, read_rows
 
 BATCH = 16  # prompts encoded at once
@@ -31,16 +35,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, default=Path("prompts.safetensors"), metavar="FILE",
         help="file to write (default %(default)s); generate takes it as --prompt-embeds",
     )  # fmt: skip
+    add_model(parser)
+    add_options(parser, LoadOptions, only=("device", "dtype", "text_precision", "text_skip_layers", "download"))
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
-def run(args: argparse.Namespace, folder: Path) -> int:
-    """Encodes the prompts of `args` with the model at `folder`."""
+def run(args: argparse.Namespace) -> int:
+    """Encodes the prompts of `args` and prints what that took."""
     rows = [] if args.file is None else read_rows(args.file)
     prompts = resolve_prompts([*args.prompt, *(row["prompt"] for row in rows)])
     check_target(args.output, "--output")
     began = time.perf_counter()
-    family, text = open_text(folder, args.device, args.dtype, args.text_precision)
+    family, text = open_text(args.model, read_arguments(args, LoadOptions))
     loaded = time.perf_counter()
     embeds = encode(text, prompts)
     write(args.output, embeds, model=args.model, family=family, text=text, prompts=prompts)
@@ -55,17 +61,15 @@ def run(args: argparse.Namespace, folder: Path) -> int:
     return 0
 
 
-def open_text(
-    folder: Path, device: str | None, dtype: str | None, precision: str | None = None
-) -> tuple[str, Any]:
+def open_text(model: str | Path, options: LoadOptions) -> tuple[str, Any]:
     """A model's family and its text stage, loaded; of the other parts configs and headers are read."""
-    target = resolve_device(device)
-    transformer = Checkpoint(model_folder(folder) / "transformer", quantized=True)
+    folder, target = model_folder(model_path(model, options.download)), resolve_device(options.device)
+    transformer = Checkpoint(folder / "transformer", quantized=True)
     family = family_of(transformer.config)
     text, _, _ = family.open(folder, transformer.config)
     with torch.no_grad():
-        kind = resolve_dtype(dtype, target, transformer.main_dtype())
-        text.quantize(precision, (), target, kind)
+        kind = resolve_dtype(options.dtype, target, transformer.main_dtype())
+        text.quantize(options.text_precision, options.text_skip_layers, target, kind)
         text.materialize(target, kind)
     return family.name, text
 

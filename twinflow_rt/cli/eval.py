@@ -7,24 +7,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..checkpoint.image_files import check_image_path, save_image
 from ..config import dtype_name
 from ..evaluate.check import Scores, examine
 from ..evaluate.data import score_data
 from ..evaluate.diversity import diversity
+from ..evaluate.generator import BATCH, Generator
 from ..evaluate.plot import SCHEMA
 from ..evaluate.sheet import contact_sheet
+from ..options import LoadOptions
+from ..options import add_arguments as add_options
+from ..sampling.schedule import preset
 from ..training.scenes import KINDS, Split, prompts
+from .options import add_mode, add_model, load_model
 
-BATCH = 32
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command, beside those that every command loading a model shares."""
+    add_model(parser)
+    add_options(parser, LoadOptions, skip=("nfe", "preview"))
     parser.add_argument("--nfe", type=int, nargs="+", default=[1], metavar="N", help="evaluations per image to compare")
-    parser.add_argument("--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8")
+    add_mode(parser)
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance, for plain flow models"
     )
@@ -39,58 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print scores as JSON, with the confusions")
 
 
-class Generator:
-    """captions -> uint8 images of one sampler setting; image k of a list has noise seed k.
-
-    guidance: of plain flow models, F_empty + guidance * (F_caption - F_empty) (arXiv 2207.12598), two
-    evaluations a step; 1 is off, as TwinFlow models are run.
-    """
-
-    def __init__(self, pipe: Any, sampler: Any, guidance: float = 1.0) -> None:
-        self.pipe, self.sampler, self.guidance = pipe, sampler, guidance
-
-    def __call__(self, captions: list[str]) -> np.ndarray:
-        batches = []
-        for start in range(0, len(captions), BATCH):
-            part = captions[start : start + BATCH]
-            seeds = list(range(start, start + len(part)))
-            if self.guidance == 1:
-                batches.append(self.pipe(part, seed=seeds, sampler=self.sampler, output="np").images)
-            else:
-                batches.append(self._guided(part, seeds))
-        return np.concatenate(batches)
-
-    def _guided(self, captions: list[str], seeds: list[int]) -> np.ndarray:
-        import torch
-
-        from ..sampling.noise import initial_noise, step_noise
-        from ..sampling.sampler import sample, schedule
-
-        pipe, vae = self.pipe, self.pipe.vae
-        with torch.inference_mode():
-            pipe.program.refold(schedule(self.sampler, pipe.dtype))
-            network = pipe.program.network
-            context = pipe._context((*captions, *[""] * len(captions)), 1)
-
-            def velocity(x: Any, step: int) -> Any:
-                asked, empty = network(torch.cat((x, x)), network.step_modulation(step), context).chunk(2)
-                return torch.lerp(empty, asked, self.guidance)
-
-            height, width = (n // vae.scale for n in pipe.sizes.resolve(None, None))
-            shape = (vae.channels, height, width)
-            noise = initial_noise(seeds, shape, pipe.dtype, pipe.device)
-            fresh = lambda step: step_noise(seeds, step, shape, device=pipe.device)
-            images: np.ndarray = vae.decode_uint8(sample(velocity, noise, self.sampler, noise_fn=fresh)).cpu().numpy()
-            return images
-
-
-def run(args: argparse.Namespace, pipe: Any) -> int:
-    """Scores `pipe` at every asked-for number of evaluations and prints one line each."""
-    from ..sampling.schedule import preset
-    from .image_files import check_image_path
-
+def run(args: argparse.Namespace) -> int:
+    """Scores the model at every asked-for number of evaluations and prints one line each."""
     if args.sheet is not None:
         check_image_path(args.sheet, "--sheet")
+    pipe = load_model(args, nfe=None, largest=(None, None, BATCH))
     rows: list[dict[str, Any]] = []
 
     def add(of: dict[str, Any], scores: Scores) -> None:
@@ -116,7 +73,7 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
     if args.json:
         report = {
             "schema": SCHEMA, "model": args.model, "dtype": dtype_name(pipe.dtype),
-            "precision": pipe.program.plan.precision, "exempt": list(pipe.program.plan.exempt), "mode": args.mode,
+            "precision": pipe.program.plan.precision, "skip_layers": list(pipe.program.plan.exempt), "mode": args.mode,
             "guidance": args.guidance, "seed": args.seed, "rows": rows,
         }  # fmt: skip
         print(json.dumps(report, indent=1))
@@ -128,8 +85,6 @@ def run(args: argparse.Namespace, pipe: Any) -> int:
 def sheet(generate: Generator, path: Path, columns: int = 6) -> None:
     """One row of prompts, images and verdicts per kind."""
     scenes = [s for kind in KINDS for s in prompts(kind, columns, "train", seed=1)]
-    from .image_files import save_image
-
     image = contact_sheet(list(generate([s.caption for s in scenes])), scenes, columns=columns)
     save_image(image, path)
 

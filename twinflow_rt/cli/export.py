@@ -7,39 +7,33 @@ import json
 import sys
 from pathlib import Path
 
-MODES = ("few", "any", "multi")
+from ..options import LoadOptions
+from ..options import add_arguments as add_options
+from .options import add_mode, chosen_sampler, parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from .options import parse_lora, parse_size
-
     parser.add_argument("model", help="model folder (diffusers layout), or 'demo'")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the .pt2 file to write")
     parser.add_argument(
         "--size", type=parse_size, action="append", default=[], metavar="WxH",
         help="image size to compile for; may be given several times (default: the model's)",
     )  # fmt: skip
-    parser.add_argument("--nfe", type=int, help="network evaluations per image, up to 8; default: 1, or what was saved")
-    parser.add_argument("--mode", choices=MODES, help="sampler rules; default: few")
     parser.add_argument("--text-encoder", action="store_true", help="export the text encoder, too: token ids in")
-    parser.add_argument(
-        "--lora", type=parse_lora, action="append", metavar="PATH[:WEIGHT]", help="merge this LoRA file"
-    )  # fmt: skip
-    parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
+    add_mode(parser)
+    add_options(parser, LoadOptions, only=("nfe", "loras", "device", "dtype"))
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON, but for lists of parts")
 
 
 def run(args: argparse.Namespace) -> int:
     from ..export.program import export_model
-    from .options import chosen_sampler
 
     def progress(doing: str) -> None:
         print(f"{args.model}: {doing}", file=sys.stderr)
 
     manifest = export_model(
         args.model, args.output, sizes=[(height, width) for width, height in args.size], device=args.device,
-        dtype=args.dtype, sampler=chosen_sampler(args), loras=args.lora, text_encoder=args.text_encoder,
+        dtype=args.dtype, sampler=chosen_sampler(args), loras=args.loras, text_encoder=args.text_encoder,
         progress=progress,
     )  # fmt: skip
     if args.json:

@@ -8,18 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.image_files import grid, output_paths, save_image
 from ..errors import ConfigError
-from .image_files import grid, output_paths, save_image
-from .options import (
-    add_batch_invariant,
-    add_model,
-    add_on_oom,
-    chosen_sampler,
-    loading,
-    parse_lora,
-    parse_size,
-    precision_options,
-)
+from ..options import LoadOptions
+from ..options import add_arguments as add_options
+from .options import add_mode, add_model, add_on_oom, chosen_sampler, load_model, parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,42 +21,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-embeds", type=Path, metavar="FILE", help="in place of prompts: embeddings that `encode` wrote"
     )
     parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        default=Path("twinflow.png"),
-        metavar="FILE",
+        "-o", "--output", type=Path, default=Path("twinflow.png"), metavar="FILE",
         help="image file; several images become FILE-0, FILE-1, ... and FILE-grid (default %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="image k gets seed + k; default: random")
     parser.add_argument(
-        "--size",
-        type=parse_size,
-        metavar="WxH",
+        "--size", type=parse_size, metavar="WxH",
         help="width x height in pixels, or one number for a square; default: the model's",
-    )
-    parser.add_argument("--nfe", type=int, help="network evaluations per image; default: 1, or what was saved")
-    parser.add_argument(
-        "--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations"
-    )
+    )  # fmt: skip
+    add_mode(parser)
     parser.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="images per prompt (default %(default)s)"
     )
-    parser.add_argument(
-        "--lora",
-        type=parse_lora,
-        action="append",
-        metavar="PATH[:WEIGHT]",
-        help="merge this LoRA file; may be given several times (weight: default 1)",
-    )
     add_model(parser)
-    add_batch_invariant(parser)
+    add_options(parser, LoadOptions)
     add_on_oom(parser)
-    parser.add_argument(
-        "--memory-budget", metavar="SIZE", help="bytes, or 12GB: stream weights and decode in tiles as it takes"
-    )
-    parser.add_argument("--tile", type=int, metavar="PIXELS", help="decode larger images in tiles of this side")
-    parser.add_argument("--preview", type=Path, metavar="FOLDER", help="decode with this AutoencoderTiny, not exactly")
     parser.add_argument("--json", action="store_true", help="print files, seeds, seconds and bytes as JSON")
 
 
@@ -78,16 +50,11 @@ def run(args: argparse.Namespace) -> int:
     names = list(saved.names()) if saved is not None else args.prompt
     paths = output_paths(args.output, len(names) * args.num_images)
     from ..config import dtype_name
-    from ..loading import load
 
     start = time.perf_counter()
     width, height = args.size or (None, None)
-    with loading(args.model) as progress:
-        options = {"device": args.device, "dtype": args.dtype, "loras": args.lora, **precision_options(args)}
-        options |= {"download": args.download, "tile": args.tile, "preview": args.preview}
-        options |= {"batch_invariant": args.batch_invariant}
-        options |= {"memory_budget": args.memory_budget, "largest": (height, width, len(names) * args.num_images)}
-        pipe = load(args.model, sampler=chosen_sampler(args), progress=progress, **options)
+    largest = (height, width, len(names) * args.num_images)
+    pipe = load_model(args, nfe=None, sampler=chosen_sampler(args), largest=largest)
     load_seconds = time.perf_counter() - start
     given = args.prompt if saved is None else pipe.accept(saved, args.prompt_embeds)
     how = {"num_images": args.num_images, "preview": args.preview is not None, "on_oom": args.on_oom}

@@ -1,42 +1,23 @@
-"""Options that several commands share, and what their values mean to `load`."""
+"""Options that several commands share, beside those of `load`, and loading a model with what was given."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ..options import LoadOptions, read_arguments
+
+if TYPE_CHECKING:
+    from ..pipeline import Pipeline
+
+MODEL = "model folder (diffusers layout), hf://owner/name, or 'demo'"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Options that every command loading a model shares."""
-    parser.add_argument("--model", default="demo", help="model folder, hf://owner/name, or 'demo' (default)")
-    add_download(parser)
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
-    parser.add_argument(
-        "--precision",
-        help="fp32, fp16 or bf16, as --dtype; int8 (CPU) or fp8 (GPU): 8-bit linear layers; auto: int8 or fp8 if it "
-        "measured faster and accurate here (see sensitivity)",
-    )
-    parser.add_argument(
-        "--exempt", nargs="+", default=[], metavar="NAME",
-        help="layers kept out of int8 or fp8: parts of their names, or one .json file of `sensitivity --save`",
-    )  # fmt: skip
-    parser.add_argument("--text-precision", choices=("int8", "fp8"), help="8-bit linear layers of the text encoders")
-    parser.add_argument("--fp8-attention", action="store_true", help="with fp8: attention's scores in float8, too")
-
-
-def add_download(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--download", action="store_true", help="fetch a model hf://owner/name[@revision][/subfolder]")
-
-
-def add_batch_invariant(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch-invariant", action="store_true",
-        help="an image's bits do not depend on the images beside it, at the price of what batching gains",
-    )  # fmt: skip
+    """--model, for the commands whose positional arguments are prompts."""
+    parser.add_argument("--model", default="demo", help=f"{MODEL} (default)")
 
 
 def add_on_oom(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +27,10 @@ def add_on_oom(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def precision_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `load` that say in how many bits to compute."""
-    one = args.exempt[0] if len(args.exempt) == 1 and args.exempt[0].endswith(".json") else None
-    exempt = args.exempt if one is None else Path(one)
-    return {
-        "precision": args.precision, "skip_layers": exempt, "fp8_attention": args.fp8_attention,
-        "text_precision": args.text_precision,
-    }  # fmt: skip
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mode", choices=("few", "any", "multi"), help="sampler rules; default: few up to 8 evaluations"
+    )
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -65,26 +42,25 @@ def parse_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not WxH or one number") from None
 
 
-def parse_lora(text: str) -> tuple[str, float]:
-    """ "PATH" or "PATH:WEIGHT" -> (path, weight)."""
-    path, _, weight = text.rpartition(":")
-    try:
-        return (path, float(weight)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0  # the colon is part of the path
-
-
 def chosen_sampler(args: argparse.Namespace) -> Any:
     """What --nfe and --mode ask for; None leaves the choice to the model."""
-    from ..sampling.sampler import preset
+    from ..sampling.schedule import preset
 
     if args.nfe is None and args.mode in ("any", "multi"):
         return args.mode  # that mode's published settings
     return None if args.nfe is None and args.mode is None else preset(1 if args.nfe is None else args.nfe, args.mode)
 
 
+def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:
+    """Loads `args.model` with the options of `load` among `args`, and `others` in their place; shows progress."""
+    from ..loading import load
+
+    with _progress(args.model) as progress:
+        return load(args.model, **vars(read_arguments(args, LoadOptions, progress=progress, **others)))
+
+
 @contextmanager
-def loading(model: str) -> Iterator[Callable[[str, int], None]]:
+def _progress(model: str) -> Iterator[Callable[[str, int], None]]:
     """Shows on stderr, where that is a terminal, what is being loaded; yields the callback of `load`."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

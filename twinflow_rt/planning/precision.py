@@ -3,7 +3,7 @@
 `twinflow-rt sensitivity MODEL --save` measures, on this device, what quantizing a network's linear layers does:
 the error of one evaluation, for every kind of layer alone and for all that remain, and its time before and
 after. `load(..., precision="auto")` reads what was measured here and takes a precision only if it was faster
-and its error within the budget; `load(..., exempt=FILE)` takes a measurement's exemptions.
+and its error within the budget; `load(..., skip_layers=FILE)` skips the layers that a measurement says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from ..config import dtype_name, has_native, resolve_precision
 from ..errors import CheckpointError, ConfigError
 from ..passes.layer_groups import Group
 from ..passes.quantize import ROWS, refuses
-from ..plan import Plan
 from ..runtime.machine import device_name
 
 SCHEMA = 1
@@ -37,8 +36,8 @@ FASTER = 1.03  # by less than this factor, a gain may be noise
 class Measurement:
     """What `precision` did to one network on one device: "int8" and "fp8" quantize it, "bf16" is another dtype.
 
-    weights: fingerprint of its files. dtype: of the network before. error: of one evaluation without `exempt`, which
-    were left out to stay within `budget`; groups: of every kind of layer quantized alone, those included.
+    weights: fingerprint of its files. dtype: of the network before. error: of one evaluation but for `skip_layers`,
+    left out to stay within `budget`; groups: of every kind of layer quantized alone, those included.
     seconds, seconds_before: medians of one evaluation of the default size, after and before.
     """
 
@@ -49,7 +48,7 @@ class Measurement:
     torch: str
     dtype: str
     budget: float
-    exempt: tuple[str, ...]
+    skip_layers: tuple[str, ...]
     error: float
     seconds: float
     seconds_before: float
@@ -72,6 +71,8 @@ def read(path: str | Path) -> Measurement:
     except CheckpointError as error:
         raise ConfigError(f"{error}; `twinflow-rt sensitivity MODEL --save FILE` writes one") from None
     schema = raw.pop("schema", None)
+    if "exempt" in raw:  # as files of earlier versions have it
+        raw["skip_layers"] = raw.pop("exempt")
     if schema != SCHEMA or set(raw) != {f.name for f in fields(Measurement)}:
         raise ConfigError(refusal(path, schema, SCHEMA, "measure again"))
     try:
@@ -111,37 +112,29 @@ def resolve(
         found, notes = automatic(folder, device, dtype, free)
         if found is None or found.precision == "bf16":
             return Arithmetic(dtype if found is None else torch.bfloat16, notes=notes)
-        return Arithmetic(dtype, found.precision, found.exempt, sensitivity=found.groups, notes=notes)
+        return Arithmetic(dtype, found.precision, found.skip_layers, sensitivity=found.groups, notes=notes)
     quantized, _ = resolve_precision(precision, None)
     if fp8_attention and quantized != "fp8":
         raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision}")
-    names, measured = exemptions(skip_layers, quantized)
+    names, measured = skipped(skip_layers, quantized)
     return Arithmetic(dtype, quantized, names, fp8_attention, measured)
 
 
-def require_saved(
-    plan: Plan, folder: Path, precision: str | None, exempt: Sequence[str] | str | Path, fp8_attention: bool
-) -> None:
-    """Raises ConfigError where `load`'s arguments ask for another precision than a saved program has."""
-    quantized, _ = resolve_precision(precision, None)
-    other = precision not in (None, "auto") and quantized != plan.precision
-    if other or (exempt and exemptions(exempt, plan.precision)[0] != plan.exempt):
-        raise ConfigError(
-            f"{folder} was saved with linear layers in {plan.precision or 'its dtype'}, for good; "
-            "load the model folder for another precision"
-        )
-    if fp8_attention and not plan.fp8_attention:
-        raise ConfigError(f"{folder} was saved without fp8_attention; load the model folder for it")
-
-
-def exemptions(exempt: Sequence[str] | str | Path, precision: str | None) -> tuple[tuple[str, ...], tuple[Group, ...]]:
-    """Names kept out of `precision`, and what was measured of it if they come from a file."""
-    if not isinstance(exempt, (str, Path)):
-        return tuple(exempt), ()
-    found = read(exempt)
+def skipped(
+    skip_layers: Sequence[str] | str | Path, precision: str | None
+) -> tuple[tuple[str, ...], tuple[Group, ...]]:
+    """Parts of names of layers kept out of `precision`, and what was measured of it if they come from a file: the
+    path of one, or a list of names that is nothing but one. Raises ConfigError."""
+    if isinstance(skip_layers, (str, Path)):
+        file = skip_layers
+    elif len(skip_layers) == 1 and str(skip_layers[0]).endswith(".json"):
+        file = skip_layers[0]
+    else:
+        return tuple(skip_layers), ()
+    found = read(file)
     if found.precision != precision:
-        raise ConfigError(f"{exempt} was measured for precision {found.precision}, not {precision or 'a dtype'}")
-    return found.exempt, found.groups
+        raise ConfigError(f"{file} was measured for precision {found.precision}, not {precision or 'a dtype'}")
+    return found.skip_layers, found.groups
 
 
 def choose(measured: Mapping[str, Measurement | None]) -> tuple[Measurement | None, tuple[str, ...]]:

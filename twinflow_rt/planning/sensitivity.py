@@ -12,8 +12,6 @@ bf16 has no kinds of layers to leave out: the whole model is loaded in bfloat16 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -47,47 +45,59 @@ def measure(network: nn.Module, run: Callable[[], Tensor], precision: str = "int
 
 
 def advise(found: Sequence[Group], budget: float) -> tuple[str, ...]:
-    """Names to exempt so that the errors of the others, added as squares, stay within `budget`."""
+    """Names to skip so that the errors of the others, added as squares, stay within `budget`."""
     kept = sorted(found, key=lambda group: group.error)
-    exempt: list[str] = []
+    skipped: list[str] = []
     while kept and math.sqrt(sum(group.error**2 for group in kept)) > budget:
-        exempt.append(kept.pop().name)
-    return tuple(exempt)
+        skipped.append(kept.pop().name)
+    return tuple(skipped)
 
 
 def of_pipeline(
     pipe: Any, precision: str = "int8", budget: float | None = None, rounds: int = ROUNDS
 ) -> precisions.Measurement:
-    """Measures one image of the default size of a pipeline loaded without quantized layers, on its device.
+    """Measures "int8" or "fp8" on one image of the default size of a pipeline loaded without quantized layers.
 
     budget: default `BUDGETS[precision]`. rounds: of timing. Raises ConfigError where layers are quantized
     already, or the device has no products of that precision.
     """
-    if pipe.program.plan.precision is not None:
-        raise ConfigError("sensitivity is measured from weights that are not quantized yet")
-    budget = BUDGETS[precision] if budget is None else budget
-    if precision == "bf16":
-        return _measurement(pipe, precision, budget, (), (), *_as_bfloat16(pipe, rounds))
+    _require_whole(pipe)
     require(precision, pipe.device, pipe.dtype)
-    network = pipe.program.network
+    budget, network = BUDGETS[precision] if budget is None else budget, pipe.program.network
     with torch.inference_mode():
         run = _evaluation(pipe)
         found = measure(network, run, precision)
-        exempt = advise(found, budget)
-        layers = [m for name, some in groups(network, precision).items() if name not in exempt for m in some]
+        skipped = advise(found, budget)
+        layers = [m for name, some in groups(network, precision).items() if name not in skipped for m in some]
         figures = _together(pipe, layers, run, precision, rounds)
-    return _measurement(pipe, precision, budget, exempt, found, *figures)
+    return _measurement(pipe, precision, budget, skipped, found, *figures)
+
+
+def of_bfloat16(
+    pipe: Any, reload: Callable[[torch.dtype], Any], budget: float | None = None, rounds: int = ROUNDS
+) -> precisions.Measurement:
+    """As `of_pipeline`, of the whole model in bfloat16, which reload(dtype) loads, against `pipe` in float32."""
+    _require_whole(pipe)
+    if reason := precisions.refuses_bf16(pipe.device, pipe.dtype):
+        raise ConfigError(f"precision bf16: {reason}")
+    figures = _as_bfloat16(pipe, reload(torch.bfloat16), rounds)
+    return _measurement(pipe, "bf16", BUDGETS["bf16"] if budget is None else budget, (), (), *figures)
+
+
+def _require_whole(pipe: Any) -> None:
+    if pipe.program.plan.precision is not None:
+        raise ConfigError("sensitivity is measured from weights that are not quantized yet")
 
 
 def _measurement(
-    pipe: Any, precision: str, budget: float, exempt: tuple[str, ...], found: tuple[Group, ...], error: float,
+    pipe: Any, precision: str, budget: float, skipped: tuple[str, ...], found: tuple[Group, ...], error: float,
     seconds: float, before: float,
 ) -> precisions.Measurement:  # fmt: skip
     folder = pipe.folder / "transformer"
     return precisions.Measurement(
         precision=precision, family=pipe.program.plan.family, weights=precisions.fingerprint(folder),
         device=device_name(pipe.device), torch=torch.__version__, dtype=pipe.program.plan.dtype,
-        budget=budget, exempt=exempt, error=error, seconds=seconds, seconds_before=before, groups=found,
+        budget=budget, skip_layers=skipped, error=error, seconds=seconds, seconds_before=before, groups=found,
     )  # fmt: skip
 
 
@@ -120,14 +130,9 @@ def _together(
     return error, median(after), median(before)
 
 
-def _as_bfloat16(pipe: Any, rounds: int) -> tuple[float, float, float]:
-    """Error of the model in bfloat16 against `pipe`, prompt included, and median seconds of an evaluation so and as
-    it is, taken in turns."""
-    from ..loading import load
-
-    if reason := precisions.refuses_bf16(pipe.device, pipe.dtype):
-        raise ConfigError(f"precision bf16: {reason}")
-    other = load(pipe.folder, device=pipe.device, dtype=torch.bfloat16, sampler=pipe.sampler)
+def _as_bfloat16(pipe: Any, other: Any, rounds: int) -> tuple[float, float, float]:
+    """Error of `other`, the model in bfloat16, against `pipe`, prompt included, and median seconds of an evaluation so
+    and as it is, taken in turns."""
     timer, after, before = Timer(pipe.device), [], []
     with torch.inference_mode():
         plain, short = _evaluation(pipe), _evaluation(other)
@@ -140,38 +145,3 @@ def _as_bfloat16(pipe: Any, rounds: int) -> tuple[float, float, float]:
 
 def _error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="model folder (diffusers layout), or 'demo'")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: fits model and device")
-    parser.add_argument("--precision", choices=precisions.MEASURED, help="default: fp8 on a GPU, int8 on a CPU")
-    budgets = ", ".join(f"{name}: {budget:g}" for name, budget in BUDGETS.items())
-    parser.add_argument("--budget", type=float, help=f"error of one forward to stay within (default {budgets})")
-    parser.add_argument(
-        "--save", nargs="?", const="", metavar="FILE",
-        help="write the measurement to FILE, for load(..., exempt=FILE) and --exempt FILE; without FILE to the "
-        "user's cache, where precision 'auto' finds it",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the measurement as JSON")
-
-
-def run(args: argparse.Namespace, pipe: Any) -> int:
-    """Measures, prints the groups and what to exempt, and keeps it if asked to."""
-    precision = args.precision or ("fp8" if pipe.device.type == "cuda" else "int8")
-    found = of_pipeline(pipe, precision, args.budget)
-    where = None if args.save is None else precisions.save(found, args.save or None)
-    if args.json:
-        print(json.dumps(found.to_dict(), indent=1))
-        return 0
-    for group in found.groups:
-        print(f"{group}" + ("  exempt" if group.name in found.exempt else ""))
-    names = ", ".join(f'"{name}"' for name in found.exempt)
-    exempt = "" if precision == "bf16" else f", exempt=[{names}]"
-    print(f'load(..., precision="{precision}"{exempt}): error {found.error:.2e} of at most {found.budget:g}')
-    gain = found.seconds_before / found.seconds
-    print(f"one evaluation {1e3 * found.seconds:.3g} ms, {gain:.2f}x as fast as {found.dtype} on {found.device}")
-    if where is not None:
-        print(f"wrote {where}")
-    return 0

@@ -23,7 +23,8 @@ from ray.exceptions import (
 from ..config import SizeRule
 from ..errors import CancelledError, DeviceError, TwinFlowError
 from ..sampling.sampler import SamplerConfig
-from .engine import SMOOTHING, Batch, Engine, Job, Limits
+from .engine import SMOOTHING, Batch, Engine, Job
+from .settings import Limits
 
 log = logging.getLogger(__name__)
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError)

@@ -22,6 +22,7 @@ from ..config import check_count, resolve_prompts
 from ..errors import CancelledError, ConfigError, TwinFlowError
 from ..sampling.noise import resolve_seeds
 from ..sampling.schedule import resolve_sampler
+from .settings import Limits
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.2  # weight of the newest batch in the running mean of seconds per image
@@ -37,32 +38,6 @@ class QueueFullError(TwinFlowError):
 
 class DrainingError(TwinFlowError):
     """The engine takes no more requests: it is shutting down."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the engine takes on.
-
-    max_batch: images of one run. max_wait: seconds the oldest image waits for others to run beside
-    it. max_queue: images waiting. max_images, max_pixels, max_prompt (characters) and max_nfe bound
-    one request. Raises ConfigError for values that cannot work.
-    """
-
-    max_batch: int = 8
-    max_wait: float = 0.01
-    max_queue: int = 64
-    max_images: int = 10
-    max_pixels: int = 2048 * 2048
-    max_prompt: int = 4000
-    max_nfe: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_queue", "max_images", "max_pixels", "max_prompt", "max_nfe"):
-            check_count(name, getattr(self, name))
-        if not (isinstance(self.max_wait, (int, float)) and 0 <= self.max_wait < math.inf):
-            raise ConfigError(f"max_wait must be seconds, 0 or more; got {self.max_wait!r}")
-        if self.max_images > self.max_queue:
-            raise ConfigError(f"max_queue {self.max_queue} must hold one request of max_images {self.max_images}")
 
 
 @dataclass(eq=False)
@@ -133,6 +108,11 @@ class Engine:
             self._queue.extend(jobs)
             self._changed.notify_all()
         return jobs
+
+    def warm_up(self) -> None:
+        """Makes one image of the default size, so that the first caller does not pay for first uses."""
+        (job,) = self.submit("warm-up", seed=0)
+        job.future.result()
 
     def cancel(self, jobs: list[Job]) -> None:
         """Gives jobs up: those waiting leave the queue, a run that nobody waits for any more stops

@@ -28,10 +28,12 @@ import numpy as np
 import ray
 from ray import serve
 
-from ..cli.serve import LOADING
+from ..checkpoint.lora import resolve_loras
 from ..errors import ConfigError, DeviceError
+from ..options import LoadOptions
 from .cluster import Cluster, Model
-from .engine import Engine, Limits
+from .engine import Engine
+from .settings import Limits, RayOptions, Settings
 
 NAME = "twinflow-worker"
 HEAD = {"node:__internal_head__": 0.001}  # a sliver of the resource that only the head node has
@@ -53,15 +55,14 @@ class Workers:
         return "cuda" if self.gpus else "cpu"
 
 
-def plan_workers(
-    device: str | None = None, *, most: int | None = None, least: int = 1, cpus: float | None = None
-) -> Workers:
+def plan_workers(device: Any, asked: RayOptions) -> Workers:
     """Fits workers to the cluster that this process has joined.
 
     One worker per GPU where the cluster has GPUs or `device` is "cuda", else or with "cpu" one per node with
-    CPUs. most: upper bound instead, for clusters that grow. cpus: cores of a worker; by default 1
+    CPUs; at most `asked.workers`, where given, for clusters that grow. A worker's cores: by default 1
     beside a GPU, and on CPUs all cores of the smallest node. Raises ConfigError, DeviceError.
     """
+    most, least, cpus = asked.workers, asked.min_workers, asked.worker_cpus
     if device not in (None, "cpu", "cuda"):
         raise ConfigError(f"--device {device} with --ray: use cpu or cuda; which GPU a worker gets is Ray's choice")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -88,12 +89,11 @@ def plan_workers(
 class Worker:
     """A model behind an engine. model, options: as `twinflow_rt.load` takes them."""
 
-    def __init__(self, model: str, options: dict[str, Any], limits: Limits) -> None:
-        from ..cli.serve import warm_up
+    def __init__(self, model: str, options: LoadOptions, limits: Limits) -> None:
         from ..loading import load
 
-        self.engine = Engine(load(model, **options), limits)
-        warm_up(self.engine)
+        self.engine = Engine(load(model, **vars(options)), limits)
+        self.engine.warm_up()
 
     async def describe(self) -> Model:
         """What requests to this model are checked against."""
@@ -113,7 +113,7 @@ class Worker:
             raise RuntimeError("the engine's thread has ended")
 
 
-def deployment(model: str, options: dict[str, Any], limits: Limits, workers: Workers) -> serve.Application:
+def deployment(model: str, options: LoadOptions, limits: Limits, workers: Workers) -> serve.Application:
     """The workers as a Ray Serve application without HTTP. Each holds one batch in work and one waiting."""
     held = 2 * limits.max_batch
     deployed = serve.deployment(
@@ -134,15 +134,13 @@ def deployment(model: str, options: dict[str, Any], limits: Limits, workers: Wor
 
 
 @contextmanager
-def open_cluster(args: argparse.Namespace, limits: Limits) -> Iterator[Cluster]:
+def open_cluster(settings: Settings) -> Iterator[Cluster]:
     """The engine for `twinflow-rt serve --ray`: joins the cluster and deploys the workers, which go in the end."""
-    from ..cli.serve import model_name
-
-    with session(args.ray):
+    with session(settings.ray.ray or ""):
         serve.start(proxy_location="Disabled")
-        name = f"twinflow-{args.name or model_name(args.model)}"
+        name = f"twinflow-{settings.name}"
         try:
-            yield Cluster(_run(_deployment(args, limits), name), limits)
+            yield Cluster(_run(_deployment(settings), name), settings.limits)
         finally:
             serve.delete(name)
 
@@ -179,6 +177,12 @@ def model_path(model: str) -> str:
     return model if model == "demo" or model.startswith("hf://") else str(Path(model).resolve())
 
 
+def for_workers(options: LoadOptions, device: str) -> LoadOptions:
+    """The options as workers, which run elsewhere, are to load with: on their `device`, files by their whole paths."""
+    loras = options.loras and [(Path(path).resolve(), weight) for path, weight in resolve_loras(options.loras)]
+    return replace(options, device=device, loras=loras)
+
+
 def build(args: dict[str, Any]) -> serve.Application:
     """The whole server as a Ray Serve application.
 
@@ -186,56 +190,50 @@ def build(args: dict[str, Any]) -> serve.Application:
     port, drain_timeout and ray, which are Ray Serve's to set. The token's file or variable is read by the
     front, on the head node. Raises ConfigError.
     """
-    from ..cli.serve import limits_of
-
-    options = _parsed(args)
-    limits = limits_of(options)
+    settings = parse(args)
     front = serve.deployment(
-        serve.ingress(_front(options, limits))(),
+        serve.ingress(_front(settings))(),
         name="twinflow-http",
-        max_ongoing_requests=limits.max_queue + 1000,  # more than the engine takes: the refusal is its own
+        max_ongoing_requests=settings.limits.max_queue + 1000,  # more than the engine takes: the refusal is its own
         ray_actor_options={"num_cpus": 0, "resources": HEAD},
     )
-    return front.bind(_deployment(options, limits))
+    return front.bind(_deployment(settings))
 
 
-def _front(options: argparse.Namespace, limits: Limits) -> Any:
+def _front(settings: Settings) -> Any:
     """What makes the HTTP application, inside the front's replica."""
 
     def front() -> Any:
-        from ..cli.serve import model_name, read_token
         from .app import create_app
 
         handle = serve.get_deployment_handle(NAME, serve.get_replica_context().app_name)
-        token = read_token(options.token_file, options.token_env)
-        name = options.name or model_name(options.model)
-        return create_app(Cluster(handle, limits), name, token=token, timeout=options.timeout)
+        token, timeout = settings.server.token(), settings.server.timeout
+        return create_app(Cluster(handle, settings.limits), settings.name, token=token, timeout=timeout)
 
     return front
 
 
-def _deployment(args: argparse.Namespace, limits: Limits) -> serve.Application:
-    workers = plan_workers(args.device, most=args.workers, least=args.min_workers, cpus=args.worker_cpus)
-    options = {name: getattr(args, name) for name in LOADING} | {"device": workers.device}
-    return deployment(model_path(args.model), options, limits, workers)
+def _deployment(settings: Settings) -> serve.Application:
+    workers = plan_workers(settings.load.device, settings.ray)
+    options = for_workers(settings.load, workers.device)
+    return deployment(model_path(settings.model), options, settings.limits, workers)
 
 
-def _parsed(args: dict[str, Any]) -> argparse.Namespace:
-    """The options of the command line, from names and values."""
-    from ..cli.serve import add_arguments
+def parse(args: dict[str, Any]) -> Settings:
+    """The settings of a server from names and values, as `twinflow-rt serve` has them. Raises ConfigError."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             raise ConfigError(f"{message}; the options are those of `twinflow-rt serve`")
 
     parser = Parser("build", add_help=False, allow_abbrev=False)
-    add_arguments(parser)
+    Settings.add_arguments(parser)
     refused = {"host", "port", "drain_timeout", "ray"} & set(args)
     if refused:
         raise ConfigError(f"{', '.join(sorted(refused))}: set by Ray Serve itself, in its http_options")
-    words = []
+    words = [str(args.get("model", "demo"))]
     for name, value in args.items():
         if name != "model":
             flag = f"--{name.replace('_', '-')}"
             words.append(flag if str(value).lower() == "true" else f"{flag}={value}")
-    return parser.parse_args([*words, str(args.get("model", "demo"))])
+    return Settings.of(parser.parse_args(words))

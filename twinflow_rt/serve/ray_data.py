@@ -6,7 +6,6 @@ worker is lost runs again on another one.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +16,11 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from ..cli.batch import Request, Written, paint
 from ..errors import DeviceError, TwinFlowError
-from .ray import model_path, plan_workers, session
+from ..options import LoadOptions
+from .batch import Request, Written, paint
+from .ray import for_workers, model_path, plan_workers, session
+from .settings import RayOptions
 
 MAX_BLOCKS = 10_000  # Ray's driver keeps a reference to each
 
@@ -28,13 +29,13 @@ class Painter:
     """A worker: loads the model once, then makes batch after batch. What `load` refuses is raised by the first of
     them, as Ray starts a worker that cannot start again and again."""
 
-    def __init__(self, model: str, options: dict[str, Any], on_oom: str) -> None:
+    def __init__(self, model: str, options: LoadOptions, on_oom: str) -> None:
         from ..loading import load
 
         self.on_oom = on_oom
         self.refusal: TwinFlowError | None = None
         try:
-            self.pipe = load(model, **options)
+            self.pipe = load(model, **vars(options))
         except TwinFlowError as error:
             self.refusal = error
 
@@ -47,16 +48,16 @@ class Painter:
 
 @contextmanager
 def painted(
-    groups: list[list[Request]], options: dict[str, Any], args: argparse.Namespace
+    groups: list[list[Request]], model: str, options: LoadOptions, on_oom: str, asked: RayOptions
 ) -> Iterator[Iterator[Written]]:
     """The images of all groups as workers finish them. Raises the TwinFlowError that a worker raised,
     DeviceError for what else becomes of it."""
-    with session(args.ray):
-        workers = plan_workers(args.device, most=args.workers, least=args.min_workers, cpus=args.worker_cpus)
+    with session(asked.ray or ""):
+        workers = plan_workers(options.device, asked)
         rows = [{"requests": [asdict(request) for request in requests]} for requests in groups]
         dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).flat_map(
             Painter,
-            fn_constructor_args=(model_path(args.model), options | {"device": workers.device}, args.on_oom),
+            fn_constructor_args=(model_path(model), for_workers(options, workers.device), on_oom),
             compute=ray.data.ActorPoolStrategy(min_size=workers.least, max_size=min(workers.most, len(rows))),
             num_gpus=workers.gpus,
             num_cpus=workers.cpus,

@@ -9,10 +9,9 @@ follows from `seed`.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from ..checkpoint.atomic import write_json
 from ..checkpoint.files import read_json
-from ..config import resolve_device
 from ..models.transformers.z_image import ZImageConfig, ZImageTransformer
 from .export import save_model
 from .objective import ObjectiveConfig, TwinFlowObjective, flow_matching_loss
@@ -262,23 +260,3 @@ def _same_recipe(path: Path, described: dict[str, Any]) -> None:
     if path.exists() and read_json(path) != described:
         raise ConfigError(f"{path} records another recipe; train into a new folder or repeat its options")
     write_json(path, described)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of `twinflow-rt train demo`."""
-    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="run folder; an interrupted run resumes")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="twinflow")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    parser.add_argument("--seed", type=int, default=0)
-    for name in ("scenes", "autoencoder_steps", "text_steps", "flow_steps", "settle_steps", "last_steps"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Entry of the command."""
-    given = {k: v for k, v in vars(args).items() if k in Recipe.__dataclass_fields__ and v is not None}
-    recipe, log = replace(RECIPES[args.recipe], **given), lambda line: print(line, flush=True)
-    folder = train(args.out, recipe, log, args.compile, resolve_device(args.device))
-    print(f"wrote {folder}")
-    return 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.atomic import check_target, replacing
+from .atomic import check_target, replacing
 from ..errors import ConfigError
 
 CHUNK = "twinflow_rt"  # the text chunk in which a PNG file says what it was made of

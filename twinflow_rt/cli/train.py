@@ -1,0 +1,38 @@
+"""`twinflow-rt train demo`: the shipped miniature, trained from nothing."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+
+from ..options import LoadOptions
+from ..options import add_arguments as add_options
+
+STEPS = ("scenes", "autoencoder_steps", "text_steps", "flow_steps", "settle_steps", "last_steps")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..training.demo import RECIPES
+
+    models = parser.add_subparsers(dest="trained", required=True, metavar="model")
+    demo = models.add_parser("demo", help="the shipped miniature, on two CPU cores")
+    demo.add_argument("--out", type=Path, default=Path("demo-run"), help="run folder; an interrupted run resumes")
+    demo.add_argument("--recipe", choices=sorted(RECIPES), default="twinflow")
+    demo.add_argument("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
+    add_options(demo, LoadOptions, only=("device",))
+    demo.add_argument("--seed", type=int, default=0)
+    for name in STEPS:
+        demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..config import resolve_device
+    from ..training.demo import RECIPES, Recipe, train
+
+    names = {field.name for field in fields(Recipe)}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    recipe = replace(RECIPES[args.recipe], **given)
+    folder = train(args.out, recipe, lambda line: print(line, flush=True), args.compile, resolve_device(args.device))
+    print(f"wrote {folder}")
+    return 0
