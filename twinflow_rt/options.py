@@ -68,7 +68,7 @@ class LoadOptions:
         default=None, metadata=about("instead of `nfe`: a preset's name or a `SamplerConfig`", flag=None)
     )
     loras: Loras | None = field(default=None, metadata=about(
-        "LoRA adapters to merge, {path: weight} or [path or (path, weight), ...]; on a command line one each time",
+        "LoRA adapters to merge: {path: weight} or [path or (path, weight), ...]; on a command line, one each time",
         "none; of an artifact, those it was saved with", flag="--lora", metavar="PATH[:WEIGHT]",
         type=parse_lora, action="append",
     ))  # fmt: skip
@@ -97,7 +97,7 @@ class LoadOptions:
     ))  # fmt: skip
     prompt_cache: int = field(default=0, metadata=about(
         "bytes of device memory that keep prompts seen before, as the network reads them (`Pipeline.prompts` counts "
-        "hits)", "0: none", metavar="BYTES",
+        "hits)", "none", metavar="BYTES",
     ))  # fmt: skip
     download: bool = field(default=False, metadata=about(
         "fetch a model hf://owner/name[@revision][/subfolder] and check its files' hashes; nothing else opens a "
