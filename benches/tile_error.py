@@ -7,6 +7,8 @@ Prints, per tile size, the largest and the mean difference to the image decoded 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from twinflow_rt.loading import load
@@ -27,7 +29,7 @@ def main() -> None:
     whole = pipe.vae.decode(sheet).clamp(-1, 1)
     print(f"{whole.shape[3]} x {whole.shape[2]} pixels, overlap {tiles.margin(pipe.vae.network) * pipe.vae.scale}")
     for tile in TILES:
-        pipe.vae.tile = tile
+        pipe.vae.options = replace(pipe.vae.options, tile=tile)
         error = (pipe.vae.decode(sheet).clamp(-1, 1) - whole).abs() * 127.5
         print(f"tiles of {tile:>4} pixels: at most {error.max():5.1f}, mean {error.mean():.2f}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,11 @@ from .planning.memory_plan import MemoryPlan, plan_memory
 from .runtime import out_of_memory
 from .runtime.capture import Captures, open_captures
 from .sampling.schedule import SamplerConfig, preset, resolve_sampler, schedule
+from .stages.stage import StageOptions
+from .stages.text_stage import TextStage
 from .stages.tiles import check_tile
-from .stages.vae import PreviewDecoder
+from .stages.vae import PreviewDecoder, VaeDecoder
+from .stages.velocity import VelocityStage
 
 __all__ = ["DEMO", "LoadOptions", "load", "model_path"]
 DEMO = Path(__file__).parent / "demo"
@@ -99,6 +102,13 @@ class Asked:
         budget = parse_bytes(options.memory_budget)
         return cls(options, sampler, device, dtype, open_captures(options.capture, device), loras, budget)
 
+    def text_options(self, captures: Captures | None = None) -> StageOptions:
+        """How the text stage is read where memory allows."""
+        options = self.options
+        return StageOptions(
+            captures, precision=options.text_precision, skip_layers=tuple(options.text_skip_layers)
+        )
+
     def progress(self, part: str) -> Progress | None:
         """What is told of the bytes of `part` as they arrive."""
         return self.options.progress and partial(self.options.progress, part)
@@ -112,8 +122,8 @@ class Model:
     folder: Path
     checkpoint: Checkpoint
     family: Family
-    text: Any
-    vae: Any
+    text: TextStage
+    vae: VaeDecoder
     sizes: SizeRule
     dtype: torch.dtype
     sampler: SamplerConfig
@@ -127,10 +137,9 @@ class Model:
         """Opens the stages in `folder` beside the network in `checkpoint`."""
         options = asked.options
         text, vae, sizes = family.open(folder, checkpoint.config)
-        text.quantize(options.text_precision, options.text_skip_layers, asked.device, dtype)
+        text.require_precision(options.text_precision, options.text_skip_layers, asked.device, dtype)
         if options.tile is not None:
             check_tile(vae.network, options.tile)
-        vae.tile = options.tile
         return cls(folder, checkpoint, family, text, vae, sizes, dtype, sampler, schedule(sampler, dtype))
 
     def plan_memory(self, asked: Asked, **network: Any) -> MemoryPlan | None:
@@ -140,14 +149,14 @@ class Model:
             return None
         memory = plan_memory(
             self.text, self.vae, self.checkpoint, self.family, self.times, asked.device, self.dtype, asked.budget,
-            resolve_largest(asked.options.largest, self.sizes), asked.options.tile, **network,
+            resolve_largest(asked.options.largest, self.sizes), asked.options.tile,
+            text_options=asked.text_options(), **network,
         )  # fmt: skip
         if asked.captures is not None and asked.captures.strict and (memory.text_streams or memory.streamed):
             raise ConfigError(
                 f"capture='graphs' records every stage; blocks stream within memory_budget "
                 f"{asked.options.memory_budget}, and such are not recorded: use capture='auto', or a larger budget"
             )
-        self.text.streams, self.vae.tile = memory.text_streams, memory.tile
         return memory
 
 
@@ -193,19 +202,24 @@ def _assemble(
 ) -> Pipeline:
     """Reads the weights, part by part, and makes the pipeline of them. compile(progress): the network's program."""
     options, device, dtype, text, vae = asked.options, asked.device, model.dtype, model.text, model.vae
+    captures = asked.captures if memory is None or device.type == "cuda" else None  # a CPU's budget counts every byte
+    text_options, network_options = asked.text_options(captures), StageOptions(captures)
+    tile, preview = options.tile, None
+    if memory is not None:
+        text_options = replace(text_options, streams=memory.text_streams)
+        network_options, tile = replace(network_options, streams=memory.streamed > 0), memory.tile
     with torch.no_grad():
-        text.materialize(device, dtype, asked.progress("text encoder"))
+        text.materialize(device, dtype, text_options, asked.progress("text encoder"))
         program = compile(asked.progress("transformer"))
-        vae.materialize(device, dtype, asked.progress("vae"))
-        pipe = Pipeline(
-            text, program, vae, model.sizes, model.sampler, device, dtype, model.folder, options.prompt_cache,
-            options.batch_invariant,
-        )  # fmt: skip
-        pipe.memory = memory
+        velocity = VelocityStage(program, device, dtype, network_options, options.prompt_cache)
+        vae.materialize(device, dtype, StageOptions(captures, tile=tile), asked.progress("vae"))
         if options.preview is not None:
-            pipe.preview = PreviewDecoder(Path(options.preview), vae)
-            pipe.preview.materialize(device, dtype, asked.progress("preview"))
-    pipe.record(asked.captures if memory is None or device.type == "cuda" else None)  # a CPU's budget counts every byte
+            preview = PreviewDecoder(Path(options.preview), vae)
+            preview.materialize(device, dtype, StageOptions(captures), asked.progress("preview"))
+    pipe = Pipeline(
+        text, velocity, vae, model.sizes, model.sampler, model.folder, preview=preview, memory=memory,
+        batch_invariant=options.batch_invariant,
+    )  # fmt: skip
     pipe.warm_up()
     if device.type == "cpu":
         library.release_threads()  # calls may come from other threads than this one

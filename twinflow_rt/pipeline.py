@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,24 @@ from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
 from .config import ON_OOM, OUTPUTS, SizeRule, check_choice, check_count, resolve_prompts
 from .errors import ConfigError, DeviceError
-from .models.context import Context, recorded_context
-from .ops import EAGER
-from .passes.fold import Schedule
 from .plan import Plan, Stage
 from .planning import warm_up as warm
 from .planning.memory_plan import MemoryPlan
 from .planning.work import predict_stages
 from .runtime import out_of_memory
-from .runtime.capture import AUTO_POSITIONS, Captures
+from .runtime.capture import Captures
 from .runtime.forks import Lock
 from .runtime.parallel import Ulysses
-from .runtime.streaming import NOT_RECORDED
 from .runtime.threads import placed_threads
 from .runtime.timing import StageTimer
-from .sampling.noise import check_batch, initial_noise, resolve_seeds, step_noise
-from .sampling.sampler import SamplerConfig, sample, schedule
-from .sampling.schedule import resolve_sampler, steps
+from .sampling.noise import check_batch, initial_noise, resolve_seeds
+from .sampling.schedule import SamplerConfig, resolve_sampler, schedule
 from .stages import embeds_file
-from .stages.prompt_cache import PromptCache
+from .stages.stage import in_parts
 from .stages.text import PromptEmbeds
-from .stages.vae import PreviewDecoder
+from .stages.text_stage import TextStage
+from .stages.vae import VaeDecoder
+from .stages.velocity import Callback, Prompts, VelocityStage
 
 
 @dataclass(frozen=True)
@@ -52,39 +48,64 @@ class Result:
     at_once: int = 0
 
 
+@dataclass(frozen=True)
+class Request:
+    """The arguments of a call, checked. repeats: images per prompt. size: height and width in pixels. seeds: one per
+    image."""
+
+    prompts: Prompts
+    repeats: int
+    size: tuple[int, int]
+    seeds: list[int]
+    sampler: SamplerConfig
+    output: str
+    callback: Callback | None
+    preview: bool
+
+
 class Pipeline:
     """A loaded model. Calls are serialised: one device runs one generation at a time.
 
+    text, velocity, vae: its stages. preview: the decoder of calls with preview=True, or None. sampler: of calls that
+    name none. folder: it was loaded from. memory: how it keeps to a budget, or None.
     batch_invariant: whether every image goes through the networks alone, so that its bits are the same in
     any batch (docs/reliability.md); may be changed between calls.
     """
 
     def __init__(
-        self, text: Any, program: Program, vae: Any, sizes: SizeRule, sampler: SamplerConfig,
-        device: torch.device, dtype: torch.dtype, folder: Path, prompt_cache: int = 0, batch_invariant: bool = False,
+        self, text: TextStage, velocity: VelocityStage[Program], vae: VaeDecoder, sizes: SizeRule,
+        sampler: SamplerConfig, folder: Path, *, preview: VaeDecoder | None = None, memory: MemoryPlan | None = None,
+        batch_invariant: bool = False,
     ) -> None:  # fmt: skip
-        self.folder, self.prompts = folder, PromptCache(prompt_cache)
-        self.text, self.program, self.vae, self.sizes = text, program, vae, sizes
-        self.sampler, self.device, self.dtype = sampler, device, dtype
-        self.captures: Captures | None = None
-        self.memory: MemoryPlan | None = None
-        self.preview: PreviewDecoder | None = None
+        self.text, self.velocity, self.vae, self.preview = text, velocity, vae, preview
+        self.sizes, self.sampler, self.folder, self.memory = sizes, sampler, folder, memory
+        self.device, self.dtype, self.prompts = velocity.device, velocity.dtype, velocity.prompts
         self.batch_invariant = batch_invariant
         self._lock = Lock()
-        self._stages: tuple[Stage, ...] | None = None
+        self._work: tuple[Stage, ...] | None = None
         self._probe: PromptEmbeds | None = None  # of the text stage: what embeddings look like
+
+    @property
+    def program(self) -> Program:
+        """The compiled velocity network."""
+        return self.velocity.program
+
+    @property
+    def captures(self) -> Captures | None:
+        """What records the stages, or None."""
+        return self.velocity.options.captures
 
     @property
     def plan(self) -> Plan:
         """What compiling decided, and the least each stage must cost for an image of the default size."""
-        if self._stages is None:
+        if self._work is None:
             size = self.sizes.resolve(None, None)
-            self._stages = predict_stages(self.text, self.program.network, self.vae, *size, self.dtype)
+            self._work = predict_stages(self.text, self.program.network, self.vae, *size, self.dtype)
         loads = tuple(note for stage in (self.text, self.vae) for note in stage.notes())
         graphs = self.captures.notes() if self.captures is not None else ()
         graphs += self.memory.notes() if self.memory is not None else ()
         graphs += (str(self.prompts),) if self.prompts.budget else ()
-        return replace(self.program.plan, stages=self._stages, notes=self.program.plan.notes + loads + graphs)
+        return replace(self.program.plan, stages=self._work, notes=self.program.plan.notes + loads + graphs)
 
     def read_embeds(self, path: str | Path) -> PromptEmbeds:
         """Prompt embeddings that `twinflow-rt encode` wrote, for a call of this pipeline.
@@ -98,17 +119,11 @@ class Pipeline:
         saved.require(self.program.plan.family, self.text, where)
         return saved.embeds
 
-    def record(self, captures: Captures | None) -> None:
-        """Has the stages recorded by `captures` from now on, or (None) run as they are."""
-        self.captures = self.text.captures = self.vae.captures = captures
-        if self.preview is not None:
-            self.preview.captures = captures
-
     def __call__(
         self, prompt: str | Sequence[str] | PromptEmbeds, *, height: int | None = None, width: int | None = None,
         seed: int | Sequence[int] | None = None, num_images: int = 1, nfe: int | None = None,
         sampler: SamplerConfig | str | None = None, output: str = "pil",
-        callback: Callable[[int, int, Tensor], None] | None = None, cancel: Callable[[], bool] | None = None,
+        callback: Callback | None = None, cancel: Callable[[], bool] | None = None,
         on_oom: str = "raise", preview: bool = False,
     ) -> Result:  # fmt: skip
         """Generates num_images images per prompt, all in one batch, prompt-major.
@@ -126,38 +141,77 @@ class Pipeline:
         Raises ConfigError for arguments that cannot work, CancelledError, OutOfMemoryError.
         """
         check_choice("on_oom", on_oom, ON_OOM)
+        if self.program.sequence is not None and (cancel is not None or on_oom != "raise"):
+            raise ConfigError("cancel= and on_oom='split' would part the processes of a sequence-parallel call")
+        request = self._checked(prompt, (height, width), seed, num_images, nfe, sampler, output, callback, preview)
+        timer = StageTimer(self.device, cancel)
+        if self._lock.forked and self.device.type == "cuda":
+            raise DeviceError("CUDA does not survive a fork: start the worker by spawn and load the model in it")
+        (rows, columns), images = request.size, len(request.seeds)
+        with self._lock, placed_threads(self.device):
+            made, at_once = out_of_memory.halving(
+                lambda at_once: self._run(request, at_once, timer), 1 if self.batch_invariant else images,
+                split=on_oom == "split", release=self._release,
+                what=lambda n: f"images of {columns}x{rows}, {n} at once, do not fit in {self.device}'s memory",
+            )  # fmt: skip
+        return Result(made, request.seeds, timer.timings(), timer.memory, at_once)
+
+    def _checked(
+        self, prompt: str | Sequence[str] | PromptEmbeds, size: tuple[int | None, int | None],
+        seed: int | Sequence[int] | None, num_images: int, nfe: int | None, sampler: SamplerConfig | str | None,
+        output: str, callback: Callback | None, preview: bool,
+    ) -> Request:  # fmt: skip
+        """Return a call's arguments checked and completed. Raises ConfigError."""
         check_choice("output", output, OUTPUTS)
         check_count("num_images", num_images)
-        if isinstance(prompt, PromptEmbeds):
-            prompts: tuple[str, ...] | PromptEmbeds = self._checked(prompt)
-        else:
-            prompts = resolve_prompts(prompt)
-        size = self.sizes.resolve(height, width)
+        prompts: Prompts = (
+            self._checked_embeds(prompt) if isinstance(prompt, PromptEmbeds) else resolve_prompts(prompt)
+        )
+        resolved = self.sizes.resolve(*size)
         check_batch(len(prompts) * num_images)
         seeds = resolve_seeds(seed, len(prompts) * num_images)
         if (sequence := self.program.sequence) is not None:
-            if cancel is not None or on_oom != "raise":
-                raise ConfigError("cancel= and on_oom='split' would part the processes of a sequence-parallel call")
             seeds = sequence.agree(seeds)
         if self.memory is not None:
-            self.memory.require(*size, len(seeds))
+            self.memory.require(*resolved, len(seeds))
         config = resolve_sampler(nfe, sampler) or self.sampler
         if preview and self.preview is None:
             raise ConfigError("preview=True needs a preview decoder: load(..., preview=FOLDER) with an AutoencoderTiny")
-        stages = StageTimer(self.device, cancel)
-        if self._lock.forked and self.device.type == "cuda":
-            raise DeviceError("CUDA does not survive a fork: start the worker by spawn and load the model in it")
+        return Request(prompts, num_images, resolved, seeds, config, output, callback, preview)
 
-        def run(at_once: int) -> Any:
-            with torch.inference_mode():
-                return self._run(prompts, num_images, size, seeds, config, output, callback, stages, at_once, preview)
+    def _checked_embeds(self, embeds: PromptEmbeds) -> PromptEmbeds:
+        """Return embeddings, if the text stage could have made them. Raises ConfigError."""
+        if self._probe is None:
+            self._probe = self.text.probe(1)
+        embeds.check(self._probe, self.text.max_tokens)
+        return embeds
 
-        with self._lock, placed_threads(self.device):
-            images, at_once = out_of_memory.halving(
-                run, 1 if self.batch_invariant else len(seeds), split=on_oom == "split", release=self._release,
-                what=lambda n: f"images of {size[1]}x{size[0]}, {n} at once, do not fit in {self.device}'s memory",
-            )  # fmt: skip
-        return Result(images, seeds, stages.timings(), stages.memory, at_once)
+    @torch.inference_mode()
+    def _run(self, request: Request, at_once: int, timer: StageTimer) -> Any:
+        """Return the images of a call, `at_once` of them in a network together."""
+        velocity, seeds, size = self.velocity, request.seeds, request.size
+        times = schedule(request.sampler, self.dtype)
+        self.program.refold(times)
+        vae = self.preview if request.preview and self.preview is not None else self.vae
+        latents_wanted = request.output == "latent" or request.callback is not None
+        raw = vae is self.vae and not latents_wanted and velocity.projects_to_vae(times)
+        with timer("text"):
+            contexts = velocity.contexts(
+                request.prompts, self.text, request.repeats, times, at_once, self.batch_invariant
+            )
+        with timer("noise"):
+            shape = (vae.channels, size[0] // vae.scale, size[1] // vae.scale)
+            noise = initial_noise(seeds, shape, self.dtype, self.device)
+        with timer("sample"):
+            latents = velocity.sample(
+                noise, contexts, seeds, request.sampler, at_once, timer, request.callback, vae if raw else None
+            )
+        if request.output == "latent":
+            return latents
+        with timer("decode"):
+            images = _decode(vae, latents, request.output, at_once, timer, raw)
+        with timer("output"):
+            return deliver(images, request.output)
 
     def _release(self) -> None:
         """Give up what graphs hold, before a call begins again with fewer images."""
@@ -213,7 +267,7 @@ class Pipeline:
         read, of a saved program too."""
         if self.memory is not None and (self.memory.streamed or self.memory.text_streams):
             raise ConfigError("this pipeline's weights stream: load it without memory_budget to save it")
-        if self.text.precision is not None:
+        if self.text.options.precision is not None:
             raise ConfigError("text encoders are saved in their dtype: save without text_precision, load with it again")
         with self._lock, torch.inference_mode():
             self.program.refold(schedule(self.sampler, self.dtype))  # a call may have left another
@@ -228,135 +282,16 @@ class Pipeline:
             }
             return artifact.write(Path(path), parts, self.folder, meta)
 
-    def _run(
-        self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, size: tuple[int, int], seeds: list[int],
-        config: SamplerConfig, output: str, callback: Callable[[int, int, Tensor], None] | None,
-        stages: StageTimer, at_once: int, preview: bool,
-    ) -> Any:  # fmt: skip
-        times = schedule(config, self.dtype)
-        self.program.refold(times)
-        network, vae = self.program.network, self.preview if preview and self.preview is not None else self.vae
-        direct = output != "latent" and vae is self.vae and callback is None and self._projects_directly(times)
-        with stages("text"):
-            contexts = self._contexts(prompts, repeats, times, at_once)
-        with stages("noise"):
-            shape = (self.vae.channels, size[0] // self.vae.scale, size[1] // self.vae.scale)
-            noise = initial_noise(seeds, shape, self.dtype, self.device)
-        with stages("sample"):
-            latents = sample(
-                self._velocities(contexts, noise, at_once, stages, steps(config, self.dtype)[0].t if direct else None),
-                noise, config, noise_fn=lambda step: step_noise(seeds, step, shape, device=self.device),
-                callback=callback, cancel=stages.cancel,
-                project=(lambda noise, raw, t: raw) if direct else network.ops.x0_project,
-            )  # fmt: skip
-        if output == "latent":
-            return latents
-        with stages("decode"):
-            decode = vae.decode if output == "pt" else vae.decode_uint8
-            check = lambda: stages.check("before a tile of its decode stage")
-            images = _in_parts(lambda part, _: decode(part, raw=direct, check=check), latents, at_once, stages)
-        with stages("output"):
-            return _deliver(images, output)
 
-    def _projects_directly(self, times: Schedule) -> bool:
-        """Whether one kernel takes the network's last tokens to the VAE's input: x0, unpacking and the VAE's scaling.
-        Without such a kernel the three are no faster together, and elsewhere x0 itself is wanted."""
-        fused = self.program.network.ops.x0_to_vae is not EAGER.x0_to_vae
-        return fused and len(times) == 1 and self.dtype != torch.float64
-
-    def _velocities(
-        self, contexts: list[Context], noise: Tensor, at_once: int, stages: StageTimer, direct: float | None
-    ) -> Callable[[Tensor, int], Tensor]:
-        """The network for all images of a batch, `at_once` together, with their contexts. direct: the time at which
-        its answer is to be the VAE's input in place of the velocity, or None."""
-        parts = [self._velocity(c, part, direct) for c, part in zip(contexts, noise.split(at_once), strict=True)]
-        return lambda x, step: _in_parts(lambda part, i: parts[i](part, step), x, at_once, stages)
-
-    def _velocity(self, context: Context, noise: Tensor, direct: float | None) -> Callable[[Tensor, int], Tensor]:
-        """The network for these prompts, recorded where that is asked for or (capture "auto") worth while."""
-        network, graphs, vae = self.program.network, self.captures, self.vae
-
-        def run(x: Tensor, step: int, context: Context) -> Tensor:
-            modulation = network.step_modulation(step)
-            if direct is None:
-                velocity: Tensor = network(x, modulation, context)
-                return velocity
-            patches, sign = network.patches(x, modulation, context)
-            raw: Tensor = network.ops.x0_to_vae(x, patches, sign * direct, vae.std, vae.mean, vae.dtype)
-            return raw
-
-        positions = noise[:, 0].numel()
-        streamed = self.memory is not None and self.memory.streamed
-        if graphs is None or streamed or not (graphs.strict or positions <= AUTO_POSITIONS):
-            if graphs is not None and streamed:
-                graphs.refuse("velocity", NOT_RECORDED)
-            return lambda x, step: run(x, step, context)
-        static = context.in_bucket() if graphs.buckets else context
-        name = "velocity" if direct is None else "vae input"
-        return lambda x, step: graphs(name, self.program.plan, run, x, step, static)
-
-    def _contexts(
-        self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, times: Schedule, at_once: int
-    ) -> list[Context]:
-        """The contexts of a batch's images, `at_once` together; prompts never wait for others beside them there."""
-        total = len(prompts) * repeats
-        if at_once >= total and not self.batch_invariant:
-            return [self._context(prompts, repeats, times)]
-        rows = [image // repeats for image in range(total)]
-        if isinstance(prompts, tuple):
-            rows = [prompts.index(prompts[row]) for row in rows]
-        made: dict[tuple[int, ...], Context] = {}
-        contexts = []
-        for part in (rows[start : start + at_once] for start in range(0, total, at_once)):
-            few = tuple(dict.fromkeys(part))
-            if few not in made:
-                some = tuple(prompts[row] for row in few) if isinstance(prompts, tuple) else prompts.select(few)
-                made[few] = self._context(some, 1, times)
-            contexts.append(made[few].select([few.index(row) for row in part]))
-        return contexts
-
-    def _context(self, prompts: tuple[str, ...] | PromptEmbeds, repeats: int, times: Schedule | None = None) -> Context:
-        """The prompts' side of the network: each distinct prompt computed once, then repeated per image.
-        times: the schedule it is for (SD3.5 has it in the context); None: as it is now, not kept."""
-        if isinstance(prompts, PromptEmbeds):
-            rows, context = list(range(len(prompts))), self._encode(prompts)
-        else:
-            distinct = tuple(dict.fromkeys(prompts))
-            rows = [distinct.index(p) for p in prompts]
-            make: Callable[[], Context] = lambda: self._encode(self.text(list(distinct)))
-            context = make() if times is None else self.prompts.get((distinct, times), self.program.network, make)
-        return context.select([r for r in rows for _ in range(repeats)])
-
-    def _checked(self, embeds: PromptEmbeds) -> PromptEmbeds:
-        if self._probe is None:
-            self._probe = self.text.probe(1)
-        embeds.check(self._probe, self.text.max_tokens)
-        return embeds
-
-    def _encode(self, embeds: PromptEmbeds) -> Context:
-        given, network = embeds.to(self.device, self.dtype), self.program.network
-        if self.captures is not None:
-            call = partial(self.captures, "context", self.program.plan)
-            if self.captures.buckets:
-                return recorded_context(network, call, given.embeds, given.lengths, **given.extras)
-            encode = lambda embeds, lengths, extras: network.encode_context(embeds, lengths, **extras)
-            alone: Context = call(encode, given.embeds, given.lengths, given.extras)
-            return alone
-        context: Context = network.encode_context(given.embeds, given.lengths, **given.extras)
-        return context
+def _decode(vae: VaeDecoder, latents: Tensor, output: str, at_once: int, timer: StageTimer, raw: bool) -> Tensor:
+    """Return the images of latents: uint8 [B, H, W, 3], or for output "pt" float [B, 3, H, W], nominally in [-1, 1]."""
+    decode = vae.decode if output == "pt" else vae.decode_uint8
+    check = lambda: timer.check("before a tile of its decode stage")
+    return in_parts(lambda part, _: decode(part, raw=raw, check=check), latents, at_once, timer)
 
 
-def _in_parts(function: Callable[[Tensor, int], Tensor], x: Tensor, at_once: int, stages: StageTimer) -> Tensor:
-    """function(part, its number) for parts of `at_once` rows of x, joined; the caller can cancel between them."""
-    results = []
-    for i, part in enumerate(x.split(at_once)):
-        if i:
-            stages.check(f"after {i * at_once} of {len(x)} images of a stage")
-        results.append(function(part, i))
-    return results[0] if len(results) == 1 else torch.cat(results)
-
-
-def _deliver(images: Tensor, output: str) -> Any:
+def deliver(images: Tensor, output: str) -> Any:
+    """Return decoded images as a call's `output` asks for them."""
     if output == "pt":
         return (images.float() / 2 + 0.5).clamp(0, 1)
     array = images.cpu().numpy()

@@ -212,7 +212,7 @@ def _openvino(folder: Path, size: int | None, dtype: torch.dtype) -> Calls:
     for network in (pipe.text.network, pipe.vae.network):
         unpack(network)
     graph = Graph(pipe.program.network.network, dtype)
-    pipe.program = SimpleNamespace(network=graph, refold=lambda times: None, sequence=None)
+    pipe.velocity.program = SimpleNamespace(network=graph, refold=lambda times: None, sequence=None)
     pipe.text.network.forward = Converted(pipe.text.network, dtype)
     pipe.vae.network.forward = Converted(pipe.vae.network, dtype)
     calls = _ours(pipe, size)

@@ -109,7 +109,7 @@ def test_calls_beyond_the_plan_are_refused(tmp_path):
             load(folder, device="cpu", memory_budget="1GB", largest=largest)
     with pytest.raises(ConfigError, match="tile must be"):
         load(folder, device="cpu", tile=1)
-    assert load(folder, device="cpu", tile=64).vae.tile == 64
+    assert load(folder, device="cpu", tile=64).vae.options.tile == 64
 
 
 def test_a_saved_program_is_planned_for_too(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -200,12 +200,18 @@ FAMILIES = {
 CALLS = [["a red circle"], ["two"], ["a", "a blue square above a green one"], ["a red circle", "b"]]
 
 
+def record(pipe, captures):
+    """Has every stage of a loaded pipeline recorded by `captures`."""
+    for stage in filter(None, (pipe.text, pipe.velocity, pipe.vae, pipe.preview)):
+        stage.options = replace(stage.options, captures=captures)
+
+
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def pipes(request, tmp_path_factory):
     """Without graphs, and with."""
     folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "m")
     plain, recorded = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
-    recorded.record(Captures(FakeGraphs(), strict=True))
+    record(recorded, Captures(FakeGraphs(), strict=True))
     return plain, recorded
 
 
@@ -244,13 +250,18 @@ def test_nothing_is_recorded_twice(pipes):
     assert all(large[name] == small[name] for name in small if name.startswith(("text", "context")))  # no size in those
 
 
+def set_tile(tile, *decoders):
+    for decoder in decoders:
+        decoder.options = replace(decoder.options, tile=tile)
+
+
 def test_tiles_share_one_graph(pipes):
     """Whatever the tile's place; with another size of image, too, that is cut into tiles of that size."""
     plain, recorded = (pipe.vae for pipe in pipes)
-    network, graphs = plain.network, recorded.captures
+    network, graphs = plain.network, recorded.options.captures
     core, far = tiles.smallest(network) // tiles.cell(network), tiles.margin(network)
     wide = core * -(-(core + 2 * far) // core)  # latents
-    plain.tile = recorded.tile = tiles.smallest(network)
+    set_tile(tiles.smallest(network), plain, recorded)
     try:
         for made, width in ((1, wide), (2, 2 * wide), (2, wide)):
             latents = torch.randn(1, plain.channels, 1, width, generator=torch.Generator().manual_seed(made))
@@ -262,14 +273,14 @@ def test_tiles_share_one_graph(pipes):
             cells = width * plain.scale // tiles.cell(network)
             assert stats["decode tile"].replayed - before == cells // core > 1
     finally:
-        plain.tile = recorded.tile = None
+        set_tile(None, plain, recorded)
 
 
 def test_blocks_that_stream_are_not_recorded_and_the_plan_says_why(tmp_path, monkeypatch):
     folder = factory.make_model(tmp_path / "m")
     budget = least(folder, device="cpu")
     pipes = load(folder, device="cpu"), load(folder, device="cpu", memory_budget=budget)
-    pipes[1].record(Captures(FakeGraphs()))
+    record(pipes[1], Captures(FakeGraphs()))
     made = both(pipes, CALLS[0], height=64, width=64)
     assert made["text"] == made["velocity"] == 0 and made["context"] == 1
     stats = pipes[1].captures.stats()
@@ -295,7 +306,7 @@ def test_an_adapter_forgets_them_too(tmp_path):
     factors = {"A": torch.randn(2, 48, generator=g), "B": torch.randn(48, 2, generator=g)}
     save_file({f"{name}.lora_{k}.weight": v for k, v in factors.items()}, tmp_path / "a.safetensors")
     pipes = load(folder, device="cpu"), load(folder, device="cpu")
-    pipes[1].record(Captures(FakeGraphs(), strict=True))
+    record(pipes[1], Captures(FakeGraphs(), strict=True))
     both(pipes, CALLS[0])
     for pipe in pipes:
         pipe.set_loras([tmp_path / "a.safetensors"])
@@ -303,7 +314,7 @@ def test_an_adapter_forgets_them_too(tmp_path):
 
 
 def test_large_images_are_left_alone_unless_asked_for(pipes, monkeypatch):
-    monkeypatch.setattr("twinflow_rt.pipeline.AUTO_POSITIONS", 1)
+    monkeypatch.setattr("twinflow_rt.stages.velocity.AUTO_POSITIONS", 1)
     graphs = pipes[1].captures
     monkeypatch.setattr(graphs, "strict", False)
     before = dict(graphs.stats())

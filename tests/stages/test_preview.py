@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.factory import CHANNELS, make_model, randomize
-from tests.runtime.test_capture import FakeGraphs
+from tests.runtime.test_capture import FakeGraphs, record
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.runtime.capture import Captures
@@ -43,7 +43,7 @@ def test_equals_diffusers(model, tmp_path):
         assert (pipe.preview.decode(4 * latents) - vae.decode(4 * latents).sample).abs().max() < 1e-5  # the soft limit
     exact = pipe("a", output="pt", **args).images
     assert (ours - exact).abs().max() > 0.01 and pipe("a", preview=True, **args).images[0].size == (16, 24)
-    pipe.record(Captures(FakeGraphs(), strict=True))
+    record(pipe, Captures(FakeGraphs(), strict=True))
     for preview, image in ((True, ours), (False, exact), (True, ours)):
         assert (pipe("a", output="pt", preview=preview, **args).images - image).abs().max() < 1e-5
     assert {name: pipe.captures.stats()[name].recorded for name in ("preview", "decode")} == {"preview": 1, "decode": 1}

@@ -11,6 +11,7 @@ from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.passes import quantize
 from twinflow_rt.passes.quantize import PackedLinear, QuantizedLinear
+from twinflow_rt.stages.stage import StageOptions
 from twinflow_rt.stages.text import QwenImageText, ZImageText
 from twinflow_rt.stages.text_openuni import OpenUniText
 from twinflow_rt.stages.text_sana import SanaText
@@ -43,10 +44,10 @@ def narrow(monkeypatch):
     monkeypatch.setitem(quantize.MULTIPLES, "fp8", 4)
 
 
-def quantized(kind, folder, precision, exempt=(), dtype=torch.float32):
+def quantized(kind, folder, precision, skip_layers=(), dtype=torch.float32):
     text = kind(folder)
-    text.quantize(precision, exempt, CPU, dtype)
-    text.materialize(CPU, dtype)
+    text.require_precision(precision, skip_layers, CPU, dtype)
+    text.materialize(CPU, dtype, StageOptions(precision=precision, skip_layers=tuple(skip_layers)))
     return text
 
 
@@ -99,7 +100,7 @@ def test_a_pipeline_says_so_and_leaves_the_network_alone(model, tmp_path, monkey
     with pytest.raises(ConfigError, match="save without text_precision"):
         pipe.save(tmp_path / "saved")
     load(model, device="cpu").save(tmp_path / "saved")
-    assert load(tmp_path / "saved", device="cpu", text_precision="int8").text.precision == "int8"
+    assert load(tmp_path / "saved", device="cpu", text_precision="int8").text.options.precision == "int8"
 
 
 def test_encoded_prompts_know_their_model(model, tmp_path):

@@ -10,6 +10,7 @@ from tests.runtime.test_capture import FakeGraphs
 from twinflow_rt.models.context import BUCKET
 from twinflow_rt.planning.footprint import work_of
 from twinflow_rt.runtime.capture import Captures
+from twinflow_rt.stages.stage import StageOptions
 from twinflow_rt.stages.text import QwenImageText, ZImageText
 from twinflow_rt.stages.text_openuni import OpenUniText
 from twinflow_rt.stages.text_sana import SanaText
@@ -124,14 +125,15 @@ def test_what_is_counted_leaves_the_beginning_out(text):
 
 def test_lengths_in_a_bucket_share_a_graph(text, whole):
     """Padding to the bucket changes no embedding."""
-    graphs = text.captures = Captures(FakeGraphs())
+    graphs = Captures(FakeGraphs())
+    text.options = StageOptions(graphs)
     try:
         for prompt, expected in zip(PROMPTS, whole, strict=True):
             (row,) = rows(text, [prompt])
             assert (row - expected).abs().max() < 1e-5 * expected.abs().max()
         together = rows(text, PROMPTS)
     finally:
-        text.captures = None
+        text.options = StageOptions()
     for a, b in zip(together, whole, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()
     buckets = {-(-(length - len(text.prefix_ids)) // BUCKET) for length in tokens_of(text)}

@@ -11,6 +11,7 @@ from tests import qwen_image_factory, sana_factory
 from tests.factory import VAE, randomize
 from twinflow_rt.errors import CancelledError, ConfigError
 from twinflow_rt.stages import tiles, vae
+from twinflow_rt.stages.stage import StageOptions
 
 CPU = torch.device("cpu")
 
@@ -114,7 +115,7 @@ def test_cuts_and_ramps_cover_every_pixel_once():
 
 def test_the_stage_takes_a_tile_size(decoder):
     x = latents(decoder, 30, 20)
-    decoder.tile = tiles.smallest(decoder.network)
+    options, decoder.options = decoder.options, StageOptions(tile=tiles.smallest(decoder.network))
     calls = []
     try:
         with torch.inference_mode():
@@ -122,7 +123,7 @@ def test_the_stage_takes_a_tile_size(decoder):
             with pytest.raises(CancelledError):
                 decoder.decode(x, check=lambda: calls.append(1) or (_ for _ in ()).throw(CancelledError("no")))
     finally:
-        decoder.tile = None
+        decoder.options = options
     assert ours.shape == (1, 3, 30 * decoder.scale, 20 * decoder.scale) and len(calls) == 1
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from ..ops import EAGER
 from ..pipeline import Pipeline
 from ..sampling.noise import initial_noise
 from ..sampling.schedule import preset
+from ..stages.velocity import VelocityStage
 from .random_file import random_tensor
 from .workload import Workload
 
@@ -76,7 +78,7 @@ def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeli
         vae.materialize(device, dtype)
     text, vae = _eager_stage(text), _eager_stage(vae)
     program: Any = UnfoldedProgram(Unfolded(network))
-    return Pipeline(text, program, vae, sizes, preset(1), device, dtype, folder)
+    return Pipeline(text, VelocityStage(program, device, dtype), vae, sizes, preset(1), folder)
 
 
 def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
@@ -84,7 +86,8 @@ def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
     network, _ = _network(pipe.folder, pipe.device, pipe.dtype)
     program: Any = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
     text, vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
-    return Pipeline(text, program, vae, pipe.sizes, pipe.sampler, pipe.device, pipe.dtype, pipe.folder)
+    velocity = VelocityStage(program, pipe.device, pipe.dtype)
+    return Pipeline(text, velocity, vae, pipe.sizes, pipe.sampler, pipe.folder)
 
 
 def _network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Family]:
@@ -102,7 +105,7 @@ def _network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn
 def _eager_stage(stage: Any) -> Any:
     """Return a copy of a stage that shares its weights and runs on eager ops."""
     twin = copy.copy(stage)
-    twin.captures = None  # recordings are of the stage's own ops
+    twin.options = replace(stage.options, captures=None)  # recordings are of the stage's own ops
     if hasattr(stage, "ops"):
         twin.ops = EAGER
     if hasattr(getattr(stage, "network", None), "ops"):

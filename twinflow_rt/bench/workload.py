@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline import Pipeline, _deliver
+from ..pipeline import Pipeline, deliver
 from ..sampling.noise import initial_noise, step_noise
 from ..sampling.sampler import sample, schedule
 from ..sampling.schedule import preset
@@ -67,17 +67,17 @@ def stages(pipe: Pipeline, work: Workload) -> dict[str, Callable[[], Any]]:
     network: Any = pipe.program.network
     with torch.inference_mode():
         embeds = pipe.text(list(work.prompts))
-        context = pipe._encode(embeds)
+        context = pipe.velocity.encode(embeds)
         noise = initial_noise(work.seeds, work.shape(pipe), pipe.dtype, pipe.device)
         latents = work.call(pipe, "latent")
         pixels = pipe.vae.decode_uint8(latents)
     calls = {
         "text": lambda: pipe.text(list(work.prompts)),
-        "context": lambda: pipe._encode(embeds),
+        "context": lambda: pipe.velocity.encode(embeds),
         "noise": lambda: initial_noise(work.seeds, work.shape(pipe), pipe.dtype, pipe.device),
         "velocity": lambda: network(noise, network.step_modulation(0), context),
         "decode": lambda: pipe.vae.decode_uint8(latents),
-        "output": lambda: _deliver(pixels, "pil"),
+        "output": lambda: deliver(pixels, "pil"),
     }
     return {name: torch.inference_mode()(call) for name, call in calls.items()}
 
@@ -92,14 +92,14 @@ def exact_outputs(pipe: Pipeline, work: Workload, dtype: torch.dtype) -> tuple[T
     pipe.program.refold(schedule(config, dtype))
     network: Any = pipe.program.network
     with torch.inference_mode():
-        context = pipe._encode(pipe.text(list(work.prompts)))
+        context = pipe.velocity.encode(pipe.text(list(work.prompts)))
         latents = sample(
             lambda x, step: network(x.float(), network.step_modulation(step), context),
             initial_noise(work.seeds, shape, dtype, pipe.device), config,
             noise_fn=lambda step: step_noise(work.seeds, step, shape, device=pipe.device),
             project=lambda noise, flow, t: noise.float() - t * flow,
         )  # fmt: skip
-        images = _deliver(pipe.vae.decode(latents.float()), "pt")
+        images = deliver(pipe.vae.decode(latents.float()), "pt")
     return latents.float().cpu(), images.cpu()
 
 

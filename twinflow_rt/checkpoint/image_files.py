@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .atomic import check_target, replacing
 from ..errors import ConfigError
+from .atomic import check_target, replacing
 
 CHUNK = "twinflow_rt"  # the text chunk in which a PNG file says what it was made of
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

@@ -21,6 +21,7 @@ from ..loading import model_path
 from ..options import LoadOptions, read_arguments
 from ..options import add_arguments as add_options
 from ..stages.embeds_file import write
+from ..stages.stage import StageOptions
 from ..stages.text import PromptEmbeds
 from .options import add_model
 from .prompt_file import FILES, read_rows
@@ -68,9 +69,10 @@ def open_text(model: str | Path, options: LoadOptions) -> tuple[str, Any]:
     family = family_of(transformer.config)
     text, _, _ = family.open(folder, transformer.config)
     with torch.no_grad():
-        kind = resolve_dtype(options.dtype, target, transformer.main_dtype())
-        text.quantize(options.text_precision, options.text_skip_layers, target, kind)
-        text.materialize(target, kind)
+        dtype = resolve_dtype(options.dtype, target, transformer.main_dtype())
+        precision, skip_layers = options.text_precision, tuple(options.text_skip_layers)
+        text.require_precision(precision, skip_layers, target, dtype)
+        text.materialize(target, dtype, StageOptions(precision=precision, skip_layers=skip_layers))
     return family.name, text
 
 

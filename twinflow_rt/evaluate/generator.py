@@ -39,7 +39,7 @@ class Generator:
         with torch.inference_mode():
             pipe.program.refold(schedule(self.sampler, pipe.dtype))
             network = pipe.program.network
-            context = pipe._context((*captions, *[""] * len(captions)), 1)
+            context = pipe.velocity.context((*captions, *[""] * len(captions)), pipe.text)
 
             def velocity(x: Any, step: int) -> Any:
                 asked, empty = network(torch.cat((x, x)), network.step_modulation(step), context).chunk(2)

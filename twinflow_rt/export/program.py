@@ -29,6 +29,7 @@ from ..passes.upsample import fold_upsampling
 from ..pipeline import Pipeline
 from ..sampling.sampler import SamplerConfig, sample, schedule
 from ..sampling.schedule import steps
+from ..stages.stage import StageOptions
 from ..stages.text import TextEncoder
 from . import archive
 from .archive import TEXT, image_name
@@ -127,8 +128,8 @@ def export_model(
             compile_into(writer, image_name(height, width), Generate(pipe, pipe.sampler), inputs, shapes, options)
         if text_encoder:
             progress("compiling the text encoder")
-            compile_into(writer, TEXT, Encode(pipe.text), *text_inputs(pipe), options)
-            writer.add(archive.TOKENIZER, pipe.text.tokenizer.core.to_str().encode())
+            compile_into(writer, TEXT, Encode(language_model(pipe)), *text_inputs(pipe), options)
+            writer.add(archive.TOKENIZER, language_model(pipe).tokenizer.core.to_str().encode())
         manifest = writer.close(facts(pipe, model, chosen, text_encoder))
         progress("comparing")
         compare(pipe, Exported(partial), chosen, text_encoder)
@@ -155,11 +156,18 @@ def check_exportable(pipe: Pipeline, model: str | Path, text_encoder: bool) -> N
             f"{len(pipe.program.schedule)} evaluations would be that many copies of the network in one program; "
             f"export at most {MAX_EVALUATIONS}"
         )
-    if text_encoder and not isinstance(pipe.text, TextEncoder):
+    if text_encoder:
+        language_model(pipe)
+
+
+def language_model(pipe: Pipeline) -> TextEncoder:
+    """Return the text stage; raise ConfigError unless it is one language model."""
+    if not isinstance(pipe.text, TextEncoder):
         raise ConfigError(
             f"{type(pipe.text).__name__} is more than one language model and cannot be exported yet: leave the text "
             "encoder out and export prompts with `twinflow-rt encode`"
         )
+    return pipe.text
 
 
 def use_eager_ops(pipe: Pipeline) -> None:
@@ -170,7 +178,7 @@ def use_eager_ops(pipe: Pipeline) -> None:
         unpack(network)
         fold_upsampling(network, ())
     pipe.text.ops = pipe.vae.ops = EAGER
-    pipe.text.captures = pipe.vae.captures = pipe.vae.tile = None
+    pipe.text.options = pipe.vae.options = StageOptions()
 
 
 def image_inputs(
@@ -207,9 +215,10 @@ def image_inputs(
 
 def text_inputs(pipe: Pipeline) -> tuple[tuple[Tensor, ...], Any]:
     """Return example inputs of `Encode` and, for torch.export, their axes that may have any size."""
-    dropped = pipe.text.dropped
-    tokens = torch.export.Dim("tokens", min=dropped + LEAST_TOKENS, max=dropped + pipe.text.max_tokens)
-    ids = torch.arange(2 * (dropped + 5), device=pipe.device).view(2, -1) % pipe.text.network.config.vocab_size
+    text = language_model(pipe)
+    dropped = text.dropped
+    tokens = torch.export.Dim("tokens", min=dropped + LEAST_TOKENS, max=dropped + text.max_tokens)
+    ids = torch.arange(2 * (dropped + 5), device=pipe.device).view(2, -1) % text.network.config.vocab_size
     return (ids,), ({0: torch.export.Dim("batch", min=1), 1: tokens},)
 
 
@@ -274,7 +283,7 @@ def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], t
             "extras": [[name, width] for name, width in sorted(extra_widths(pipe).items())],
         },
         "output": {"dtype": "uint8", "layout": "NHWC", "channels": 3},
-        "text": text_facts(text) if text_encoder else None,
+        "text": text_facts(language_model(pipe)) if text_encoder else None,
     }  # fmt: skip
 
 
@@ -303,7 +312,7 @@ def compare(pipe: Pipeline, exported: Exported, sizes: Sequence[tuple[int, int]]
                 raise TwinFlowError(f"the compiled program for {size[1]}x{size[0]} is off by {worst} of 255 levels")
     if text_encoder:
         inputs, _ = text_inputs(pipe)
-        ours, theirs = Encode(pipe.text)(*inputs).float(), exported.run(TEXT, inputs).float()
+        ours, theirs = Encode(language_model(pipe))(*inputs).float(), exported.run(TEXT, inputs).float()
         bar = 1e-4 if pipe.dtype == torch.float32 else 3e-2
         if (error := float((ours - theirs).norm() / ours.norm())) > bar:
             raise TwinFlowError(f"the compiled text encoder is off by {error:.1e}, more than {bar:.0e}")

@@ -22,6 +22,9 @@ from ..passes.layers import ROWS, quantized_values
 from ..passes.upsample import folded_bytes
 from ..stages import tiles
 from ..stages.prompt_cache import context_bytes
+from ..stages.stage import DEFAULTS, StageOptions
+from ..stages.text_stage import TextStage
+from ..stages.vae import VaeDecoder
 from .footprint import peak_of
 from .meta_model import Shadow
 
@@ -96,13 +99,13 @@ class Network:
 
 
 def costs_of(
-    text: Any, vae: Any, network: Network, *, device: torch.device, dtype: torch.dtype, largest: tuple[int, int, int],
+    text: TextStage, vae: VaeDecoder, network: Network, *, device: torch.device, dtype: torch.dtype,
+    largest: tuple[int, int, int], text_options: StageOptions = DEFAULTS,
 ) -> Costs:  # fmt: skip
-    """Counts a model whose stages are open but not read."""
+    """Count a model whose stages are open but not read. text_options: how the text stage will be read."""
     height, width, images = largest
-    encoders = [
-        Network(p.network, p.checkpoint, p.layout, precision=text.precision, exempt=text.exempt) for p in text.parts
-    ]
+    kind, skip = text_options.precision, text_options.skip_layers
+    encoders = [Network(p.network, p.checkpoint, p.layout, precision=kind, exempt=skip) for p in text.parts]
     target = Target.of(torch.device("cpu"), torch.float32)  # whose ops run on the meta device, too
     shadow = Shadow.of(text, network.module, vae, (height, width), images, select(target)[0])
     if device.type == "cpu":  # whose products of 8 bits need more room for their results than others

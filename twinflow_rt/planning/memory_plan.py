@@ -23,6 +23,9 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..host_memory import return_freed_memory
+from ..stages.stage import DEFAULTS, StageOptions
+from ..stages.text_stage import TextStage
+from ..stages.vae import VaeDecoder
 from .memory_costs import Costs, Network, costs_of
 
 TILES = (1024, 768, 512, 384, 256, 192, 128, 64)  # sides in pixels to try, largest first
@@ -125,9 +128,10 @@ def _planned(
 
 
 def plan_memory(
-    text: Any, vae: Any, checkpoint: Checkpoint, family: Any, times: Sequence[tuple[float, float]],
+    text: TextStage, vae: VaeDecoder, checkpoint: Checkpoint, family: Any, times: Sequence[tuple[float, float]],
     device: torch.device, dtype: torch.dtype, budget: int, largest: tuple[int, int, int], tile: int | None = None, *,
     precision: str | None = None, exempt: Sequence[str] = (), saved: bool = False,
+    text_options: StageOptions = DEFAULTS,
 ) -> MemoryPlan:  # fmt: skip
     """The plan for a model of `family` that is open but not read; see `choose`. precision, exempt: of the network's
     linear layers, see `passes.quantize.convert`. saved: `checkpoint` is a compiled program's, whose network does not
@@ -139,7 +143,7 @@ def plan_memory(
     network = Network(
         module, checkpoint, layout, streams=not saved, absorb=absorb, precision=precision, exempt=exempt
     )  # fmt: skip
-    costs = costs_of(text, vae, network, device=device, dtype=dtype, largest=largest)
+    costs = costs_of(text, vae, network, device=device, dtype=dtype, largest=largest, text_options=text_options)
     if device.type == "cpu":
         return_freed_memory()
     return choose(costs, budget, largest, tile)

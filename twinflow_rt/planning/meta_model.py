@@ -38,9 +38,9 @@ class Shadow:
         with torch.device("meta"):
             shadow = type(network)(network.config, folded_steps=1)
             latents = torch.zeros(images, vae.channels, size[0] // vae.scale, size[1] // vae.scale)
-        shadow.ops, decoder = ops, vae.parts[0].shadow(ops)
+        shadow.ops, decoder = ops, vae.parts[0].meta_network(ops)
         fold_upsampling(decoder, FOLDED)
-        return cls(text, text.shadows(ops), shadow, decoder, latents)
+        return cls(text, text.meta_networks(ops), shadow, decoder, latents)
 
     def prompt(self, tokens: int) -> PromptEmbeds:
         """The text stage's work for one prompt of so many tokens."""

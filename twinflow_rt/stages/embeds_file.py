@@ -18,7 +18,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,6 +28,7 @@ from ..checkpoint.versions import refusal
 from ..errors import CheckpointError, ConfigError
 from ..passes.layers import SCALE
 from .text import PromptEmbeds
+from .text_stage import TextStage
 
 FORMAT, VERSION = "twinflow_rt.prompt_embeds", "1"
 SMALL = 1 << 15  # numbers: tensors up to this size, norm weights mostly, are read for the fingerprint
@@ -49,7 +49,7 @@ class Saved:
         """What to call each prompt: its text, where the file has it."""
         return self.prompts or tuple(f"prompt {k}" for k in range(len(self.embeds)))
 
-    def require(self, family: str, text: Any, where: str | Path) -> None:
+    def require(self, family: str, text: TextStage, where: str | Path) -> None:
         """Raises ConfigError unless these are embeddings that the text stage `text` of a `family` model makes."""
         if self.family != family:
             raise ConfigError(f"{where} holds embeddings for {self.family}, not for {family}; encode them anew")
@@ -60,7 +60,7 @@ class Saved:
             )
 
 
-def fingerprint(text: Any) -> str:
+def fingerprint(text: TextStage) -> str:
     """A hash that tells text encoders apart without reading them: names and shapes of the tensors in use, and
     the values of those of at most `SMALL` numbers. The same for a model and for a program saved from it."""
     digest = hashlib.sha256()
@@ -78,7 +78,7 @@ def fingerprint(text: Any) -> str:
 
 
 def write(
-    path: str | Path, embeds: PromptEmbeds, *, model: str, family: str, text: Any, prompts: Sequence[str] = ()
+    path: str | Path, embeds: PromptEmbeds, *, model: str, family: str, text: TextStage, prompts: Sequence[str] = ()
 ) -> Path:  # fmt: skip
     """Writes embeddings made by the stage `text` of a model; whole or not at all. Raises ConfigError where
     nothing can be written."""

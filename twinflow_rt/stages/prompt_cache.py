@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import fields
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.context import Context
 
@@ -21,14 +21,14 @@ class PromptCache:
 
     def __init__(self, budget: int) -> None:
         self.budget, self.bytes, self.hits, self.misses = budget, 0, 0, 0
-        self._network: Callable[[], nn.Module | None] = lambda: None
+        self._network: Callable[[], object] = lambda: None
         self._entries: OrderedDict[Hashable, Context] = OrderedDict()
 
     def __str__(self) -> str:
         held = f"{self.bytes / 1e6:,.1f} of {self.budget / 1e6:,.1f} MB"
         return f"prompt cache: {len(self._entries)} entries, {held}; {self.hits} hits, {self.misses} misses"
 
-    def get(self, key: Hashable, network: nn.Module, make: Callable[[], Context]) -> Context:
+    def get(self, key: Hashable, network: object, make: Callable[[], Context]) -> Context:
         """The context that `network` has for `key`, made if absent; one larger than the budget is not kept."""
         if self._network() is not network:  # compiled anew, with other adapters perhaps
             self.clear()

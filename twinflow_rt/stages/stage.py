@@ -1,4 +1,4 @@
-"""What the text and the image stage share: networks of a model folder, declared first, read when wanted."""
+"""What stages share: networks of a model folder, declared first, read when wanted."""
 
 from __future__ import annotations
 
@@ -25,6 +25,27 @@ from ..passes.layer_groups import Layers
 from ..passes.upsample import fold_upsampling
 from ..runtime.capture import Captures
 from ..runtime.streaming import NOT_RECORDED, load_part
+from ..runtime.timing import StageTimer
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage is read and run.
+
+    captures: records its work per shape (`runtime.capture`), or None. streams: whether the blocks of its networks come
+    and go as they run (`runtime.streaming`). precision: "int8" or "fp8" for the linear layers of its repeated blocks,
+    or None; skip_layers: parts of names of layers kept out of that. tile: side in pixels of the tiles that a VAE
+    decodes larger images in (`tiles`); None: images whole.
+    """
+
+    captures: Captures | None = None
+    streams: bool = False
+    precision: str | None = None
+    skip_layers: tuple[str, ...] = ()
+    tile: int | None = None
+
+
+DEFAULTS = StageOptions()
 
 
 @dataclass(frozen=True)
@@ -37,26 +58,27 @@ class Part:
     layout: Layout
 
     def load(
-        self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None, *, streams: bool = False,
-        precision: str | None = None, exempt: Sequence[str] = (),
+        self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,
+        progress: Progress | None = None,
     ) -> tuple[LoadReport, tuple[Layers, ...]]:  # fmt: skip
-        """Reads the weights and says what linear layers became. streams: without those of repeated blocks, which come
-        as they run (see `streaming`). precision, exempt: see `passes.quantize.convert`."""
-        streamed = len(block_names(self.network)) if streams else 0
-        report = load_part(self, streamed, device, dtype, progress, precision, exempt)
-        return report, quantize.convert(self.network, device, precision, exempt)
+        """Read the weights; return what that took and what linear layers became. Blocks that stream are not read: they
+        come as they run."""
+        precision, skip = options.precision, options.skip_layers
+        streamed = len(block_names(self.network)) if options.streams else 0
+        report = load_part(self, streamed, device, dtype, progress, precision, skip)
+        return report, quantize.convert(self.network, device, precision, skip)
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors in use under the checkpoint's names, merged ones cut as the files have them."""
+        """Return the tensors in use under the checkpoint's names, merged ones cut as the files have them."""
         out: dict[str, Tensor] = {}
         for name, tensor in self.network.state_dict().items():
             names = sources(name, self.layout.fused)
-            rows = [self.checkpoint.shape(n)[0] for n in names] if len(names) > 1 else [len(tensor)]
-            out.update(zip(names, tensor.split(rows) if len(names) > 1 else (tensor,), strict=True))
+            sizes = [self.checkpoint.shape(n)[0] for n in names] if len(names) > 1 else [len(tensor)]
+            out.update(zip(names, tensor.split(sizes) if len(names) > 1 else (tensor,), strict=True))
         return out
 
-    def shadow(self, ops: OpTable = EAGER) -> Any:
-        """The same network without weights, for counting; ops: which run on the meta device."""
+    def meta_network(self, ops: OpTable = EAGER) -> Any:
+        """Return the same network without weights, on the meta device, for counting. ops: which run there."""
         with torch.device("meta"):
             network = type(self.network)(self.network.config)
         network.ops = ops
@@ -74,35 +96,35 @@ class Stage:
     """A stage made of `parts`. The constructor takes the model folder and reads headers only; until
     `materialize` every network is on the meta device.
 
-    captures: what records the stage's work per shape (see `capture`), or None. streams: whether the blocks of
-    its networks come and go as they run (see `streaming`). precision, exempt: "int8" or "fp8" for the linear layers
-    of its repeated blocks, but for those with such names. All three are to be set before `materialize`.
-    layers: what linear layers became, part by part.
+    options: how the stage is read and run; `captures` and `tile` may be exchanged between calls. reports, layers: what
+    reading took and what linear layers became, part by part.
     """
 
     parts: tuple[Part, ...]
+    options: StageOptions = DEFAULTS
     reports: tuple[LoadReport, ...] = ()
     ops: OpTable = EAGER
-    captures: Captures | None = None
-    streams: bool = False
-    precision: str | None = None
-    exempt: tuple[str, ...] = ()
     layers: tuple[tuple[Layers, ...], ...] = ()
 
     def __init__(self, folder: Path) -> None:
         raise NotImplementedError
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> Self:
-        """The stage of a model folder, ready to run."""
+    def load(
+        cls, folder: Path, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS
+    ) -> Self:
+        """Return the stage of a model folder, ready to run."""
         stage = cls(folder)
-        stage.materialize(device, dtype, progress)
+        stage.materialize(device, dtype, options)
         return stage
 
-    def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
-        """Reads all parts and gives them the ops of `device`; `reports` tells what reading took, part by part."""
-        how: dict[str, Any] = {"streams": self.streams, "precision": self.precision, "exempt": self.exempt}
-        loaded = [part.load(device, dtype, progress, **how) for part in self.parts]
+    def materialize(
+        self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        """Read all parts and give them the ops of `device`."""
+        self.options = options
+        loaded = [part.load(device, dtype, options, progress) for part in self.parts]
         self.reports, self.layers = tuple(report for report, _ in loaded), tuple(layers for _, layers in loaded)
         target = Target.of(device, dtype)
         self.ops, choices = select(target)
@@ -111,35 +133,49 @@ class Stage:
             quantize.attach(part.network, target)
             fold_upsampling(part.network, choices)
 
-    def quantize(self, precision: str | None, exempt: Sequence[str], device: torch.device, dtype: torch.dtype) -> None:
-        """Has the linear layers of repeated blocks quantized as they are read; to be called before `materialize`.
-        Raises ConfigError where `device` cannot multiply them, and for names in `exempt` that no layer has."""
+    def require_precision(
+        self, precision: str | None, skip_layers: Sequence[str], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Raise ConfigError where `device` cannot multiply linear layers of this precision, and for names in
+        `skip_layers` that no layer has."""
         if precision not in (None, *quantize.ROWS):
             names = ", ".join(quantize.ROWS)
             raise ConfigError(f"text_precision {precision!r:.40} is none of {names}; None keeps the dtype")
-        if exempt and precision is None:
+        if skip_layers and precision is None:
             raise ConfigError("text_skip_layers names layers kept out of text_precision: give one")
         quantize.require(precision, device, dtype)
-        quantize.check_names(nn.ModuleDict({part.name: part.network for part in self.parts}), exempt)
-        self.precision, self.exempt = precision, tuple(exempt)
+        quantize.check_names(nn.ModuleDict({part.name: part.network for part in self.parts}), skip_layers)
 
     def notes(self) -> tuple[str, ...]:
-        """Lines for a plan: what loading took, and what linear layers became where some have 8 bits."""
+        """Return lines for a plan: what loading took, and what linear layers became where some have 8 bits."""
         lines = [f"{part.name} {report}" for part, report in zip(self.parts, self.reports, strict=True)]
-        if self.precision is not None:
+        if self.options.precision is not None:
             each = zip(self.parts, self.layers, strict=True)
             lines += [f"{part.name} linear {group}" for part, groups in each for group in groups]
         return tuple(lines)
 
-    def shadows(self, ops: OpTable = EAGER) -> list[Any]:
-        """`Part.shadow` of every part."""
-        return [part.shadow(ops) for part in self.parts]
+    def meta_networks(self, ops: OpTable = EAGER) -> list[Any]:
+        """Return `Part.meta_network` of every part."""
+        return [part.meta_network(ops) for part in self.parts]
 
     def captured(self, name: str, run: Callable[..., Any], *args: Any, owner: Any = None) -> Any:
-        """run(*args), by a graph where there are any. owner: what else but the weights the graph reads, if anything."""
-        if self.captures is None:
+        """Return run(*args), by a recording where there is one. owner: what else but the weights the recording reads,
+        if anything."""
+        captures, streams = self.options.captures, self.options.streams
+        if captures is None:
             return run(*args)
-        if self.streams:
-            self.captures.refuse(name, NOT_RECORDED)
+        if streams:
+            captures.refuse(name, NOT_RECORDED)
             return run(*args)
-        return self.captures(name, self.reports if owner is None else owner, run, *args)
+        return captures(name, self.reports if owner is None else owner, run, *args)
+
+
+def in_parts(function: Callable[[Tensor, int], Tensor], x: Tensor, at_once: int, timer: StageTimer) -> Tensor:
+    """Return function(part, its number) for parts of `at_once` images of x, joined; the caller can cancel between
+    parts."""
+    results = []
+    for i, part in enumerate(x.split(at_once)):
+        if i:
+            timer.check(f"after {i * at_once} of {len(x)} images of a stage")
+        results.append(function(part, i))
+    return results[0] if len(results) == 1 else torch.cat(results)

@@ -24,7 +24,7 @@ from ..models.architecture import Architecture
 from ..models.context import bucket
 from ..models.text_encoders import qwen2_5_vl, qwen3
 from ..models.text_encoders.language_model import Past
-from .stage import Part, Stage, open_part
+from .stage import DEFAULTS, Part, Stage, StageOptions, open_part
 from .tokenizer import ChatTokenizer, Tokenizer
 
 
@@ -97,9 +97,8 @@ class TextEncoder(Stage):
     """prompts -> PromptEmbeds, by one causal language model; a family's stage says which and how.
 
     max_tokens: longer prompts lose their tail. dropped: tokens of the prompt's fixed beginning, which
-    the model reads but whose embeddings are left out. least_prefix: see `PREFIX_FLOOR`. captures: records
-    the network per bucket of lengths (see `capture`), or None. Stages of another make provide `width`,
-    `max_tokens`, `parts`, `captures`, `__call__` and `probe` alike.
+    the model reads but whose embeddings are left out. least_prefix: see `PREFIX_FLOOR`. Where the network
+    is recorded, it is per bucket of lengths. `TextStage` says what stages of another make provide alike.
     """
 
     model: Architecture
@@ -115,8 +114,11 @@ class TextEncoder(Stage):
         check_vocabulary(self.tokenizer, self.parts[0])
         self._prefix: Prefix | None = None
 
-    def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
-        super().materialize(device, dtype, progress)
+    def materialize(
+        self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        super().materialize(device, dtype, options, progress)
         self._prefix = None
 
     @property
@@ -140,7 +142,7 @@ class TextEncoder(Stage):
         """Tokens from number `start` on, int64 [B, L] on the device: L the longest's, or its bucket where graphs are
         recorded."""
         longest = max(len(i) for i in ids) - start
-        if self.captures is not None and self.captures.buckets:
+        if self.options.captures is not None and self.options.captures.buckets:
             longest = bucket(longest)
         device = self.network.embed_tokens.weight.device
         return torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=device)
@@ -186,12 +188,12 @@ class TextEncoder(Stage):
         """Of the model's states [B, dropped + L, width], those that are embeddings."""
         return states[:, self.dropped :]
 
-    def probe(self, tokens: int, shadows: Sequence[Any] = ()) -> PromptEmbeds:
-        """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted. shadows: of its
-        parts, made if not given."""
-        (shadow,), start = shadows or self.shadows(), self.shared(self.dropped + tokens)
+    def probe(self, tokens: int, networks: Sequence[Any] = ()) -> PromptEmbeds:
+        """Do the stage's work for one prompt of `tokens` tokens on the meta device, to be counted. networks:
+        `meta_networks()`, made if not given."""
+        (network,), start = networks or self.meta_networks(), self.shared(self.dropped + tokens)
         ids = torch.zeros(1, self.dropped + tokens - start, dtype=torch.int64, device="meta")
-        states = shadow(ids, shadow.blank_past(start)) if start else shadow(ids)
+        states = network(ids, network.blank_past(start)) if start else network(ids)
         return PromptEmbeds(self.kept(F.pad(states, (0, 0, start, 0))), (tokens,))
 
 

@@ -72,10 +72,10 @@ class OpenUniText(TextEncoder):
             embeds = self.captured("text after prefix", run, padded, lengths, owner=prefix)
         return embeds
 
-    def probe(self, tokens: int, shadows: Sequence[Any] = ()) -> PromptEmbeds:
-        """The stage's work for one prompt of `tokens` tokens, on the meta device: to be counted. shadows: of its
-        parts, made if not given."""
-        language, connector = shadows or self.shadows()
+    def probe(self, tokens: int, networks: Sequence[Any] = ()) -> PromptEmbeds:
+        """Do the stage's work for one prompt of `tokens` tokens on the meta device, to be counted. networks:
+        `meta_networks()`, made if not given."""
+        language, connector = networks or self.meta_networks()
         start = self.shared(tokens)
         ids, lengths = (torch.zeros(*shape, dtype=torch.int64, device="meta") for shape in ((1, tokens - start), (1,)))
         return self._embed(language, connector, ids, lengths, language.blank_past(start) if start else None)

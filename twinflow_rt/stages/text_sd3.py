@@ -55,12 +55,12 @@ class SD3Text(Stage):
         embeds: PromptEmbeds = self.captured("text", run, *ids)
         return embeds
 
-    def probe(self, tokens: int, shadows: Sequence[Any] = ()) -> PromptEmbeds:
+    def probe(self, tokens: int, networks: Sequence[Any] = ()) -> PromptEmbeds:
         """The stage's work for one prompt, which is the same at any length, on the meta device: to be counted.
-        shadows: of its parts, made if not given."""
+        networks: of its parts, made if not given."""
         lengths = [part.network.config.max_position_embeddings for part in self.parts[:2]] + [self.max_tokens]
         ids = [torch.zeros(1, n, dtype=torch.int64, device="meta") for n in lengths[: len(self.parts)]]
-        return self._embed(shadows or self.shadows(), ids)
+        return self._embed(networks or self.meta_networks(), ids)
 
     def _embed(self, networks: Sequence[Any], ids: Sequence[Tensor]) -> PromptEmbeds:
         states, pooled = zip(*(network(i) for network, i in zip(networks[:2], ids[:2], strict=True)), strict=True)

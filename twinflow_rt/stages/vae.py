@@ -16,7 +16,7 @@ from ..ops.selection import Target
 from ..passes.convolutions import convert_convolutions
 from ..passes.layer_groups import Layers
 from . import tiles
-from .stage import Stage, open_part
+from .stage import DEFAULTS, Stage, StageOptions, open_part
 
 
 class VaeDecoder(Stage):
@@ -26,12 +26,10 @@ class VaeDecoder(Stage):
     `divisor` (numbers, or one per channel). Its network maps raw latents to images.
 
     std, mean: float32 [C], of raw latents: z * std + mean, as `ops.x0_to_vae` takes them.
-    tile: side in pixels of the tiles that larger images are decoded in (see `tiles`); None: images whole.
     recorded_as: the name of its graphs. convolutions: what became of them, where they changed.
     """
 
     model: Architecture
-    tile: int | None = None
     recorded_as = "decode"
     convolutions: tuple[Layers, ...] = ()
 
@@ -40,9 +38,12 @@ class VaeDecoder(Stage):
         self.network = self.parts[0].network
         self.config = self.network.config
 
-    def materialize(self, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
+    def materialize(
+        self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
         """As every stage's; convolutions are kept in channels-last order, or become Winograd's (`convolutions`)."""
-        super().materialize(device, dtype, progress)
+        super().materialize(device, dtype, options, progress)
         self.network.to(memory_format=torch.channels_last)
         part = self.parts[0]
         read = lambda name: part.checkpoint.get(name, device, part.layout.dtype_of(name, dtype))
@@ -76,10 +77,10 @@ class VaeDecoder(Stage):
         if not raw:
             latents = latents.float() / self._divisor + self._offset
         latents = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if self.tile is None:
+        if (tile := self.options.tile) is None:
             return self.captured(self.recorded_as, self.network, latents)
         call = lambda part, run, x: self.captured(f"{self.recorded_as} {part}", run, x)
-        return tiles.decode(self.network, latents, self.tile, check, call)
+        return tiles.decode(self.network, latents, tile, check, call)
 
     def decode_uint8(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
         """Normalised latents -> uint8 pixels [B, H, W, 3]."""
@@ -88,7 +89,7 @@ class VaeDecoder(Stage):
     def probe(self, height: int, width: int) -> Tensor:
         """The stage's work for one image, on the meta device: to be counted."""
         shape = (1, self.channels, height // self.scale, width // self.scale)
-        return self.parts[0].shadow()(torch.zeros(shape, device="meta"))
+        return self.parts[0].meta_network()(torch.zeros(shape, device="meta"))
 
 
 class KLDecoder(VaeDecoder):
