@@ -22,7 +22,7 @@ REPO = "owner/tiny"
 # asks for each (name, download) in turn: the folder, or the refusal
 SCRIPT = """
 import json, sys
-from twinflow_rt import hub
+from twinflow_rt.checkpoint import hub
 from twinflow_rt.errors import TwinFlowError
 assert "torch" not in sys.modules
 for name, download in json.loads(sys.argv[1]):
