@@ -26,7 +26,7 @@ from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.bench.timing import interleave
 from twinflow_rt.config import dtype_name
-from twinflow_rt.ops.selection import Target, choose
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, choose
 
 COPY_SHARE = 0.8  # of the copy bandwidth, what an op that moves data should reach
 FASTEST_SHARE = 0.95  # of the fastest implementation of an op with products, what the chosen one should reach
@@ -42,7 +42,8 @@ def kind_of(case: Case) -> str:
 
 def check(case: Case, contenders: dict[str, Callable]) -> tuple[dict[str, Callable], dict[str, str]]:
     """Contenders that are right, and what is wrong with the others; each runs on inputs of its own."""
-    exact, eager = case.exact(*case.inputs()), case.read(getattr(ops, case.op)(*case.inputs()))
+    reference = IMPLEMENTATIONS[case.op]["eager"].load()
+    exact, eager = case.exact(*case.inputs()), case.read(reference(*case.inputs()))
     right, wrong = {}, {}
     for name, call in contenders.items():
         try:

@@ -13,7 +13,7 @@ from twinflow_rt import ops
 from twinflow_rt.bench.case import Case
 from twinflow_rt.bench.standalone_cases import implementations
 from twinflow_rt.ops.optional import find
-from twinflow_rt.ops.selection import RAGGED, Target
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target
 
 NAMES = ("eager", "compile", "torch", "liger")
 LIGER = "liger_kernel.transformers.functional"
@@ -35,9 +35,10 @@ def others(op: str, args: tuple[Any, ...], without: Sequence[str] = ()) -> dict[
 
     Weights in another dtype than the op's are converted here, not in the timed call.
     """
-    found: dict[str, Callable] = {"eager": getattr(ops, op)}
+    reference = IMPLEMENTATIONS[op]["eager"].load()
+    found: dict[str, Callable] = {"eager": reference}
     if "compile" not in without:
-        found["compile"] = torch.compile(getattr(ops, op))
+        found["compile"] = torch.compile(reference)
     if op in ("rms_norm", "layer_norm"):
         x, weight = args[0], args[1]
         low = weight.reshape(-1).to(x.dtype)

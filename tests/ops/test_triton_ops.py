@@ -5,6 +5,8 @@ Runs in Triton's interpreter; what the kernels compute is the matter of tests/ke
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,10 +16,14 @@ from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES, judge
 from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.standalone_cases import QUANTIZED, standalone
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, QuantizedOps
+from twinflow_rt.ops.selection import IMPLEMENTATIONS
 from twinflow_rt.ops.table import EAGER_QUANTIZED, quantizing
 
-CASES = [c for c in cases(SIZES["tiny"], torch.float16, "cpu") if "triton" in IMPLEMENTATIONS[c.op]]
+CASES = [
+    case
+    for case in (*cases(SIZES["tiny"], torch.float16, "cpu"), *standalone(SIZES["tiny"], torch.float16, "cpu"))
+    if "triton" in IMPLEMENTATIONS[case.op]
+]
 EPS = 1e-5
 
 
@@ -28,19 +34,10 @@ def table():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_through_the_op_table(table, case):
-    got = table[case.op](*case.inputs())
-    problem = judge(got, getattr(ops.EAGER, case.op)(*case.inputs()), case.exact(*case.inputs()))
-    assert problem is None, problem
-
-
-ROWS = [c for c in standalone(SIZES["tiny"], torch.float16, "cpu") if "triton" in IMPLEMENTATIONS.get(c.op, ())]
-
-
-@pytest.mark.parametrize("case", ROWS, ids=lambda c: c.name)
-def test_through_the_row_table(table, case):
-    got, eager = (case.read(call(*case.inputs())) for call in (table[case.op], getattr(ops, case.op)))
-    problem = judge(got, eager, case.exact(*case.inputs()))
+def test_through_the_op_tables(table, case):
+    eager = IMPLEMENTATIONS[case.op]["eager"].load()
+    got, wanted = (case.read(call(*case.inputs())) for call in (table[case.op], eager))
+    problem = judge(got, wanted, case.exact(*case.inputs()))
     assert problem is None, problem
 
 
@@ -110,16 +107,16 @@ def test_one_graph_under_torch_compile(table):
 
 def test_one_graph_of_a_quantized_block_under_torch_compile(table):
     """Rows travel from norm and activation to the products as a tuple: no graph break."""
-    rows = QuantizedOps(**{**vars(EAGER_QUANTIZED), **{op: table[op] for op in vars(EAGER_QUANTIZED) if op in table}})
-    producers = quantizing(ops.EAGER, rows, torch.int8)
+    quantized = replace(EAGER_QUANTIZED, **{op: table[op] for op in vars(EAGER_QUANTIZED) if op in table})
+    input_ops = quantizing(ops.EAGER, quantized, torch.int8)
     x, w, weight = torch.randn(2, 3, 48), torch.rand(48), ops.quantize_rows(torch.randn(64, 48), torch.int8)
 
     def block(of, x):
         total, h = of.residual_norm(x, x + 1, w, w, EPS)
-        y = rows.linear_quantized(h.values, h.scales, *weight, None, h.dtype)
+        y = quantized.linear_quantized(h.values, h.scales, *weight, None, h.dtype)
         return total, of.swiglu(y).values.float()
 
     expected = block(quantizing(ops.EAGER, EAGER_QUANTIZED, torch.int8), x)
-    compiled = torch.compile(lambda x: block(producers, x), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda x: block(input_ops, x), backend="aot_eager", fullgraph=True)
     for got, wanted in zip(compiled(x), expected, strict=True):
         assert (got - wanted).abs().max() <= (1 if wanted is expected[1] else 1e-5)
