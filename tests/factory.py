@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from twinflow_rt.families import family_of
 from twinflow_rt.training.text import CHAT_TEMPLATE, SPECIAL
 
 DIM, HEADS, TEXT_DIM, CHANNELS = 48, 2, 32, 4
@@ -38,6 +39,19 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
             else:
                 p.copy_(noise * (0.1 if p.ndim == 1 else p[0].numel() ** -0.5))
     return module.eval()
+
+
+def open_text(folder: Path):
+    """The text stage of a model folder, unread."""
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    family = family_of(config)
+    return family.text(folder, family.config.from_dict(config))
+
+
+def read(stage, dtype: torch.dtype = torch.float32):
+    """A stage with its weights read, on the CPU."""
+    stage.materialize(torch.device("cpu"), dtype)
+    return stage
 
 
 def tokenizer():

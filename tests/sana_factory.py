@@ -17,7 +17,7 @@ from tests.factory import tokenizer as qwen_tokenizer
 from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.models.text_encoders.openuni import ConnectorConfig
 from twinflow_rt.models.transformers.sana import FUSED, GUIDANCE, SanaConfig, SanaTransformer
-from twinflow_rt.stages.text_sana import INSTRUCTION
+from twinflow_rt.stages.text_encoders import INSTRUCTION
 
 SMALL = SanaConfig(
     in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=4, num_layers=3,

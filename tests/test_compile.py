@@ -15,9 +15,9 @@ from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.families import family_of
+from twinflow_rt.families import family_of, z_image
 from twinflow_rt.loading import DEMO
-from twinflow_rt.models.transformers.z_image import FAMILY, FUSED, ZImageConfig, ZImageTransformer
+from twinflow_rt.models.transformers.z_image import FUSED, ZImageConfig, ZImageTransformer
 from twinflow_rt.ops import rms_norm
 from twinflow_rt.passes.fold import fold
 
@@ -115,7 +115,7 @@ class Networks:
         return self._fill(ZImageTransformer(self.config, folded_steps=len(times)), dtype, tables)
 
     def _fill(self, network, dtype, tables):
-        cast = {k: v.to(FAMILY.layout.dtype_of(k, dtype)) for k, v in self.weights.items()}
+        cast = {k: v.to(z_image().layout.dtype_of(k, dtype)) for k, v in self.weights.items()}
         network.load_state_dict({k: tables[k] if k in tables else cast[k] for k in network.state_dict()}, assign=True)
         return network.eval()
 
@@ -136,7 +136,7 @@ def networks(request):
     else:
         config = SIZES[request.param]
         weights = randomize(ZImageTransformer(config), 5).state_dict()
-    return Networks(config, {k: v.to(FAMILY.layout.dtype_of(k, torch.bfloat16)) for k, v in weights.items()})
+    return Networks(config, {k: v.to(z_image().layout.dtype_of(k, torch.bfloat16)) for k, v in weights.items()})
 
 
 BATCHES = [(8, 8, (20,)), (6, 10, (7, 33))]

@@ -1,26 +1,13 @@
-"""One module per model family: its velocity network, and what else differs between families.
+"""The families of models: which parts make each, and which sizes these generate together.
 
-A family is found by the `_class_name` of its transformer's config.json; its module is imported only
-then. The networks have in common:
-
-    encode_context(embeds, lengths, **extras) -> Context    the prompts' side, once per prompt
-    step_modulation(step)                                   the folded constants of one evaluation
-    network(latents, modulation, context) -> velocity       in latent space, as the VAE has it
-    network.patches(...) -> (velocity's patches, sign)      the same before unpacking, for `ops.x0_to_vae`
-    prompt_modules                                          names of the modules encode_context runs
-    prompt_multiple, all_rows                               where prompts have only such lengths, or the longest
-
-`encode_context` takes lengths on the host, or as a tensor on the device, where they shape nothing (`export`).
-
-What depends on the prompt and time together (SD3.5's modulation takes the pooled prompt) belongs in the
-context, with one row per evaluation; `step_modulation` then says which row.
+A family is found by the `_class_name` of its transformer's config.json, and only then are its modules imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,49 +16,52 @@ import torch
 from .checkpoint.layout import Layout
 from .config import SizeRule
 from .errors import CheckpointError
+from .models.architecture import Architecture
 from .models.config import reading
+from .stages.text import TextEncoder, TextStage
+from .stages.text_encoders import OpenUniText, QwenImageTokenizer, SanaText, SD3Text
+from .stages.tokenizer import ChatTokenizer
+from .stages.vae import VaeDecoder
 
-FAMILIES = {
-    "ZImageTransformer2DModel": "z_image",
-    "QwenImageTransformer2DModel": "qwen_image",
-    "SD3Transformer2DModel": "sd3",
-    "SanaTransformer2DModel": "sana",
-}
+QWEN_IMAGE_DEFAULT = 83  # tokens per axis: 1328 pixels, the square that Qwen-Image was released for
+QWEN_IMAGE_LARGEST = 256  # tokens per axis: 4096 pixels
+SANA_LARGEST = 4096  # pixels per axis: the largest that SANA was published for
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between families.
+    """A family of models.
 
     config, network, layout: the velocity network's config class, class, and how its files are read.
-    text, vae: open the stages of a model folder (see `text.TextEncoder` and `vae.VaeDecoder`), unread.
-    fit(config, text, vae): the sizes the three make together; sets text.max_tokens where the network
-        limits it. Raises CheckpointError where they belong to different models.
+    autoencoder: of the VAE. text(folder, config): opens the text stage of a model folder whose transformer has this
+    config, unread. sizes(config, text, vae): the image sizes that the three make together; raises CheckpointError
+    where they belong to different models.
     """
 
     name: str
     config: Any
     network: Callable[..., Any]
     layout: Layout
-    text: Callable[[Path], Any]
-    vae: Callable[[Path], Any]
-    fit: Callable[[Any, Any, Any], SizeRule]
+    autoencoder: Architecture
+    text: Callable[[Path, Any], TextStage]
+    sizes: Callable[[Any, Any, VaeDecoder], SizeRule]
 
     def build(self, config: Any, **options: Any) -> Any:
-        """`network(config, **options)` on the meta device. Raises ConfigError for a config that builds none."""
+        """Return network(config, **options) on the meta device. Raises ConfigError for a config that builds none."""
         with reading("transformer/config.json"), torch.device("meta"):
             return self.network(config, **options)
 
-    def open(self, folder: Path, raw: dict[str, Any]) -> tuple[Any, Any, SizeRule]:
-        """Text stage, VAE and sizes of a model folder whose transformer/config.json holds `raw`; no weight is
-        read. Raises CheckpointError, ConfigError."""
-        config, text, vae = self.config.from_dict(raw), self.text(folder), self.vae(folder)
+    def open(self, folder: Path, raw: dict[str, Any]) -> tuple[Any, VaeDecoder, SizeRule]:
+        """Return text stage, VAE and sizes of a model folder whose transformer/config.json holds `raw`. Reads file
+        headers, no weights. Raises CheckpointError, ConfigError."""
+        config = self.config.from_dict(raw)
         with reading(f"{folder}: the parts' config.json"):
-            return text, vae, self.fit(config, text, vae)
+            text, vae = self.text(folder, config), VaeDecoder(folder / "vae", self.autoencoder)
+            return text, vae, self.sizes(config, text, vae)
 
 
 def must_equal(*pairs: tuple[str, int, str, int]) -> None:
-    """For `Family.fit`: raises CheckpointError unless each (name, value, other name, value) agrees."""
+    """Raise CheckpointError unless each (name, value, other name, value) agrees."""
     for name, value, other, wanted in pairs:
         if value != wanted:
             raise CheckpointError(
@@ -80,13 +70,125 @@ def must_equal(*pairs: tuple[str, int, str, int]) -> None:
             )
 
 
+@cache
+def z_image() -> Family:
+    """Return the family of Z-Image: Qwen3 behind its chat template, AutoencoderKL (diffusers: ZImagePipeline)."""
+    from .models.autoencoders import autoencoder_kl
+    from .models.text_encoders import qwen3
+    from .models.transformers.z_image import LAYOUT, SEQ_MULTIPLE, ZImageConfig, ZImageTransformer
+
+    def text(folder: Path, config: ZImageConfig) -> TextStage:
+        positions = (config.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE
+        return TextEncoder(folder, qwen3.MODEL, ChatTokenizer, max_tokens=min(512, positions))
+
+    def sizes(config: ZImageConfig, text: TextStage, vae: VaeDecoder) -> SizeRule:
+        """Latents are cut in 2x2 patches, and rope counts at most axes_lens[1] x axes_lens[2] of them. The default is
+        the size that the VAE was trained at (`sample_size`): 1024 for Z-Image, 64 for the demo."""
+        must_equal(
+            ("text_encoder hidden_size", text.width, "cap_feat_dim", config.cap_feat_dim),
+            ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+        )
+        multiple = 2 * vae.scale
+        most = multiple * config.axes_lens[1], multiple * config.axes_lens[2]
+        default = max(vae.config.sample_size // multiple, 1) * multiple
+        return SizeRule(multiple, *most, default=min(default, *most))
+
+    return Family("z-image", ZImageConfig, ZImageTransformer, LAYOUT, autoencoder_kl.MODEL, text, sizes)
+
+
+@cache
+def qwen_image() -> Family:
+    """Return the family of Qwen-Image: Qwen2.5-VL's language model behind a fixed instruction, whose 34 tokens up to
+    the prompt are left out of the embeddings, and AutoencoderKLQwenImage (diffusers: QwenImagePipeline)."""
+    from .models.autoencoders import autoencoder_qwen
+    from .models.text_encoders import qwen2_5_vl
+    from .models.transformers.qwen_image import LAYOUT, QwenImageConfig, QwenImageTransformer
+
+    def text(folder: Path, config: QwenImageConfig) -> TextStage:
+        return TextEncoder(folder, qwen2_5_vl.MODEL, QwenImageTokenizer, max_tokens=1024, dropped=34)
+
+    def sizes(config: QwenImageConfig, text: TextStage, vae: VaeDecoder) -> SizeRule:
+        """Latents are packed 2x2; positions are computed, so nothing but memory bounds a size."""
+        must_equal(
+            ("text_encoder hidden_size", text.width, "joint_attention_dim", config.joint_attention_dim),
+            ("vae z_dim", vae.channels, "out_channels", config.out_channels),
+        )
+        multiple = 2 * vae.scale
+        most = QWEN_IMAGE_LARGEST * multiple
+        return SizeRule(multiple, most, most, default=QWEN_IMAGE_DEFAULT * multiple)
+
+    return Family("qwen-image", QwenImageConfig, QwenImageTransformer, LAYOUT, autoencoder_qwen.MODEL, text, sizes)
+
+
+@cache
+def sd3() -> Family:
+    """Return the family of Stable Diffusion 3.5: two CLIP towers, and T5 where the folder has it; AutoencoderKL
+    (diffusers: StableDiffusion3Pipeline)."""
+    from .models.autoencoders import autoencoder_kl
+    from .models.text_encoders import clip_text, t5
+    from .models.transformers.sd3 import LAYOUT, SD3Config, SD3Transformer
+
+    def text(folder: Path, config: SD3Config) -> SD3Text:
+        return SD3Text(folder, clip_text.MODEL, t5.MODEL, config.joint_attention_dim)
+
+    def sizes(config: SD3Config, text: SD3Text, vae: VaeDecoder) -> SizeRule:
+        """Latents are cut in 2x2 patches, and the checkpoint has positions for so many of them."""
+        must_equal(
+            ("pooled width of text_encoder and text_encoder_2", text.pooled_width, "pooled_projection_dim",
+             config.pooled_projection_dim),
+            ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+        )  # fmt: skip
+        if text.t5_width is not None:
+            must_equal(("text_encoder_3 d_model", text.t5_width, "joint_attention_dim", config.joint_attention_dim))
+        if text.clip_width > config.joint_attention_dim:
+            raise CheckpointError(
+                f"the {text.clip_width} features of text_encoder and text_encoder_2 exceed the transformer's "
+                f"joint_attention_dim {config.joint_attention_dim}: parts of two models"
+            )
+        most = config.pos_embed_max_size * 2 * vae.scale
+        return SizeRule(2 * vae.scale, most, most, default=min(config.sample_size * vae.scale, most))
+
+    return Family("sd3.5", SD3Config, SD3Transformer, LAYOUT, autoencoder_kl.MODEL, text, sizes)
+
+
+@cache
+def sana() -> Family:
+    """Return the family of SANA and SANA-Sprint: Gemma 2 (diffusers: SanaPipeline), or where the folder has a connector
+    OpenUni's InternVL3; AutoencoderDC."""
+    from .models.autoencoders import autoencoder_dc
+    from .models.text_encoders import gemma2, openuni
+    from .models.transformers.sana import LAYOUT, SanaConfig, SanaTransformer
+
+    def text(folder: Path, config: SanaConfig) -> TextStage:
+        if (folder / "connector").is_dir():
+            return OpenUniText(folder, openuni.LANGUAGE, openuni.CONNECTOR)
+        return SanaText(folder, gemma2.MODEL)
+
+    def sizes(config: SanaConfig, text: TextStage, vae: VaeDecoder) -> SizeRule:
+        """A latent is a token; its position is nowhere but in its neighbours, so nothing bounds a size."""
+        must_equal(
+            ("width of prompt embeddings", text.width, "caption_channels", config.caption_channels),
+            ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
+        )
+        return SizeRule(vae.scale, SANA_LARGEST, SANA_LARGEST, default=config.sample_size * vae.scale)
+
+    return Family("sana", SanaConfig, SanaTransformer, LAYOUT, autoencoder_dc.MODEL, text, sizes)
+
+
+FAMILIES: dict[str, Callable[[], Family]] = {
+    "ZImageTransformer2DModel": z_image,
+    "QwenImageTransformer2DModel": qwen_image,
+    "SD3Transformer2DModel": sd3,
+    "SanaTransformer2DModel": sana,
+}
+
+
 def family_of(config: dict[str, Any]) -> Family:
-    """The family of a transformer's config.json content; raises CheckpointError for any other."""
+    """Return the family of a transformer's config.json content. Raises CheckpointError for any other."""
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
             f"transformer/config.json says _class_name {name!r}, which is none of the supported families: "
             + ", ".join(FAMILIES)
         )
-    family: Family = import_module(f".models.transformers.{FAMILIES[name]}", __package__).FAMILY
-    return family
+    return FAMILIES[name]()

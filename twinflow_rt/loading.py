@@ -40,7 +40,7 @@ from .runtime import out_of_memory
 from .runtime.capture import Captures, open_captures
 from .sampling.schedule import SamplerConfig, preset, resolve_sampler, schedule
 from .stages.stage import StageOptions
-from .stages.text_stage import TextStage
+from .stages.text import TextStage
 from .stages.tiles import check_tile
 from .stages.vae import PreviewDecoder, VaeDecoder
 from .stages.velocity import VelocityStage

@@ -29,8 +29,7 @@ from .sampling.noise import check_batch, initial_noise, resolve_seeds
 from .sampling.schedule import SamplerConfig, resolve_sampler, schedule
 from .stages import embeds_file
 from .stages.stage import in_parts
-from .stages.text import PromptEmbeds
-from .stages.text_stage import TextStage
+from .stages.text import PromptEmbeds, TextStage
 from .stages.vae import VaeDecoder
 from .stages.velocity import Callback, Prompts, VelocityStage
 

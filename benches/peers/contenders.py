@@ -127,8 +127,7 @@ def _spec(folder: Path) -> SimpleNamespace:
     """What `bench.peers` asks of a pipeline, without loading one."""
     checkpoint = Checkpoint(folder / "transformer")
     family = family_of(checkpoint.config)
-    text, vae = family.text(folder), family.vae(folder)
-    sizes = family.fit(family.config.from_dict(checkpoint.config), text, vae)
+    _, vae, sizes = family.open(folder, checkpoint.config)
     return SimpleNamespace(folder=folder, device=CPU, dtype=DTYPE, vae=vae, sizes=sizes)
 
 

@@ -17,8 +17,8 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.lora import Adapter, Merged, resolve_loras
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.families import qwen_image
 from twinflow_rt.loading import load
-from twinflow_rt.models.transformers.qwen_image import FAMILY as QWEN_IMAGE
 
 CPU, ONE, FOUR = torch.device("cpu"), ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
 TARGETS = ("layers.0.attention.to_k", "layers.1.feed_forward.w2", "layers.0.adaLN_modulation.0", "t_embedder.mlp.2")
@@ -194,7 +194,7 @@ def test_merges_before_absorbing(tmp_path):
     pairs = factors(Checkpoint(folder), modules)
     path = write(tmp_path / "a.safetensors", pairs)
     args, originals = inputs(SHAPES[-1]), {k: v.clone() for k, v in reference.tensors().items()}
-    program = compile_network(Recipe(Merged(folder, [(path, 0.5)]), QWEN_IMAGE, CPU, torch.float32), ONE)
+    program = compile_network(Recipe(Merged(folder, [(path, 0.5)]), qwen_image(), CPU, torch.float32), ONE)
     assert program.plan.absorbed
     with torch.no_grad():
         for module, (a, b) in pairs.items():

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.factory import read
 from tests.qwen_image_factory import VAE, autoencoder
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.autoencoders.autoencoder_qwen import MODEL, QwenAutoencoderConfig
@@ -20,7 +21,7 @@ from twinflow_rt.ops.selection import Choice
 from twinflow_rt.passes.layers import unpack
 from twinflow_rt.passes.upsample import fold_upsampling
 from twinflow_rt.planning.footprint import work_of
-from twinflow_rt.stages.vae import QwenImageDecoder
+from twinflow_rt.stages.vae import VaeDecoder
 
 CPU = torch.device("cpu")
 VARIANTS = [
@@ -59,7 +60,7 @@ def random_latents(vae, *size, batch=2):
 @pytest.mark.parametrize("size", [(12, 12), (2, 10), (1, 1)])
 def test_equals_diffusers(tmp_path, changes, size):
     vae, folder = saved(tmp_path, **changes)
-    decoder = QwenImageDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     latents = random_latents(vae, *size)
     with torch.inference_mode():
         image = decoder.decode(latents)
@@ -76,7 +77,7 @@ def test_equals_diffusers_to_the_last_digits_of_float64(tmp_path, changes, monke
 
     monkeypatch.setattr(QwenImageUpsample, "forward", torch.nn.Upsample.forward)  # else through float32
     vae, folder = saved(tmp_path, **changes)
-    decoder = QwenImageDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     rms_norm = lambda x, w, eps: F.normalize(x, dim=-1) * len(w) ** 0.5 * w
     silu = lambda x, w, eps: F.silu(rms_norm(x.permute(0, 2, 3, 1), w, eps)).permute(0, 3, 1, 2)
     decoder.network.ops = replace(EAGER, rms_norm=rms_norm, rms_norm_silu=silu)
@@ -109,7 +110,7 @@ def test_bfloat16_is_as_exact_as_diffusers(tmp_path):
     vae, folder = saved(tmp_path)
     latents = random_latents(vae, 8, 12)
     exact = theirs(vae, latents)
-    decoder = QwenImageDecoder.load(folder, CPU, torch.bfloat16)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.bfloat16)
     with torch.inference_mode():
         image = decoder.decode(latents.bfloat16())
     bound = (theirs(copy.deepcopy(vae).bfloat16(), latents.bfloat16()) - exact).square().mean()
@@ -121,7 +122,7 @@ def test_one_tap_of_three_is_kept(tmp_path):
     """Parameters: those of the reference's decoder, less two temporal taps of three and the
     convolutions that double the frames."""
     vae, folder = saved(tmp_path)
-    decoder = QwenImageDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     kept = 0
     for name, p in vae.named_parameters():
         if name.startswith(("decoder.", "post_quant_conv.")) and "time_conv" not in name:
@@ -137,12 +138,12 @@ def test_saved_in_two_dimensions_loads_as_it_is(tmp_path):
     from safetensors.torch import save_file
 
     vae, folder = saved(tmp_path)
-    decoder = QwenImageDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     weights = {k: v.contiguous() for k, v in decoder.parts[0].weights().items()}
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     file.unlink()
     save_file(weights, file, metadata={"format": "pt"})
-    again = QwenImageDecoder.load(folder, CPU, torch.float32)
+    again = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     latents = random_latents(vae, 4, 4)
     assert torch.equal(again.decode(latents), decoder.decode(latents))
 
@@ -188,4 +189,4 @@ def test_a_missing_tensor_is_named(tmp_path):
     del tensors["decoder.norm_out.gamma"]
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=r"missing decoder\.norm_out\.gamma"):
-        QwenImageDecoder.load(folder, CPU, torch.float32)
+        read(VaeDecoder(folder / "vae", MODEL), torch.float32)

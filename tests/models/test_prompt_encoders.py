@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import sana_factory, sd3_factory
-from tests.factory import randomize
+from tests.factory import randomize, read
 from tests.qwen_image_factory import relative
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.models.autoencoders import autoencoder_dc
 from twinflow_rt.models.text_encoders import clip_text, gemma2, t5
 from twinflow_rt.stages.stage import open_part
 from twinflow_rt.stages.tokenizer import PaddingTokenizer, read_core
-from twinflow_rt.stages.vae import DeepDecoder
+from twinflow_rt.stages.vae import VaeDecoder
 
 CPU = torch.device("cpu")
 WIDTHS = pytest.mark.parametrize("width", [8, 64])  # on a CPU, wide layers are packed
@@ -163,7 +164,7 @@ def test_broken_tokenizers_are_named(tmp_path):
 def test_deep_decoder(tmp_path, changes, size):
     peer = sana_factory.autoencoder(**changes)
     peer.save_pretrained(tmp_path / "vae")
-    decoder = DeepDecoder.load(tmp_path, CPU, torch.float32)
+    decoder = read(VaeDecoder(tmp_path / "vae", autoencoder_dc.MODEL))
     assert (decoder.scale, decoder.channels) == (4, peer.config.latent_channels)
     latents = torch.randn(2, decoder.channels, *size, generator=torch.Generator().manual_seed(0))
     image = decoder.decode(latents)
@@ -188,7 +189,7 @@ def test_other_deep_autoencoders_are_refused(tmp_path, changes, match):
     path = tmp_path / "vae" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ConfigError, match=match):
-        DeepDecoder(tmp_path)
+        VaeDecoder(tmp_path / "vae", autoencoder_dc.MODEL)
 
 
 def test_weights_of_another_encoder_are_refused(tmp_path):

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.factory import open_text, read
 from tests.qwen_image_factory import make_model, relative
 from twinflow_rt.checkpoint.fuse import merge, sources
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.text_encoders.language_model import FUSED
 from twinflow_rt.models.text_encoders.qwen2_5_vl import MODEL, Qwen25VLConfig
-from twinflow_rt.stages.text import QwenImageText
 from twinflow_rt.stages.tokenizer import ChatTokenizer, Tokenizer
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def ours(text, prompts):
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS, ["word " * 300, "short"]])
 def test_equals_encode_prompt_at_any_length(folder, reference, prompts):
     """The last case is cut at 1024 tokens after the 34 of the template."""
-    text = QwenImageText.load(folder, CPU, torch.float32)
+    text = read(open_text(folder))
     for a, b in zip(ours(text, prompts), theirs(reference, prompts), strict=True):
         assert a.shape == b.shape
         assert relative(a, b) < 1e-5
@@ -61,7 +61,7 @@ def test_equals_encode_prompt_at_any_length(folder, reference, prompts):
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 def test_padding_side_of_the_tokenizer_changes_nothing(folder, reference, padding_side):
     reference.tokenizer.padding_side = padding_side
-    text = QwenImageText.load(folder, CPU, torch.float32)
+    text = read(open_text(folder))
     for a, b in zip(ours(text, PROMPTS), theirs(reference, PROMPTS), strict=True):
         assert relative(a, b) < 1e-5
 
@@ -98,14 +98,14 @@ def in_language_model(key):
 
 @pytest.mark.parametrize("rule", [in_language_model, lambda key: key.removeprefix("model.")])
 def test_every_layout_of_released_files_gives_the_same(folder, tmp_path, rule):
-    other = QwenImageText.load(rename(folder, tmp_path / "m", rule), CPU, torch.float32)
-    text = QwenImageText.load(folder, CPU, torch.float32)
+    other = read(open_text(rename(folder, tmp_path / "m", rule)))
+    text = read(open_text(folder))
     assert torch.equal(other(PROMPTS).embeds, text(PROMPTS).embeds)
     assert other.reports[0].bytes_read == text.reports[0].bytes_read
 
 
 def test_vision_tower_and_head_stay_in_the_files(folder, reference):
-    text = QwenImageText.load(folder, CPU, torch.float32)
+    text = read(open_text(folder))
     language = reference.text_encoder.model.language_model
     assert sum(p.numel() for p in text.network.parameters()) == sum(p.numel() for p in language.parameters())
     unused = sum(p.numel() for p in reference.text_encoder.parameters()) - sum(p.numel() for p in language.parameters())

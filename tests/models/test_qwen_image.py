@@ -23,8 +23,9 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.families import qwen_image
 from twinflow_rt.models.layers import pack, unpack
-from twinflow_rt.models.transformers.qwen_image import FAMILY, FUSED, QwenImageConfig, QwenImageTransformer
+from twinflow_rt.models.transformers.qwen_image import FUSED, QwenImageConfig, QwenImageTransformer
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_reads_a_checkpoint_folder(reference, tmp_path, network):
     checkpoint = Checkpoint(save(tmp_path / "transformer", reference.tensors()))
     with torch.device("meta"):
         loaded = QwenImageTransformer(QwenImageConfig.from_dict(checkpoint.config))
-    materialize(loaded, checkpoint, FAMILY.layout, torch.device("cpu"), torch.float32)
+    materialize(loaded, checkpoint, qwen_image().layout, torch.device("cpu"), torch.float32)
     expected = network.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
@@ -148,7 +149,7 @@ def test_norm_weights_stay_float32(reference, tmp_path):
     checkpoint = Checkpoint(save(tmp_path / "transformer", reference.tensors()))
     with torch.device("meta"):
         loaded = QwenImageTransformer(SMALL)
-    materialize(loaded, checkpoint, FAMILY.layout, torch.device("cpu"), torch.bfloat16)
+    materialize(loaded, checkpoint, qwen_image().layout, torch.device("cpu"), torch.bfloat16)
     wide = {n.rpartition(".")[0].split(".")[-1] for n, p in loaded.named_parameters() if p.dtype == torch.float32}
     assert wide == {"norm_q", "norm_k", "norm_added_q", "norm_added_k", "txt_norm"}
 
@@ -158,7 +159,7 @@ def test_a_checkpoint_without_the_second_embedder_is_refused(reference, tmp_path
     with torch.device("meta"):
         network = QwenImageTransformer(SMALL)
     with pytest.raises(CheckpointError, match="time_text_embed_2 is missing: this is a plain Qwen-Image"):
-        materialize(network, checkpoint, FAMILY.layout, torch.device("cpu"), torch.float32)
+        materialize(network, checkpoint, qwen_image().layout, torch.device("cpu"), torch.float32)
 
 
 def test_merge_and_split_are_inverse(reference):

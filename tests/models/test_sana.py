@@ -16,8 +16,9 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.families import sana
 from twinflow_rt.models.layers import PLAIN
-from twinflow_rt.models.transformers.sana import FAMILY, FUSED, SanaConfig, SanaTransformer
+from twinflow_rt.models.transformers.sana import FUSED, SanaConfig, SanaTransformer
 from twinflow_rt.ops import linear_attention
 from twinflow_rt.passes.fold import absorb, fold, folded_away
 
@@ -95,7 +96,7 @@ def test_compiles_wide_enough_for_packed_and_quantized_layers(tmp_path, config, 
     )  # fmt: skip
     reference = TwinFlowReference(config)
     source = Checkpoint(save(tmp_path / "transformer", reference.tensors(), config))
-    recipe = Recipe(source, FAMILY, torch.device("cpu"), torch.float32, precision=precision)
+    recipe = Recipe(source, sana(), torch.device("cpu"), torch.float32, precision=precision)
     program = compile_network(recipe, ONE)
     args = inputs(SHAPES[-1], config)
     assert relative(run_step(program.network, args, 0), reference.velocity(*args, 1.0, 0.0)) < bar

@@ -24,7 +24,8 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.transformers.sd3 import FAMILY, FUSED, SD3Config, SD3Transformer
+from twinflow_rt.families import sd3
+from twinflow_rt.models.transformers.sd3 import FUSED, SD3Config, SD3Transformer
 from twinflow_rt.passes.fold import fold, folded_away
 
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
@@ -84,7 +85,7 @@ def test_compiles_wide_enough_for_packed_and_quantized_layers(tmp_path, precisio
     )
     reference = TwinFlowReference(config)
     source = Checkpoint(save(tmp_path / "transformer", reference.tensors(), config))
-    recipe = Recipe(source, FAMILY, torch.device("cpu"), torch.float32, precision=precision)
+    recipe = Recipe(source, sd3(), torch.device("cpu"), torch.float32, precision=precision)
     program = compile_network(recipe, ONE)
     args = inputs(SHAPES[2], config)
     assert relative(run_step(program.network, args, 0), reference.velocity(*args, 1.0, 0.0)) < bar

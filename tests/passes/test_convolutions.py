@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.factory import read
 from tests.stages.test_vae import WIDE, saved
-from twinflow_rt.models.autoencoders.autoencoder_kl import AutoencoderDecoder
+from twinflow_rt.models.autoencoders.autoencoder_kl import MODEL, AutoencoderDecoder
 from twinflow_rt.models.layers import UpsampleConv, conv_residual
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.selection import Target
@@ -28,7 +29,7 @@ from twinflow_rt.passes.convolutions import (
 from twinflow_rt.passes.layers import unpack
 from twinflow_rt.passes.upsample import fold_upsampling, folded_bytes
 from twinflow_rt.planning.meta_model import FOLDED
-from twinflow_rt.stages.vae import KLDecoder
+from twinflow_rt.stages.vae import VaeDecoder
 
 CPU, FLOAT = torch.device("cpu"), Target("cpu", torch.float32)
 N = NARROWEST
@@ -70,7 +71,7 @@ def test_which_targets_do(monkeypatch):
 
 def test_a_decoder_computes_the_same_and_says_so(tmp_path):
     _, folder = saved(tmp_path, **WIDE)
-    decoder = KLDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     kinds = [type(m) for m in decoder.network.modules()]
     assert kinds.count(WinogradUpsampleConv) == 1 and kinds.count(WinogradConv2d) > 8
     lines = [note for note in decoder.notes() if "convolutions" in note]
@@ -92,7 +93,7 @@ def test_packed_ones_compute_the_same(tmp_path, dtype):
     if packing_refuses(nn.Conv2d(4, 4, 3), Target("cpu", dtype)):
         pytest.skip("this CPU does not multiply it")
     _, folder = saved(tmp_path)  # narrow
-    decoder = KLDecoder.load(folder, CPU, dtype)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), dtype)
     kinds = {type(m) for m in decoder.network.modules()}
     assert {PackedConv2d, PackedUpsampleConv} <= kinds and not {nn.Conv2d, UpsampleConv, WinogradConv2d} & kinds
     latents = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(0))
@@ -108,7 +109,7 @@ def test_packed_ones_compute_the_same(tmp_path, dtype):
 def test_kernels_are_kept_bit_for_bit(tmp_path, changes):
     """What is saved, and what tracers get, are the weights as they were loaded."""
     vae, folder = saved(tmp_path, **changes)
-    decoder = KLDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     theirs = vae.state_dict()
     weights = decoder.parts[0].weights()
     assert len(weights) > 20 and all(torch.equal(w, theirs[name]) for name, w in weights.items())
@@ -119,9 +120,9 @@ def test_kernels_are_kept_bit_for_bit(tmp_path, changes):
 
 def test_bytes_are_those_that_are_predicted(tmp_path):
     _, folder = saved(tmp_path, **WIDE)
-    plain = KLDecoder(folder).network
+    plain = VaeDecoder(folder / "vae", MODEL).network
     assert isinstance(plain, AutoencoderDecoder)
-    decoder = KLDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     held = sum(p.numel() * 4 for p in decoder.network.parameters())
     held += sum(b.nbytes for b in decoder.network.buffers())
     predicted = folded_bytes(plain, torch.float32) + winograd_bytes(plain)

@@ -25,9 +25,10 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.families import qwen_image
 from twinflow_rt.models.folding import Absorption
 from twinflow_rt.models.layers import EPS, FUSED, Constants
-from twinflow_rt.models.transformers.qwen_image import FAMILY, QwenImageConfig, QwenImageTransformer
+from twinflow_rt.models.transformers.qwen_image import QwenImageConfig, QwenImageTransformer
 from twinflow_rt.ops import EAGER, OpTable
 from twinflow_rt.passes.fold import absorb, fold, folded_away
 from twinflow_rt.plan import parameter_bytes
@@ -234,7 +235,7 @@ def source(reference, tmp_path):
 
 
 def compiled(source, schedule, **options):
-    return compile_network(Recipe(source, FAMILY, torch.device("cpu"), torch.float32, **options), schedule)
+    return compile_network(Recipe(source, qwen_image(), torch.device("cpu"), torch.float32, **options), schedule)
 
 
 def test_one_evaluation_is_absorbed_and_others_refold(reference, source):
@@ -279,7 +280,7 @@ def test_absorbing_can_be_declined(source):
 
 def test_absorbed_weights_are_rounded_once(source):
     half, exact = (
-        compile_network(Recipe(source, FAMILY, torch.device("cpu"), dtype), ONE).network.state_dict()
+        compile_network(Recipe(source, qwen_image(), torch.device("cpu"), dtype), ONE).network.state_dict()
         for dtype in (torch.bfloat16, torch.float32)
     )
     assert all(torch.equal(tensor, exact[name].to(tensor.dtype)) for name, tensor in half.items())

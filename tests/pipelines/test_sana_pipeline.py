@@ -29,12 +29,12 @@ from twinflow_rt import cli
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.families import FAMILIES, family_of
+from twinflow_rt.families import family_of
 from twinflow_rt.loading import load
 from twinflow_rt.planning.description import describe
 from twinflow_rt.sampling.noise import initial_noise, step_noise
 from twinflow_rt.sampling.sampler import SamplerConfig, preset, sample, schedule
-from twinflow_rt.stages.text_sana import INSTRUCTION
+from twinflow_rt.stages.text_encoders import INSTRUCTION
 
 PROMPTS = ["a Red square! it's", "a big blue circle above a small green triangle, twice", ""]
 CPU = torch.device("cpu")
@@ -186,7 +186,7 @@ def test_describes_itself(models, pipes, name, capsys):
     plan = load(models[name], device="cpu").plan
     assert [stage.name for stage in plan.stages] == ["text", "context", "velocity", "decode"]
     assert all(stage.flops > 0 and stage.weight_bytes > 0 for stage in plan.stages)
-    assert plan.absorbed and FAMILIES["SanaTransformer2DModel"] == "sana"
+    assert plan.absorbed and plan.family == "sana"
     assert pipes[name].sizes.resolve(None, None) == (8, 8)
     with pytest.raises(ConfigError, match="height 18 must be a multiple of 4 from 4 to 4096; the nearest is 16"):
         pipes[name]("x", height=18)

@@ -18,7 +18,7 @@ from twinflow_rt import cli
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.errors import CheckpointError
-from twinflow_rt.families import FAMILIES, family_of
+from twinflow_rt.families import family_of
 from twinflow_rt.loading import load
 from twinflow_rt.planning.description import describe
 from twinflow_rt.sampling.noise import initial_noise, step_noise
@@ -178,7 +178,7 @@ def test_describes_itself(models, pipes, capsys):
         assert [stage.name for stage in plan.stages] == ["text", "context", "velocity", "decode"]
         assert all(stage.flops > 0 and stage.weight_bytes > 0 for stage in plan.stages)
         assert not plan.absorbed and "sd3.5" in str(plan)
-    assert FAMILIES["SD3Transformer2DModel"] == "sd3"
+    assert family_of({"_class_name": "SD3Transformer2DModel"}).name == "sd3.5"
 
 
 def changed(model, tmp_path, part, **changes):

@@ -9,10 +9,9 @@ import shutil
 import pytest
 import torch
 
-from tests.factory import make_model
+from tests.factory import make_model, open_text, read
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.text_encoders.qwen3 import Qwen3Config
-from twinflow_rt.stages.text import ZImageText
 from twinflow_rt.stages.tokenizer import ChatTokenizer
 
 CPU = torch.device("cpu")
@@ -34,8 +33,8 @@ def reference(folder):
     return ZImagePipeline(None, None, encoder, tokenizer, None)
 
 
-def encoder(folder, dtype=torch.float32) -> ZImageText:
-    return ZImageText.load(folder, CPU, dtype)
+def encoder(folder, dtype=torch.float32):
+    return read(open_text(folder), dtype)
 
 
 @torch.inference_mode()

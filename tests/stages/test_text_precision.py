@@ -6,36 +6,32 @@ import pytest
 import torch
 
 from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from tests.factory import open_text, read
 from twinflow_rt.cli import main
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.passes import quantize
 from twinflow_rt.passes.quantize import PackedLinear, QuantizedLinear
 from twinflow_rt.stages.stage import StageOptions
-from twinflow_rt.stages.text import QwenImageText, ZImageText
-from twinflow_rt.stages.text_openuni import OpenUniText
-from twinflow_rt.stages.text_sana import SanaText
-from twinflow_rt.stages.text_sd3 import SD3Text
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "日本の 火山", "x" * 70]
 STAGES = {
-    "qwen3": (factory.make_model, ZImageText),
-    "qwen2.5-vl": (qwen_image_factory.make_model, QwenImageText),
-    "gemma2": (sana_factory.make_model, SanaText),
-    "clip-t5": (sd3_factory.make_model, SD3Text),
-    "openuni": (lambda folder: sana_factory.make_openuni(folder)[0], OpenUniText),
+    "qwen3": factory.make_model,
+    "qwen2.5-vl": qwen_image_factory.make_model,
+    "gemma2": sana_factory.make_model,
+    "clip-t5": sd3_factory.make_model,
+    "openuni": lambda folder: sana_factory.make_openuni(folder)[0],
 }
 BAR = {"int8": 0.05, "fp8": 0.12}
 
 
 @pytest.fixture(scope="module", params=list(STAGES))
 def stage(request, tmp_path_factory):
-    """The stage's class, its folder, and its embeddings as stored. The miniatures are narrower than what pays."""
-    make, kind = STAGES[request.param]
-    folder = make(tmp_path_factory.mktemp(request.param) / "m")
+    """The folder of a text stage, and its embeddings as stored. The miniatures are narrower than what pays."""
+    folder = STAGES[request.param](tmp_path_factory.mktemp(request.param) / "m")
     with torch.inference_mode():
-        return kind, folder, kind.load(folder, CPU, torch.float32)(PROMPTS)
+        return folder, read(open_text(folder))(PROMPTS)
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +40,8 @@ def narrow(monkeypatch):
     monkeypatch.setitem(quantize.MULTIPLES, "fp8", 4)
 
 
-def quantized(kind, folder, precision, skip_layers=(), dtype=torch.float32):
-    text = kind(folder)
+def quantized(folder, precision, skip_layers=(), dtype=torch.float32):
+    text = open_text(folder)
     text.require_precision(precision, skip_layers, CPU, dtype)
     text.materialize(CPU, dtype, StageOptions(precision=precision, skip_layers=tuple(skip_layers)))
     return text
@@ -61,15 +57,15 @@ def distance(ours, exact):
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_embeddings_are_close_to_those_of_the_stored_encoder(stage, precision, monkeypatch):
     """And fused rows are no worse than twice the reference, where every layer quantizes for itself."""
-    kind, folder, exact = stage
-    text = quantized(kind, folder, precision)
+    folder, exact = stage
+    text = quantized(folder, precision)
     names = {n for part in text.parts for n, m in part.network.named_modules() if isinstance(m, QuantizedLinear)}
     assert names and not any("embed" in n or "projection" in n or "projector" in n for n in names)
     assert any("qkv" in n for n in names) and f"linear {precision}" in "".join(text.notes())
     with torch.inference_mode():
         error = distance(text(PROMPTS), exact)
         monkeypatch.setattr(quantize, "attach", lambda *a: ())
-        reference = distance(quantized(kind, folder, precision)(PROMPTS), exact)
+        reference = distance(quantized(folder, precision)(PROMPTS), exact)
     assert 1e-4 < error <= 2 * reference and reference < BAR[precision], (error, reference)
 
 
@@ -77,8 +73,8 @@ def test_t5_in_float16_keeps_its_range(tmp_path):
     """Its `wo` stays float32 there, and so do the rows that a quantized one gives."""
     folder = sd3_factory.make_model(tmp_path / "m")
     with torch.inference_mode():
-        exact = SD3Text.load(folder, CPU, torch.float32)(PROMPTS)
-        ours = quantized(SD3Text, folder, "int8", dtype=torch.float16)(PROMPTS)
+        exact = read(open_text(folder))(PROMPTS)
+        ours = quantized(folder, "int8", dtype=torch.float16)(PROMPTS)
     assert ours.embeds.dtype == torch.float16 and distance(ours, exact) < BAR["int8"]
 
 

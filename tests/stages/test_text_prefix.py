@@ -6,29 +6,27 @@ import pytest
 import torch
 
 from tests import factory, qwen_image_factory, sana_factory
+from tests.factory import open_text, read
 from tests.runtime.test_capture import FakeGraphs
 from twinflow_rt.models.context import BUCKET
 from twinflow_rt.planning.footprint import work_of
 from twinflow_rt.runtime.capture import Captures
 from twinflow_rt.stages.stage import StageOptions
-from twinflow_rt.stages.text import QwenImageText, ZImageText
-from twinflow_rt.stages.text_openuni import OpenUniText
-from twinflow_rt.stages.text_sana import SanaText
+from twinflow_rt.stages.text_encoders import OpenUniText
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "", "日本の\n火山 🌋", "x" * 90]
 STAGES = {
-    "qwen3": (factory.make_model, ZImageText),
-    "qwen2.5-vl": (qwen_image_factory.make_model, QwenImageText),
-    "gemma2": (sana_factory.make_model, SanaText),
-    "openuni": (lambda folder: sana_factory.make_openuni(folder)[0], OpenUniText),
+    "qwen3": factory.make_model,
+    "qwen2.5-vl": qwen_image_factory.make_model,
+    "gemma2": sana_factory.make_model,
+    "openuni": lambda folder: sana_factory.make_openuni(folder)[0],
 }
 
 
 @pytest.fixture(scope="module", params=list(STAGES))
 def text(request, tmp_path_factory):
-    make, kind = STAGES[request.param]
-    stage = kind.load(make(tmp_path_factory.mktemp(request.param) / "m"), CPU, torch.float32)
+    stage = read(open_text(STAGES[request.param](tmp_path_factory.mktemp(request.param) / "m")))
     stage.least_prefix = 1  # Qwen3's is three tokens, not worth it but for this test
     return stage
 

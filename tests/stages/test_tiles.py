@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from tests import qwen_image_factory, sana_factory
-from tests.factory import VAE, randomize
+from tests.factory import VAE, randomize, read
 from twinflow_rt.errors import CancelledError, ConfigError
-from twinflow_rt.stages import tiles, vae
+from twinflow_rt.models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen
+from twinflow_rt.stages import tiles
 from twinflow_rt.stages.stage import StageOptions
+from twinflow_rt.stages.vae import VaeDecoder
 
 CPU = torch.device("cpu")
 
@@ -19,13 +21,13 @@ CPU = torch.device("cpu")
 def stage(kind, folder):
     from diffusers import AutoencoderKL
 
-    made, stage = {
-        "kl": (lambda: randomize(AutoencoderKL(**VAE), 0), vae.KLDecoder),
-        "qwen": (qwen_image_factory.autoencoder, vae.QwenImageDecoder),
-        "dc": (sana_factory.autoencoder, vae.DeepDecoder),
+    made, model = {
+        "kl": (lambda: randomize(AutoencoderKL(**VAE), 0), autoencoder_kl.MODEL),
+        "qwen": (qwen_image_factory.autoencoder, autoencoder_qwen.MODEL),
+        "dc": (sana_factory.autoencoder, autoencoder_dc.MODEL),
     }[kind]
     made().save_pretrained(folder / "vae")
-    return stage.load(folder, CPU, torch.float32)
+    return read(VaeDecoder(folder / "vae", model))
 
 
 @pytest.fixture(scope="module", params=["kl", "qwen", "dc"])

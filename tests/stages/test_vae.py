@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.factory import VAE, randomize
+from tests.factory import VAE, randomize, read
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.autoencoders.autoencoder_kl import AutoencoderConfig
-from twinflow_rt.stages.vae import KLDecoder
+from twinflow_rt.models.autoencoders.autoencoder_kl import MODEL, AutoencoderConfig
+from twinflow_rt.stages.vae import VaeDecoder
 
 CPU = torch.device("cpu")
 VARIANTS = [
@@ -45,7 +45,7 @@ def theirs(vae, latents):
 @pytest.mark.parametrize("size", [(16, 16), (2, 10), (1, 1)])
 def test_equals_diffusers(tmp_path, changes, size):
     vae, folder = saved(tmp_path, **changes)
-    decoder = KLDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     latents = torch.randn(2, vae.config.latent_channels, *size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         image, pixels = decoder.decode(latents), decoder.decode_uint8(latents)
@@ -67,7 +67,7 @@ def test_bfloat16_is_as_exact_as_diffusers(tmp_path):
     vae, folder = saved(tmp_path)
     latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     exact = theirs(vae, latents)
-    decoder = KLDecoder.load(folder, CPU, torch.bfloat16)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.bfloat16)
     with torch.inference_mode():
         error = (decoder.decode(latents.bfloat16()) - exact).square().mean()
     bound = (theirs(copy.deepcopy(vae).bfloat16(), latents.bfloat16()) - exact).square().mean()
@@ -78,13 +78,13 @@ def test_runs_on_the_ops_selected_for_its_device(tmp_path):
     from twinflow_rt.ops.selection import Target, select
 
     _, folder = saved(tmp_path)
-    decoder = KLDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     assert decoder.ops == decoder.network.ops == select(Target.of(CPU, torch.float32))[0]
 
 
 def test_no_encoder_in_memory(tmp_path):
     vae, folder = saved(tmp_path)
-    decoder = KLDecoder.load(folder, CPU, torch.float32)
+    decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)
     count = sum(p.numel() for p in decoder.network.parameters())
     assert count == sum(p.numel() for n, p in vae.named_parameters() if n.startswith("decoder."))
     assert decoder.reports[0].bytes_read == 4 * count

@@ -71,8 +71,7 @@ class UnfoldedProgram:
 def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeline:
     """Open a model folder with no pass run over it: the unfolded network, eager ops throughout."""
     network, family = _network(folder, device, dtype)
-    text, vae = family.text(folder), family.vae(folder)
-    sizes = family.fit(network.config, text, vae)
+    text, vae, sizes = family.open(folder, Checkpoint(folder / "transformer").config)
     with torch.no_grad():
         text.materialize(device, dtype)
         vae.materialize(device, dtype)

@@ -224,7 +224,7 @@ def text_inputs(pipe: Pipeline) -> tuple[tuple[Tensor, ...], Any]:
 
 def prompt_multiple(pipe: Pipeline) -> int:
     """Return what the number of rows of prompt embeddings must be a multiple of."""
-    return getattr(pipe.program.network, "prompt_multiple", 1)
+    return int(pipe.program.network.prompt_multiple)
 
 
 def has_lengths(pipe: Pipeline) -> bool:

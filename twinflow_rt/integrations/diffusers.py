@@ -34,6 +34,7 @@ from ..checkpoint.reading import materialize
 from ..compile import Recipe, compile_network
 from ..errors import CheckpointError, ConfigError
 from ..families import FAMILIES, Family, family_of
+from ..models.architecture import Architecture
 from ..ops.selection import Target, select
 from ..passes.convolutions import convert_convolutions
 from ..passes.upsample import fold_upsampling
@@ -66,7 +67,7 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     for module in (original, pipe.vae):
         _require_plain(module)
     family = family_of({"_class_name": name})
-    second, decoder = _second(original, family, twinflow), _decoder(pipe.vae, family.vae)
+    second, decoder = _second(original, family, twinflow), _decoder(pipe.vae, family.autoencoder)
     device, dtype, first_times = original.device, original.dtype, ((1.0, 0.0 if twinflow else 1.0),)
     handle = Accelerated(pipe, original, pipe.vae.decoder)
     try:
@@ -118,9 +119,8 @@ class Accelerated:
         self.restore()
 
 
-def _decoder(vae: Any, stage: Any) -> CompiledDecoder:
-    """The decoder of a diffusers VAE, compiled as `stage`, the family's, has it."""
-    model = stage.model
+def _decoder(vae: Any, model: Architecture) -> CompiledDecoder:
+    """The decoder of a diffusers VAE, compiled as this architecture."""
     config = model.config.from_dict(_config(vae))
     with torch.device("meta"):
         network = model.network(config)

@@ -24,10 +24,10 @@ class Architecture:
     """
 
     config: Any
-    network: Callable[[Any], nn.Module]
+    network: Callable[[Any], Any]  # an nn.Module with `config` and `ops`
     layout: Callable[[Any], Layout]
     strip: tuple[str, ...] = ()
-    read: Callable[..., Checkpoint] = Checkpoint
+    read: type[Checkpoint] = Checkpoint
 
     def declare(self, raw: dict[str, Any], where: str = "config.json") -> tuple[nn.Module, Layout]:
         """Return the network that config.json's content asks for, on the meta device, and how its files are read.

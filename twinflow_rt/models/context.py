@@ -87,8 +87,8 @@ def recorded_context(
 ) -> Context:
     """network.encode_context(embeds, lengths, **extras) where `call(function, *args)` records a graph per shape of
     args: prompts are padded to a bucket, and their lengths mask them on the device. A network that reads every row
-    (`all_rows`) has prompts of one length."""
-    if not getattr(network, "all_rows", False):
+    (`fixed_length`) has prompts of one length."""
+    if not network.fixed_length:
         longest = bucket(max(lengths))
         embeds = F.pad(embeds[:, :longest], (0, 0, 0, max(longest - embeds.shape[1], 0)))
 
@@ -96,5 +96,5 @@ def recorded_context(
         return network.encode_context(embeds, lengths, **extras)
 
     context: Context = call(run, embeds, torch.tensor(lengths, device=embeds.device), extras)
-    multiple = getattr(network, "prompt_multiple", 1)  # tokens of a context may be padding that counts
+    multiple = network.prompt_multiple  # tokens of a context may be padding that counts
     return context.within([-(-n // multiple) * multiple for n in lengths])

@@ -23,7 +23,7 @@ from ..passes.upsample import folded_bytes
 from ..stages import tiles
 from ..stages.prompt_cache import context_bytes
 from ..stages.stage import DEFAULTS, StageOptions
-from ..stages.text_stage import TextStage
+from ..stages.text import TextStage
 from ..stages.vae import VaeDecoder
 from .footprint import peak_of
 from .meta_model import Shadow

@@ -24,7 +24,7 @@ from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..host_memory import return_freed_memory
 from ..stages.stage import DEFAULTS, StageOptions
-from ..stages.text_stage import TextStage
+from ..stages.text import TextStage
 from ..stages.vae import VaeDecoder
 from .memory_costs import Costs, Network, costs_of
 

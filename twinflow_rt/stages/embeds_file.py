@@ -27,8 +27,7 @@ from ..checkpoint.fuse import sources
 from ..checkpoint.versions import refusal
 from ..errors import CheckpointError, ConfigError
 from ..passes.layers import SCALE
-from .text import PromptEmbeds
-from .text_stage import TextStage
+from .text import PromptEmbeds, TextStage
 
 FORMAT, VERSION = "twinflow_rt.prompt_embeds", "1"
 SMALL = 1 << 15  # numbers: tensors up to this size, norm weights mostly, are read for the fingerprint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,18 +105,6 @@ class Stage:
     reports: tuple[LoadReport, ...] = ()
     ops: OpTable = EAGER
     layers: tuple[tuple[Layers, ...], ...] = ()
-
-    def __init__(self, folder: Path) -> None:
-        raise NotImplementedError
-
-    @classmethod
-    def load(
-        cls, folder: Path, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS
-    ) -> Self:
-        """Return the stage of a model folder, ready to run."""
-        stage = cls(folder)
-        stage.materialize(device, dtype, options)
-        return stage
 
     def materialize(
         self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,

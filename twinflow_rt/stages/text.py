@@ -22,10 +22,9 @@ from ..checkpoint.reading import Progress
 from ..errors import CheckpointError, ConfigError
 from ..models.architecture import Architecture
 from ..models.context import bucket
-from ..models.text_encoders import qwen2_5_vl, qwen3
 from ..models.text_encoders.language_model import Past
 from .stage import DEFAULTS, Part, Stage, StageOptions, open_part
-from .tokenizer import ChatTokenizer, Tokenizer
+from .tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -93,25 +92,44 @@ class Prefix:
     past: Past
 
 
-class TextEncoder(Stage):
-    """prompts -> PromptEmbeds, by one causal language model; a family's stage says which and how.
+class TextStage(Stage):
+    """Prompts to `PromptEmbeds`; the base of all text stages.
 
-    max_tokens: longer prompts lose their tail. dropped: tokens of the prompt's fixed beginning, which
-    the model reads but whose embeddings are left out. least_prefix: see `PREFIX_FLOOR`. Where the network
-    is recorded, it is per bucket of lengths. `TextStage` says what stages of another make provide alike.
+    width: features of an embedding. max_tokens: longer prompts lose their tail.
     """
 
-    model: Architecture
-    tokenizer_class: type[Tokenizer]
-    max_tokens = 512
-    dropped = 0
-    least_prefix = PREFIX_FLOOR
+    width: int
+    max_tokens: int
 
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = self.tokenizer_class(folder / "tokenizer")
-        self.parts = (open_part(folder / "text_encoder", self.model),)
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Return the embeddings of these prompts, in the weights' dtype."""
+        raise NotImplementedError
+
+    def probe(self, tokens: int, networks: Sequence[Any] = ()) -> PromptEmbeds:
+        """Do the stage's work for one prompt of `tokens` tokens on the meta device, to be counted.
+
+        networks: `meta_networks()`, made if not given.
+        """
+        raise NotImplementedError
+
+
+class TextEncoder(TextStage):
+    """Prompts to the hidden states that one causal language model has of them, each prompt at its own length.
+
+    model: the architecture in `text_encoder`. tokenizer: class that writes prompts out and cuts them into tokens.
+    dropped: tokens of the prompt's fixed beginning, which the model reads but whose embeddings are left out.
+    least_prefix: see `PREFIX_FLOOR`. The network is recorded per bucket of lengths.
+    """
+
+    def __init__(
+        self, folder: Path, model: Architecture, tokenizer: type[Tokenizer], *, max_tokens: int, dropped: int = 0
+    ) -> None:
+        self.tokenizer = tokenizer(folder / "tokenizer")
+        self.parts = (open_part(folder / "text_encoder", model),)
         self.network = self.parts[0].network
         check_vocabulary(self.tokenizer, self.parts[0])
+        self.width, self.max_tokens, self.dropped = self.network.config.hidden_size, max_tokens, dropped
+        self.least_prefix = PREFIX_FLOOR
         self._prefix: Prefix | None = None
 
     def materialize(
@@ -120,11 +138,6 @@ class TextEncoder(Stage):
     ) -> None:  # fmt: skip
         super().materialize(device, dtype, options, progress)
         self._prefix = None
-
-    @property
-    def width(self) -> int:
-        """Features of an embedding."""
-        return int(self.network.config.hidden_size)
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Embeddings [B, L, width] in the weights' dtype, L the longest prompt's token count."""
@@ -189,8 +202,6 @@ class TextEncoder(Stage):
         return states[:, self.dropped :]
 
     def probe(self, tokens: int, networks: Sequence[Any] = ()) -> PromptEmbeds:
-        """Do the stage's work for one prompt of `tokens` tokens on the meta device, to be counted. networks:
-        `meta_networks()`, made if not given."""
         (network,), start = networks or self.meta_networks(), self.shared(self.dropped + tokens)
         ids = torch.zeros(1, self.dropped + tokens - start, dtype=torch.int64, device="meta")
         states = network(ids, network.blank_past(start)) if start else network(ids)
@@ -205,33 +216,3 @@ def check_vocabulary(tokenizer: Tokenizer, encoder: Part) -> None:
             f"{tokenizer.folder} knows {known} tokens, {encoder.checkpoint.folder} embeds {embedded}; "
             "they belong to different models"
         )
-
-
-class ZImageText(TextEncoder):
-    """Qwen3 behind its chat template, as in diffusers' ZImagePipeline."""
-
-    model = qwen3.MODEL
-    tokenizer_class = ChatTokenizer
-
-
-class QwenImageTokenizer(Tokenizer):
-    """The fixed instruction that Qwen-Image was trained with, around the prompt."""
-
-    SYSTEM = (
-        "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
-        "of the objects and background:"
-    )
-
-    def render(self, prompt: str) -> str:
-        turns = f"<|im_start|>system\n{self.SYSTEM}<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
-        return turns + "<|im_start|>assistant\n"
-
-
-class QwenImageText(TextEncoder):
-    """Qwen2.5-VL's language model behind a fixed instruction, whose 34 tokens up to the prompt are
-    dropped, as in diffusers' QwenImagePipeline."""
-
-    model = qwen2_5_vl.MODEL
-    tokenizer_class = QwenImageTokenizer
-    max_tokens = 1024
-    dropped = 34

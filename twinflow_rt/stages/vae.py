@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checkpoint.reading import Progress
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
-from ..models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen, autoencoder_tiny
+from ..models.autoencoders import autoencoder_tiny
 from ..ops.selection import Target
 from ..passes.convolutions import convert_convolutions
 from ..passes.layer_groups import Layers
@@ -20,7 +20,7 @@ from .stage import DEFAULTS, Stage, StageOptions, open_part
 
 
 class VaeDecoder(Stage):
-    """Decodes x0, normalised as z = (raw - offset) * divisor, by the decoder that a subclass declares.
+    """Decodes x0, normalised as z = (raw - offset) * divisor, by the autoencoder `model` in `folder`.
 
     Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
     `divisor` (numbers, or one per channel). Its network maps raw latents to images.
@@ -29,12 +29,11 @@ class VaeDecoder(Stage):
     recorded_as: the name of its graphs. convolutions: what became of them, where they changed.
     """
 
-    model: Architecture
     recorded_as = "decode"
     convolutions: tuple[Layers, ...] = ()
 
-    def __init__(self, folder: Path, name: str = "vae") -> None:
-        self.parts = (open_part(folder / name, self.model),)
+    def __init__(self, folder: Path, model: Architecture) -> None:
+        self.parts = (open_part(folder, model),)
         self.network = self.parts[0].network
         self.config = self.network.config
 
@@ -92,35 +91,16 @@ class VaeDecoder(Stage):
         return self.parts[0].meta_network()(torch.zeros(shape, device="meta"))
 
 
-class KLDecoder(VaeDecoder):
-    """AutoencoderKL, the VAE of Z-Image and Stable Diffusion 3."""
-
-    model = autoencoder_kl.MODEL
-
-
 class PreviewDecoder(VaeDecoder):
     """An AutoencoderTiny in a folder of its own, in the place of a model's decoder: small, fast, not exact."""
 
-    model = autoencoder_tiny.MODEL
     recorded_as = "preview"
 
     def __init__(self, folder: Path, vae: VaeDecoder) -> None:
-        super().__init__(folder.parent, folder.name)
+        super().__init__(folder, autoencoder_tiny.MODEL)
         own, theirs = (self.channels, self.scale), (vae.channels, vae.scale)
         if own != theirs:
             raise CheckpointError(
                 f"{folder} decodes {own[0]} channels at {own[1]} pixels a latent, this model's VAE {theirs[0]} at "
                 f"{theirs[1]}: a preview decoder of another model"
             )
-
-
-class QwenImageDecoder(VaeDecoder):
-    """AutoencoderKLQwenImage, decoding one frame."""
-
-    model = autoencoder_qwen.MODEL
-
-
-class DeepDecoder(VaeDecoder):
-    """AutoencoderDC, SANA's VAE of 32 pixels a latent."""
-
-    model = autoencoder_dc.MODEL

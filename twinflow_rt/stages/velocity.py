@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..models.context import Context, recorded_context
+from ..models.velocity_network import VelocityNetwork
 from ..ops import EAGER
-from ..ops.selection import OpTable
 from ..passes.fold import Schedule
 from ..runtime.capture import AUTO_POSITIONS
 from ..runtime.streaming import NOT_RECORDED
@@ -27,24 +27,6 @@ Prompts = tuple[str, ...] | PromptEmbeds
 Encode = Callable[[Sequence[str]], PromptEmbeds]
 Callback = Callable[[int, int, Tensor], None]
 Evaluation = Callable[[Tensor, int], Tensor]
-
-
-class VelocityNetwork(Protocol):
-    """A family's network with its schedule folded in. What `step_modulation` returns is the network's own affair."""
-
-    ops: OpTable
-
-    def __call__(self, latents: Tensor, modulation: object, context: Context, /) -> Tensor:
-        """Return the velocity [B, C, h, w] of latents [B, C, h, w], with a context of B prompts."""
-
-    def encode_context(self, embeds: Tensor, lengths: Sequence[int], **extras: Tensor) -> Context:
-        """Return what the network keeps of prompts embeds [B, L, D] that count up to `lengths`."""
-
-    def step_modulation(self, step: int) -> object:
-        """Return the constants of evaluation number `step`."""
-
-    def patches(self, latents: Tensor, modulation: object, context: Context, /) -> tuple[Tensor, float]:
-        """Return the velocity before its patches are put together, and its sign, for `ops.x0_to_vae`."""
 
 
 class Program(Protocol):
@@ -167,7 +149,8 @@ class VelocityStage(Generic[AnyProgram]):
         def run(x: Tensor, step: int, context: Context) -> Tensor:
             modulation = network.step_modulation(step)
             if vae is None or t is None:
-                return network(x, modulation, context)
+                velocity: Tensor = network(x, modulation, context)
+                return velocity
             patches, sign = network.patches(x, modulation, context)
             raw: Tensor = network.ops.x0_to_vae(x, patches, sign * t, vae.std, vae.mean, vae.dtype)
             return raw

@@ -26,23 +26,35 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
-from ...config import SizeRule
 from ...errors import ConfigError
-from ...families import Family, must_equal
-from ...ops import EAGER, into
-from ...stages.text import QwenImageText
-from ...stages.vae import QwenImageDecoder
+from ...ops import OpTable, into
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
 from ..folding import Absorption, Resident
-from ..layers import EPS, FUSED, PLAIN, Constants, ModuleDict, ModuleList, channels_first, joined, modulation_rows, pack
+from ..layers import (
+    EPS,
+    FUSED,
+    PLAIN,
+    ROWS,
+    Constants,
+    FeedForward,
+    JointAttention,
+    ModuleDict,
+    ModuleList,
+    Readers,
+    SinusoidEmbedder,
+    Stream,
+    channels_first,
+    finish,
+    modulation_rows,
+    pack,
+)
 from ..token_split import WHOLE, TokenSplit
-from .qwen_image_blocks import Block, TimeEmbedding
+from ..velocity_network import VelocityNetwork
 
+TIME_SCALE = 1000.0
 ROPE_THETA = 10000.0
-DEFAULT_TOKENS = 83  # per axis: 1328 pixels, the square that Qwen-Image was released for
-MAX_TOKENS = 256  # per axis: 4096 pixels
 
 
 
@@ -91,6 +103,61 @@ class QwenImageConfig(NetworkConfig):
         return self.attention_head_dim
 
 
+class TimeEmbedding(nn.Module):
+    """[B] -> [B, dim] float32 of times in [-1, 1]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.timestep_embedder = SinusoidEmbedder(dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.timestep_embedder(t, TIME_SCALE)
+
+
+class Block(nn.Module):
+    """One block. steps: None builds the modulation layers, N > 0 tables of N rows, 0 neither.
+
+    `prompt_output=False` leaves out what only a later block would read.
+    """
+
+    img_table: Tensor
+    txt_table: Tensor
+
+    def __init__(self, heads: int, head_dim: int, steps: int | None, prompt_output: bool) -> None:
+        super().__init__()
+        dim = heads * head_dim
+        self.attn = JointAttention(heads, head_dim, prompt_output)
+        self.img_mlp = FeedForward(dim)
+        if prompt_output:
+            self.txt_mlp = FeedForward(dim)
+        for stream in ("img", "txt"):
+            if steps is None:
+                layer = nn.Sequential(nn.SiLU(), nn.Linear(dim, ROWS * dim))
+                setattr(self, f"{stream}_mod", layer)
+            elif steps:
+                self.register_buffer(f"{stream}_table", torch.empty(steps, ROWS, dim))
+
+    def constants(self, stream: str, temb: Tensor) -> Tensor:
+        """Rows of `Constants` for "img" or "txt", [B, 6, dim] float32."""
+        return modulation_rows(getattr(self, f"{stream}_mod")[1], temb, scales=(1, 4))
+
+    def forward(
+        self, image: Stream, prompt: Stream, now: tuple[Constants, Constants],
+        after: tuple[Constants, Constants | None], rope: tuple[Tensor, Tensor],
+        lengths: Tensor | None, ops: OpTable, readers: Readers = (None, None),
+    ) -> tuple[Stream, Stream | None]:  # fmt: skip
+        """now: this block's constants of both streams; after: those of the layers that read its output,
+        `readers`; None for the prompt when nobody does. lengths: keys that count, of image then prompt."""
+        n = image[0].shape[1]
+        rows = n if after[1] is None else None
+        out = self.attn(image[1], prompt[1], rope, lengths, rows, ops)
+        image = finish(image[0], self.attn.to_out[0](out[:, :n]), self.img_mlp, now[0], after[0], readers[0], ops)
+        if after[1] is None:
+            return image, None
+        branch = self.attn.to_add_out(out[:, n:])
+        return image, finish(prompt[0], branch, self.txt_mlp, now[1], after[1], readers[1], ops)
+
+
 @dataclass(frozen=True)
 class Modulation:
     """Constants of each block, (image, prompt), and of the closing norm: `shift_a`, `scale_a`."""
@@ -109,7 +176,7 @@ class Context(PromptContext):
     ragged: Tensor | None = None
 
 
-class QwenImageTransformer(nn.Module):
+class QwenImageTransformer(VelocityNetwork):
     """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above.
 
     Raises ConfigError when `absorbed` is asked for with other than one step."""
@@ -120,13 +187,13 @@ class QwenImageTransformer(nn.Module):
     def __init__(
         self, config: QwenImageConfig, *, folded_steps: int | None = None, absorbed: bool = False
     ) -> None:
-        super().__init__()
+        super().__init__(config, folded_steps)
         if absorbed and folded_steps != 1:
             raise ConfigError(
                 f"constants of {folded_steps} steps cannot be absorbed: weights hold those of one step; "
                 "use absorbed=False, or folded_steps=1"
             )
-        self.config, self.folded_steps, self.absorbed, self.ops = config, folded_steps, absorbed, EAGER
+        self.absorbed = absorbed
         self.sequence: TokenSplit = WHOLE
         dim, folded, rows = config.dim, folded_steps is not None, 0 if absorbed else folded_steps
         heads, head_dim = config.num_attention_heads, config.attention_head_dim
@@ -222,14 +289,6 @@ class QwenImageTransformer(nn.Module):
         valid = torch.arange(longest, device=tokens.device) < ragged[:, None]
         return Context(torch.where(valid[..., None], tokens, 0), counts, ragged)
 
-    def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
-        """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype.
-
-        The joint sequence is image | prompt. Positions travel with the tokens, so the reference's
-        opposite order gives the same; this one leaves the padding of ragged prompts at the end.
-        """
-        return joined(*self.patches(latents, modulation, context))
-
     def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
         """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
         the sign they take."""
@@ -271,18 +330,4 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".norm_" in name or name.startswith("txt_norm.") else dtype
 
 
-def fit(config: QwenImageConfig, text: QwenImageText, vae: QwenImageDecoder) -> SizeRule:
-    """Latents are packed 2x2; positions are computed, so nothing but memory bounds a size."""
-    must_equal(
-        ("text_encoder hidden_size", text.width, "joint_attention_dim", config.joint_attention_dim),
-        ("vae z_dim", vae.channels, "out_channels", config.out_channels),
-    )
-    multiple = 2 * vae.scale
-    return SizeRule(multiple, MAX_TOKENS * multiple, MAX_TOKENS * multiple, default=DEFAULT_TOKENS * multiple)
-
-
-FAMILY = Family(
-    "qwen-image", QwenImageConfig, QwenImageTransformer,
-    Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "Qwen-Image")),
-    text=QwenImageText, vae=QwenImageDecoder, fit=fit,
-)  # fmt: skip
+LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "Qwen-Image"))

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -36,22 +35,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
-from ...config import SizeRule
 from ...errors import ConfigError
-from ...families import Family, must_equal
-from ...ops import EAGER, into
-from ...stages.text_openuni import OpenUniText
-from ...stages.text_sana import SanaText
-from ...stages.vae import DeepDecoder
+from ...ops import OpTable, into
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
 from ..folding import Absorption, Resident
-from ..layers import EPS, PLAIN, Constants, ModuleDict, ModuleList, channels_last, joined, with_gelu
-from .sana_blocks import QK_EPS, Block, TimeModulation, effective
+from ..layers import (
+    EPS,
+    PLAIN,
+    ROWS,
+    Constants,
+    MixFeedForward,
+    ModuleDict,
+    ModuleList,
+    SinusoidEmbedder,
+    Stream,
+    add_branch,
+    channels_last,
+    linear32,
+    with_gelu,
+)
+from ..velocity_network import VelocityNetwork
 
+QK_EPS = 1e-5
 TIME_SCALE = 1000.0
-MAX_PIXELS = 4096  # along an axis: the largest that SANA was published for
 GUIDANCE = 4.5  # SANA-Sprint's default guidance scale, part of its constants
 
 FUSED = {"attn1.to_qkv.weight": ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_v.weight")} | {
@@ -131,6 +139,117 @@ class SanaConfig(NetworkConfig):
         return int(self.mlp_ratio * self.dim)
 
 
+class TimeModulation(nn.Module):
+    """Time -> (constants that all blocks share [B, 6, dim], conditioning of the closing norm [B, dim]).
+
+    One embedder of the adaLN-single scheme; `guided`: with one of the guidance scale beside it
+    (SANA-Sprint), whose names in the checkpoint differ too.
+    """
+
+    def __init__(self, dim: int, guided: bool) -> None:
+        super().__init__()
+        self.guided = guided
+        if guided:
+            self.timestep_embedder, self.guidance_embedder = SinusoidEmbedder(dim), SinusoidEmbedder(dim)
+        else:
+            self.emb = nn.ModuleDict({"timestep_embedder": SinusoidEmbedder(dim)})
+        self.linear = nn.Linear(dim, ROWS * dim)
+
+    def forward(self, time: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """time: [B] as the embedder takes it; guidance: [B or 1], where `guided`."""
+        if self.guided:
+            condition = self.timestep_embedder(time) + self.guidance_embedder(guidance)
+        else:
+            condition = self.emb["timestep_embedder"](time)
+        return linear32(self.linear, F.silu(condition)).unflatten(-1, (ROWS, -1)), condition
+
+
+class LinearAttention(nn.Module):
+    """Image tokens among themselves. normed: RMSNorm of whole query and key rows. bias: of the input
+    projection, which only absorbed constants give it."""
+
+    def __init__(self, dim: int, heads: int, normed: bool, bias: bool) -> None:
+        super().__init__()
+        self.heads, self.normed = heads, normed
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        if normed:
+            self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=QK_EPS), nn.RMSNorm(dim, eps=QK_EPS)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        q, k, v = self.to_qkv(x).chunk(3, -1)
+        if self.normed:
+            q = ops.rms_norm(q, self.norm_q.weight.float(), QK_EPS)
+            k = ops.rms_norm(k, self.norm_k.weight.float(), QK_EPS)
+        return self.to_out[0](ops.linear_attention(*(y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))))
+
+
+class CrossAttention(nn.Module):
+    """Image tokens to prompt tokens, whose keys and values depend on the prompt alone."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, normed: bool) -> None:
+        super().__init__()
+        inner, self.heads, self.normed = heads * head_dim, heads, normed
+        self.to_q, self.to_kv = nn.Linear(dim, inner), nn.Linear(dim, 2 * inner)
+        if normed:
+            self.norm_q, self.norm_k = nn.RMSNorm(inner, eps=QK_EPS), nn.RMSNorm(inner, eps=QK_EPS)
+        self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
+
+    def keys_values(self, prompt: Tensor, ops: OpTable) -> Tensor:
+        """Of prompt tokens [B, L, dim]: [B, L, 2, heads, head_dim]."""
+        k, v = self.to_kv(prompt).chunk(2, -1)
+        if self.normed:
+            k = ops.rms_norm(k, self.norm_k.weight.float(), QK_EPS)
+        return torch.stack((k, v), 2).unflatten(-1, (self.heads, -1))
+
+    def forward(self, x: Tensor, keys_values: Tensor, lengths: Tensor | None, ops: OpTable) -> Tensor:
+        q, (k, v) = self.to_q(x), keys_values.unbind(2)
+        if self.normed:
+            q = ops.rms_norm(q, self.norm_q.weight.float(), QK_EPS)
+        return self.to_out[0](ops.attention(q.unflatten(-1, (self.heads, -1)), k, v, lengths))
+
+
+class Block(nn.Module):
+    """One block. steps: None has the table that the shared constants are added to, N > 0 a table of N
+    rows of their sum, 0 neither (the constants are inside the weights)."""
+
+    table: Tensor
+
+    def __init__(
+        self, dim: int, heads: int, cross: tuple[int, int], hidden: int, normed: bool, steps: int | None
+    ) -> None:
+        super().__init__()
+        self.attn1 = LinearAttention(dim, heads, normed, bias=steps == 0)
+        self.attn2 = CrossAttention(dim, *cross, normed)
+        self.ff = MixFeedForward(dim, hidden)
+        if steps is None:
+            self.scale_shift_table = nn.Parameter(torch.empty(ROWS, dim))
+        elif steps:
+            self.register_buffer("table", torch.empty(steps, ROWS, dim))
+
+    def constants(self, shared: Tensor) -> Tensor:
+        """Rows of `Constants` [B, 6, dim] float32, from those all blocks share."""
+        return effective(self.scale_shift_table, shared, scales=(1, 4))
+
+    def forward(
+        self, image: Stream, keys_values: Tensor, lengths: Tensor | None, now: Constants, after: Constants,
+        height: int, ops: OpTable, reader: nn.Module | None = None,
+    ) -> Stream:  # fmt: skip
+        """now: this block's constants; after: those of `reader`, the layer that reads its output."""
+        x = add_branch(image[0], self.attn1(image[1], ops), now.gate_a, ops)
+        branch = self.attn2(x, keys_values, lengths, ops)
+        x, h = ops.residual_layer_norm(x, branch, None, now.scale_f, now.shift_f, EPS)
+        branch = self.ff(h.unflatten(1, (height, -1))).flatten(1, 2)
+        return into(reader, ops).residual_layer_norm(x, branch, now.gate_f, after.scale_a, after.shift_a, EPS)
+
+
+def effective(table: Tensor, shared: Tensor, scales: tuple[int, ...]) -> Tensor:
+    """table [R, dim] + shared [B, R or 1, dim], float32; rows `scales` multiply, so get their 1."""
+    one = torch.zeros(len(table), 1, device=table.device)
+    one[list(scales)] = 1
+    return table.float() + shared + one
+
+
 @dataclass(frozen=True)
 class Modulation:
     """Constants of each block, and of the closing norm: `shift_a`, `scale_a`."""
@@ -153,7 +272,7 @@ class Context(PromptContext):
     ragged: Tensor | None = None
 
 
-class SanaTransformer(nn.Module):
+class SanaTransformer(VelocityNetwork):
     """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above.
 
     Raises ConfigError when `absorbed` is asked for with other than one step."""
@@ -161,13 +280,13 @@ class SanaTransformer(nn.Module):
     table: Tensor
 
     def __init__(self, config: SanaConfig, *, folded_steps: int | None = None, absorbed: bool = False) -> None:
-        super().__init__()
+        super().__init__(config, folded_steps)
         if absorbed and folded_steps != 1:
             raise ConfigError(
                 f"constants of {folded_steps} steps cannot be absorbed: weights hold those of one step; "
                 "use absorbed=False, or folded_steps=1"
             )
-        self.config, self.folded_steps, self.absorbed, self.ops = config, folded_steps, absorbed, EAGER
+        self.absorbed = absorbed
         dim, guided, rows = config.dim, config.guidance_embeds, 0 if absorbed else folded_steps
         cross = config.num_cross_attention_heads, config.cross_attention_head_dim
         self.patch_embed = ModuleDict({"proj": nn.Conv2d(config.in_channels, dim, 1)})
@@ -264,10 +383,6 @@ class SanaTransformer(nn.Module):
         keys_values = [block.attn2.keys_values(tokens, self.ops) for block in self.transformer_blocks]
         return Context(tokens, counts, torch.stack(keys_values, 1), ragged)
 
-    def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
-        """Velocity [B, C, H, W] of latents [B, C, H, W]. Computes in latents' dtype."""
-        return joined(*self.patches(latents, modulation, context))
-
     def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
         """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
         the sign they take."""
@@ -289,22 +404,4 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".norm_" in name or name.startswith("caption_norm.") else dtype
 
 
-def open_text(folder: Path) -> SanaText | OpenUniText:
-    """SANA reads prompts with Gemma 2; OpenUni, whose folder has a connector, with InternVL3."""
-    return OpenUniText(folder) if (folder / "connector").is_dir() else SanaText(folder)
-
-
-def fit(config: SanaConfig, text: SanaText | OpenUniText, vae: DeepDecoder) -> SizeRule:
-    """A latent is a token; its position is nowhere but in its neighbours, so nothing bounds a size."""
-    must_equal(
-        ("width of prompt embeddings", text.width, "caption_channels", config.caption_channels),
-        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
-    )
-    return SizeRule(vae.scale, MAX_PIXELS, MAX_PIXELS, default=config.sample_size * vae.scale)
-
-
-FAMILY = Family(
-    "sana", SanaConfig, SanaTransformer,
-    Layout(FUSED, (), _dtype_of, second_embedder("time_embed_2", "SANA", ", or SANA-Sprint")),
-    text=open_text, vae=DeepDecoder, fit=fit,
-)  # fmt: skip
+LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder("time_embed_2", "SANA", ", or SANA-Sprint"))

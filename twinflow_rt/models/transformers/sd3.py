@@ -14,26 +14,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
-from ...config import SizeRule
-from ...errors import CheckpointError, ConfigError
-from ...families import Family, must_equal
-from ...ops import EAGER, into
-from ...stages.text_sd3 import SD3Text
-from ...stages.vae import KLDecoder
+from ...errors import ConfigError
+from ...ops import OpTable, into
 from .. import layers
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..folding import Resident
-from ..layers import EPS, Constants, ModuleDict, ModuleList, channels_last, joined, modulation_rows, pack
-from .sd3_blocks import Block, TimeTextEmbedding
+from ..layers import (
+    EPS,
+    Constants,
+    FeedForward,
+    JointAttention,
+    ModuleDict,
+    ModuleList,
+    Readers,
+    SinusoidEmbedder,
+    Stream,
+    add_branch,
+    channels_last,
+    finish,
+    linear32,
+    modulation_rows,
+    pack,
+)
+from ..velocity_network import VelocityNetwork
 
+Rope = tuple[Tensor, Tensor]
 TIME_SCALE = 1000.0
 
 FUSED = layers.FUSED | {
@@ -99,6 +112,108 @@ class SD3Config(NetworkConfig):
         return self.attention_head_dim
 
 
+class TextEmbedder(nn.Module):
+    """Pooled prompt [B, P] -> [B, dim] float32."""
+
+    def __init__(self, pooled_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(pooled_dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return linear32(self.linear_2, F.silu(linear32(self.linear_1, pooled.float())))
+
+
+class TimeTextEmbedding(nn.Module):
+    """One embedder of time and pooled prompt; the sum of its two parts conditions the network.
+
+    `timed=False` leaves out the time's part: a folded network has its values instead.
+    """
+
+    def __init__(self, pooled_dim: int, dim: int, timed: bool) -> None:
+        super().__init__()
+        self.text_embedder = TextEmbedder(pooled_dim, dim)
+        if timed:
+            self.timestep_embedder = SinusoidEmbedder(dim)
+
+
+class SelfAttention(nn.Module):
+    """Image tokens among themselves."""
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        dim, self.heads = heads * head_dim, heads
+        self.to_qkv = nn.Linear(dim, 3 * dim)
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, rope: Rope, ops: OpTable) -> Tensor:
+        q, k, v = ops.qk_norm_rope(
+            self.to_qkv(x), self.norm_q.weight.float(), self.norm_k.weight.float(), *rope, self.heads, EPS
+        )
+        return self.to_out[0](ops.attention(q, k, v))
+
+
+class Modulation(NamedTuple):
+    """Constants of one block: of both streams, and (shift, scale, gate) of the second attention if it has one."""
+
+    image: Constants
+    prompt: Constants
+    second: Constants | None = None
+
+
+class Block(nn.Module):
+    """One block. dual: with a second attention, of image tokens alone, that reads the same norm under
+    a modulation of its own. `prompt_output=False`: nothing after attention for the prompt."""
+
+    def __init__(self, heads: int, head_dim: int, dual: bool, prompt_output: bool) -> None:
+        super().__init__()
+        dim = heads * head_dim
+        self.dual, self.prompt_output = dual, prompt_output
+        self.rows = (9 if dual else 6) + (6 if prompt_output else 2)
+        self.norm1 = ModuleDict({"linear": nn.Linear(dim, (9 if dual else 6) * dim)})
+        self.norm1_context = ModuleDict({"linear": nn.Linear(dim, (6 if prompt_output else 2) * dim)})
+        self.attn = JointAttention(heads, head_dim, prompt_output)
+        self.ff = FeedForward(dim)
+        if dual:
+            self.attn2 = SelfAttention(heads, head_dim)
+        if prompt_output:
+            self.ff_context = FeedForward(dim)
+
+    def constants(self, temb: Tensor) -> Tensor:
+        """[B, dim] -> [B, `rows`, dim] float32: the rows of `read`."""
+        image = modulation_rows(self.norm1["linear"], temb, (1, 4, 7) if self.dual else (1, 4))
+        if self.prompt_output:
+            return torch.cat((image, modulation_rows(self.norm1_context["linear"], temb, (1, 4))), 1)
+        # the closing block has the prompt's scale before its shift
+        return torch.cat((image, modulation_rows(self.norm1_context["linear"], temb, (0,)).flip(1)), 1)
+
+    def read(self, rows: Tensor) -> Modulation:
+        """The modulation that `rows` [B or 1, R, dim] hold: image (6), its second attention (3), prompt."""
+        first, rest = rows[:, :6], rows[:, 6:]
+        if not self.dual:
+            return Modulation(Constants.of(first), Constants.of(rest))
+        return Modulation(Constants.of(first), Constants.of(rest[:, 3:]), Constants.of(rest[:, :3]))
+
+    def forward(
+        self, image: Stream, prompt: Stream, now: Modulation, after: tuple[Constants, Constants | None],
+        rope: tuple[Rope, Rope], ops: OpTable, readers: Readers = (None, None),
+    ) -> tuple[Stream, Stream | None]:  # fmt: skip
+        """after: first constants of `readers`, the layers that read the output. rope: of the joint sequence, of the
+        image's."""
+        (x, h), n, own = image, image[0].shape[1], now.image
+        out = self.attn(h, prompt[1], rope[0], None, None if self.prompt_output else n, ops)
+        branch = self.attn.to_out[0](out[:, :n])
+        if now.second is not None:
+            h = into(self.attn2.to_qkv, ops).layer_norm(x, now.second.scale_a, EPS, now.second.shift_a)
+            x = add_branch(x, branch, own.gate_a, ops)
+            branch, own = self.attn2(h, rope[1], ops), own._replace(gate_a=now.second.gate_a)
+        image = finish(x, branch, self.ff, own, after[0], readers[0], ops)
+        if after[1] is None:
+            return image, None
+        branch = self.attn.to_add_out(out[:, n:])
+        return image, finish(prompt[0], branch, self.ff_context, now.prompt, after[1], readers[1], ops)
+
+
 @dataclass(frozen=True)
 class Context(PromptContext):
     """The prompt's tokens as they enter the first block, and all that its pooled form modulates.
@@ -136,17 +251,16 @@ class PatchEmbed(nn.Module):
         return x + table[:, top : top + height, left : left + width].flatten(1, 2).to(x.dtype)
 
 
-class SD3Transformer(nn.Module):
+class SD3Transformer(VelocityNetwork):
     """F(x_t, t, tt, prompt), the velocity z - x. `folded_steps=N` builds the compiled layout."""
 
     time_table: Tensor
     gap_table: Tensor
 
-    all_rows = True  # of a prompt count
+    fixed_length = True
 
     def __init__(self, config: SD3Config, *, folded_steps: int | None = None) -> None:
-        super().__init__()
-        self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
+        super().__init__(config, folded_steps)
         dim, pooled, timed = config.dim, config.pooled_projection_dim, folded_steps is None
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimeTextEmbedding(pooled, dim, timed)
@@ -223,13 +337,6 @@ class SD3Transformer(nn.Module):
             constants = torch.stack(rows, 1)
         return Context(tokens, counts, pooled, constants)
 
-    def forward(self, latents: Tensor, modulation: Tensor | int, context: Context) -> Tensor:
-        """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype.
-
-        modulation: of `modulate`, or of `step_modulation` on a folded network.
-        """
-        return joined(*self.patches(latents, modulation, context))
-
     def patches(self, latents: Tensor, modulation: Tensor | int, context: Context) -> tuple[Tensor, float]:
         """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
         the sign they take."""
@@ -261,28 +368,4 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if ".norm_" in name else dtype
 
 
-def fit(config: SD3Config, text: SD3Text, vae: KLDecoder) -> SizeRule:
-    """Latents are cut in 2x2 patches, and the checkpoint has positions for so many of them."""
-    must_equal(
-        ("pooled width of text_encoder and text_encoder_2", text.pooled_width, "pooled_projection_dim",
-         config.pooled_projection_dim),
-        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
-    )  # fmt: skip
-    width = config.joint_attention_dim
-    if text.has_t5:
-        must_equal(("text_encoder_3 d_model", text.width, "joint_attention_dim", width))
-    if text.clip_width > width:
-        raise CheckpointError(
-            f"the {text.clip_width} features of text_encoder and text_encoder_2 exceed the transformer's "
-            f"joint_attention_dim {width}: parts of two models"
-        )
-    text.width = width
-    most = config.pos_embed_max_size * 2 * vae.scale
-    return SizeRule(2 * vae.scale, most, most, default=min(config.sample_size * vae.scale, most))
-
-
-FAMILY = Family(
-    "sd3.5", SD3Config, SD3Transformer,
-    Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "SD3.5")),
-    text=SD3Text, vae=KLDecoder, fit=fit,
-)  # fmt: skip
+LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "SD3.5"))

@@ -25,21 +25,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
-from ...config import SizeRule
 from ...errors import ConfigError
-from ...families import Family, must_equal
-from ...ops import EAGER, into
+from ...ops import OpTable, into
 from ...ops.tracing import Tables
-from ...stages.text import ZImageText
-from ...stages.vae import KLDecoder
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
 from ..folding import Resident
-from ..layers import Module, ModuleDict, ModuleList, channels_last, joined, linear32
+from ..layers import (
+    FREQUENCY_DIM,
+    Module,
+    ModuleDict,
+    ModuleList,
+    channels_last,
+    linear32,
+    sinusoids,
+    with_swiglu,
+)
 from ..token_split import WHOLE, TokenSplit
-from .z_image_blocks import ADALN_DIM, BLOCK_NORMS, Block, FinalLayer, TimestepEmbedder
+from ..velocity_network import VelocityNetwork
 
+ADALN_DIM = 256  # the time embedding is min(dim, ADALN_DIM) wide
+TIME_HIDDEN = 1024
+QK_NORM_EPS = 1e-5
+
+# a block's norms in the order they act
+BLOCK_NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
 SEQ_MULTIPLE = 32  # image and prompt sequences are each padded to multiples of this, with learned tokens
 FINAL_NORM_EPS = 1e-6
 
@@ -103,6 +114,102 @@ class ZImageConfig(NetworkConfig):
         return self.dim // self.n_heads
 
 
+class TimestepEmbedder(nn.Module):
+    """[B] -> [B, out_dim] float32: MLP over the sinusoids of a scalar."""
+
+    def __init__(self, out_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_DIM, TIME_HIDDEN), nn.SiLU(), nn.Linear(TIME_HIDDEN, out_dim)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        x = sinusoids(t)
+        for layer in self.mlp:  # float32 throughout: these constants are worth their bits
+            x = linear32(layer, x) if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+
+class Attention(Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.norm_q = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.norm_k = nn.RMSNorm(dim // heads, eps=QK_NORM_EPS)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor | None, rows: int | None, ops: OpTable
+    ) -> Tensor:
+        q, k, v = ops.qk_norm_rope(
+            self.to_qkv(x), self.norm_q.weight.float(), self.norm_k.weight.float(), *rope,
+            self.heads, QK_NORM_EPS,
+        )  # fmt: skip
+        return self.to_out[0](ops.attention(q if rows is None else q[:, :rows], k, v, lengths))
+
+
+class FeedForward(Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return self.w2(with_swiglu(self.w13, x, into(self.w2, ops)))
+
+
+class Block(Module):
+    """One sandwich-norm block; `steps` = N holds N rows of folded norm weights instead of what makes them."""
+
+    norm_table: Tensor
+
+    def __init__(self, config: ZImageConfig, modulated: bool, steps: int | None) -> None:
+        super().__init__()
+        dim = config.dim
+        self.eps = config.norm_eps
+        self.attention = Attention(dim, config.n_heads)
+        self.feed_forward = FeedForward(dim, config.hidden)
+        if steps is not None:
+            self.register_buffer("norm_table", torch.empty(steps if modulated else 1, 4, dim))
+            return
+        for name in BLOCK_NORMS:
+            setattr(self, name, nn.RMSNorm(dim, eps=config.norm_eps))
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, ADALN_DIM), 4 * dim))
+
+    def norm_weights(self, temb: Tensor | None = None) -> Tensor:
+        """Effective norm weights [B or 1, 4, dim], float32, in the order they are used."""
+        weights = torch.stack([getattr(self, name).weight.float() for name in BLOCK_NORMS])[None]
+        if temb is None:
+            return weights
+        layer: Any = self.adaLN_modulation[0]
+        scale_a, gate_a, scale_f, gate_f = linear32(layer, temb).chunk(4, -1)
+        return weights * torch.stack((1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()), 1)
+
+    def forward(
+        self, x: Tensor, h: Tensor, norms: Sequence[Tensor], next_pre: Tensor | None, rope: tuple[Tensor, Tensor],
+        lengths: Tensor | None, ops: OpTable, rows: int | None = None, reader: nn.Module | None = None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """x: residual stream; h: x under this block's first norm; norms: its four weights, [B or 1, 1, dim] each.
+        Returns the first two for `reader`, the first layer of the next block. `rows` keeps only the first rows of the
+        output: where nothing reads the others."""
+        _, post_a, pre_f, post_f = norms
+        branch = self.attention(h, rope, lengths, rows, ops)
+        x, feed_forward = x if rows is None else x[:, :rows], self.feed_forward
+        x, h = into(feed_forward.w13, ops).residual_norm(x, branch, post_a, pre_f, self.eps)
+        return into(reader, ops).residual_norm(x, feed_forward(h, ops), post_f, next_pre, self.eps)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: ZImageConfig, folded: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.dim, 4 * config.in_channels)
+        if not folded:
+            width = min(config.dim, ADALN_DIM)
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, config.dim))
+
+
 @dataclass(frozen=True)
 class Modulation:
     """Effective norm weights of every modulated block ([B or 1, 4, dim] float32: attention pre and
@@ -119,7 +226,7 @@ class Context(PromptContext):
     ragged: Tensor | None = None
 
 
-class ZImageTransformer(Module):
+class ZImageTransformer(VelocityNetwork):
     """F(x_t, t, tt, prompt), the velocity z - x of TwinFlow (diffusers' network predicts its negative).
 
     `folded_steps=N` builds the compiled layout: no time embedders, no modulation, no norm weights,
@@ -131,8 +238,7 @@ class ZImageTransformer(Module):
     norm_table: Tensor
 
     def __init__(self, config: ZImageConfig, *, folded_steps: int | None = None) -> None:
-        super().__init__()
-        self.config, self.folded_steps, self.ops = config, folded_steps, EAGER
+        super().__init__(config, folded_steps)
         self.sequence: TokenSplit = WHOLE
         dim = config.dim
         self.all_x_embedder = ModuleDict({"2-1": nn.Linear(4 * config.in_channels, dim)})
@@ -262,10 +368,6 @@ class ZImageTransformer(Module):
         x = self._run(self.context_refiner, norms, x, self._context_rope(longest, device), ragged)
         return Context(x, padded, ragged)
 
-    def forward(self, latents: Tensor, modulation: Modulation, context: Context) -> Tensor:
-        """Velocity [B, C, H, W] of latents [B, C, H, W]; H and W even. Computes in latents' dtype."""
-        return joined(*self.patches(latents, modulation, context))
-
     def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
         """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
         the sign they take."""
@@ -323,22 +425,4 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(("norm_q.weight", "norm_k.weight", "cap_embedder.0.weight")) else dtype
 
 
-def fit(config: ZImageConfig, text: ZImageText, vae: KLDecoder) -> SizeRule:
-    """Latents are cut in 2x2 patches, and rope counts at most axes_lens[1] x axes_lens[2] of them. The
-    default is the size the VAE was trained at (`sample_size`): 1024 for Z-Image, 64 for the demo."""
-    must_equal(
-        ("text_encoder hidden_size", text.width, "cap_feat_dim", config.cap_feat_dim),
-        ("vae latent_channels", vae.channels, "in_channels", config.in_channels),
-    )
-    text.max_tokens = min(text.max_tokens, (config.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE)
-    multiple = 2 * vae.scale
-    most = multiple * config.axes_lens[1], multiple * config.axes_lens[2]
-    default = max(vae.config.sample_size // multiple, 1) * multiple
-    return SizeRule(multiple, *most, default=min(default, *most))
-
-
-FAMILY = Family(
-    "z-image", ZImageConfig, ZImageTransformer,
-    Layout(FUSED, (), _dtype_of, second_embedder("t_embedder_2", "Z-Image")),
-    text=ZImageText, vae=KLDecoder, fit=fit,
-)  # fmt: skip
+LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder("t_embedder_2", "Z-Image"))

@@ -1,0 +1,61 @@
+"""The velocity network: the base class of `models.transformers`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from ..ops import EAGER, OpTable
+from .context import Context
+from .folding import Resident
+from .layers import Module, joined
+
+
+class VelocityNetwork(Module):
+    """F(x_t, t, tt, prompt), the velocity z - x, in latent space as the VAE has it.
+
+    A call takes what depends on the prompts (`encode_context`, once per prompt) and on time (`modulate`, or after
+    folding `step_modulation`). What depends on both, as in SD3.5, is in the context, with one row per evaluation;
+    `step_modulation` then says which row.
+
+    config: what the network was built from. folded_steps: None, or the number of evaluations that the tables of a
+    folded network hold. prompt_modules: names of the modules that `encode_context` runs. prompt_multiple: tokens of a
+    context are padded to a multiple of this, and the padding counts. fixed_length: prompts all have the longest
+    length.
+
+    encode_context(prompt_embeds, lengths, **extras) -> Context: all that depends on the prompts alone. prompt_embeds:
+    [B, L, width], of which prompt b's first lengths[b] rows count. lengths: numbers, which shape the sequence; or int64
+    [B] on the device, which only mask it (for `export`). extras: more that a family's text stage makes of a prompt.
+    """
+
+    encode_context: Callable[..., Context]
+    prompt_multiple = 1
+    fixed_length = False
+
+    def __init__(self, config: Any, folded_steps: int | None) -> None:
+        super().__init__()
+        self.config, self.folded_steps = config, folded_steps
+        self.ops: OpTable = EAGER
+
+    def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
+        """Yield (buffer name, table) of the folded network for evaluations at times t, tt [N], in [-1, 1].
+
+        This network may be on the meta device: parameters are real only where `resident` lends them.
+        """
+        raise NotImplementedError
+
+    def step_modulation(self, step: int) -> Any:
+        """Return the constants of evaluation `step`, as `patches` takes them; for folded networks."""
+        raise NotImplementedError
+
+    def patches(self, latents: Tensor, modulation: Any, context: Any) -> tuple[Tensor, float]:
+        """Return the velocity as the last layer leaves it, patches [B, C, H/p, p, W/p, p], a view of tokens; and the
+        sign they take. `ops.x0_to_vae` reads them so."""
+        raise NotImplementedError
+
+    def forward(self, latents: Tensor, modulation: Any, context: Any) -> Tensor:
+        """Return the velocity [B, C, H, W] of latents [B, C, H, W], computed in their dtype. H and W are multiples of
+        the patch size."""
+        return joined(*self.patches(latents, modulation, context))
