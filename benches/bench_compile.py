@@ -17,7 +17,7 @@ from twinflow_rt.bench.timing import interleave
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.families import family_of
-from twinflow_rt.passes.quantize import convert
+from twinflow_rt.passes.quantize import convert_layers
 
 CPU, PROMPT = torch.device("cpu"), 17
 NAMES = ("folded", "unfolded", "unfolded+context")
@@ -34,7 +34,7 @@ def evaluations(pipe):
     unfolded.ops = folded.ops
     for name, module in list(unfolded.named_modules()):
         if name.endswith(("attention", "feed_forward")):  # not what time goes through: that is float32 by hand
-            convert(module, CPU)
+            convert_layers(module, CPU)
     generator = torch.Generator().manual_seed(0)
     height, width = (n // pipe.vae.scale for n in pipe.sizes.resolve(None, None))
     latents = torch.randn(1, pipe.vae.channels, height, width, generator=generator)

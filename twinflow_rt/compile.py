@@ -50,7 +50,7 @@ class Recipe:
     source: an open checkpoint, or one with adapters merged in (`checkpoint.lora.Merged`). absorb: whether the
     constants of a single evaluation go into the weights, where the family declares that they can (`absorptions`):
     exact in float32, and in bfloat16 within 1.1x of the unfolded network's error.
-    precision, skip_layers: of the linear layers, see `passes.quantize.convert`. fp8_attention: whether attention's
+    precision, skip_layers: of the linear layers, see `quantize.convert_layers`. fp8_attention: whether attention's
     scores are float8 products (`ops.attention_fp8`). sensitivity: what `skip_layers` was measured by, if it was.
     notes: on the choice of all this, for the plan. streamed: how many of the last blocks come and go as they run
     (see `runtime.streaming`)."""
@@ -183,7 +183,7 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
     tables = recipe.tables(unfolded, schedule, into.add)
     tensors = _tensors(reader, network, tables, without=streaming.in_files)
     read_into(streaming.take, tensors, source.meter, progress)
-    layers = quantize.convert(network, device, precision, skip_layers)
+    layers = quantize.convert_layers(network, device, precision, skip_layers)
     network.eval()
     streaming.start()
     choices = _select(network, device, dtype, recipe.fp8_attention)
@@ -197,7 +197,7 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
         bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
         absorbed=_is_absorbed(network), loras=source.loras, precision=precision, exempt=skip_layers, layers=layers,
         fp8_attention=recipe.fp8_attention, sensitivity=recipe.sensitivity,
-        notes=(f"transformer {report}", *recipe.notes, *quantize.converted(source.main_dtype(), dtype, device)),
+        notes=(f"transformer {report}", *recipe.notes, *quantize.dtype_notes(source.main_dtype(), dtype, device)),
     )  # fmt: skip
     return Program(network, schedule, plan, recipe)
 
@@ -221,7 +221,7 @@ def load_program(
     as_saved = quantize.expect_quantized(network, saved, plan.precision)
     report = materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
     quantize.check_quantized(network, device, dtype, plan.precision)
-    layers = quantize.convert(network, device)
+    layers = quantize.convert_layers(network, device)
     choices = _select(network, device, dtype, plan.fp8_attention)
     notes = (f"compiled for {plan.dtype} on {plan.device} and saved", f"transformer {report}")
     plan = replace(plan, device=str(device), dtype=dtype_name(dtype), choices=choices, layers=layers, notes=notes)
@@ -259,7 +259,7 @@ def _select(network: Any, device: torch.device, dtype: torch.dtype, fp8_attentio
     """Gives the network and its quantized layers their implementations."""
     target = replace(Target.of_network(network.config, device, dtype), fp8_attention=fp8_attention)
     network.ops, choices = select(target)
-    return choices + quantize.attach(network, target)
+    return choices + quantize.bind_quantized(network, target)
 
 
 def _is_absorbed(network: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from twinflow_rt.families import family_of
 from twinflow_rt.models.context import Context
 from twinflow_rt.ops import EAGER
 from twinflow_rt.ops.native import library
-from twinflow_rt.passes.quantize import unpack
+from twinflow_rt.passes.layers import unpack
 from twinflow_rt.planning.footprint import work_of
 from twinflow_rt.sampling.noise import initial_noise
 from twinflow_rt.stages import vae as vae_stage

@@ -15,6 +15,7 @@ from twinflow_rt.models.transformers.sd3 import SD3Transformer
 from twinflow_rt.ops import QuantizedRows
 from twinflow_rt.ops.selection import Target, select
 from twinflow_rt.passes import quantize
+from twinflow_rt.passes.layers import QuantizedLinear
 
 CPU = torch.device("cpu")
 SD3 = replace(sd3_factory.SMALL, attention_head_dim=24, caption_projection_dim=48)
@@ -48,13 +49,13 @@ def distance(a, b):
 def test_fused_is_as_exact_as_layer_by_layer(name, precision):
     network, config, _, run = folded(name)
     exact = run()
-    quantize.convert(network, CPU, precision)
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, quantize.QuantizedLinear)}
+    quantize.convert_layers(network, CPU, precision)
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, QuantizedLinear)}
     assert layers
     reference = run()  # with the references, each layer quantizing for itself
     target = Target.of_network(config, CPU, torch.float32)
     network.ops, _ = select(target)
-    choices = quantize.attach(network, target)
+    choices = quantize.bind_quantized(network, target)
     given: dict[str, list[bool]] = {n: [] for n in layers}
     for n, layer in layers.items():
         layer.register_forward_pre_hook(lambda m, x, n=n: given[n].append(isinstance(x[0], QuantizedRows)))
@@ -73,9 +74,9 @@ def test_rows_of_bfloat16_come_out_in_bfloat16():
     for module in network.modules():
         if isinstance(module, torch.nn.Linear):
             module.bfloat16()
-    quantize.convert(network, CPU, "fp8")
+    quantize.convert_layers(network, CPU, "fp8")
     target = Target.of_network(config, CPU, torch.bfloat16)
     network.ops, _ = select(target)
-    quantize.attach(network, target)
+    quantize.bind_quantized(network, target)
     got = run((latents.bfloat16(), embeds.bfloat16(), lengths))
     assert got.dtype == torch.bfloat16 and distance(got, exact) < BAR["fp8"]

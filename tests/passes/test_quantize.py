@@ -12,6 +12,7 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.ops import QuantizedRows, linear
 from twinflow_rt.passes import layers, quantize
+from twinflow_rt.passes.layers import WEIGHT_DTYPES, PackedLinear, QuantizedLinear
 from twinflow_rt.plan import Plan
 from twinflow_rt.planning import sensitivity
 
@@ -59,13 +60,13 @@ def kinds(plan: Plan) -> dict[str, int]:
 def test_packed_is_as_exact_and_states_itself(folder, exact):
     pipe = load(folder, device="cpu", dtype="float32")
     assert kinds(pipe.plan)["packed"] > 0 and "linear       packed" in str(pipe.plan)
-    assert any(isinstance(m, quantize.PackedLinear) for m in pipe.text.network.modules())
+    assert any(isinstance(m, PackedLinear) for m in pipe.text.network.modules())
     assert distance(pipe("a red square", **ARGUMENTS).images, exact) < 1e-5
 
 
 def test_small_float32_layers_stay_plain(monkeypatch):
     monkeypatch.setattr(quantize, "SMALLEST_PACKED", 64 * 64)
-    layers = quantize.convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 63)), CPU)
+    layers = quantize.convert_layers(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 63)), CPU)
     assert [(g.kind, g.parameters) for g in layers] == [("packed", 64 * 64), ("plain", 64 * 63)]
     assert "small" in layers[1].why
 
@@ -74,7 +75,7 @@ def test_packed_layers_keep_names_sizes_and_weights():
     plain = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 33, bias=False), nn.Linear(33, 8))
     packed = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 33, bias=False), nn.Linear(33, 8))
     packed.load_state_dict(plain.state_dict())
-    layers = quantize.convert(packed, CPU)
+    layers = quantize.convert_layers(packed, CPU)
     assert [(g.kind, g.count, g.parameters) for g in layers] == [("packed", 2, 48 * 64 + 64 * 33), ("plain", 1, 33 * 8)]
     assert sum(p.nbytes for p in packed.parameters()) == sum(p.nbytes for p in plain.parameters())
     for name, tensor in plain.state_dict().items():
@@ -86,9 +87,9 @@ def test_packed_layers_keep_names_sizes_and_weights():
 @PRECISIONS
 def test_blocks_only_are_quantized(folder, exact, precision):
     pipe = load(folder, device="cpu", dtype="float32", precision=precision)
-    blocks = {n: m for n, m in pipe.program.network.named_modules() if isinstance(m, quantize.QuantizedLinear)}
+    blocks = {n: m for n, m in pipe.program.network.named_modules() if isinstance(m, QuantizedLinear)}
     assert blocks and all(n.startswith(("layers.", "noise_refiner.")) for n in blocks)
-    assert {m.weight.dtype for m in blocks.values()} == {quantize.ROWS[precision]}
+    assert {m.weight.dtype for m in blocks.values()} == {WEIGHT_DTYPES[precision]}
     assert kinds(pipe.plan)[precision] == len(blocks) and pipe.plan.precision == precision
     assert pipe.plan.bytes_after < load(folder, device="cpu", dtype="float32").plan.bytes_after
     error = distance(pipe("a red square", **ARGUMENTS).images, exact)
@@ -99,7 +100,7 @@ def test_blocks_only_are_quantized(folder, exact, precision):
 def test_errors_are_those_of_the_reference(folder, exact, monkeypatch, precision):
     """The error rule: not above twice that of the specification, which dequantizes and multiplies in float32."""
     fused = distance(latents(folder, precision), exact)
-    monkeypatch.setattr(quantize, "attach", lambda *a: ())  # layers keep the reference, and nothing is fused
+    monkeypatch.setattr(quantize, "bind_quantized", lambda *a: ())  # layers keep the reference, and nothing is fused
     assert fused <= 2 * distance(latents(folder, precision), exact)
 
 
@@ -109,7 +110,7 @@ def test_norms_and_activations_write_what_is_multiplied(folder, precision):
     pipe = load(folder, device="cpu", dtype="float32", precision=precision)
     seen = []
     for name, layer in pipe.program.network.named_modules():
-        if isinstance(layer, quantize.QuantizedLinear):
+        if isinstance(layer, QuantizedLinear):
             layer.register_forward_pre_hook(lambda m, args, name=name: seen.append((name, args[0])))
     pipe("a red square", **ARGUMENTS)
     assert len(seen) == 4 * len({name.rsplit(".", 2)[0] for name, _ in seen if "to_qkv" in name})
@@ -124,8 +125,8 @@ def test_sensitive_layers_stay_out(folder, exact):
     exempt = ("feed_forward.w2", "to_out")
     pipe = load(folder, device="cpu", dtype="float32", precision="int8", skip_layers=exempt)
     modules = dict(pipe.program.network.named_modules())
-    assert isinstance(modules["layers.0.attention.to_qkv"], quantize.QuantizedLinear)
-    assert isinstance(modules["layers.0.feed_forward.w2"], quantize.PackedLinear)
+    assert isinstance(modules["layers.0.attention.to_qkv"], QuantizedLinear)
+    assert isinstance(modules["layers.0.feed_forward.w2"], PackedLinear)
     assert pipe.plan.exempt == exempt and "sensitive" in str(pipe.plan)
     assert distance(pipe("a red square", **ARGUMENTS).images, exact) > 0
 
@@ -144,8 +145,8 @@ def test_artifacts_hold_what_was_computed_with(folder, tmp_path, precision):
     pipe = load(folder, device="cpu", dtype="float32", precision=precision)
     first, saved = pipe("a red square", **ARGUMENTS).images, pipe.save(tmp_path / "saved")
     stored = Checkpoint(saved / "transformer", quantized=True)
-    kept = {stored.dtype(n) for n in stored} & set(quantize.ROWS.values())
-    assert kept == ({quantize.ROWS[precision]} if precision else set())
+    kept = {stored.dtype(n) for n in stored} & set(WEIGHT_DTYPES.values())
+    assert kept == ({WEIGHT_DTYPES[precision]} if precision else set())
     again = load(saved, device="cpu")
     assert kinds(again.plan) == kinds(pipe.plan) and again.plan.precision == precision
     assert torch.equal(again("a red square", **ARGUMENTS).images, first)
@@ -176,8 +177,8 @@ def test_emulated_bfloat16_is_never_multiplied(folder, monkeypatch):
     x = torch.randn(1, 7, layer.in_features).bfloat16()
     expected = (x.double() @ layer.weight.double().t()).bfloat16()
     assert torch.equal(layer(x), expected) or distance(layer(x), expected) < 2**-9
-    assert quantize.converted(torch.bfloat16, torch.float32, CPU)[0].startswith("stored in bfloat16")
-    assert quantize.converted(torch.float32, torch.float32, CPU) == ()
+    assert quantize.dtype_notes(torch.bfloat16, torch.float32, CPU)[0].startswith("stored in bfloat16")
+    assert quantize.dtype_notes(torch.float32, torch.float32, CPU) == ()
 
 
 def test_precision_is_checked(folder):
@@ -186,7 +187,7 @@ def test_precision_is_checked(folder):
     with pytest.raises(ConfigError, match="give one of the two"):
         load(folder, precision="bf16", dtype="float32")
     with pytest.raises(ConfigError, match="runs on CPUs and NVIDIA GPUs, not on mps"):
-        quantize.convert(nn.Linear(64, 64), torch.device("mps"), "int8")
+        quantize.convert_layers(nn.Linear(64, 64), torch.device("mps"), "int8")
     with pytest.raises(ConfigError, match="come out in bfloat16, not float32"):
         quantize.require("fp8", torch.device("cuda"), torch.float32)
     assert load(folder, device="cpu", precision="fp32").dtype == torch.float32
@@ -226,10 +227,10 @@ def test_sensitivity_finds_the_layers_that_int8_hurts(folder):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     found = sensitivity.of_pipeline(pipe, rounds=1).groups
     assert [g.error for g in found] == sorted((g.error for g in found), reverse=True)
-    assert all(0 < g.error < 0.05 for g in found) and {g.name for g in found} == set(quantize.groups(network))
+    assert all(0 < g.error < 0.05 for g in found) and {g.name for g in found} == set(quantize.layer_groups(network))
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name])
-    for layer in quantize.groups(network)["layers.feed_forward.w2"]:
+    for layer in quantize.layer_groups(network)["layers.feed_forward.w2"].values():
         weight = layer.weight.detach().to_dense()
         weight[:, 0] *= 1000
         layer.weight = nn.Parameter(linear.pack(weight), requires_grad=False)
@@ -240,14 +241,14 @@ def test_sensitivity_finds_the_layers_that_int8_hurts(folder):
 @PRECISIONS
 def test_weights_are_quantized_as_they_arrive(folder, monkeypatch, precision):
     """Never two of them in the checkpoint's dtype: a device need not hold the network, or the encoder, as it was."""
-    arrived, waiting = quantize.arrived, []
+    arrived, waiting = quantize.quantize_on_arrival, []
 
     def watch(network, *rest, **named):
         arrived(network, *rest, **named)
-        layers = (layer for some in quantize.groups(network, precision).values() for layer in some)
-        waiting.append([m for m in layers if not m.weight.is_meta and not isinstance(m, quantize.QuantizedLinear)])
+        layers = (layer for some in quantize.layer_groups(network, precision).values() for layer in some.values())
+        waiting.append([m for m in layers if not m.weight.is_meta and not isinstance(m, QuantizedLinear)])
 
-    monkeypatch.setattr(quantize, "arrived", watch)
+    monkeypatch.setattr(quantize, "quantize_on_arrival", watch)
     load(folder, device="cpu", dtype="float32", precision=precision, text_precision=precision)
     assert len(waiting) > 20 and not any(waiting)
 
@@ -262,6 +263,6 @@ def test_advice_stays_within_its_budget():
 
 def test_advice_is_what_load_takes(folder):
     kept = load(folder, device="cpu", dtype="float32", precision="int8", skip_layers=["layers.feed_forward.w2"])
-    assert isinstance(kept.program.network.layers[1].feed_forward.w2, quantize.PackedLinear)
+    assert isinstance(kept.program.network.layers[1].feed_forward.w2, PackedLinear)
     with pytest.raises(ConfigError, match="not quantized yet"):
         sensitivity.of_pipeline(kept)

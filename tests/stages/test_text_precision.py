@@ -64,7 +64,7 @@ def test_embeddings_are_close_to_those_of_the_stored_encoder(stage, precision, m
     assert any("qkv" in n for n in names) and f"linear {precision}" in "".join(text.notes())
     with torch.inference_mode():
         error = distance(text(PROMPTS), exact)
-        monkeypatch.setattr(quantize, "attach", lambda *a: ())
+        monkeypatch.setattr(quantize, "bind_quantized", lambda *a: ())
         reference = distance(quantized(folder, precision)(PROMPTS), exact)
     assert 1e-4 < error <= 2 * reference and reference < BAR[precision], (error, reference)
 

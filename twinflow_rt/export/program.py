@@ -24,7 +24,7 @@ from ..config import dtype_name
 from ..errors import ConfigError, TwinFlowError
 from ..loading import load
 from ..ops import EAGER
-from ..passes.quantize import unpack
+from ..passes.layers import unpack
 from ..passes.upsample import fold_upsampling
 from ..pipeline import Pipeline
 from ..sampling.sampler import SamplerConfig, sample, schedule

@@ -4,8 +4,9 @@
     packed      the weight in oneDNN's layout, made once
     winograd    wide 3x3 convolutions in float32: transformed weights, fewer products (`ops.conv`)
 
-Modules are exchanged in place, as linear layers are (`layers`). What is saved, and what tracers get, are the weights as
-they were loaded. Transformed ones are larger, so the others are not kept beside them, but read anew where wanted.
+Another kind is another module, set on the parent as for linear layers (`layers`). What is saved, and what tracers get,
+are the weights as they were loaded. Transformed ones are larger, so the others are not kept beside them, but read anew
+where wanted.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from ..ops.native import library
 from ..ops.native.conv import conv_winograd
 from ..ops.selection import Target
 from .layer_groups import Layers
+from .replace import replace_module, take_over
 
 NARROWEST = 96  # channels: with fewer the transforms take about as long as the products they save
-KINDS = (nn.Conv2d, UpsampleConv)  # that are exchanged; other classes have ways of their own
+KINDS = (nn.Conv2d, UpsampleConv)  # that are replaced; other classes have ways of their own
 WHY = {"packed": "laid out once, not per call", "winograd": "16 products in place of 36, 9 behind an enlargement"}
 
 
 class ConvertedConv2d(nn.Conv2d):
-    """A convolution whose weight is another than its kernels, which `loaded` gives as they were loaded."""
+    """A convolution whose weight is another than its kernels, which `loaded` returns as they were loaded."""
 
     def loaded(self) -> Tensor:
         raise NotImplementedError
@@ -46,6 +48,10 @@ class ConvertedConv2d(nn.Conv2d):
 
 class PackedConv2d(ConvertedConv2d):
     """A convolution whose weight is in oneDNN's layout."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(**_settings(layer))
+        take_over(self, layer, pack_conv(layer))
 
     def forward(self, x: Tensor) -> Tensor:
         return conv_packed(self, x)
@@ -59,14 +65,24 @@ class PackedUpsampleConv(UpsampleConv):
 
     folded: Tensor
 
+    def __init__(self, layer: UpsampleConv) -> None:
+        with torch.device("meta"):
+            super().__init__(layer.in_channels, layer.out_channels)
+        take_over(self, layer, layer.weight.detach())
+        assert layer.folded is not None
+        self.folded = pack_folded(layer.folded)
+
     def enlarged(self, x: Tensor, ops: OpTable) -> Tensor:
         return upsample_conv_packed(x, self.folded, self.bias)
 
 
 class WinogradConv2d(ConvertedConv2d):
-    """A 3x3 convolution with a border of one pixel and a `winograd_weight`. `loaded` reads its kernels anew."""
+    """A 3x3 convolution with a border of one pixel and a `winograd_weight`. read(): reads its kernels anew."""
 
-    loaded: Callable[[], Tensor]
+    def __init__(self, layer: nn.Conv2d, read: Callable[[], Tensor]) -> None:
+        super().__init__(**_settings(layer))
+        take_over(self, layer, winograd_weight(layer.weight.detach(), enlarged=False))
+        self.loaded = read  # type: ignore[method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         return conv_winograd(x, self.weight, self.bias)
@@ -76,55 +92,49 @@ class WinogradConv2d(ConvertedConv2d):
         return conv_winograd(x, self.weight, self.bias, added=residual)
 
 
-class WinogradUpsampleConv(WinogradConv2d, UpsampleConv):
+class WinogradUpsampleConv(ConvertedConv2d, UpsampleConv):
     """The same behind a nearest enlargement by 2."""
+
+    def __init__(self, layer: UpsampleConv, read: Callable[[], Tensor]) -> None:
+        with torch.device("meta"):
+            UpsampleConv.__init__(self, layer.in_channels, layer.out_channels)
+        take_over(self, layer, winograd_weight(layer.weight.detach(), enlarged=True))
+        self.loaded = read  # type: ignore[method-assign]
 
     def enlarged(self, x: Tensor, ops: OpTable) -> Tensor:
         return conv_winograd(x, self.weight, self.bias, enlarged=True)
 
 
+def _settings(layer: nn.Conv2d) -> dict[str, Any]:
+    """Return the arguments that make a convolution like `layer`, on the meta device and without a bias."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {**{name: getattr(layer, name) for name in names}, "bias": False, "device": "meta"}
+
+
 def convert_convolutions(network: nn.Module, target: Target, read: Callable[[str], Tensor]) -> tuple[Layers, ...]:
-    """Exchanges the convolutions of a loaded `network` for what suits them on `target`, and says how many.
+    """Replace the convolutions of a loaded `network` by what suits them on `target`, and return how many.
 
     read(name): the tensor of that name as it was loaded. One weight at a time exists twice.
     """
     done: dict[str, list[int]] = {}
     freed, transforms = 0, refuses(target) is None
-    for name, layer in list(network.named_modules()):
-        if type(layer) not in KINDS:
-            continue
-        wide = transforms and _suits(layer)
-        if not wide and packing_refuses(layer, target):
-            continue
-        freed += layer.weight.nbytes
-        done.setdefault("winograd" if wide else "packed", []).append(layer.weight.numel())
-        if wide:
-            _transform(layer, partial(read, f"{name}.weight"))
+    for name in [name for name, layer in network.named_modules() if type(layer) in KINDS]:
+        layer: Any = network.get_submodule(name)
+        size, nbytes = layer.weight.numel(), layer.weight.nbytes
+        if transforms and _suits(layer):
+            kind, to = "winograd", WinogradUpsampleConv if isinstance(layer, UpsampleConv) else WinogradConv2d
+            layer = to(layer, partial(read, f"{name}.weight"))
+        elif packing_refuses(layer, target) is None:
+            kind, layer = "packed", (PackedUpsampleConv if isinstance(layer, UpsampleConv) else PackedConv2d)(layer)
         else:
-            _pack(layer)
+            continue
+        replace_module(network, name, layer)
+        done.setdefault(kind, []).append(size)
+        freed += nbytes
         if freed > TRIM_EVERY:
             freed = 0
             release_free_memory()
     return tuple(Layers(kind, len(sizes), sum(sizes), WHY[kind]) for kind, sizes in done.items())
-
-
-def _transform(layer: Any, loaded: Callable[[], Tensor]) -> None:
-    enlarges = isinstance(layer, UpsampleConv)
-    weight = winograd_weight(layer.weight.detach(), enlarges)
-    layer.__class__ = WinogradUpsampleConv if enlarges else WinogradConv2d
-    layer.weight, layer.loaded = nn.Parameter(weight, requires_grad=False), loaded
-    if enlarges:
-        layer.folded = None
-
-
-def _pack(layer: Any) -> None:
-    enlarges = isinstance(layer, UpsampleConv)
-    if enlarges:
-        layer.folded = pack_folded(layer.folded)
-        layer.__class__ = PackedUpsampleConv
-    else:
-        layer.weight = nn.Parameter(pack_conv(layer), requires_grad=False)
-        layer.__class__ = PackedConv2d
 
 
 def packing_refuses(layer: nn.Conv2d, target: Target) -> str | None:
@@ -170,13 +180,11 @@ def winograd_bytes(network: nn.Module) -> int:
 
 
 def plain_convolutions(network: nn.Module) -> None:
-    """Gives converted layers their kernels back, unfolded."""
-    for layer in network.modules():
-        plain: Any = layer
-        if isinstance(layer, PackedUpsampleConv):
-            plain.__class__, plain.folded = UpsampleConv, None
-        elif isinstance(layer, ConvertedConv2d):
-            weight = layer.loaded()
-            plain.__dict__.pop("loaded", None)
-            plain.__class__ = UpsampleConv if isinstance(layer, UpsampleConv) else nn.Conv2d
-            plain.weight = nn.Parameter(weight, requires_grad=False)
+    """Give converted layers their kernels back, unfolded."""
+    for name in [name for name, m in network.named_modules() if isinstance(m, (ConvertedConv2d, PackedUpsampleConv))]:
+        layer: Any = network.get_submodule(name)
+        with torch.device("meta"):
+            enlarges = isinstance(layer, UpsampleConv)
+            plain = UpsampleConv(layer.in_channels, layer.out_channels) if enlarges else nn.Conv2d(**_settings(layer))
+        take_over(plain, layer, layer.loaded() if isinstance(layer, ConvertedConv2d) else layer.weight.detach())
+        replace_module(network, name, plain)

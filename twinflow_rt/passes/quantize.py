@@ -1,7 +1,10 @@
 """Pack and quantize: what becomes of each linear layer of a network (`layers` has the kinds), and why.
 
 Layers of repeated blocks get 8 bits where a precision is asked for, but for those that are named as sensitive
-and what runs once per prompt. What norms and activations write for quantized layers: `ops.table`.
+and what runs once per prompt. Ops that hand quantized activations to such layers: `ops.table`.
+
+In all functions here, precision is "int8", "fp8" or None, and skip_layers are parts of names, with or without block
+numbers, of layers that are kept out of it.
 """
 
 from __future__ import annotations
@@ -23,24 +26,16 @@ from ..ops.table import quantizing
 from .blocks import group_of, in_block
 from .layer_groups import Group, Layers
 from .layers import (
-    ROWS,
+    ACTIVATION_DTYPES,
     SCALE,
-    PackedLinear,
+    WEIGHT_DTYPES,
     QuantizedLinear,
-    Trial,
-    exchange,
+    converted,
     largest_int8,
     linear_layers,
-    quantize_layer,
     quantized_values,
-    unpack,
 )
-
-__all__ = [
-    "ROWS", "PackedLinear", "QuantizedLinear", "Trial", "arrived", "attach", "check_names", "check_quantized",
-    "convert", "converted", "declare", "expect_quantized", "group_of", "groups", "held_as", "packing_refuses",
-    "quantizes", "refuses", "require", "unpack",
-]  # fmt: skip
+from .replace import replace_module
 
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
@@ -48,24 +43,25 @@ SMALLEST_PACKED = 3 << 14  # elements of a float32 weight: calling oneDNN for fe
 MULTIPLES = {"fp8": 16, "int8": 8}  # of inputs and outputs of a layer: the products' alignment on a GPU
 
 
-def convert(
-    network: nn.Module, device: torch.device, precision: str | None = None, exempt: Sequence[str] = ()
+def convert_layers(
+    network: nn.Module, device: torch.device, precision: str | None = None, skip_layers: Sequence[str] = ()
 ) -> tuple[Layers, ...]:
-    """Exchanges the linear layers of a loaded `network` and says what each became.
+    """Replace the linear layers of a loaded `network` by what suits them on `device`; return what they became.
 
-    precision: "int8" or "fp8" quantizes the layers of its repeated blocks, but for `exempt` (parts of names,
-    with or without block numbers: what measured sensitive) and what runs once per prompt. Other layers are
-    packed where the CPU can. One weight at a time exists twice.
+    With a precision, the layers of its repeated blocks are quantized, but for `skip_layers` and what runs once per
+    prompt. Other layers are packed where the CPU can. One weight at a time exists twice.
     Raises ConfigError where the device has no products of that precision.
     """
     require(precision, device)
     done: dict[tuple[str, str], list[int]] = {}
     freed = 0
-    for name, layer in list(linear_layers(network)):
-        kind, why = _kind(network, name, layer, device, precision, exempt)
+    for name in [name for name, _ in linear_layers(network)]:
+        layer: Any = network.get_submodule(name)
+        kind, why = _kind(network, name, layer, device, precision, skip_layers)
         done.setdefault((kind, why), []).append(layer.weight.numel())
         freed += layer.weight.nbytes
-        exchange(layer, kind)
+        layer = converted(layer, kind)
+        replace_module(network, name, layer)
         if freed > TRIM_EVERY:  # or the C library keeps the place of every old weight
             freed = 0
             release_free_memory()
@@ -73,77 +69,87 @@ def convert(
 
 
 def quantizes(
-    network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None, exempt: Sequence[str]
-) -> str | None:
-    """The 8-bit precision that `convert` would give the linear layer `name`, or None."""
-    kind = None if precision is None else _kind(network, name, layer, device, precision, exempt)[0]
-    return kind if kind in ROWS else None
+    network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None,
+    skip_layers: Sequence[str],
+) -> str | None:  # fmt: skip
+    """Return the 8-bit precision that `convert_layers` would give the linear layer `name`, or None."""
+    kind = None if precision is None else _kind(network, name, layer, device, precision, skip_layers)[0]
+    return kind if kind in WEIGHT_DTYPES else None
 
 
-def arrived(
-    network: nn.Module, name: str, device: torch.device, precision: str | None, exempt: Sequence[str] = ()
+def quantize_on_arrival(
+    network: nn.Module, name: str, device: torch.device, precision: str | None, skip_layers: Sequence[str] = ()
 ) -> None:
-    """Quantizes a layer as soon as its weight, the tensor `name`, is there, if `convert` would: so a network
-    never exists in two precisions at once, only one of its weights."""
+    """Quantize a layer as soon as its weight, the tensor `name`, is there, if `convert_layers` would.
+
+    So a network never exists in two precisions at once, only one of its weights.
+    """
     owner, _, leaf = name.rpartition(".")
     layer = network.get_submodule(owner)
-    if leaf != "weight" or not isinstance(layer, nn.Linear):
+    if leaf != "weight" or not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
         return
-    if (kind := quantizes(network, owner, layer, device, precision, exempt)) is not None:
-        exchange(layer, kind)
+    if (kind := quantizes(network, owner, layer, device, precision, skip_layers)) is not None:
+        replace_module(network, owner, QuantizedLinear(layer, kind))
 
 
-def declare(
-    network: nn.Module, names: Container[str], device: torch.device, precision: str | None, exempt: Sequence[str] = ()
-) -> None:
-    """Makes room, on the meta device, for what `convert` would make of the layers whose weights are in `names`: they
-    come later, one by one, in the form that `held_as` gives them."""
+def declare_quantized(
+    network: nn.Module, names: Container[str], device: torch.device, precision: str | None,
+    skip_layers: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Put quantized layers on the meta device where `convert_layers` would, for the weights in `names`.
+
+    Their values come later, one by one, in the form that `stored_form` gives them.
+    """
     for name, layer in list(linear_layers(network)):
-        kind = quantizes(network, name, layer, device, precision, exempt)
+        kind = quantizes(network, name, layer, device, precision, skip_layers)
         if kind is not None and f"{name}.weight" in names:
-            quantize_layer(layer, layer.weight, ROWS[kind])
+            replace_module(network, name, converted(layer, kind))
 
 
-def held_as(network: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What `network` holds for its tensor `name`, read as `tensor`: that, or the weight and scales of a layer that was
-    declared to have 8 bits."""
+def stored_form(network: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Return what `network` holds for its tensor `name`, read as `tensor`: that, or the weight and scales of a layer
+    that was declared as quantized."""
     owner, _, leaf = name.rpartition(".")
     layer = network.get_submodule(owner)
     if leaf != "weight" or not isinstance(layer, QuantizedLinear):
         return {name: tensor}
-    return dict(zip((name, f"{owner}.{SCALE}"), quantized_values(tensor, layer.weight.dtype), strict=True))
+    return dict(zip((name, f"{owner}.{SCALE}"), quantized_values(tensor, layer.kind), strict=True))
 
 
-def attach(network: Any, target: Target) -> tuple[Choice, ...]:
-    """Gives the quantized layers of `network`, whose `ops` are chosen, their implementations for `target`.
-    Returns the choices: none where there is no such layer."""
-    layers: list[Any] = [m for m in network.modules() if isinstance(m, QuantizedLinear)]
+def bind_quantized(network: Any, target: Target) -> tuple[Choice, ...]:
+    """Give the quantized layers of `network`, whose `ops` are chosen, their implementations for `target`.
+
+    Returns the choices: none where there is no such layer.
+    """
+    layers = [m for m in network.modules() if isinstance(m, QuantizedLinear)]
     choices: tuple[Choice, ...] = ()
-    for to in {layer.weight.dtype for layer in layers}:  # one, of the networks made here
-        quantized_ops, choices = select_quantized(replace(target, quantized=to))
-        input_ops = quantizing(network.ops, quantized_ops, to)
+    for kind in {layer.kind for layer in layers}:  # one, of the networks made here
+        activations = ACTIVATION_DTYPES[kind]
+        quantized_ops, choices = select_quantized(replace(target, quantized=activations))
+        input_ops = quantizing(network.ops, quantized_ops, activations)
         for layer in layers:
-            if layer.weight.dtype == to:
-                layer.quantized_ops, layer.input_ops = quantized_ops, input_ops
+            if layer.kind == kind:
+                layer.bind(quantized_ops, input_ops)
     return choices
 
 
-def groups(network: nn.Module, precision: str = "int8") -> dict[str, list[nn.Linear]]:
-    """The layers that `precision` would quantize in `network` (loaded, not yet quantized), by kind."""
-    found: dict[str, list[nn.Linear]] = {}
+def layer_groups(network: nn.Module, precision: str = "int8") -> dict[str, dict[str, nn.Linear]]:
+    """Return the layers that `precision` would quantize in `network`, loaded and not yet quantized: by the name of
+    their group (`blocks.group_of`), then by their own."""
+    found: dict[str, dict[str, nn.Linear]] = {}
     for name, layer in linear_layers(network):
         if _kind(network, name, layer, torch.device("cpu"), precision, ())[0] == precision:
-            found.setdefault(group_of(name), []).append(layer)
+            found.setdefault(group_of(name), {})[name] = layer
     return found
 
 
-def check_names(network: nn.Module, exempt: Sequence[str], measured: Sequence[Group] = ()) -> None:
-    """Raises ConfigError unless `network` has layers of the names in `exempt`, and the kinds that were measured."""
+def check_names(network: nn.Module, skip_layers: Sequence[str], measured: Sequence[Group] = ()) -> None:
+    """Raise ConfigError unless `network` has layers of the names in `skip_layers` and the groups that were measured."""
     have: dict[str, list[int]] = {}
     for name, layer in linear_layers(network):
         have.setdefault(group_of(name), []).append(layer.weight.numel())
     whole = [name for name, _ in linear_layers(network)]
-    if strangers := [part for part in exempt if not any(part in name for name in (*whole, *have))]:
+    if strangers := [part for part in skip_layers if not any(part in name for name in (*whole, *have))]:
         raise ConfigError(f"exempt: no linear layer is called {', '.join(strangers)}; the kinds are {', '.join(have)}")
     for group in measured:
         sizes = have.get(group.name, [])
@@ -155,8 +161,10 @@ def check_names(network: nn.Module, exempt: Sequence[str], measured: Sequence[Gr
 
 
 def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why linear layers cannot multiply in `precision`, "int8" or "fp8", on `device`, or None. dtype: of the
-    network, where known."""
+    """Return why linear layers cannot multiply in `precision`, "int8" or "fp8", on `device`, or None.
+
+    dtype: of the network, where known.
+    """
     if device.type == "cuda":
         if precision == "fp8" and dtype not in (None, torch.bfloat16):
             return f"float8 products come out in bfloat16, not {dtype_name(dtype)}; use dtype bfloat16"
@@ -173,26 +181,28 @@ def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = No
 
 
 def require(precision: str | None, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Raises ConfigError where `refuses` has a reason."""
+    """Raise ConfigError where `refuses` has a reason."""
     if precision is not None and (reason := refuses(precision, device, dtype)):
         raise ConfigError(f"precision {precision}: {reason}")
 
 
 def expect_quantized(network: nn.Module, stored: Container[str], precision: str | None) -> set[str]:
-    """Makes room, on the meta device, for the quantized layers of a saved program of `precision` that has the
-    tensors `stored`. Returns the names of their tensors, which are read in the dtype they are stored in."""
+    """Put quantized layers on the meta device where a saved program of `precision` has them in its tensors, `stored`.
+
+    Returns the names of their tensors, which are read in the dtype they are stored in.
+    """
     as_saved = set()
     for name, layer in list(linear_layers(network)):
         if f"{name}.{SCALE}" in stored:
             if precision is None:
                 raise CheckpointError(f"{name} is quantized in a program of no precision; save it again")
-            quantize_layer(layer, layer.weight, ROWS[precision])
+            replace_module(network, name, converted(layer, precision))
             as_saved |= {f"{name}.weight", f"{name}.{SCALE}"}
     return as_saved
 
 
 def check_quantized(network: nn.Module, device: torch.device, dtype: torch.dtype, precision: str | None) -> None:
-    """Refuses, with a CheckpointError, weights of a loaded program that `device` cannot multiply."""
+    """Raise CheckpointError for weights of a loaded program that `device` cannot multiply."""
     found = [m for m in network.modules() if isinstance(m, QuantizedLinear)]
     if precision is None or not found:
         return
@@ -204,7 +214,7 @@ def check_quantized(network: nn.Module, device: torch.device, dtype: torch.dtype
             f"this artifact holds {precision} weights whose inputs or outputs are no multiple of "
             f"{multiple}, as {device} needs; compile from the model folder for it"
         )
-    if wrong := {m.weight.dtype for m in found} - {ROWS[precision]}:
+    if wrong := {m.weight.dtype for m in found} - {WEIGHT_DTYPES[precision]}:
         raise CheckpointError(f"this artifact of precision {precision} holds weights of {wrong.pop()}; save it again")
     limit = largest_int8(device)
     if precision == "int8" and limit < 127 and any(m.weight.abs().max() > limit for m in found):
@@ -214,8 +224,8 @@ def check_quantized(network: nn.Module, device: torch.device, dtype: torch.dtype
         )
 
 
-def converted(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
-    """A sentence for the plan where weights are held in another dtype than the checkpoint's because of `device`."""
+def dtype_notes(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """Return a sentence for the plan where weights are held in another dtype than stored because of `device`."""
     if stored == dtype or has_native(stored, device):
         return ()
     kept, held = map(dtype_name, (stored, dtype))
@@ -223,17 +233,17 @@ def converted(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _kind(
-    network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None, exempt: Sequence[str]
-) -> tuple[str, str]:
-    """What becomes of one layer, and the reason."""
+    network: nn.Module, name: str, layer: nn.Linear, device: torch.device, precision: str | None,
+    skip_layers: Sequence[str],
+) -> tuple[str, str]:  # fmt: skip
+    """Return the kind that one layer becomes, and the reason."""
     if isinstance(layer, QuantizedLinear):
-        kind = next(k for k, dtype in ROWS.items() if dtype == layer.weight.dtype)
-        return kind, _how(kind, device) if precision == kind else "as saved"
+        return layer.kind, _how(layer.kind, device) if precision == layer.kind else "as saved"
     if min(layer.weight.shape) < NARROWEST or any(part in name for part in MODULATION):
         return "plain", "narrow, or a modulation of one row"
     why = "laid out once, not per call"
     if precision is not None:
-        if any(part in name or part in group_of(name) for part in exempt):
+        if any(part in name or part in group_of(name) for part in skip_layers):
             why = f"sensitive: kept out of {precision}"
         elif not in_block(network, name):
             why = f"embedder, projection or once per prompt: kept out of {precision}"
@@ -254,12 +264,13 @@ def _kind(
 
 
 def _multiple(precision: str, device: torch.device) -> int:
-    """What a layer's inputs and outputs are multiples of: on a GPU; fp8's everywhere, a CPU merely tries it out."""
+    """Return what a layer's inputs and outputs must be multiples of: on a GPU; for fp8 everywhere, because a CPU merely
+    tries it out."""
     return MULTIPLES[precision] if precision == "fp8" or device.type != "cpu" else 1
 
 
 def _how(precision: str, device: torch.device) -> str:
-    """A word on the products of a quantized layer."""
+    """Return a word on the products of a quantized layer."""
     if precision == "fp8":
         emulated = "emulated in float32, slowly: a CPU has no float8 products"
         return emulated if device.type == "cpu" else "e4m3, rows of activations and weights scaled"

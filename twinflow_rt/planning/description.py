@@ -167,15 +167,15 @@ def resident_bytes(
 ) -> int:
     """Bytes of a folded network's weights and tables on its device; the network may be on the meta device.
 
-    precision, exempt: "int8" or "fp8", and kinds of layers kept out of it, as `passes.quantize.groups` calls them.
+    precision, exempt: "int8" or "fp8", and groups of layers kept out of it (`quantize.layer_groups`).
     """
     tables = {name for name, _ in network.named_buffers()}
     total: int = sum(
         tensor.numel() * (4 if name in tables else (layout.dtype_of(name, dtype) or dtype).itemsize)
         for name, tensor in network.state_dict().items()
     )
-    kinds = {} if precision is None else quantize.groups(network, precision)
-    for layer in (layer for kind, some in kinds.items() if kind not in exempt for layer in some):
+    groups = {} if precision is None else quantize.layer_groups(network, precision)
+    for layer in (layer for name, some in groups.items() if name not in exempt for layer in some.values()):
         total -= layer.weight.numel() * (dtype.itemsize - 1) - 4 * layer.out_features  # a byte each, and a scale a row
     return total
 

@@ -18,7 +18,7 @@ from ..ops.selection import Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of
 from ..passes.convolutions import refuses, winograd_bytes
-from ..passes.layers import ROWS, quantized_values
+from ..passes.layers import WEIGHT_DTYPES, quantized_values
 from ..passes.upsample import folded_bytes
 from ..stages import tiles
 from ..stages.prompt_cache import context_bytes
@@ -76,7 +76,7 @@ class Costs:
 class Network:
     """A network on the meta device and how it will be held. streams: whether its blocks can. absorb: whether constants
     go into its weights, which then are no file's any more. channels_last: whether kernels of convolutions are laid out
-    so. precision, exempt: see `passes.quantize.convert`."""
+    so. precision, exempt: see `passes.quantize.convert_layers`."""
 
     module: Any
     checkpoint: Checkpoint
@@ -110,8 +110,8 @@ def costs_of(
     shadow = Shadow.of(text, network.module, vae, (height, width), images, select(target)[0])
     if device.type == "cpu":  # whose products of 8 bits need more room for their results than others
         for real, twin in (*zip(encoders, shadow.encoders, strict=True), (network, shadow.network)):
-            quantize.declare(twin, twin.state_dict(), device, real.precision, real.exempt)
-            quantize.attach(twin, target)
+            quantize.declare_quantized(twin, twin.state_dict(), device, real.precision, real.exempt)
+            quantize.bind_quantized(twin, target)
     prompt, text_work = peak_of(lambda: shadow.prompt(text.max_tokens))
     context, context_work = peak_of(lambda: shadow.encode(prompt))
     with torch.inference_mode():
@@ -160,7 +160,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     def held_in(name: str) -> tuple[torch.dtype, bool]:
         """The dtype of a tensor when read, and whether it is another then than in its file."""
         parts = sources(name, layout.fused)
-        if name in known and checkpoint.dtype(name) in ROWS.values():
+        if name in known and checkpoint.dtype(name) in WEIGHT_DTYPES.values():
             return checkpoint.dtype(name), False
         made = not all(part in known for part in parts)  # a folded table
         wanted = torch.float32 if made else layout.dtype_of(name, dtype) or checkpoint.dtype(parts[0])
@@ -169,7 +169,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     def size(name: str, streams: bool = False) -> int:
         tensor, (wanted, moved) = tensors[name], held_in(name)
         if name in narrow:
-            moved, nbytes = wanted not in ROWS.values(), tensor.numel() + 4 * len(tensor)  # and a scale per row
+            moved, nbytes = wanted not in WEIGHT_DTYPES.values(), tensor.numel() + 4 * len(tensor)  # a scale per row
         else:
             nbytes = tensor.numel() * wanted.itemsize
             if not streams:
@@ -180,7 +180,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
         """Bytes beside its 8-bit form while a weight is quantized."""
         wanted, moved = held_in(name)
         weight = torch.empty_like(tensors[name], dtype=wanted, device="meta")
-        peak = peak_of(lambda: quantized_values(weight, ROWS[narrow[name]]))[1] - size(name)
+        peak = peak_of(lambda: quantized_values(weight, narrow[name]))[1] - size(name)
         return peak + (weight.nbytes if moved else 0)
 
     blocks = [parameters_of(module, block) for block in block_names(module)]

@@ -134,7 +134,7 @@ def plan_memory(
     text_options: StageOptions = DEFAULTS,
 ) -> MemoryPlan:  # fmt: skip
     """The plan for a model of `family` that is open but not read; see `choose`. precision, exempt: of the network's
-    linear layers, see `passes.quantize.convert`. saved: `checkpoint` is a compiled program's, whose network does not
+    linear layers, see `quantize.convert_layers`. saved: `checkpoint` is a compiled program's, whose network does not
     stream. Raises ConfigError if `budget` is too small."""
     with torch.device("meta"):
         module = family.network(family.config.from_dict(checkpoint.config), folded_steps=len(times))

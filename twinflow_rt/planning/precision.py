@@ -24,11 +24,12 @@ from ..checkpoint.versions import refusal
 from ..config import dtype_name, has_native, resolve_precision
 from ..errors import CheckpointError, ConfigError
 from ..passes.layer_groups import Group
-from ..passes.quantize import ROWS, refuses
+from ..passes.layers import WEIGHT_DTYPES
+from ..passes.quantize import refuses
 from ..runtime.machine import device_name
 
 SCHEMA = 1
-MEASURED = (*ROWS, "bf16")
+MEASURED = (*WEIGHT_DTYPES, "bf16")
 FASTER = 1.03  # by less than this factor, a gain may be noise
 
 
@@ -161,7 +162,7 @@ def automatic(
 ) -> tuple[Measurement | None, tuple[str, ...]]:
     """`choose` among the precisions with products on `device`, of a network's `folder`: what was measured here.
     free: bfloat16 is one of them, in place of a float32 that nobody asked for."""
-    names = [name for name in ROWS if refuses(name, device, dtype) is None]
+    names = [name for name in WEIGHT_DTYPES if refuses(name, device, dtype) is None]
     names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
     names += ["bf16"] * (free and refuses_bf16(device, dtype) is None)
     here = fingerprint(folder), device_name(device), dtype_name(dtype)

@@ -13,7 +13,7 @@ bf16 has no kinds of layers to leave out: the whole model is loaded in bfloat16 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops.selection import Target
 from ..passes.layer_groups import Group
-from ..passes.quantize import Trial, attach, groups, require
+from ..passes.layers import quantized_layers
+from ..passes.quantize import bind_quantized, layer_groups, require
+from ..passes.replace import replaced
 from ..runtime.machine import device_name
 from ..runtime.timer import Timer
 from . import precision as precisions
@@ -38,9 +40,10 @@ def measure(network: nn.Module, run: Callable[[], Tensor], precision: str = "int
     """The groups that `precision` would quantize, most sensitive first. run(): one evaluation of `network`."""
     exact = run().double()
     found = []
-    for name, layers in groups(network, precision).items():
-        with Trial(layers, precision):
-            found.append(Group(name, len(layers), sum(m.weight.numel() for m in layers), _error(run(), exact)))
+    for name, layers in layer_groups(network, precision).items():
+        with replaced(network, quantized_layers(layers, precision)):
+            size = sum(layer.weight.numel() for layer in layers.values())
+            found.append(Group(name, len(layers), size, _error(run(), exact)))
     return tuple(sorted(found, key=lambda group: -group.error))
 
 
@@ -68,7 +71,8 @@ def of_pipeline(
         run = _evaluation(pipe)
         found = measure(network, run, precision)
         skipped = advise(found, budget)
-        layers = [m for name, some in groups(network, precision).items() if name not in skipped for m in some]
+        groups = layer_groups(network, precision).items()
+        layers = {name: layer for group, some in groups if group not in skipped for name, layer in some.items()}
         figures = _together(pipe, layers, run, precision, rounds)
     return _measurement(pipe, precision, budget, skipped, found, *figures)
 
@@ -114,16 +118,16 @@ def _evaluation(pipe: Any) -> Callable[[], Tensor]:
 
 
 def _together(
-    pipe: Any, layers: Sequence[nn.Linear], run: Callable[[], Tensor], precision: str, rounds: int
+    pipe: Any, layers: Mapping[str, nn.Linear], run: Callable[[], Tensor], precision: str, rounds: int
 ) -> tuple[float, float, float]:
     """Error with all `layers` quantized, and median seconds so and as they are, taken in turns."""
-    trial, timer, network = Trial(layers, precision), Timer(pipe.device), pipe.program.network
+    quantized, timer, network = quantized_layers(layers, precision), Timer(pipe.device), pipe.program.network
     target = Target.of_network(network.config, pipe.device, pipe.dtype)
     exact, after, before = run().double(), [], []
     for _ in range(rounds):
         before.append(timer(run))
-        with trial:
-            attach(network, target)
+        with replaced(network, quantized):
+            bind_quantized(network, target)
             error = _error(run(), exact)  # which warms up, too
             after.append(timer(run))
         run()

@@ -177,21 +177,21 @@ class Stream:
 class Streaming:
     """Takes the weights of a network that is being loaded, of which the last `count` blocks will stream.
 
-    read(name): reads one tensor as `take` gets it. precision, exempt: see `passes.quantize.convert`.
+    read(name): reads one tensor as `take` gets it. precision, skip_layers: see `passes.quantize.convert_layers`.
     names: the parameters that stream. in_files: those of them that are not to be read while loading, because on a CPU
     they are read from the mapped files as their block runs; on a GPU all are kept on the host.
     """
 
     def __init__(
         self, network: nn.Module, count: int, device: torch.device, read: Callable[[str], Tensor],
-        precision: str | None = None, exempt: Sequence[str] = (),
+        precision: str | None = None, skip_layers: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.network, self.device, self.read, self.precision, self.exempt = network, device, read, precision, exempt
+        self.network, self.device, self.read, self.precision, self.skip_layers = network, device, read, precision, skip_layers
         self.blocks = block_names(network)[-count:] if count else []
         self._stored = [parameters_of(network, block) for block in self.blocks]
         self.names = frozenset(name for names in self._stored for name in names)
         self._waiting: dict[str, Tensor] = {}
-        quantize.declare(network, self.names, device, precision, exempt)
+        quantize.declare_quantized(network, self.names, device, precision, skip_layers)
 
     @property
     def mapped(self) -> bool:
@@ -205,17 +205,17 @@ class Streaming:
     def take(self, name: str, tensor: Tensor) -> None:
         """Keep one tensor on the host if it streams; else put it into the network, quantized if its layer is to be."""
         if name in self.names:
-            self._waiting |= {n: t.to("cpu") for n, t in quantize.held_as(self.network, name, tensor).items()}
+            self._waiting |= {n: t.to("cpu") for n, t in quantize.stored_form(self.network, name, tensor).items()}
             return
         assign(self.network, name, tensor)
-        quantize.arrived(self.network, name, self.device, self.precision, self.exempt)
+        quantize.quantize_on_arrival(self.network, name, self.device, self.precision, self.skip_layers)
 
     def start(self) -> None:
         """All parameters have come: from now on blocks stream."""
         if not self.blocks:
             return
         if self.mapped:
-            read = lambda name: quantize.held_as(self.network, name, self.read(name))
+            read = lambda name: quantize.stored_form(self.network, name, self.read(name))
             Stream(self.network, self.blocks, Files(self._stored, read))
             return
         buffers = Buffers(self.device, CudaLane(self.device), pinned=True)
@@ -227,18 +227,18 @@ class Streaming:
 
 def load_part(
     part: Any, count: int, device: torch.device, dtype: torch.dtype, progress: Progress | None = None,
-    precision: str | None = None, exempt: Sequence[str] = (),
+    precision: str | None = None, skip_layers: Sequence[str] = (),
 ) -> LoadReport:  # fmt: skip
     """Fill the network of `part`, of which the last `count` blocks stream, from its checkpoint.
 
-    precision, exempt: see `passes.quantize.convert`. Returns what that took.
+    precision, skip_layers: see `passes.quantize.convert_layers`. Returns what that took.
     """
     network, checkpoint = part.network, part.checkpoint
     checkpoint.meter.start()
     expected = network.state_dict()
     check(expected, checkpoint, part.layout)
     reader = Reader(expected, checkpoint, part.layout, device, dtype)
-    streaming = Streaming(network, count, device, reader.tensor, precision, exempt)
+    streaming = Streaming(network, count, device, reader.tensor, precision, skip_layers)
     names = [name for name in expected if name not in streaming.in_files]
     read_into(streaming.take, reader.tensors(names), checkpoint.meter, progress)
     network.eval()

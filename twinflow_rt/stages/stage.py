@@ -22,6 +22,7 @@ from ..ops.selection import OpTable, Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names
 from ..passes.layer_groups import Layers
+from ..passes.layers import WEIGHT_DTYPES
 from ..passes.upsample import fold_upsampling
 from ..runtime.capture import Captures
 from ..runtime.streaming import NOT_RECORDED, load_part
@@ -66,7 +67,7 @@ class Part:
         precision, skip = options.precision, options.skip_layers
         streamed = len(block_names(self.network)) if options.streams else 0
         report = load_part(self, streamed, device, dtype, progress, precision, skip)
-        return report, quantize.convert(self.network, device, precision, skip)
+        return report, quantize.convert_layers(self.network, device, precision, skip)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors in use under the checkpoint's names, merged ones cut as the files have them."""
@@ -118,7 +119,7 @@ class Stage:
         self.ops, choices = select(target)
         for part in self.parts:
             part.network.ops = self.ops
-            quantize.attach(part.network, target)
+            quantize.bind_quantized(part.network, target)
             fold_upsampling(part.network, choices)
 
     def require_precision(
@@ -126,8 +127,8 @@ class Stage:
     ) -> None:
         """Raise ConfigError where `device` cannot multiply linear layers of this precision, and for names in
         `skip_layers` that no layer has."""
-        if precision not in (None, *quantize.ROWS):
-            names = ", ".join(quantize.ROWS)
+        if precision not in (None, *WEIGHT_DTYPES):
+            names = ", ".join(WEIGHT_DTYPES)
             raise ConfigError(f"text_precision {precision!r:.40} is none of {names}; None keeps the dtype")
         if skip_layers and precision is None:
             raise ConfigError("text_skip_layers names layers kept out of text_precision: give one")
