@@ -186,7 +186,8 @@ class Streaming:
         self, network: nn.Module, count: int, device: torch.device, read: Callable[[str], Tensor],
         precision: str | None = None, skip_layers: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.network, self.device, self.read, self.precision, self.skip_layers = network, device, read, precision, skip_layers
+        self.network, self.device, self.read = network, device, read
+        self.precision, self.skip_layers = precision, skip_layers
         self.blocks = block_names(network)[-count:] if count else []
         self._stored = [parameters_of(network, block) for block in self.blocks]
         self.names = frozenset(name for names in self._stored for name in names)
