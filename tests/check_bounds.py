@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1].resolve()
-EXTRAS = ("train", "eval", "serve", "gpu")
+EXTRAS = ("train", "eval", "report", "serve", "gpu")
 TOOLS = ("pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "httpx>=0.27")
 SHOWN = (
     "torch", "triton", "numpy", "safetensors", "tokenizers", "jinja2", "pillow", "rich", "transformers", "diffusers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 
 import numpy as np
@@ -61,10 +62,6 @@ def test_pairing_cancels_what_slows_a_whole_round():
         ratio_interval([1.0], [1.0, 2.0], paired=True)
 
 
-def verdicts(before, after, **options):
-    return {d.figure: d for d in compare(before, after, **options).differences}
-
-
 def changed(record, **stages):
     out = copy.deepcopy(record)
     out["notes"] = []
@@ -85,39 +82,31 @@ def steady(record):
 
 
 @pytest.mark.parametrize(
-    ("factor", "verdict", "why"),
+    ("after", "threshold", "verdict", "why"),
     [
-        (1.10, "slower", "beyond 3%"),
-        (0.90, "faster", "beyond 3%"),
-        (1.02, "within noise", ""),
-        (1.0, "within noise", "contains 1"),
+        ({"center": 0.11}, 0.03, "slower", "beyond 3%"),
+        ({"center": 0.09}, 0.03, "faster", "beyond 3%"),
+        ({"center": 0.102}, 0.03, "within noise", ""),
+        ({"center": 0.1}, 0.03, "within noise", "contains 1"),
+        ({"center": 0.102, "spread": 0.001}, 0.03, "within noise", "3%"),  # clear, but runs differ by as much
+        ({"center": 0.102, "spread": 0.001}, 0.0, "slower|within noise", "beyond 0%|Mann"),
+        ({"center": 0.2, "count": 4}, 0.03, "within noise", "only 4 samples"),
     ],
 )
-def test_verdicts(steady, factor, verdict, why):
-    d = verdicts(steady, changed(steady, total=samples(0.1 * factor, seed=1)))["stage total"]
-    assert d.verdict == verdict and why in d.reason and not d.gated
-    assert d.ratio == pytest.approx(factor, rel=0.02)
-
-
-def test_clear_but_small_is_noise_between_runs(steady):
-    d = verdicts(steady, changed(steady, total=samples(0.102, spread=0.001, seed=1)))["stage total"]
-    assert d.verdict == "within noise" and "3%" in d.reason
-    d = verdicts(steady, changed(steady, total=samples(0.102, spread=0.001, seed=1)), threshold=0.0)["stage total"]
-    assert d.verdict == "slower" or "Mann" in d.reason
-
-
-def test_few_samples_decide_nothing(steady):
-    d = verdicts(steady, changed(steady, total=samples(0.2, count=4)))["stage total"]
-    assert d.verdict == "within noise" and "only 4 samples" in d.reason
+def test_verdicts(steady, after, threshold, verdict, why):
+    found = compare(steady, changed(steady, total=samples(**after, seed=1)), threshold=threshold)
+    (d,) = (d for d in found.differences if d.figure == "stage total")
+    assert re.fullmatch(verdict, d.verdict) and re.search(why, d.reason) and not d.gated
+    assert d.ratio == pytest.approx(after["center"] / 0.1, rel=0.02)
 
 
 def test_a_machine_that_drifted_widens_the_band(steady):
     slower = changed(steady, total=samples(0.12, seed=1))
-    assert verdicts(steady, slower)["stage total"].verdict == "slower"
-    slower["ceilings"]["drift"] = 0.7
-    result = compare(steady, slower)
-    assert {d.figure: d.verdict for d in result.differences}["stage total"] == "within noise"
-    assert any("30%" in w for w in result.warnings)
+    for drift, verdict, warned in ((1.0, "slower", False), (0.7, "within noise", True)):
+        slower["ceilings"]["drift"] = drift
+        result = compare(steady, slower)
+        assert {d.figure: d.verdict for d in result.differences}["stage total"] == verdict
+        assert any("30%" in w for w in result.warnings) == warned
 
 
 def test_other_machines_and_other_work_are_refused(steady):
@@ -133,48 +122,52 @@ def test_other_machines_and_other_work_are_refused(steady):
         compare(steady, work)
 
 
-def test_gate_looks_at_ratios_only(steady):
-    assert compare(steady, changed(steady, total=samples(0.9))).gate()  # nine times slower: not the gate's business
-    worse = changed(steady)
-    worse["peers"][0].update(speedup=1.2, interval=[1.15, 1.25])
-    assert not compare(steady, worse).gate()
-    assert compare(worse, steady).gate()
-    overlapping = changed(steady)
-    overlapping["peers"][0].update(speedup=1.44, interval=[1.38, 1.5])
-    assert compare(steady, overlapping).gate()
-    bare = changed(steady)
-    bare["peers"] = []
+@pytest.mark.parametrize(
+    ("peer", "passes"),
+    [
+        ({}, True),
+        ({"speedup": 1.2, "interval": [1.15, 1.25]}, False),
+        ({"speedup": 1.9, "interval": [1.85, 1.95]}, True),
+        ({"speedup": 1.44, "interval": [1.38, 1.5]}, True),  # the intervals overlap
+        ({"speedup": None, "interval": None, "reason": "no speed-up is stated: ours: wrong"}, False),
+    ],
+)
+def test_gate_looks_at_speedups_only(steady, peer, passes):
+    after = changed(steady, total=samples(0.9))  # nine times slower: not the gate's business
+    after["peers"][0].update(peer)
+    result = compare(steady, after)
+    assert result.gate() == passes
+    assert [(d.verdict, "no speed-up" in d.reason) for d in result.regressions] == (
+        [] if passes else [("worse", peer["speedup"] is None)]
+    )
+    after["peers"] = []
     with pytest.raises(ConfigError, match="nothing to gate on"):
-        compare(bare, bare).gate()
+        compare(steady, after).gate()
 
 
-def test_a_speedup_lost_to_the_error_rule_fails_the_gate(steady):
-    wrong = changed(steady)
-    wrong["peers"][0].update(speedup=None, interval=None, reason="no speed-up is stated: ours: wrong")
-    (regression,) = compare(steady, wrong).regressions
-    assert regression.verdict == "worse" and "no speed-up" in regression.reason
-
-
-def test_records_round_trip_and_damage_is_named(steady, tmp_path):
-    path = records.save(steady, tmp_path / "r.json")
-    assert records.load(path) == steady and [p.name for p in tmp_path.iterdir()] == ["r.json"]
-    for damage, message in (
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
         (lambda r: r.update(schema=2), "record has schema 2"),
         (lambda r: r.pop("stages"), "lacks stages"),
         (lambda r: r["stages"]["total"].update(median="fast"), r"record.stages.total.median must be a number"),
         (lambda r: r["stages"]["total"].update(p99=-1.0), "p99 must be 0 or more"),
         (lambda r: r.update(extra=1), "fields that are not known: extra"),
         (lambda r: r["batches"][0].update(batch=True), "batch must be an integer"),
-    ):
-        broken = copy.deepcopy(steady)
-        damage(broken)
+    ],
+)
+def test_damage_is_named(steady, tmp_path, damage, message):
+    damage(steady)
+    for refused in (validate, lambda record: records.save(record, tmp_path / "never.json")):
         with pytest.raises(ConfigError, match=message):
-            validate(broken)
-        with pytest.raises(ConfigError, match=message):
-            records.save(broken, tmp_path / "never.json")
-    assert not (tmp_path / "never.json").exists()
+            refused(steady)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_records_round_trip(steady, tmp_path):
+    path = records.save(steady, tmp_path / "r.json")
+    assert records.load(path) == steady and [p.name for p in tmp_path.iterdir()] == ["r.json"]
     (tmp_path / "text.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not JSON"):
-        records.load(tmp_path / "text.json")
-    with pytest.raises(ConfigError, match="does not exist"):
-        records.load(tmp_path / "absent.json")
+    for name, message in (("text.json", "is not JSON"), ("absent.json", "does not exist")):
+        with pytest.raises(ConfigError, match=message):
+            records.load(tmp_path / name)
