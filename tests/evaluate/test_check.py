@@ -14,9 +14,7 @@ from twinflow_rt.evaluate.check import relations
 from twinflow_rt.training.scenes import COLORS, KINDS, SHAPES, Requirement, Scene, SceneObject, prompts, render
 
 pytest.importorskip("scipy")
-SCENES = [
-    s for kind in KINDS for split in ("train", "heldout") for s in prompts(kind, 25, split, seed=5)
-]
+SCENES = [s for kind in KINDS for split in ("train", "heldout") for s in prompts(kind, 25, split, seed=5)]
 
 
 def shown(scene: Scene, **changes: object) -> np.ndarray:
@@ -62,36 +60,33 @@ def test_each_shape_and_color_is_told_apart(shape, color, size):
     assert (found.shape, found.color) == (shape, color)
 
 
-def test_wrong_color_is_refused():
-    for scene in prompts("colors", 12) + prompts("attribution", 12):
-        wrong = next(c for c in COLORS if c not in {o.color for o in scene.objects})
-        assert not check(shown(scene, color=wrong), scene).correct
+def other(scene: Scene, field: str, among) -> dict[str, object]:
+    """One of `among` that no object of the scene has."""
+    return {field: next(x for x in among if x not in {getattr(o, field) for o in scene.objects})}
 
 
-def test_swapped_colors_are_refused():
-    for scene in prompts("attribution", 20):
-        a, b = scene.objects
-        swapped = (replace(a, color=b.color), replace(b, color=a.color))
-        assert not check(render(replace(scene, objects=swapped)), scene).correct
+def swapped(scene: Scene, *fields: str) -> np.ndarray:
+    """The picture of a scene of two objects that have each other's fields."""
+    a, b = scene.objects
+    take = lambda o, giver: replace(o, **{name: getattr(giver, name) for name in fields})
+    return render(replace(scene, objects=(take(a, b), take(b, a))))
 
 
-def test_wrong_shape_is_refused():
-    for scene in SCENES[::4]:
-        wrong = next(s for s in SHAPES if s not in {o.shape for o in scene.objects})
-        assert not check(shown(scene, shape=wrong), scene).correct
+WRONG = {
+    "color": (prompts("colors", 12) + prompts("attribution", 12), lambda s: shown(s, **other(s, "color", COLORS))),
+    "swapped colors": (prompts("attribution", 20), lambda s: swapped(s, "color")),
+    "shape": (SCENES[::4], lambda s: shown(s, **other(s, "shape", SHAPES))),
+    "one object less": (SCENES[::4], lambda s: render(replace(s, objects=s.objects[1:]))),
+    "swapped positions": (prompts("position", 20), lambda s: swapped(s, "cx", "cy")),
+}
 
 
-def test_missing_object_is_refused():
-    for scene in SCENES[::4]:
-        assert not check(render(replace(scene, objects=scene.objects[1:])), scene).correct
-
-
-def test_swapped_positions_are_refused():
-    for scene in prompts("position", 20):
-        a, b = scene.objects
-        swapped = (replace(a, cx=b.cx, cy=b.cy), replace(b, cx=a.cx, cy=a.cy))
-        verdict = check(render(replace(scene, objects=swapped)), scene)
-        assert not verdict.correct and scene.relation in verdict.reason
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_was_not_asked_is_refused(kind):
+    scenes, picture = WRONG[kind]
+    for scene in scenes:
+        verdict = check(picture(scene), scene)
+        assert not verdict.correct and (kind != "swapped positions" or scene.relation in verdict.reason)
 
 
 def test_counting_refuses_one_more_even_in_another_color():
