@@ -55,9 +55,7 @@ def pretrained() -> Toy:
 def test_one_step_sampling_learns_both_modes_that_flow_matching_averages():
     model = pretrained()
     before = one_step(model, 0.99, 0.99).abs().mean()
-    objective = TwinFlowObjective(
-        model, model, ObjectiveConfig(guidance=0.0), pick=lambda c, m: c, drop=lambda c: c
-    )
+    objective = TwinFlowObjective(model, model, ObjectiveConfig(guidance=0.0), pick=lambda c, m: c, drop=lambda c: c)
     train(lambda: objective(data(256), None)[0], model, 600, lr=1e-3)
     x = one_step(model, 1.0, 0.0)
     assert before < 0.5  # one Euler step of a plain flow lands near the mean, 0

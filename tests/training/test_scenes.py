@@ -78,10 +78,7 @@ def test_relation_holds_clearly():
     for scene in prompts("position", 200, "train"):
         a, b = scene.objects
         dx, dy = RELATIONS[scene.relation]
-        along, across = (
-            (a.cx - b.cx) * dx + (a.cy - b.cy) * dy,
-            (a.cx - b.cx) * dy + (a.cy - b.cy) * dx,
-        )
+        along, across = ((a.cx - b.cx) * dx + (a.cy - b.cy) * dy, (a.cx - b.cx) * dy + (a.cy - b.cy) * dx)
         assert along > 20 and abs(across) < 0.6 * along
 
 

@@ -61,9 +61,7 @@ def score(images: Iterable[ArrayLike], scenes: Sequence[Scene]) -> Scores:
     """Check images[i] against scenes[i]. Raises ConfigError if there is not one image per scene."""
     images = list(images)
     if len(images) != len(scenes) or not scenes:
-        raise ConfigError(
-            f"{len(images)} images for {len(scenes)} scenes; give one image per scene"
-        )
+        raise ConfigError(f"{len(images)} images for {len(scenes)} scenes; give one image per scene")
     verdicts = tuple(check(i, s) for i, s in zip(images, scenes, strict=True))
     per_kind = {}
     for kind in KINDS:
@@ -75,10 +73,7 @@ def score(images: Iterable[ArrayLike], scenes: Sequence[Scene]) -> Scores:
 
 
 def examine(
-    generate: Callable[[list[str]], Iterable[ArrayLike]],
-    per_kind: int = 50,
-    split: Split = "heldout",
-    seed: int = 0,
+    generate: Callable[[list[str]], Iterable[ArrayLike]], per_kind: int = 50, split: Split = "heldout", seed: int = 0
 ) -> Scores:
     """Score `generate(captions) -> images` on `per_kind` captions of each kind."""
     scenes = [s for kind in KINDS for s in prompts(kind, per_kind, split, seed)]

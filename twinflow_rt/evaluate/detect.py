@@ -14,12 +14,7 @@ from ..training.scenes import ARM, COLORS, DISTANCE, SHAPES
 MIN_AREA = 30 / 64**2  # smaller components are specks; share of the image
 MIN_FIT = 0.8  # overlap with the best template below which a component is no shape
 MAX_RESIDUAL = 60.0  # distance of a pixel from its colour line, of 255
-AREA = {
-    "circle": math.pi / 4,
-    "square": 1.0,
-    "triangle": 0.5,
-    "cross": 1 - (1 - ARM) ** 2,
-}  # / size^2
+AREA = {"circle": math.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 1 - (1 - ARM) ** 2}  # / size^2
 
 
 @dataclass(frozen=True)
@@ -46,9 +41,7 @@ def detect(image: ArrayLike) -> list[Detection]:
 
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ConfigError(
-            f"an image to examine is uint8 [H, W, 3], not {pixels.dtype} {pixels.shape}"
-        )
+        raise ConfigError(f"an image to examine is uint8 [H, W, 3], not {pixels.dtype} {pixels.shape}")
     cover, nearest = _unmix(pixels.astype(np.float32))
     least = MIN_AREA * nearest.size
     found = []
@@ -74,9 +67,7 @@ def _unmix(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np
     background = np.median(np.concatenate([b.reshape(-1, 3) for b in border]), axis=0)
     lines = np.asarray(list(COLORS.values()), np.float32) - background
     offset = pixels - background
-    cover = np.clip(
-        np.einsum("hwc,kc->khw", offset, lines) / (np.square(lines).sum(1) + 1)[:, None, None], 0, 1
-    )
+    cover = np.clip(np.einsum("hwc,kc->khw", offset, lines) / (np.square(lines).sum(1) + 1)[:, None, None], 0, 1)
     residual = np.linalg.norm(offset - cover[..., None] * lines[:, None, None], axis=-1)
     nearest = np.where(residual.min(0) <= MAX_RESIDUAL, residual.argmin(0), -1)
     return cover, nearest
@@ -90,9 +81,7 @@ def _best_shape(cover: NDArray[np.float32], color: str) -> Detection:
     fits = []
     for shape in SHAPES:
         size = math.sqrt(total / AREA[shape])
-        middle = (
-            cy - size / 6 if shape == "triangle" else cy
-        )  # its centroid lies below its box's centre
+        middle = cy - size / 6 if shape == "triangle" else cy  # its centroid lies below its box's centre
         distance = DISTANCE[shape](columns[None] - cx, rows[:, None] - middle, size / 2)
         template = np.clip(0.5 - distance, 0, 1)
         fit = float(np.minimum(cover, template).sum() / np.maximum(cover, template).sum())

@@ -20,10 +20,7 @@ GOOD, BAD, INK = (20, 120, 50), (190, 30, 30), (40, 40, 40)
 
 
 def contact_sheet(
-    images: Sequence[ArrayLike],
-    scenes: Sequence[Scene],
-    verdicts: Sequence[Verdict] | None = None,
-    columns: int = 6,
+    images: Sequence[ArrayLike], scenes: Sequence[Scene], verdicts: Sequence[Verdict] | None = None, columns: int = 6
 ) -> Image:
     """Return a PIL image with one framed cell per image: its caption, and the verdict in green or red.
 
@@ -34,9 +31,7 @@ def contact_sheet(
     if verdicts is None:
         verdicts = [check(i, s) for i, s in zip(images, scenes, strict=False)]
     if not len(images) == len(scenes) == len(verdicts) or not len(scenes):
-        raise ConfigError(
-            f"{len(images)} images, {len(scenes)} scenes, {len(verdicts)} verdicts; give one each"
-        )
+        raise ConfigError(f"{len(images)} images, {len(scenes)} scenes, {len(verdicts)} verdicts; give one each")
     sheet = Image.new("RGB", (columns * WIDTH, -(-len(images) // columns) * HEIGHT), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, scene, verdict) in enumerate(zip(images, scenes, verdicts, strict=True)):

@@ -37,9 +37,7 @@ class Autoencoder(nn.Module):
         self.vae = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
 
     def loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        posterior = self.vae.encode(
-            images.contiguous(memory_format=torch.channels_last)
-        ).latent_dist
+        posterior = self.vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist
         z = posterior.sample()
         z = z + LATENT_NOISE * z.std().detach() * torch.randn_like(z)
         reconstruction = self.vae.decode(z).sample
@@ -79,9 +77,7 @@ def train_autoencoder(
     torch.manual_seed(seed + 1)
     with torch.no_grad():
         latents = vae.encode(_draw(256, device)).latent_dist.mean
-    vae.register_to_config(
-        shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item()
-    )
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     partial = out / "final.tmp"
     vae.save_pretrained(partial)
     return partial.rename(final)

@@ -95,9 +95,7 @@ class DemoModel(torch.nn.Module):
         ids = ids[:, :longest]
         mask = torch.arange(longest) < lengths[:, None]
         device = self.text_encoder.device
-        out = self.text_encoder(
-            input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True
-        )
+        out = self.text_encoder(input_ids=ids.to(device), attention_mask=mask.to(device), output_hidden_states=True)
         return out.hidden_states[-2], lengths
 
     def forward(self, x: Tensor, t: Tensor, tt: Tensor, cond: tuple[Tensor, Tensor]) -> Tensor:

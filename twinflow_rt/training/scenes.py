@@ -38,12 +38,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 
 SIZE = 64
-_SIZES = {
-    1: (18, 28),
-    2: (15, 23),
-    3: (14, 18),
-    4: (13, 16),
-}  # object size by number of objects, px
+_SIZES = {1: (18, 28), 2: (15, 23), 3: (14, 18), 4: (13, 16)}  # object size by number of objects, px
 _RADII = {1: (0, 8), 2: (13, 17), 3: (16, 19), 4: (18, 20)}  # distance from the layout's centre, px
 ARM = 0.36  # width of a cross's arm / its size
 
@@ -90,9 +85,7 @@ def is_heldout(first: tuple[str, str], second: tuple[str, str]) -> bool:
     return (a[1] + 2 * b[1] + a[0] + b[0]) % 6 == 0
 
 
-def sample_scene(
-    rng: np.random.Generator, split: Split = "train", kind: str | None = None
-) -> Scene:
+def sample_scene(rng: np.random.Generator, split: Split = "train", kind: str | None = None) -> Scene:
     """Draw a scene, of a random kind (shares as in `KINDS`) unless `kind` is given.
 
     Scenes with two different objects show a held-out pair exactly if `split` is "heldout"; the
@@ -174,9 +167,7 @@ def _two_objects(rng: np.random.Generator, kind: str, split: Split) -> Scene:
     while True:
         shapes = _pick(rng, SHAPES, 2)
         # colours that the caption binds differ, or swapping them would be no error
-        colors = (
-            _pick(rng, COLORS, 2) if kind != "two" else [*_pick(rng, COLORS), *_pick(rng, COLORS)]
-        )
+        colors = _pick(rng, COLORS, 2) if kind != "two" else [*_pick(rng, COLORS), *_pick(rng, COLORS)]
         pair = list(zip(shapes, colors, strict=True))
         if is_heldout(*pair) == (split == "heldout"):
             break
@@ -196,9 +187,7 @@ def _background(rng: np.random.Generator) -> int:
     return int(rng.integers(230, 245))
 
 
-def _place(
-    rng: np.random.Generator, pairs: list[tuple[str, str]], angle: float
-) -> tuple[SceneObject, ...]:
+def _place(rng: np.random.Generator, pairs: list[tuple[str, str]], angle: float) -> tuple[SceneObject, ...]:
     """Put the objects on a ring around the centre, the first at `angle`, without touching."""
     n = len(pairs)
     while True:
@@ -209,9 +198,7 @@ def _place(
             at = angle + 2 * math.pi * i / n
             cx = SIZE / 2 + centre[0] + radius * math.cos(at) + jitter[i, 0]
             cy = SIZE / 2 + centre[1] + radius * math.sin(at) + jitter[i, 1]
-            objects.append(
-                SceneObject(shape, color, float(cx), float(cy), float(size + jitter[i, 2]))
-            )
+            objects.append(SceneObject(shape, color, float(cx), float(cy), float(size + jitter[i, 2])))
         if _fits(objects):
             return tuple(objects)
         angle += rng.uniform(-0.05, 0.05)  # a crowded ring may only fit turned a little
