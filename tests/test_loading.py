@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from tests.factory import make_model
+from twinflow_rt import cli
 from twinflow_rt.loading import load
-from twinflow_rt.options import LoadOptions
+from twinflow_rt.options import LoadOptions, flag, read_arguments, table
 
 OPTIONS = {option.name: option for option in fields(LoadOptions)}
 
@@ -41,6 +42,37 @@ def test_options_reach_ray_workers_and_the_command_line_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+def test_the_documented_table_is_of_the_code():
+    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    written = text.partition("<!-- options -->\n")[2].partition("\n<!-- end of options -->")[0]
+    assert written == table(), "write what `python -m twinflow_rt.options` prints into docs/api.md"
+
+
+@pytest.mark.parametrize("command", ["generate", "serve", "batch", "eval"])
+def test_every_command_that_makes_images_takes_the_options(command):
+    """All that can be written there; what each means for the model is `load`'s to say."""
+    own = {"generate": {"--preview"}, "eval": set()}.get(command, set())
+    parser, words = cli.build_parser([command]), {"batch": ["m", "p.txt", "-o", "out"]}.get(command, [])
+    given = {
+        "--device": "cpu", "--dtype": "float32", "--nfe": "2", "--lora": "a:0.5", "--precision": "int8",
+        "--skip-layers": "w2", "--text-precision": "int8", "--text-skip-layers": "mlp", "--prompt-cache": "100",
+        "--capture": "off", "--memory-budget": "1GB", "--tile": "64", "--fp8-attention": None, "--download": None,
+        "--batch-invariant": None, **dict.fromkeys(own, "folder"),
+    }  # fmt: skip
+    assert {flag(option) for option in OPTIONS.values()} - {None} == {*given, "--preview"}
+    words += [word for name, value in given.items() for word in (name, value) if word is not None]
+    options = read_arguments(parser.parse_args([command, *words]), LoadOptions)
+    expected = LoadOptions(
+        device="cpu", dtype="float32", nfe=[2] if command == "eval" else 2, loras=[("a", 0.5)], precision="int8",
+        skip_layers=["w2"], text_precision="int8", text_skip_layers=["mlp"], prompt_cache=100, capture="off",
+        memory_budget="1GB", tile=64, fp8_attention=True, download=True, batch_invariant=True,
+        preview="folder" if own else None,
+    )  # fmt: skip
+    assert options == expected
+    old = parser.parse_args([command, *words, "--exempt", "w1", "w3"])
+    assert old.skip_layers == ["w1", "w3"] and "--exempt" not in parser.format_help()
+
+
 def test_old_names_work_and_warn(tmp_path):
     folder, skipped = make_model(tmp_path / "m"), ["layers.feed_forward.w2"]
     how = {"device": "cpu", "dtype": "float32", "precision": "int8", "text_precision": "int8"}
@@ -52,6 +84,6 @@ def test_old_names_work_and_warn(tmp_path):
     assert all(w.filename == __file__ for w in warned)
     again = load(folder, skip_layers=skipped, text_skip_layers=["layers.mlp.down_proj"], **how)
     assert pipe.plan.exempt == again.plan.exempt == tuple(skipped)
-    assert pipe.text.options.skip_layers == again.text.options.skip_layers == ("layers.mlp.down_proj",)
+    assert pipe.text.exempt == again.text.exempt == ("layers.mlp.down_proj",)
     with pytest.raises(TypeError, match="old name"):
         load(folder, exempt=skipped, skip_layers=skipped)

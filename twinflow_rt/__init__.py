@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "load": "loading",
+    "LoadOptions": "options",
     "Pipeline": "pipeline",
     "Result": "pipeline",
     "accelerate": "integrations.diffusers",

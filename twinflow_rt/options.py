@@ -147,6 +147,16 @@ def describe(option: Field[Any]) -> str:
     return f"{option.metadata['help']}; default: {default}" if default else str(option.metadata["help"])
 
 
+def table() -> str:
+    """The options of `load` as the table in docs/api.md; `python -m twinflow_rt.options` prints it."""
+    rows = ["| option | meaning | default |", "|---|---|---|"]
+    for option in fields(LoadOptions):
+        page, default = option.metadata["page"], otherwise(option)
+        more = f" ([{page}]({page}))" if page else ""
+        rows.append(f"| `{option.name}` | {option.metadata['help']}{more} | {default} |")
+    return "\n".join(rows)
+
+
 def add_arguments(
     parser: argparse._ActionsContainer, options: Any, only: Collection[str] = (), skip: Collection[str] = ()
 ) -> None:
@@ -195,3 +205,7 @@ def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         return call
 
     return decorate
+
+
+if __name__ == "__main__":
+    print(table())
