@@ -9,6 +9,9 @@ from typing import Any
 
 from ..checkpoint.atomic import check_target
 from ..errors import ConfigError
+from ..options import LoadOptions
+from ..options import add_arguments as add_options
+from .options import parse_size
 
 EPILOG = """\
 examples:
@@ -30,30 +33,21 @@ def counts(text: str) -> tuple[int, ...]:
     return values
 
 
-def size(text: str) -> tuple[int, int]:
-    """ "WxH" or "N" -> (width, height)."""
-    from .options import parse_size
-
-    return parse_size(text)
-
-
 def names(text: str) -> tuple[str, ...]:
     """ "eager,diffusers" -> ("eager", "diffusers")."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+OF_LOAD: dict[str, Any] = {}  # stands for: as `LoadOptions` declares it
 # group -> option -> what argparse is told. Options without a default leave the choice to `settings.Settings`.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "what is measured": {
         "random-weights": {"metavar": "NAME", "help": "without files: z-image, qwen-image, sd3.5-m, sana, sana-sprint"},
         "scale": {"type": float, "help": "with --random-weights: factor on all widths, for small machines"},
         "layers": {"type": int, "help": "with --random-weights: at most so many layers per network"},
-        "size": {"type": size, "metavar": "WxH", "help": "pixels; default: the model's"},
+        "size": {"type": parse_size, "metavar": "WxH", "help": "pixels; default: the model's"},
         "batch": {"type": int, "help": "images per call (default 1)"},
-        "nfe": {"type": int, "help": "network evaluations per image (default 1)"},
-        "dtype": {"help": "float32, bfloat16 or float16; default: fits model and device"},
-        "precision": {"help": "fp32, fp16, bf16, int8 or fp8, as `twinflow_rt.load` takes it"},
-        "device": {"help": "cpu, cuda or cuda:N; default: the GPU if there is one"},
+        **dict.fromkeys(("nfe", "dtype", "precision", "device"), OF_LOAD),
         "backend": {"metavar": "NAME", "help": "implementation to prefer: eager, native, triton, cuda, cudnn, ..."},
         "peers": {"type": names, "metavar": "LIST", "help": "compare with some of eager,compile,diffusers"},
         "prompt": {"help": "default: built-in ones"},
@@ -99,7 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for option, told in options.items():
-            group.add_argument(f"--{option}", **told)
+            if told is OF_LOAD:
+                add_options(group, LoadOptions, only=(option,))
+            else:
+                group.add_argument(f"--{option}", **told)
 
 
 def run(args: argparse.Namespace) -> int:

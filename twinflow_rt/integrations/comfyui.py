@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..loading import load
+from ..options import LoadOptions, describe
 from ..pipeline import Pipeline
 from ..stages.text import PromptEmbeds
 
 MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else
 MAX_BATCH = 64
 MAX_SEED = 2**63 - MAX_BATCH  # image k of a batch has seed + k
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
-PRECISIONS = ["auto", "int8", "fp8"]
+AUTO = "auto"  # of a widget: an option of `load` left at its default
+WIDGETS = {  # the options of `load` that the node has
+    "device": "STRING", "dtype": [AUTO, "float32", "bfloat16", "float16"], "precision": [AUTO, "int8", "fp8"]
+}  # fmt: skip
 Inputs = dict[str, dict[str, tuple[Any, ...]]]
 
 
@@ -41,16 +45,17 @@ class Load:
         return {
             "required": {"path": ("STRING", {"default": "demo", "tooltip": "model folder, hf://owner/name, or demo"})},
             "optional": {
-                "device": ("STRING", {"default": "auto", "tooltip": "cpu, cuda or cuda:N; auto: the GPU if any"}),
-                "dtype": (DTYPES, {"default": "auto"}),
-                "precision": (PRECISIONS, {"default": "auto", "tooltip": "of linear layers"}),
+                option.name: (WIDGETS[option.name], {"default": AUTO, "tooltip": describe(option)})
+                for option in fields(LoadOptions)
+                if option.name in WIDGETS
             },
         }
 
-    def load(self, path: str, device: str = "auto", dtype: str = "auto", precision: str = "auto") -> tuple[Pipeline]:
+    def load(self, path: str, device: str = AUTO, dtype: str = AUTO, precision: str = AUTO) -> tuple[Pipeline]:
         """Raises what `twinflow_rt.load` raises."""
-        chosen = [None if value == "auto" else value for value in (device, dtype, precision)]
-        return (load(path, device=chosen[0], dtype=chosen[1], precision=chosen[2]),)
+        given: dict[str, Any] = {"device": device, "dtype": dtype, "precision": precision}
+        options = LoadOptions(**{name: value for name, value in given.items() if value != AUTO})
+        return (load(path, **vars(options)),)
 
 
 class Encode:
