@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from twinflow_rt import load
 from twinflow_rt.ops import tracing
-from twinflow_rt.ops.tracing import Tables
+from twinflow_rt.ops.tracing import TableCache
 
 CPU = torch.device("cpu")
 
@@ -17,7 +17,7 @@ def pair(n: int, device: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_a_table_is_made_once_per_key_and_the_oldest_go():
-    tables, made = Tables(), []
+    tables, made = TableCache(), []
     get = lambda n: tables(n, CPU, lambda: (made.append(n), pair(n))[1])
     assert get(1) is get(1) and made == [1]
     for n in range(2, tracing.KEPT + 2):
@@ -27,7 +27,7 @@ def test_a_table_is_made_once_per_key_and_the_oldest_go():
 
 
 def test_what_is_kept_serves_autograd():
-    tables, w = Tables(), torch.ones(3, requires_grad=True)
+    tables, w = TableCache(), torch.ones(3, requires_grad=True)
     with torch.inference_mode():
         kept, _ = tables("a", CPU, lambda: pair(3))
     (w * kept).sum().backward()
@@ -35,7 +35,7 @@ def test_what_is_kept_serves_autograd():
 
 
 def test_tracers_and_other_devices_make_their_own():
-    tables = Tables()
+    tables = TableCache()
     with FakeTensorMode():
         tables("a", CPU, lambda: pair(3))
     kept, _ = tables("a", CPU, lambda: pair(3))

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import OpTable, into
+from ..ops import OpTable, ops_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, ValuesView
@@ -262,7 +262,7 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        return self.net["2"](with_gelu(self.net["0"]["proj"], x, into(self.net["2"], ops)))
+        return self.net["2"](with_gelu(self.net["0"]["proj"], x, ops_for(self.net["2"], ops)))
 
 
 def add_branch(x: Tensor, branch: Tensor, gate: Tensor | None, ops: OpTable) -> Tensor:
@@ -275,9 +275,9 @@ def finish(
     ops: OpTable,
 ) -> Stream:  # fmt: skip
     """Adds attention's branch to x, then the MLP's, and opens the norm of `reader`, whose constants are `after`."""
-    first = into(mlp.net["0"]["proj"], ops)
+    first = ops_for(mlp.net["0"]["proj"], ops)
     x, h = first.residual_layer_norm(x, branch, now.gate_a, now.scale_f, now.shift_f, EPS)
-    return into(reader, ops).residual_layer_norm(x, mlp(h, ops), now.gate_f, after.scale_a, after.shift_a, EPS)
+    return ops_for(reader, ops).residual_layer_norm(x, mlp(h, ops), now.gate_f, after.scale_a, after.shift_a, EPS)
 
 
 def pack(latents: Tensor) -> Tensor:

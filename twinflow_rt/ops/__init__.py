@@ -23,11 +23,9 @@ from .selection import select
 from .table import EAGER, OpTable, ops_for
 from .target import Target
 
-into = ops_for  # its name until all networks say `ops_for`
-
 __all__ = [
     "EAGER", "OpTable", "QuantizedRows", "Target", "attention", "attention_fp8", "fold_upsample", "gelu_tanh",
-    "gelu_tanh_quantized", "group_norm_silu", "grouped_qk_norm_rope", "into", "joint_qk_norm_rope", "layer_norm",
+    "gelu_tanh_quantized", "group_norm_silu", "grouped_qk_norm_rope", "joint_qk_norm_rope", "layer_norm",
     "layer_norm_quantized", "linear_attention", "linear_gelu", "linear_quantized", "linear_residual", "linear_swiglu",
     "ops_for", "qk_norm_rope", "quantize_rows", "residual_layer_norm", "residual_layer_norm_quantized", "residual_norm",
     "residual_norm_quantized", "rms_norm", "rms_norm_quantized", "rms_norm_silu", "rotate", "select",

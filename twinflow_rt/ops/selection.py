@@ -25,15 +25,13 @@ from .implementations import (
     QUANTIZED_OPS,
     RAGGED,
     Implementation,
-    triton_refuses,
 )
-from .table import EAGER, OpTable, QuantizedOps
+from .table import OpTable, QuantizedOps
 from .target import Target
 
 __all__ = [
-    "EAGER", "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "INT8_ARCH", "QUANTIZED_OPS", "RAGGED", "SEPARATE", "Choice",
+    "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "INT8_ARCH", "QUANTIZED_OPS", "RAGGED", "SEPARATE", "Choice",
     "Implementation", "OpTable", "QuantizedOps", "Target", "choose", "rank", "select", "select_quantized",
-    "triton_refuses",
 ]  # fmt: skip
 
 # a product and what follows it -> the op that follows: "separate" is torch's product, then that op as chosen

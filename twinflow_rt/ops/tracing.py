@@ -1,4 +1,4 @@
-"""Whether anything beside the caller follows torch's ops, and tables that are kept between calls where nothing does."""
+"""Cache tensors that depend on sizes only (rotary tables); disabled while torch is tracing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import _C, Tensor
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-KEPT = 8  # tables of one owner: sizes of images and lengths of prompts met of late
+KEPT = 8  # tables of one cache: the latest sizes of images and lengths of prompts
 
 
 def watched() -> bool:
@@ -19,14 +19,14 @@ def watched() -> bool:
     return is_compiling() or traced or _C._len_torch_dispatch_stack() > 0
 
 
-def kept_by_a_tape() -> bool:
+def _recorded() -> bool:
     """Whether what follows torch is a `runtime.cpu_graph.Recorder`, whose constants may be tables of others."""
     return getattr(_get_current_dispatch_mode(), "keeps_constants", False)
 
 
-class Tables:
-    """Tensors that sizes alone decide, such as rotary angles, made once per size; on a CPU, where making them takes
-    longer than some kernels do, and a recorded graph does not own them."""
+class TableCache:
+    """Pairs of tensors that depend on sizes only, made once per size. On a CPU alone, where making them takes longer
+    than some kernels do, and where a recorded graph does not own them."""
 
     def __init__(self) -> None:
         self._made: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
@@ -34,8 +34,8 @@ class Tables:
     def __call__(
         self, key: Hashable, device: torch.device, make: Callable[[], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """make(), or what it gave for this key before."""
-        if device.type != "cpu" or (watched() and not kept_by_a_tape()):
+        """Return what `make()` gave for this key before, or make it."""
+        if device.type != "cpu" or (watched() and not _recorded()):
             return make()
         found = self._made.get(key)
         if found is None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import EAGER, OpTable, into
+from ...ops import EAGER, OpTable, ops_for
 from ..architecture import Architecture
 from ..layers import ModuleDict, ModuleList
 from .language_model import Weight
@@ -99,8 +99,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         first, second = self.mlp.values()
-        x = x + self.self_attn(self.layer_norm1(x, self.eps, into(self.self_attn.qkv_proj, ops)))
-        return x + second(self.act(first(self.layer_norm2(x, self.eps, into(first, ops)))))
+        x = x + self.self_attn(self.layer_norm1(x, self.eps, ops_for(self.self_attn.qkv_proj, ops)))
+        return x + second(self.act(first(self.layer_norm2(x, self.eps, ops_for(first, ops)))))
 
 
 class ClipText(nn.Module):

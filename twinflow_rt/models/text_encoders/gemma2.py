@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import EAGER, OpTable, into
+from ...ops import EAGER, OpTable, ops_for
 from ..architecture import Architecture
 from ..layers import Module, ModuleList
 from .language_model import FUSED, FeedForward, Past, Weight, after
@@ -108,9 +108,10 @@ class Layer(Module):
         layer that reads that."""
         _, post_a, pre_f, post_f = (1 + getattr(self, name).weight.float() for name in NORMS)
         branch = self.self_attn(h, rope, ops, past, kept)
-        x, h = into(self.mlp.gate_up_proj, ops).residual_norm(x, branch, post_a, pre_f, eps)
+        x, h = ops_for(self.mlp.gate_up_proj, ops).residual_norm(x, branch, post_a, pre_f, eps)
         gate, up = self.mlp.gate_up_proj(h).chunk(2, -1)
-        return into(reader, ops).residual_norm(x, self.mlp.down_proj(ops.gelu_tanh(gate) * up), post_f, following, eps)
+        branch = self.mlp.down_proj(ops.gelu_tanh(gate) * up)
+        return ops_for(reader, ops).residual_norm(x, branch, post_f, following, eps)
 
 
 class Gemma2(nn.Module):
@@ -153,7 +154,7 @@ class Gemma2(nn.Module):
         rope = angles.cos()[None], angles.sin()[None]
         firsts = [1 + layer.input_layernorm.weight.float() for layer in self.layers] + [1 + self.norm.weight.float()]
         readers = [*(layer.self_attn.qkv_proj for layer in self.layers), None]
-        h = into(readers[0], self.ops).rms_norm(x, firsts[0], config.rms_norm_eps)
+        h = ops_for(readers[0], self.ops).rms_norm(x, firsts[0], config.rms_norm_eps)
         each = zip(self.layers, firsts[1:], readers[1:], strict=True)
         for i, (layer, following, reader) in enumerate(each):
             before = past[i] if past else None

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import EAGER, OpTable, into
-from ...ops.tracing import Tables
+from ...ops import EAGER, OpTable, ops_for
+from ...ops.tracing import TableCache
 from ..layers import Module, ModuleList, with_residual, with_swiglu
 
 FUSED = {
@@ -145,10 +145,10 @@ class Layer(Module):
         kept: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:  # fmt: skip
         attention, gate_up, down = self.self_attn, self.mlp.gate_up_proj, self.mlp.down_proj
-        h = into(attention.qkv_proj, ops).rms_norm(x, self.input_layernorm.weight.float(), self.eps)
+        h = ops_for(attention.qkv_proj, ops).rms_norm(x, self.input_layernorm.weight.float(), self.eps)
         x = with_residual(x, attention.o_proj, attention(h, rope, ops, past, kept), ops)
-        h = into(gate_up, ops).rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
-        return with_residual(x, down, with_swiglu(gate_up, h, into(down, ops)), ops)
+        h = ops_for(gate_up, ops).rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
+        return with_residual(x, down, with_swiglu(gate_up, h, ops_for(down, ops)), ops)
 
 
 class LanguageModel(Module):
@@ -160,7 +160,7 @@ class LanguageModel(Module):
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         self.layers = ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = Weight(config.hidden_size) if config.state == -1 else None
-        self._ropes = Tables()
+        self._ropes = TableCache()
 
     def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
         """past: of the P tokens before these, which then have positions P, P + 1, ..."""

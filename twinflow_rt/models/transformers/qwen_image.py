@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import OpTable, into
+from ...ops import OpTable, ops_for
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
@@ -300,8 +300,8 @@ class QwenImageTransformer(VelocityNetwork):
         lengths = split.keys(None if context.ragged is None else context.ragged + n, n, longest)
         of_x, of_c = modulation.blocks[0]
         readers = [(block.attn.to_qkv, block.attn.add_qkv) for block in self.transformer_blocks]
-        image = x, into(readers[0][0], self.ops).layer_norm(x, of_x.scale_a, EPS, of_x.shift_a)
-        prompt = c, into(readers[0][1], self.ops).layer_norm(c, of_c.scale_a, EPS, of_c.shift_a)
+        image = x, ops_for(readers[0][0], self.ops).layer_norm(x, of_x.scale_a, EPS, of_x.shift_a)
+        prompt = c, ops_for(readers[0][1], self.ops).layer_norm(c, of_c.scale_a, EPS, of_c.shift_a)
         following = (*modulation.blocks[1:], (modulation.final, None)), (*readers[1:], (self.proj_out, None))
         each = zip(self.transformer_blocks, modulation.blocks, *following, strict=True)
         for block, now, after, next_readers in each:

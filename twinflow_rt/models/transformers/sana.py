@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import OpTable, into
+from ...ops import OpTable, ops_for
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
@@ -240,7 +240,7 @@ class Block(nn.Module):
         branch = self.attn2(x, keys_values, lengths, ops)
         x, h = ops.residual_layer_norm(x, branch, None, now.scale_f, now.shift_f, EPS)
         branch = self.ff(h.unflatten(1, (height, -1))).flatten(1, 2)
-        return into(reader, ops).residual_layer_norm(x, branch, now.gate_f, after.scale_a, after.shift_a, EPS)
+        return ops_for(reader, ops).residual_layer_norm(x, branch, now.gate_f, after.scale_a, after.shift_a, EPS)
 
 
 def effective(table: Tensor, shared: Tensor, scales: tuple[int, ...]) -> Tensor:
@@ -390,7 +390,7 @@ class SanaTransformer(VelocityNetwork):
         x = F.linear(latents.flatten(2).transpose(1, 2), proj.weight.flatten(1), proj.bias)
         first = modulation.blocks[0]
         readers = [block.attn1.to_qkv for block in self.transformer_blocks]
-        image = x, into(readers[0], self.ops).layer_norm(x, first.scale_a, EPS, first.shift_a)
+        image = x, ops_for(readers[0], self.ops).layer_norm(x, first.scale_a, EPS, first.shift_a)
         following = (*modulation.blocks[1:], modulation.final), (*readers[1:], self.proj_out)
         prompts = context.keys_values.to(x.dtype).unbind(1)
         each = zip(self.transformer_blocks, prompts, modulation.blocks, *following, strict=True)

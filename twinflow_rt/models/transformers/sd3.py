@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import OpTable, into
+from ...ops import OpTable, ops_for
 from .. import layers
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
@@ -204,7 +204,7 @@ class Block(nn.Module):
         out = self.attn(h, prompt[1], rope[0], None, None if self.prompt_output else n, ops)
         branch = self.attn.to_out[0](out[:, :n])
         if now.second is not None:
-            h = into(self.attn2.to_qkv, ops).layer_norm(x, now.second.scale_a, EPS, now.second.shift_a)
+            h = ops_for(self.attn2.to_qkv, ops).layer_norm(x, now.second.scale_a, EPS, now.second.shift_a)
             x = add_branch(x, branch, own.gate_a, ops)
             branch, own = self.attn2(h, rope[1], ops), own._replace(gate_a=now.second.gate_a)
         image = finish(x, branch, self.ff, own, after[0], readers[0], ops)
@@ -349,8 +349,8 @@ class SD3Transformer(VelocityNetwork):
         x, c = self.pos_embed(latents), context.tokens.to(latents.dtype)
         rope = self._no_rope(x.shape[1] + c.shape[1], x.device), self._no_rope(x.shape[1], x.device)
         readers = [(block.attn.to_qkv, block.attn.add_qkv) for block in self.transformer_blocks]
-        image = x, into(readers[0][0], self.ops).layer_norm(x, now[0].image.scale_a, EPS, now[0].image.shift_a)
-        prompt = c, into(readers[0][1], self.ops).layer_norm(c, now[0].prompt.scale_a, EPS, now[0].prompt.shift_a)
+        image = x, ops_for(readers[0][0], self.ops).layer_norm(x, now[0].image.scale_a, EPS, now[0].image.shift_a)
+        prompt = c, ops_for(readers[0][1], self.ops).layer_norm(c, now[0].prompt.scale_a, EPS, now[0].prompt.shift_a)
         constants = *((m.image, m.prompt) for m in now[1:]), (Constants.of(closing), None)
         following = constants, (*readers[1:], (self.proj_out, None))
         for block, own, after, next_readers in zip(self.transformer_blocks, now, *following, strict=True):

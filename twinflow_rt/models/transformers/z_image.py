@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import OpTable, into
-from ...ops.tracing import Tables
+from ...ops import OpTable, ops_for
+from ...ops.tracing import TableCache
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
@@ -156,7 +156,7 @@ class FeedForward(Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        return self.w2(with_swiglu(self.w13, x, into(self.w2, ops)))
+        return self.w2(with_swiglu(self.w13, x, ops_for(self.w2, ops)))
 
 
 class Block(Module):
@@ -197,8 +197,8 @@ class Block(Module):
         _, post_a, pre_f, post_f = norms
         branch = self.attention(h, rope, lengths, rows, ops)
         x, feed_forward = x if rows is None else x[:, :rows], self.feed_forward
-        x, h = into(feed_forward.w13, ops).residual_norm(x, branch, post_a, pre_f, self.eps)
-        return into(reader, ops).residual_norm(x, feed_forward(h, ops), post_f, next_pre, self.eps)
+        x, h = ops_for(feed_forward.w13, ops).residual_norm(x, branch, post_a, pre_f, self.eps)
+        return ops_for(reader, ops).residual_norm(x, feed_forward(h, ops), post_f, next_pre, self.eps)
 
 
 class FinalLayer(nn.Module):
@@ -261,7 +261,7 @@ class ZImageTransformer(VelocityNetwork):
             self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
             self.t_embedder_2 = TimestepEmbedder(min(dim, ADALN_DIM))
         self._rope_tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-        self._ropes = Tables()
+        self._ropes = TableCache()
 
     # -- time -----------------------------------------------------------------------------------
 
@@ -407,7 +407,7 @@ class ZImageTransformer(VelocityNetwork):
         *others, last = blocks
         each = [weights.unsqueeze(2).unbind(1) for weights in norms]
         readers = [block.attention.to_qkv for block in blocks]
-        h = into(readers[0], self.ops).rms_norm(x, each[0][0], self.config.norm_eps)
+        h = ops_for(readers[0], self.ops).rms_norm(x, each[0][0], self.config.norm_eps)
         for i, block in enumerate(others):
             x, h = block(x, h, each[i], each[i + 1][0], rope, lengths, self.ops, reader=readers[i + 1])
         y: Tensor = last(x, h, each[-1], None, rope, lengths, self.ops, rows)[0]
