@@ -16,8 +16,8 @@ import torch
 
 from twinflow_rt import ops as references
 from twinflow_rt.bench.case import SIZES, judge
+from twinflow_rt.bench.eight_bit_cases import eight_bit_cases, implementations
 from twinflow_rt.bench.op_cases import cases
-from twinflow_rt.bench.standalone_cases import implementations, standalone
 from twinflow_rt.ops.selection import Target
 from twinflow_rt.runtime.timer import synchronize
 
@@ -29,8 +29,8 @@ SIZE = "z-image 1024x1024" if GPU else "z-image 256x256"
 def suite(*ops: str) -> Callable:
     """The benchmark function of a stem's ops, for a module to name `test_...`; of 8-bit networks' in both dtypes."""
     target = Target.of_network(SIZES[SIZE], DEVICE, DTYPE)
-    table = [c for c in (*cases(SIZES[SIZE], DTYPE, DEVICE), *standalone(SIZES[SIZE], DTYPE, DEVICE)) if c.op in ops]
-    table = [c for c in table if "ragged" not in c.name]
+    sized = SIZES[SIZE], DTYPE, DEVICE
+    table = [c for c in (*cases(*sized), *eight_bit_cases(*sized)) if c.op in ops and "ragged" not in c.name]
     calls = [(c, name, i) for c in table for name, i in implementations(c, target)[0].items()]
     calls += [(c, "eager", getattr(references, c.op)) for c in table]
 

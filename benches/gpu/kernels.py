@@ -21,9 +21,9 @@ from benches.gpu import rivals
 from twinflow_rt import ops
 from twinflow_rt.bench import ceilings, facts
 from twinflow_rt.bench.case import SIZES, Case, judge, outputs
+from twinflow_rt.bench.eight_bit_cases import aimed, eight_bit_cases
 from twinflow_rt.bench.layer_cases import LAYERS
 from twinflow_rt.bench.op_cases import cases
-from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.bench.timing import interleave
 from twinflow_rt.config import dtype_name
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, choose
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for size in dict.fromkeys(options.sizes):
         for dtype in options.dtypes:
             where = SIZES[size], getattr(torch, dtype), device
-            for case in (*cases(*where), *standalone(*where)):
+            for case in (*cases(*where), *eight_bit_cases(*where)):
                 if kind_of(case) not in options.kinds or (options.ops and case.op not in options.ops):
                     continue
                 with torch.inference_mode():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twinflow_rt import ops
 from twinflow_rt.bench.case import Case
-from twinflow_rt.bench.standalone_cases import implementations
+from twinflow_rt.bench.eight_bit_cases import implementations
 from twinflow_rt.ops.optional import find
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target
 

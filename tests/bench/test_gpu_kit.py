@@ -13,9 +13,9 @@ import torch
 
 from benches.gpu import build, kernels, kit, report
 from twinflow_rt.bench.case import SIZES
+from twinflow_rt.bench.eight_bit_cases import eight_bit_cases
 from twinflow_rt.bench.layer_cases import LAYERS
 from twinflow_rt.bench.op_cases import cases
-from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.ops import EAGER, OpTable
 
 
@@ -110,7 +110,7 @@ def test_everything_that_serves_this_machine_is_right(tmp_path):
 
 
 def test_every_case_has_a_kind_and_layers_meet_their_rivals(tmp_path):
-    everything = (*cases(SIZES["tiny"], torch.float32, "cpu"), *standalone(SIZES["tiny"], torch.float32, "cpu"))
+    everything = (*cases(SIZES["tiny"], torch.float32, "cpu"), *eight_bit_cases(SIZES["tiny"], torch.float32, "cpu"))
     kinds = {case.op: kernels.kind_of(case) for case in everything}
     assert set(kinds.values()) == set(kernels.KINDS)
     assert {op for op, kind in kinds.items() if kind != "rows"} == {f.name for f in fields(OpTable)}

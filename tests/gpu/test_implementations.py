@@ -12,8 +12,8 @@ import torch
 
 from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES, judge
+from twinflow_rt.bench.eight_bit_cases import QUANTIZED, aimed, dequantized, eight_bit_cases
 from twinflow_rt.bench.op_cases import cases
-from twinflow_rt.bench.standalone_cases import QUANTIZED, aimed, dequantized, standalone
 from twinflow_rt.ops.backends import BACKENDS
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target
 
@@ -26,7 +26,7 @@ THIRD_PARTY = [name for name, backend in BACKENDS.items() if backend.module]
 def table(size, dtype, device):
     """name -> case, of all there are."""
     where = SIZES[size], dtype, device
-    return {case.name: case for case in (*cases(*where), *standalone(*where))}
+    return {case.name: case for case in (*cases(*where), *eight_bit_cases(*where))}
 
 
 def key(case):

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from tests.registered import NATIVE, registered
 from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES, Sizes, exact_layer, exact_rms, exact_rope, exact_rope_of_halves, judge
+from twinflow_rt.bench.eight_bit_cases import QUANTIZED
 from twinflow_rt.bench.op_cases import cases
-from twinflow_rt.bench.standalone_cases import QUANTIZED
 from twinflow_rt.errors import DeviceError
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.native import plain as native

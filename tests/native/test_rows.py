@@ -8,12 +8,12 @@ import torch
 from tests.native.test_native import DTYPES, EPS, ODD, check, draw, formats
 from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES
-from twinflow_rt.bench.standalone_cases import standalone
+from twinflow_rt.bench.eight_bit_cases import eight_bit_cases
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.native import rows as native_rows
 from twinflow_rt.ops.selection import QUANTIZED_OPS
 
-ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op in QUANTIZED_OPS]
+ROWS = [c.name for c in eight_bit_cases(SIZES["tiny"], torch.float32, "cpu") if c.op in QUANTIZED_OPS]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -21,7 +21,7 @@ ROWS = [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.op 
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "linear_quantized, float8"])
 def test_rows(at, name, sizes, dtype):
     """Quantized rows of norms and activations: one rounding, whatever the storage."""
-    (case,) = (c for c in standalone(sizes, dtype, "cpu") if c.name == name)
+    (case,) = (c for c in eight_bit_cases(sizes, dtype, "cpu") if c.name == name)
     if at.place == "cuda" and case.op == "linear_quantized" and sizes.width % 8:
         pytest.skip("torch's int8 product of a GPU takes multiples of 8")
     if at.place == "cpu" and "float8" in name:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from twinflow_rt.bench.case import SIZES, Sizes, outputs
+from twinflow_rt.bench.eight_bit_cases import eight_bit_cases
 from twinflow_rt.bench.op_cases import cases
-from twinflow_rt.bench.standalone_cases import standalone
 from twinflow_rt.ops import EAGER, OpTable
 from twinflow_rt.ops.selection import IMPLEMENTATIONS
 
@@ -73,10 +73,10 @@ def test_the_optional_parts_are_identities():
     assert h is None and torch.equal(total, EAGER.residual_norm(x, branch, one, one, 1e-5)[0])
 
 
-@pytest.mark.parametrize("name", [c.name for c in standalone(SIZES["tiny"], torch.float32, "cpu")])
+@pytest.mark.parametrize("name", [c.name for c in eight_bit_cases(SIZES["tiny"], torch.float32, "cpu")])
 def test_kernels_beside_the_table(name):
     """Quantized rows are off by half a step of their code: 1/16 of a value in e4m3, 1/254 of the largest in int8."""
-    case = next(c for c in standalone(SIZES["tiny"], torch.float32, "cpu") if c.name == name)
+    case = next(c for c in eight_bit_cases(SIZES["tiny"], torch.float32, "cpu") if c.name == name)
     reference = IMPLEMENTATIONS[case.op]["eager"].load()
     got, exact = outputs(case.read(reference(*case.inputs()))), case.exact(*case.inputs())
     kind = None if case.op == "linear_quantized" else case.name.rpartition(", ")[2]  # a product rounds nothing

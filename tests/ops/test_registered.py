@@ -22,8 +22,8 @@ from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from tests.registered import registered
 from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES, judge
+from twinflow_rt.bench.eight_bit_cases import aimed, eight_bit_cases
 from twinflow_rt.bench.op_cases import cases
-from twinflow_rt.bench.standalone_cases import aimed, standalone
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.selection import FP8, IMPLEMENTATIONS, RAGGED, OpTable, QuantizedOps, Target
 
@@ -32,7 +32,7 @@ OPS = {f.name for table in (OpTable, QuantizedOps) for f in fields(table)} | {RA
 
 
 def everything(dtype=torch.float32):
-    return (*cases(TINY, dtype, "cpu"), *standalone(TINY, dtype, "cpu"))
+    return (*cases(TINY, dtype, "cpu"), *eight_bit_cases(TINY, dtype, "cpu"))
 
 
 def targets(graph: GraphModule) -> Iterator[str]:

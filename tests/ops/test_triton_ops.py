@@ -14,14 +14,14 @@ from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from tests.registered import registered
 from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES, judge
+from twinflow_rt.bench.eight_bit_cases import QUANTIZED, eight_bit_cases
 from twinflow_rt.bench.op_cases import cases
-from twinflow_rt.bench.standalone_cases import QUANTIZED, standalone
 from twinflow_rt.ops.selection import IMPLEMENTATIONS
 from twinflow_rt.ops.table import EAGER_QUANTIZED, quantizing
 
 CASES = [
     case
-    for case in (*cases(SIZES["tiny"], torch.float16, "cpu"), *standalone(SIZES["tiny"], torch.float16, "cpu"))
+    for case in (*cases(SIZES["tiny"], torch.float16, "cpu"), *eight_bit_cases(SIZES["tiny"], torch.float16, "cpu"))
     if "triton" in IMPLEMENTATIONS[case.op]
 ]
 EPS = 1e-5

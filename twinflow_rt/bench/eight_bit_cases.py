@@ -41,7 +41,7 @@ def aimed(case: Case, target: Target) -> Target:
     return replace(target, quantized=QUANTIZED[kind]) if case.op in QUANTIZED_OPS else target
 
 
-def standalone(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> list[Case]:
+def eight_bit_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str) -> list[Case]:
     """Return a case per op, for those that quantize one of float8 and one of int8."""
     draw, plain = Draw(dtype, torch.device(device)), {case.op: case for case in cases(sizes, dtype, device)}
     rows = [
