@@ -20,7 +20,7 @@ MAX_PROMPT = 100_000  # characters; models read at most some thousand tokens of 
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """None: the first CUDA device if there is one, else the CPU. Raises DeviceError if it is absent."""
+    """Return the device; None: the first CUDA device if there is one, else the CPU. Raise DeviceError if absent."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -37,7 +37,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 
 
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `device` multiplies matrices in `dtype` at full rate.
+    """Return whether `device` multiplies matrices in `dtype` at full rate.
 
     Without AVX512-BF16 or AMX a CPU emulates bfloat16 about a hundred times slower than float32.
     """
@@ -51,12 +51,13 @@ def has_native(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def dtype_name(dtype: str | torch.dtype) -> str:
-    """Its name without the module, as `bfloat16`."""
+    """Return its name without the module, as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """The compute dtype: as asked for, or (None) the checkpoint's where the device runs it natively, else float32."""
+    """Return the dtype to compute in: as asked for, or (None) that of the weights, `stored`, where the device has
+    arithmetic of it, else float32."""
     if dtype is None:
         return stored if has_native(stored, device) else torch.float32
     name = dtype_name(dtype)
@@ -67,7 +68,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
 
 
 def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) -> tuple[str | None, Any]:
-    """What linear layers are quantized to ("int8", "fp8" or None), and the dtype asked for, from the two arguments.
+    """Return what linear layers are quantized to ("int8", "fp8" or None), and the dtype asked for.
 
     "fp32", "fp16" and "bf16" are dtypes, "auto" is what None is: the dtype that suits checkpoint and
     device. Beside "int8" and "fp8", dtype is that of activations and of the layers that are not quantized.
@@ -83,7 +84,7 @@ def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) ->
 
 
 def resolve_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
-    """One prompt or several; an empty string is a prompt, an empty list is not."""
+    """Return the prompts, one or several; an empty string is a prompt, an empty list is not."""
     prompts = (prompt,) if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
         raise ConfigError(f"prompt must be a string or a list of strings, not {prompt!r:.80}")
@@ -117,7 +118,7 @@ class SizeRule:
             )
 
     def resolve(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Height and width in pixels; None means the model's default size."""
+        """Return height and width in pixels; None means the model's default size."""
         return self._axis("height", height, self.max_height), self._axis("width", width, self.max_width)
 
     def _axis(self, name: str, value: int | None, most: int) -> int:
@@ -145,7 +146,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def parse_bytes(value: int | str | None, what: str = "memory_budget") -> int | None:
-    """Bytes of an int or of text such as "12GB", "900 MiB"; None stays None. Raises ConfigError for others."""
+    """Return the bytes of an int or of text like "12GB", "900 MiB"; None stays None. Raise ConfigError for others."""
     if value is None:
         return None
     if isinstance(value, str):

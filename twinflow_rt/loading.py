@@ -61,7 +61,7 @@ def load(
     largest: tuple[int | None, int | None, int] | None = None, tile: int | None = None,
     preview: str | Path | None = None,
 ) -> Pipeline:  # fmt: skip
-    """Loads and compiles a model; returns its Pipeline.
+    """Load and compile a model; return its Pipeline.
 
     path: a model folder in diffusers' layout, one that `Pipeline.save` wrote, "demo", the miniature that ships along,
     or hf://owner/name[@revision][/subfolder] from the cache of the Hugging Face hub. The options are `LoadOptions`:
@@ -94,7 +94,7 @@ class Asked:
 
     @classmethod
     def of(cls, options: LoadOptions) -> Asked:
-        """Checks what can be checked without the model. Raises ConfigError, DeviceError."""
+        """Check what can be checked without the model. Raise ConfigError, DeviceError."""
         sampler, device = resolve_sampler(options.nfe, options.sampler), resolve_device(options.device)
         _, dtype = resolve_precision(options.precision, options.dtype)
         check_choice("capture", options.capture, CAPTURES)
@@ -103,14 +103,14 @@ class Asked:
         return cls(options, sampler, device, dtype, open_captures(options.capture, device), loras, budget)
 
     def text_options(self, captures: Captures | None = None) -> StageOptions:
-        """How the text stage is read where memory allows."""
+        """Return how the text stage is read where memory allows."""
         options = self.options
         return StageOptions(
             captures, precision=options.text_precision, skip_layers=tuple(options.text_skip_layers)
         )
 
     def progress(self, part: str) -> Progress | None:
-        """What is told of the bytes of `part` as they arrive."""
+        """Return what is told of the bytes of `part` as they arrive."""
         return self.options.progress and partial(self.options.progress, part)
 
 
@@ -134,7 +134,7 @@ class Model:
         cls, folder: Path, checkpoint: Checkpoint, family: Family, dtype: torch.dtype, sampler: SamplerConfig,
         asked: Asked,
     ) -> Model:  # fmt: skip
-        """Opens the stages in `folder` beside the network in `checkpoint`."""
+        """Open the stages in `folder` beside the network in `checkpoint`."""
         options = asked.options
         text, vae, sizes = family.open(folder, checkpoint.config)
         text.require_precision(options.text_precision, options.text_skip_layers, asked.device, dtype)
@@ -143,8 +143,8 @@ class Model:
         return cls(folder, checkpoint, family, text, vae, sizes, dtype, sampler, schedule(sampler, dtype))
 
     def plan_memory(self, asked: Asked, **network: Any) -> MemoryPlan | None:
-        """What streams, and the side of tiles, so that the budget holds; None without a budget. network: of its linear
-        layers, and whether it is a saved program's, as `memory_plan.plan_memory` takes them. Raises ConfigError."""
+        """Return what streams, and the side of tiles, so that the budget holds; None without one. network: its
+        precision, and whether it is a saved program's, as `memory_plan.plan_memory` takes them. Raise ConfigError."""
         if asked.budget is None:
             return None
         memory = plan_memory(
@@ -161,7 +161,7 @@ class Model:
 
 
 def _load_folder(folder: Path, asked: Asked) -> Pipeline:
-    """Of a folder in diffusers' layout: the passes compile its network."""
+    """Load a folder in diffusers' layout: the passes compile its network."""
     options, network = asked.options, folder / "transformer"
     checkpoint = Merged(network, asked.loras) if asked.loras else Checkpoint(network)
     family = family_of(checkpoint.config)
@@ -178,7 +178,7 @@ def _load_folder(folder: Path, asked: Asked) -> Pipeline:
 
 
 def _load_artifact(folder: Path, asked: Asked) -> Pipeline:
-    """Of a folder that `Pipeline.save` wrote: its plan says what the passes made of its network."""
+    """Load a folder that `Pipeline.save` wrote: its plan says what the passes made of its network."""
     options, saved = asked.options, artifact.read(folder)
     plan = Plan.from_dict(saved["plan"])
     require_same(plan.loras, asked.loras)
@@ -200,7 +200,7 @@ def _load_artifact(folder: Path, asked: Asked) -> Pipeline:
 def _assemble(
     model: Model, asked: Asked, memory: MemoryPlan | None, compile: Callable[[Progress | None], Program]
 ) -> Pipeline:
-    """Reads the weights, part by part, and makes the pipeline of them. compile(progress): the network's program."""
+    """Read the weights, part by part, and return the pipeline of them. compile(progress): the network's program."""
     options, device, dtype, text, vae = asked.options, asked.device, model.dtype, model.text, model.vae
     captures = asked.captures if memory is None or device.type == "cuda" else None  # a CPU's budget counts every byte
     text_options, network_options = asked.text_options(captures), StageOptions(captures)
@@ -229,7 +229,7 @@ def _assemble(
 
 
 def _require_precision(plan: Plan, folder: Path, options: LoadOptions) -> None:
-    """Raises ConfigError where another precision is asked for than the program saved in `folder` has."""
+    """Raise ConfigError where another precision is asked for than the program saved in `folder` has."""
     quantized, _ = resolve_precision(options.precision, None)
     other = options.precision not in (None, "auto") and quantized != plan.precision
     if other or (options.skip_layers and precisions.skipped(options.skip_layers, plan.precision)[0] != plan.exempt):
@@ -242,7 +242,7 @@ def _require_precision(plan: Plan, folder: Path, options: LoadOptions) -> None:
 
 
 def resolve_largest(largest: tuple[int | None, int | None, int] | None, sizes: SizeRule) -> tuple[int, int, int]:
-    """Height, width and images of the largest call, checked; None: the default size, one image of it."""
+    """Return height, width and images of the largest call, checked; None: one image of the default size."""
     if largest is None:
         return (*sizes.resolve(None, None), 1)
     if not isinstance(largest, (tuple, list)) or len(largest) != 3:
@@ -252,5 +252,5 @@ def resolve_largest(largest: tuple[int | None, int | None, int] | None, sizes: S
 
 
 def model_path(path: str | Path, download: bool = False) -> Path:
-    """The local folder that `load` takes for `path`."""
+    """Return the local folder that `load` takes for `path`."""
     return DEMO if str(path) == "demo" else hub.folder(path, download)

@@ -30,7 +30,7 @@ CAPTURES = ("auto", "graphs", "off")
 def about(
     help: str, otherwise: str = "", *, flag: str | None = "", old_flag: str = "", page: str = "", **argparse: Any
 ) -> dict[str, Any]:
-    """Metadata of a dataclass's field that is an option.
+    """Return the metadata of a dataclass's field that is an option.
 
     otherwise: what the default comes to, in words. flag: how the command line writes it, "" for the name with dashes,
     None where no command takes it; old_flag: how it did before. page: the page of docs/ to read on. argparse: what
@@ -131,24 +131,24 @@ class LoadOptions:
 
 
 def flag(option: Field[Any]) -> str | None:
-    """How the command line writes an option; None where no command takes it."""
+    """Return how the command line writes an option; None where no command takes it."""
     written: str | None = option.metadata["flag"]
     return f"--{option.name.replace('_', '-')}" if written == "" else written
 
 
 def otherwise(option: Field[Any]) -> str:
-    """What holds where an option is not given, in words; "" where nothing is to be said."""
+    """Return what holds where an option is not given, in words; "" where nothing is to be said."""
     return option.metadata["otherwise"] or ("" if option.default in (None, False, ()) else str(option.default))
 
 
 def describe(option: Field[Any]) -> str:
-    """An option's help and what its default comes to, in one line."""
+    """Return an option's help and what its default comes to, in one line."""
     default = otherwise(option)
     return f"{option.metadata['help']}; default: {default}" if default else str(option.metadata["help"])
 
 
 def table() -> str:
-    """The options of `load` as the table in docs/api.md; `python -m twinflow_rt.options` prints it."""
+    """Return the options of `load` as the table in docs/api.md; `python -m twinflow_rt.options` prints it."""
     rows = ["| option | meaning | default |", "|---|---|---|"]
     for option in fields(LoadOptions):
         page, default = option.metadata["page"], otherwise(option)
@@ -160,7 +160,7 @@ def table() -> str:
 def add_arguments(
     parser: argparse._ActionsContainer, options: Any, only: Collection[str] = (), skip: Collection[str] = ()
 ) -> None:
-    """Declares the fields of `options`, a dataclass, to a parser: those in `only`, or all but those in `skip`."""
+    """Declare the fields of `options`, a dataclass, to a parser: those in `only`, or all but those in `skip`."""
     for option in fields(options):
         written = flag(option)
         if written is None or option.name in skip or (only and option.name not in only):
@@ -172,13 +172,13 @@ def add_arguments(
 
 
 def read_arguments(args: argparse.Namespace, options: Callable[..., T], **others: Any) -> T:
-    """The dataclass `options` from parsed arguments; fields that were not declared have their defaults, or `others`."""
+    """Return the dataclass `options` of parsed arguments; fields not declared have their defaults, or `others`."""
     names: list[str] = [option.name for option in fields(options)]  # type: ignore[arg-type]
     return options(**({name: getattr(args, name) for name in names if hasattr(args, name)} | others))
 
 
 def _by_type(kind: str) -> dict[str, Any]:
-    """What argparse is told of a field of this type, as its annotation reads."""
+    """Return what argparse is told of a field of this type, as its annotation reads."""
     if kind == "bool":
         return {"action": "store_true"}
     if kind.startswith("Sequence[str]"):
@@ -188,8 +188,8 @@ def _by_type(kind: str) -> dict[str, Any]:
 
 
 def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates a function so that keywords under their old names (old="new") are taken, with a DeprecationWarning.
-    Raises TypeError where both names are given."""
+    """Decorate a function so that keywords under their old names (old="new") are taken, with a DeprecationWarning.
+    Raise TypeError where both names are given."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @wraps(function)

@@ -35,7 +35,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a TwinFlowError (a full disk among them), 1 for
+    """Run the command line; return the exit status: 0, 2 for a TwinFlowError (a full disk among them), 1 for
     any other OSError (a port in use), 130 when interrupted. Errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser(argv).parse_args(argv)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """The parser; only the options of the command named in `argv` are declared, so `--help` stays fast."""
+    """Return the parser; only the options of the command named in `argv` are declared, so `--help` stays fast."""
     description = "Few-step text-to-image inference with TwinFlow models."
     parser = argparse.ArgumentParser(prog="twinflow-rt", description=description)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes what is missing and writes the manifest; returns 0.
+    """Make what is missing and write the manifest; return 0.
 
     Raises ConfigError for options, rows and a folder that holds other images; what generating raises, and
     then what was finished stays.
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[Iterator[Written]]:
-    """The images of all groups as they are finished, made here or by a Ray cluster."""
+    """Yield the images of all groups as they are finished, made here or by a Ray cluster."""
     from ..serve import batch
 
     width, height = args.size or (None, None)
@@ -92,7 +92,7 @@ def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[I
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, where that is a terminal; yields what moves it by one image."""
+    """Show a bar on stderr, where that is a terminal; yield what moves it by one image."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -84,7 +84,7 @@ SETTINGS = tuple(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the command."""
+    """Declare the options of the command."""
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EPILOG
     parser.add_argument(
         "target", nargs="*", metavar="MODEL | compare A B | show A",
@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs what the arguments ask for; returns the exit status: 1 where a gate found a regression."""
+    """Run what the arguments ask for; return the exit status: 1 where a gate found a regression."""
     first, *rest = args.target or ["demo"]
     if first == "compare":
         return _compare(args, rest)
@@ -159,7 +159,7 @@ def _compare(args: argparse.Namespace, paths: list[str]) -> int:
 
 
 def repeatable(args: argparse.Namespace) -> str:
-    """The command as others can repeat it: without the folders that a model lies in, and output files."""
+    """Return the command as others can repeat it: without the folders that a model lies in, and output files."""
     words = ["twinflow-rt", "bench", *(Path(target).name for target in args.target)]
     for name in SETTINGS:
         value = getattr(args, name)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Encodes the prompts of `args` and prints what that took."""
+    """Encode the prompts of `args` and print what that took."""
     rows = [] if args.file is None else read_rows(args.file)
     prompts = resolve_prompts([*args.prompt, *(row["prompt"] for row in rows)])
     check_target(args.output, "--output")
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def open_text(model: str | Path, options: LoadOptions) -> tuple[str, Any]:
-    """A model's family and its text stage, loaded; of the other parts configs and headers are read."""
+    """Return a model's family and its text stage, loaded; of the other parts configs and headers are read."""
     folder, target = model_folder(model_path(model, options.download)), resolve_device(options.device)
     transformer = Checkpoint(folder / "transformer", quantized=True)
     family = family_of(transformer.config)
@@ -78,7 +78,7 @@ def open_text(model: str | Path, options: LoadOptions) -> tuple[str, Any]:
 
 @torch.inference_mode()
 def encode(text: Any, prompts: Sequence[str]) -> PromptEmbeds:
-    """Embeddings of any number of prompts, `BATCH` at a time, in one tensor padded with zeros."""
+    """Return the embeddings of any number of prompts, `BATCH` at a time, in one tensor padded with zeros."""
     made = [text(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
     longest = max(m.embeds.shape[1] for m in made)
     embeds = torch.cat([F.pad(m.embeds, (0, 0, 0, longest - m.embeds.shape[1])) for m in made])

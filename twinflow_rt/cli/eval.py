@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores the model at every asked-for number of evaluations and prints one line each."""
+    """Score the model at every asked-for number of evaluations and print one line each."""
     if args.sheet is not None:
         check_image_path(args.sheet, "--sheet")
     pipe = load_model(args, nfe=None, largest=(None, None, BATCH))
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def sheet(generate: Generator, path: Path, columns: int = 6) -> None:
-    """One row of prompts, images and verdicts per kind."""
+    """Write one row of prompts, images and verdicts per kind."""
     scenes = [s for kind in KINDS for s in prompts(kind, columns, "train", seed=1)]
     image = contact_sheet(list(generate([s.caption for s in scenes])), scenes, columns=columns)
     save_image(image, path)
@@ -96,7 +96,7 @@ def _line(row: dict[str, Any], header: bool) -> str:
 
 
 def _confusions(scores: Scores) -> str:
-    """One line for each thing that was asked for, with what was found instead, most often first."""
+    """Return one line for each thing that was asked for, with what was found instead, most often first."""
     lines = []
     for of, counts in scores.confusion.items():
         for asked in sorted({str(a) for a, _ in counts}):

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report as text: a line per file, then time and memory."""
+    """Return the report as text: a line per file, then time and memory."""
     seeds = [f" (seed {seed})" for seed in report["seeds"]]
     lines = [f"wrote {file}{seed}" for file, seed in zip(report["files"], [*seeds, ""], strict=False)]
     stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report["seconds"].items())

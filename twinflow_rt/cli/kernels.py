@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inventory(target: Any) -> list[Row]:
-    """All implementations of all ops: first the ranked ones in order, then `eager`, then the rest."""
+    """Return all implementations of all ops: first the ranked ones in order, then `eager`, then the rest."""
     from ..ops.selection import IMPLEMENTATIONS, choose, rank
 
     rows = []
@@ -66,7 +66,7 @@ def inventory(target: Any) -> list[Row]:
 
 
 def machine() -> dict[str, Any]:
-    """Versions and devices that decide what can run."""
+    """Return the versions and devices that decide what can run."""
     import torch
 
     from ..ops.native import library
@@ -88,7 +88,7 @@ def machine() -> dict[str, Any]:
 
 
 def packages() -> list[dict[str, Any]]:
-    """The optional packages that implementations come from; imports each, to find broken ones."""
+    """Return the optional packages that implementations come from; imports each, to find broken ones."""
     from ..ops import optional
     from ..ops.backends import BACKENDS
 

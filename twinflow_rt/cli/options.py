@@ -16,7 +16,7 @@ MODEL = "model folder (diffusers layout), hf://owner/name, or 'demo'"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, for the commands whose positional arguments are prompts."""
+    """Declare --model, for the commands whose positional arguments are prompts."""
     parser.add_argument("--model", default="demo", help=f"{MODEL} (default)")
 
 
@@ -43,7 +43,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def chosen_sampler(args: argparse.Namespace) -> Any:
-    """What --nfe and --mode ask for; None leaves the choice to the model."""
+    """Return what --nfe and --mode ask for; None leaves the choice to the model."""
     from ..sampling.schedule import preset
 
     if args.nfe is None and args.mode in ("any", "multi"):
@@ -52,7 +52,7 @@ def chosen_sampler(args: argparse.Namespace) -> Any:
 
 
 def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:
-    """Loads `args.model` with the options of `load` among `args`, and `others` in their place; shows progress."""
+    """Load `args.model` with the options of `load` among `args`, or `others` in their place, and show progress."""
     from ..loading import load
 
     with _progress(args.model) as progress:
@@ -61,7 +61,7 @@ def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:
 
 @contextmanager
 def _progress(model: str) -> Iterator[Callable[[str, int], None]]:
-    """Shows on stderr, where that is a terminal, what is being loaded; yields the callback of `load`."""
+    """Show on stderr, where that is a terminal, what is being loaded; yield the callback of `load`."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

@@ -21,7 +21,7 @@ NUMBERS = ("seed", "width", "height")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a prompt file: `prompt`, and where the file has them `seed`, `width`, `height`.
+    """Return the rows of a prompt file: `prompt`, and where the file has them `seed`, `width`, `height`.
 
     Other columns are left out. Raises ConfigError naming the row or the file, CheckpointError where there is no
     such file.

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the groups and which layers to skip, and keeps it if asked to."""
+    """Measure, print the groups and which layers to skip, and keep it if asked to."""
     from ..loading import load
     from ..planning import precision as precisions
     from ..planning import sensitivity

@@ -56,7 +56,7 @@ class Measurement:
     groups: tuple[Group, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; `read` reads it back."""
+        """Return it as JSON can hold it; `read` reads it back."""
         return {"schema": SCHEMA, **asdict(self)}
 
     @property
@@ -66,7 +66,7 @@ class Measurement:
 
 
 def read(path: str | Path) -> Measurement:
-    """A measurement that `twinflow-rt sensitivity --save` wrote. Raises ConfigError for any other file."""
+    """Return a measurement that `twinflow-rt sensitivity --save` wrote. Raises ConfigError for any other file."""
     try:
         raw = read_json(Path(path))
     except CheckpointError as error:
@@ -105,8 +105,8 @@ def resolve(
     folder: Path, precision: str | None, skip_layers: Sequence[str] | str | Path, fp8_attention: bool,
     device: torch.device, dtype: torch.dtype, free: bool = False,
 ) -> Arithmetic:  # fmt: skip
-    """What the arguments of `load` amount to for the network in `folder`. free: whether another dtype than `dtype` may
-    be chosen for it. Raises ConfigError for arguments that do not go together."""
+    """Return what the arguments of `load` amount to for the network in `folder`. free: whether another dtype than
+    `dtype` may be chosen for it. Raise ConfigError for arguments that do not go together."""
     if precision == "auto":
         if skip_layers or fp8_attention:
             raise ConfigError("precision 'auto' takes what was measured: leave skip_layers and fp8_attention out")
@@ -124,8 +124,8 @@ def resolve(
 def skipped(
     skip_layers: Sequence[str] | str | Path, precision: str | None
 ) -> tuple[tuple[str, ...], tuple[Group, ...]]:
-    """Parts of names of layers kept out of `precision`, and what was measured of it if they come from a file: the
-    path of one, or a list of names that is nothing but one. Raises ConfigError."""
+    """Return parts of names of layers kept out of `precision`, and what was measured of it if they come from a file:
+    the path of one, or a list of names that is nothing but one. Raise ConfigError."""
     if isinstance(skip_layers, (str, Path)):
         file = skip_layers
     elif len(skip_layers) == 1 and str(skip_layers[0]).endswith(".json"):
@@ -139,7 +139,7 @@ def skipped(
 
 
 def choose(measured: Mapping[str, Measurement | None]) -> tuple[Measurement | None, tuple[str, ...]]:
-    """The fastest precision that measured faster than none and within its budget, and a sentence on each.
+    """Return the fastest precision that measured faster than none and within its budget, and a sentence on each.
 
     measured: by precision, None where it was not measured. A pure function: no device is asked.
     """
@@ -160,7 +160,7 @@ def choose(measured: Mapping[str, Measurement | None]) -> tuple[Measurement | No
 def automatic(
     folder: Path, device: torch.device, dtype: torch.dtype, free: bool = False
 ) -> tuple[Measurement | None, tuple[str, ...]]:
-    """`choose` among the precisions with products on `device`, of a network's `folder`: what was measured here.
+    """`choose` among the precisions that `device` multiplies, by what was measured here of the network in `folder`.
     free: bfloat16 is one of them, in place of a float32 that nobody asked for."""
     names = [name for name in WEIGHT_DTYPES if refuses(name, device, dtype) is None]
     names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
@@ -171,28 +171,28 @@ def automatic(
 
 
 def refuses_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why bfloat16 is no choice in the place of `dtype` on `device`, or None."""
+    """Return why bfloat16 is no choice in the place of `dtype` on `device`, or None."""
     if dtype != torch.float32:
         return f"bf16 is measured against float32, not {dtype_name(dtype)}"
     return None if has_native(torch.bfloat16, device) else f"this {device.type} only emulates bfloat16"
 
 
 def kept(precision: str, weights: str, device: str, dtype: str) -> Path:
-    """Where a measurement on this machine stands, in the user's cache; one of another torch is not found."""
+    """Return where a measurement on this machine lies in the user's cache; one of another torch is not found."""
     key = hashlib.sha256("\n".join((weights, device, dtype, torch.__version__)).encode()).hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "twinflow_rt" / "precision" / f"{key[:32]}-{precision}.json"
 
 
 def save(found: Measurement, path: str | Path | None = None) -> Path:
-    """Writes a measurement, to where `automatic` finds it unless a path is given."""
+    """Write a measurement, to where `automatic` finds it unless a path is given."""
     path = found.path if path is None else Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_json(path, found.to_dict())
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a network's folder: its config, and the names and sizes of its weight files, which are not read."""
+    """Return a hash of a network's config and of the names and sizes of its weight files, which are not read."""
     files = sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     digest.update("".join(f"{path.name} {path.stat().st_size}\n" for path in files).encode())

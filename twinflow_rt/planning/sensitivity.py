@@ -37,7 +37,7 @@ ROUNDS = 7  # of timing, each of both
 
 
 def measure(network: nn.Module, run: Callable[[], Tensor], precision: str = "int8") -> tuple[Group, ...]:
-    """The groups that `precision` would quantize, most sensitive first. run(): one evaluation of `network`."""
+    """Return the groups of layers that `precision` would quantize, most sensitive first. run() evaluates `network`."""
     exact = run().double()
     found = []
     for name, layers in layer_groups(network, precision).items():
@@ -48,7 +48,7 @@ def measure(network: nn.Module, run: Callable[[], Tensor], precision: str = "int
 
 
 def advise(found: Sequence[Group], budget: float) -> tuple[str, ...]:
-    """Names to skip so that the errors of the others, added as squares, stay within `budget`."""
+    """Return the names of groups to skip, so that the errors of the others, added as squares, stay within `budget`."""
     kept = sorted(found, key=lambda group: group.error)
     skipped: list[str] = []
     while kept and math.sqrt(sum(group.error**2 for group in kept)) > budget:
@@ -59,7 +59,7 @@ def advise(found: Sequence[Group], budget: float) -> tuple[str, ...]:
 def of_pipeline(
     pipe: Any, precision: str = "int8", budget: float | None = None, rounds: int = ROUNDS
 ) -> precisions.Measurement:
-    """Measures "int8" or "fp8" on one image of the default size of a pipeline loaded without quantized layers.
+    """Measure "int8" or "fp8" on one image of the default size of a pipeline loaded without quantized layers.
 
     budget: default `BUDGETS[precision]`. rounds: of timing. Raises ConfigError where layers are quantized
     already, or the device has no products of that precision.
@@ -80,7 +80,7 @@ def of_pipeline(
 def of_bfloat16(
     pipe: Any, reload: Callable[[torch.dtype], Any], budget: float | None = None, rounds: int = ROUNDS
 ) -> precisions.Measurement:
-    """As `of_pipeline`, of the whole model in bfloat16, which reload(dtype) loads, against `pipe` in float32."""
+    """Measure the whole model in bfloat16, which reload(dtype) loads, against `pipe` in float32; see `of_pipeline`."""
     _require_whole(pipe)
     if reason := precisions.refuses_bf16(pipe.device, pipe.dtype):
         raise ConfigError(f"precision bf16: {reason}")
@@ -106,7 +106,7 @@ def _measurement(
 
 
 def _evaluation(pipe: Any) -> Callable[[], Tensor]:
-    """One evaluation of a pipeline's network, of `PROMPT` and the noise of `SEED`."""
+    """Return a function that evaluates a pipeline's network once, for `PROMPT` and the noise of `SEED`."""
     from ..sampling.noise import initial_noise
 
     height, width = pipe.sizes.resolve(None, None)
@@ -120,7 +120,7 @@ def _evaluation(pipe: Any) -> Callable[[], Tensor]:
 def _together(
     pipe: Any, layers: Mapping[str, nn.Linear], run: Callable[[], Tensor], precision: str, rounds: int
 ) -> tuple[float, float, float]:
-    """Error with all `layers` quantized, and median seconds so and as they are, taken in turns."""
+    """Return the error with all `layers` quantized, and median seconds so and as they are, taken in turns."""
     quantized, timer, network = quantized_layers(layers, precision), Timer(pipe.device), pipe.program.network
     target = Target.of_network(network.config, pipe.device, pipe.dtype)
     exact, after, before = run().double(), [], []
@@ -135,8 +135,8 @@ def _together(
 
 
 def _as_bfloat16(pipe: Any, other: Any, rounds: int) -> tuple[float, float, float]:
-    """Error of `other`, the model in bfloat16, against `pipe`, prompt included, and median seconds of an evaluation so
-    and as it is, taken in turns."""
+    """Return the error of `other`, the model in bfloat16, against `pipe`, prompt included, and median seconds of an
+    evaluation of either, taken in turns."""
     timer, after, before = Timer(pipe.device), [], []
     with torch.inference_mode():
         plain, short = _evaluation(pipe), _evaluation(other)

@@ -62,7 +62,7 @@ class ImageRequest(BaseModel):
 
 
 def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: float = 120.0) -> FastAPI:
-    """The application serving `engine` as model `name`.
+    """Return the application serving `engine` as model `name`.
 
     token: what clients must send as `Authorization: Bearer <token>`, except to the page and /health.
     timeout: seconds a request may take, waiting included.
@@ -130,14 +130,14 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
 
 
 def encode(image: Any, kind: str) -> str:
-    """A PIL image as base64 of a file of `kind`."""
+    """Return a PIL image as base64 of a file of `kind`."""
     file = io.BytesIO()
     image.save(file, format=kind.upper(), **ENCODING[kind])
     return base64.b64encode(file.getvalue()).decode()
 
 
 async def _finished(engine: Engine, jobs: list[Job], request: Request, timeout: float) -> list[Any] | None:
-    """The jobs' images; None when the client has left. Whatever ends this early gives the jobs up.
+    """Return the jobs' images; None when the client has left. Whatever ends this early gives the jobs up.
 
     Raises TimeoutError, and what the jobs raise.
     """

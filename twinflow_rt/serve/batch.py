@@ -42,8 +42,8 @@ def plan_requests(
     rows: Sequence[dict[str, Any]], model: str, *, seed: int = 0, num_images: int = 1,
     size: tuple[int, int] | None = None, nfe: int | None = None,
 ) -> list[Request]:  # fmt: skip
-    """One request per row and repeat, prompt-major; image k of a row with a seed gets that seed + k, image k of all
-    else `seed` + k. size: (width, height) where a row has none. model: its name. Raises ConfigError."""
+    """Return one request per row and repeat, prompt-major; image k of a row with a seed gets that seed + k, image k
+    of the run else `seed` + k. size: (width, height) where a row has none. model: its name. Raises ConfigError."""
     resolve_prompts([row["prompt"] for row in rows])
     width, height = size or (None, None)
     defaults = resolve_seeds(seed, len(rows) * num_images)
@@ -58,7 +58,7 @@ def plan_requests(
 
 
 def select_missing(requests: Iterable[Request], folder: Path, resume: bool) -> list[Request]:
-    """The requests whose image `folder` lacks. Raises ConfigError where an image is in the way: any without
+    """Return the requests whose image `folder` lacks. Raises ConfigError where an image is in the way: any without
     `resume`, one made of another request with it."""
     missing = []
     for request in requests:
@@ -73,7 +73,7 @@ def select_missing(requests: Iterable[Request], folder: Path, resume: bool) -> l
 
 
 def recorded(path: Path) -> Any:
-    """What an image says it was made of; None for an image of others. Reads the header only."""
+    """Return what an image says it was made of; None for an image of others. Reads the header only."""
     from PIL import Image
 
     try:
@@ -84,7 +84,7 @@ def recorded(path: Path) -> Any:
 
 
 def group(requests: Iterable[Request], size: int) -> list[list[Request]]:
-    """Batches of at most `size` requests of one image size."""
+    """Return batches of at most `size` requests of one image size."""
     alike: dict[tuple[int | None, int | None], list[Request]] = {}
     for request in requests:
         alike.setdefault((request.width, request.height), []).append(request)
@@ -92,7 +92,7 @@ def group(requests: Iterable[Request], size: int) -> list[list[Request]]:
 
 
 def paint(pipe: Any, requests: Sequence[Request], on_oom: str) -> list[Written]:
-    """Makes one batch; the images as PNG files that say what they were made of. on_oom: as for `Pipeline`."""
+    """Make one batch; return the images as PNG files that say what they were made of. on_oom: as for `Pipeline`."""
     first = requests[0]
     result = pipe(
         [r.prompt for r in requests], width=first.width, height=first.height, seed=[r.seed for r in requests],
@@ -107,6 +107,6 @@ def paint(pipe: Any, requests: Sequence[Request], on_oom: str) -> list[Written]:
 
 
 def write_manifest(requests: Iterable[Request], folder: Path) -> None:
-    """Lists the images that `folder` holds."""
+    """List the images that `folder` holds."""
     lines = [json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in requests if (folder / r.file).exists()]
     write_text(folder / MANIFEST, "".join(lines))

@@ -80,7 +80,7 @@ class Cluster(Engine):
         job.future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(task.cancel))
 
     async def _finish(self, job: Job, nfe: int | None) -> None:
-        """Has the image made and settles its future, unless the job was given up meanwhile."""
+        """Have the image made and settle its future, unless the job was given up meanwhile."""
         height, width, _ = job.kind
         outcome: Any = CancelledError("Ray gave this image up")
         try:
@@ -113,7 +113,7 @@ class Cluster(Engine):
             self.observe(Batch(1, seconds, 0.0, {} if failed else {"total": seconds}))
 
     async def _ask(self, method: str, *args: Any) -> Any:
-        """Calls a worker's method; asks another worker where one is lost."""
+        """Call a worker's method; ask another worker where one is lost."""
         lost = 0
         while True:
             response = getattr(self._handle, method).remote(*args)

@@ -89,7 +89,7 @@ class Engine:
         self, prompt: str, *, width: int | None = None, height: int | None = None, seed: int | None = None,
         num_images: int = 1, nfe: int | None = None,
     ) -> list[Job]:  # fmt: skip
-        """Queues a request, all of it or nothing; image k gets seed + k (None: a random seed).
+        """Queue a request, all of it or nothing; image k gets seed + k (None: a random seed).
 
         Raises ConfigError for what cannot work or exceeds the limits, QueueFullError, DrainingError.
         """
@@ -110,12 +110,12 @@ class Engine:
         return jobs
 
     def warm_up(self) -> None:
-        """Makes one image of the default size, so that the first caller does not pay for first uses."""
+        """Make one image of the default size, so that the first caller does not pay for first uses."""
         (job,) = self.submit("warm-up", seed=0)
         job.future.result()
 
     def cancel(self, jobs: list[Job]) -> None:
-        """Gives jobs up: those waiting leave the queue, a run that nobody waits for any more stops
+        """Give jobs up: those waiting leave the queue, a run that nobody waits for any more stops
         at its next stage. Finished jobs are left as they are."""
         with self._changed:
             for job in jobs:
@@ -140,13 +140,13 @@ class Engine:
         return len(self._running)
 
     def close(self) -> None:
-        """Takes no more requests; those accepted are finished."""
+        """Take no more requests; those accepted are finished."""
         with self._changed:
             self._draining = True
             self._changed.notify_all()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Closes and waits until everything accepted is finished. After `timeout` seconds the rest is
+        """Close and wait until everything accepted is finished. After `timeout` seconds the rest is
         given up, its futures raise CancelledError, and False is returned."""
         self.close()
         self._worker.join(timeout)
@@ -188,7 +188,7 @@ class Engine:
                 self._running = []
 
     def _next(self) -> list[Job]:
-        """The next batch, once there is one; empty when draining is done."""
+        """Return the next batch, once there is one; empty when draining is done."""
         with self._changed:
             while True:
                 alike = [job for job in self._queue if job.kind == self._queue[0].kind][: self.limits.max_batch]
@@ -208,7 +208,7 @@ class Engine:
                     return self._running
 
     def _generate(self, batch: list[Job]) -> None:
-        """Runs a batch. If it fails, its jobs run one by one: what is wrong with one is not the others' fault."""
+        """Run a batch. If it fails, its jobs run one by one: what is wrong with one is not the others' fault."""
         began = time.monotonic()
         timings: dict[str, float] = {}
         try:
@@ -232,7 +232,7 @@ class Engine:
             self.observe(Batch(len(batch), seconds, began - batch[0].queued, timings))
 
     def _call(self, batch: list[Job]) -> tuple[list[Any], dict[str, float]]:
-        """The images of a batch, and the pipeline's timings."""
+        """Return the images of a batch, and the pipeline's timings."""
         height, width, sampler = batch[0].kind
         result = self.pipe(
             [job.prompt for job in batch], height=height, width=width, seed=[job.seed for job in batch],

@@ -38,7 +38,7 @@ class Gate:
         await (self._refusal(scope, dict(scope["headers"])) or self.app)(scope, receive, counted)
 
     def _refusal(self, scope: dict[str, Any], headers: dict[bytes, bytes]) -> JSONResponse | None:
-        """The answer to a request that goes no further."""
+        """Return the answer to a request that goes no further."""
         if self.token is not None and scope["path"] not in OPEN:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.token):
@@ -58,6 +58,6 @@ def failure(
     status: int, message: str, kind: str = "invalid_request_error", *, code: str | None = None,
     param: str | None = None, headers: dict[str, str] | None = None,
 ) -> JSONResponse:  # fmt: skip
-    """An answer in OpenAI's shape of errors."""
+    """Return an answer in OpenAI's shape of errors."""
     error = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": error}, status, headers)

@@ -56,7 +56,7 @@ class Workers:
 
 
 def plan_workers(device: Any, asked: RayOptions) -> Workers:
-    """Fits workers to the cluster that this process has joined.
+    """Return how many workers fit the cluster that this process has joined.
 
     One worker per GPU where the cluster has GPUs or `device` is "cuda", else or with "cpu" one per node with
     CPUs; at most `asked.workers`, where given, for clusters that grow. A worker's cores: by default 1
@@ -96,11 +96,11 @@ class Worker:
         self.engine.warm_up()
 
     async def describe(self) -> Model:
-        """What requests to this model are checked against."""
+        """Return what requests to this model are checked against."""
         return Model(self.engine.pipe.sizes, self.engine.pipe.sampler)
 
     async def generate(self, prompt: str, width: int, height: int, seed: int, nfe: int | None) -> np.ndarray:
-        """One image, uint8 [height, width, 3]. Raises what `Engine.submit` and its jobs raise."""
+        """Return one image, uint8 [height, width, 3]. Raises what `Engine.submit` and its jobs raise."""
         jobs = self.engine.submit(prompt, width=width, height=height, seed=seed, nfe=nfe)
         try:
             return np.asarray(await asyncio.wrap_future(jobs[0].future))
@@ -114,7 +114,7 @@ class Worker:
 
 
 def deployment(model: str, options: LoadOptions, limits: Limits, workers: Workers) -> serve.Application:
-    """The workers as a Ray Serve application without HTTP. Each holds one batch in work and one waiting."""
+    """Return the workers as a Ray Serve application without HTTP. Each holds one batch in work and one waiting."""
     held = 2 * limits.max_batch
     deployed = serve.deployment(
         name=NAME,
@@ -135,7 +135,7 @@ def deployment(model: str, options: LoadOptions, limits: Limits, workers: Worker
 
 @contextmanager
 def open_cluster(settings: Settings) -> Iterator[Cluster]:
-    """The engine for `twinflow-rt serve --ray`: joins the cluster and deploys the workers, which go in the end."""
+    """Yield the engine for `twinflow-rt serve --ray`: join the cluster and deploy the workers, which go in the end."""
     with session(settings.ray.ray or ""):
         serve.start(proxy_location="Disabled")
         name = f"twinflow-{settings.name}"
@@ -146,7 +146,7 @@ def open_cluster(settings: Settings) -> Iterator[Cluster]:
 
 
 def _run(application: serve.Application, name: str) -> Any:
-    """Deploys and waits for the first worker. Raises DeviceError with what a worker raised."""
+    """Deploy and wait for the first worker. Raise DeviceError with what a worker raised."""
     try:
         return serve.run(application, name=name, route_prefix=None)
     except RuntimeError as error:  # its text names the deployment alone; the status ends with the worker's traceback
@@ -157,7 +157,7 @@ def _run(application: serve.Application, name: str) -> Any:
 
 @contextmanager
 def session(address: str) -> Iterator[None]:
-    """This process as a driver of the cluster at `address` ("": the one that RAY_ADDRESS names or that runs
+    """Make this process a driver of the cluster at `address` ("": the one that RAY_ADDRESS names or that runs
     here, else a new one on this machine, which ends with the session). One already joined is used as it is."""
     if ray.is_initialized():
         yield
@@ -173,18 +173,18 @@ def session(address: str) -> Iterator[None]:
 
 
 def model_path(model: str) -> str:
-    """A model's name as the workers, which run elsewhere, are to open it."""
+    """Return a model's name as the workers, which run elsewhere, are to open it."""
     return model if model == "demo" or model.startswith("hf://") else str(Path(model).resolve())
 
 
 def for_workers(options: LoadOptions, device: str) -> LoadOptions:
-    """The options as workers, which run elsewhere, are to load with: on their `device`, files by their whole paths."""
+    """Return the options for workers, which run elsewhere: their `device`, adapters by their whole paths."""
     loras = options.loras and [(Path(path).resolve(), weight) for path, weight in resolve_loras(options.loras)]
     return replace(options, device=device, loras=loras)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """The whole server as a Ray Serve application.
+    """Return the whole server as a Ray Serve application.
 
     args: the options of `twinflow-rt serve`, with underscores: {"model": "demo", "max_batch": 4}; not host,
     port, drain_timeout and ray, which are Ray Serve's to set. The token's file or variable is read by the
@@ -201,7 +201,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def _front(settings: Settings) -> Any:
-    """What makes the HTTP application, inside the front's replica."""
+    """Return what makes the HTTP application, inside the front's replica."""
 
     def front() -> Any:
         from .app import create_app
@@ -220,7 +220,7 @@ def _deployment(settings: Settings) -> serve.Application:
 
 
 def parse(args: dict[str, Any]) -> Settings:
-    """The settings of a server from names and values, as `twinflow-rt serve` has them. Raises ConfigError."""
+    """Return the settings of a server from names and values, as `twinflow-rt serve` has them. Raises ConfigError."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:

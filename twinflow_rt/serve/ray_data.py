@@ -50,7 +50,7 @@ class Painter:
 def painted(
     groups: list[list[Request]], model: str, options: LoadOptions, on_oom: str, asked: RayOptions
 ) -> Iterator[Iterator[Written]]:
-    """The images of all groups as workers finish them. Raises the TwinFlowError that a worker raised,
+    """Yield the images of all groups as workers finish them. Raises the TwinFlowError that a worker raised,
     DeviceError for what else becomes of it."""
     with session(asked.ray or ""):
         workers = plan_workers(options.device, asked)

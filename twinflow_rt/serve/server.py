@@ -21,7 +21,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def run(settings: Settings, load: Callable[[], Any]) -> int:
-    """Serves until SIGTERM or SIGINT; returns 0 when everything accepted was finished, else 1.
+    """Serve until SIGTERM or SIGINT; return 0 when everything accepted was finished, else 1.
 
     load() -> the pipeline. Raises what it raises, ConfigError for options, OSError for the address.
     """
@@ -40,7 +40,7 @@ def run(settings: Settings, load: Callable[[], Any]) -> int:
 
 
 def open_engine(settings: Settings, load: Callable[[], Any]) -> AbstractContextManager[Engine]:
-    """The engine in this process, or with --ray the front of a cluster's."""
+    """Return the engine in this process, or with --ray the front of a cluster's."""
     if settings.ray.ray is None:
         return nullcontext(Engine(load(), settings.limits))
     try:
@@ -51,7 +51,7 @@ def open_engine(settings: Settings, load: Callable[[], Any]) -> AbstractContextM
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound TCP socket, not yet listening."""
+    """Return a bound TCP socket, not yet listening."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port {port} must be from 0 to 65535")
     try:
@@ -69,7 +69,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _serve(app: Any, engine: Engine, listener: socket.socket, drain_timeout: float) -> int:
-    """Runs the server. The first SIGTERM or SIGINT drains: new requests get 503 and what was accepted
+    """Run the server. The first SIGTERM or SIGINT drains: new requests get 503 and what was accepted
     is answered; a second one, or `drain_timeout` seconds, ends that."""
     import uvicorn
 

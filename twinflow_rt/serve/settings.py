@@ -66,7 +66,7 @@ class ServerOptions:
                 raise ConfigError(f"--{option} must be more than 0 seconds, and at most {MAX_SECONDS:,}")
 
     def token(self) -> str | None:
-        """The token, from a file or an environment variable (an option would show in the process list)."""
+        """Return the token, from a file or an environment variable (an option would show in the process list)."""
         if self.token_file is not None:
             where = f"--token-file {self.token_file}"
             try:
@@ -110,7 +110,7 @@ class Settings:
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
-        """Declares them to a parser."""
+        """Declare them to a parser."""
         model = "model folder (diffusers layout), hf://owner/name, or 'demo' (default)"
         parser.add_argument("model", nargs="?", default="demo", help=model)
         add_arguments(parser, LoadOptions, skip=LOAD_SKIPS)
@@ -121,7 +121,7 @@ class Settings:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Settings:
-        """What the parsed arguments ask for. Raises ConfigError."""
+        """Return what the parsed arguments ask for. Raise ConfigError."""
         limits = read_arguments(args, Limits)
         load = read_arguments(args, LoadOptions, largest=(None, None, limits.max_batch))
         return cls(args.model, load, read_arguments(args, ServerOptions), limits, read_arguments(args, RayOptions))
@@ -133,5 +133,5 @@ class Settings:
 
 
 def model_name(model: str) -> str:
-    """A model's name without the folder it is in."""
+    """Return a model's name without the folder it is in."""
     return "demo" if model == "demo" else Path(model).resolve().name
