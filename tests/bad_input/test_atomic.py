@@ -169,7 +169,7 @@ IN_PLACE = {
     "checkpoint/atomic.py": "the helper itself",
     "checkpoint/image_files.py": "to the name that `replacing` gives",
     "cli/batch.py": "to the name that `replacing` gives",
-    "convert/files.py": "inside `new_folder`",
+    "checkpoint/shards.py": "inside `new_folder`",
     "serve/app.py": "to memory",
     "serve/batch.py": "to memory",
     "stages/embeds_file.py": "to the name that `replacing` gives",

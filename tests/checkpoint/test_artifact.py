@@ -15,7 +15,7 @@ import torch
 
 from tests import qwen_image_factory
 from tests.factory import make_model
-from twinflow_rt.checkpoint import artifact
+from twinflow_rt.checkpoint import artifact, shards
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 
@@ -163,7 +163,7 @@ def test_killed_at_any_step_nothing_loads(model, tmp_path):
 
 def test_large_networks_are_written_in_shards(model, tmp_path, monkeypatch):
     """No shard above the limit, unless one tensor is; the same images back."""
-    monkeypatch.setattr(artifact, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 200_000)
     pipe = load(model, device="cpu")
     saved = pipe.save(tmp_path / "artifact")
     index = json.loads((saved / "transformer" / "model.safetensors.index.json").read_text())

@@ -98,51 +98,54 @@ def test_what_inference_does_not_use_is_not_read(source):
     assert not any("encoder.down_blocks" in n or n.startswith(("layers.3", "norm.", "lm_head")) for n in names)
 
 
+def weights(**changes):
+    """Put tensors into the transformer's file, or with None take them out."""
+
+    def change(tensors):
+        tensors |= {name: made(tensors) if callable(made) else made for name, made in changes.items()}
+        for name in [name for name, tensor in tensors.items() if tensor is None]:
+            del tensors[name]
+
+    return lambda model: edit_weights(model, change)
+
+
 def remove_second_embedder(model):
     edit_weights(model, lambda t: [t.pop(k) for k in list(t) if k.startswith("t_embedder_2")])
 
 
-def truncate(model):
-    path = model / "transformer" / WEIGHTS
-    path.write_bytes(path.read_bytes()[:-1000])
+def bytes_of(change):
+    """Replace the bytes of the transformer's file by change(bytes)."""
 
+    def damage(model):
+        path = model / "transformer" / WEIGHTS
+        path.write_bytes(change(path.read_bytes()))
 
-def garbage(model):
-    (model / "transformer" / WEIGHTS).write_bytes(b"\xff" * 64)
+    return damage
 
 
 def only_pickle(model):
     (model / "transformer" / WEIGHTS).rename(model / "transformer" / "diffusion_pytorch_model.bin")
 
 
-def index_escapes(model):
-    shard(model / "transformer")
-    edit_json(model / "transformer" / (WEIGHTS + ".index.json"), escape)
+def index(change):
+    """Shard the transformer, and let change(weight_map) be what its index says."""
+
+    def damage(model):
+        shard(model / "transformer")
+        path = model / "transformer" / (WEIGHTS + ".index.json")
+        edit_json(path, lambda content: content.update(weight_map=change(content["weight_map"])))
+
+    return damage
 
 
-def escape(index):
-    index["weight_map"] |= dict.fromkeys(index["weight_map"], "../vae/" + WEIGHTS)
+def first_moved(weight_map):
+    files = sorted(set(weight_map.values()))
+    return {**weight_map, next(k for k, v in weight_map.items() if v == files[0]): files[1]}
 
 
 def lose_shard(model):
     shard(model / "transformer")
     next((model / "transformer").glob("*00002-of*")).unlink()
-
-
-def wrong_shard(model):
-    shard(model / "transformer")
-    edit_json(model / "transformer" / (WEIGHTS + ".index.json"), move)
-
-
-def move(index):
-    files = sorted(set(index["weight_map"].values()))
-    name = next(k for k, v in index["weight_map"].items() if v == files[0])
-    index["weight_map"][name] = files[1]
-
-
-def no_map(model):
-    shard(model / "transformer")
-    (model / "transformer" / (WEIGHTS + ".index.json")).write_text('{"weight_map": ["a"]}')
 
 
 def two_variants(model):
@@ -151,41 +154,37 @@ def two_variants(model):
     path.rename(path.with_name("b.safetensors"))
 
 
-def float64(model):
-    edit_weights(model, lambda t: t.update(x_pad_token=t["x_pad_token"].double()))
+def config(part, **changes):
+    return lambda model: edit_json(model / part / "config.json", lambda content: content.update(changes))
 
 
-def wrong_part_shape(model):
-    key = "layers.1.attention.to_k.weight"
-    edit_weights(model, lambda t: t.update({key: t[key][:-1].clone()}))
-
-
+KEY = "layers.1.attention.to_k.weight"
 DAMAGES = [
     (remove_second_embedder, "second time embedder"),
-    (truncate, "truncated"),
-    (garbage, "truncated or no safetensors"),
+    (bytes_of(lambda data: data[:-1000]), "truncated"),
+    (bytes_of(lambda data: b"\xff" * 64), "truncated or no safetensors"),
     (only_pickle, "only pickles .*can run code"),
-    (index_escapes, "not a .safetensors file of its own folder"),
+    (index(lambda names: dict.fromkeys(names, "../vae/" + WEIGHTS)), "not a .safetensors file of its own folder"),
     (lose_shard, "00002-of-00003.safetensors is missing"),
-    (wrong_shard, "which lacks it"),
-    (no_map, "no weight_map"),
+    (index(first_moved), "which lacks it"),
+    (index(lambda names: ["a"]), "no weight_map"),
     (two_variants, r"several weight files \(a.fp16.safetensors, b.safetensors\)"),
-    (float64, "stored as F64"),
-    (wrong_part_shape, r"to_q.* \+ .*to_k.* has shape .*asks for \(144, 48\)"),
-    (lambda m: edit_weights(m, lambda t: t.pop("x_pad_token")), "missing x_pad_token"),
-    (lambda m: edit_weights(m, lambda t: t.update(more=torch.ones(2))), "unknown more"),
-    (lambda m: edit_weights(m, lambda t: t.update(x_pad_token=torch.ones(1, 4))), r"\(1, 4\).*asks for \(1, 48\)"),
+    (weights(x_pad_token=lambda t: t["x_pad_token"].double()), "stored as F64"),
+    (weights(**{KEY: lambda t: t[KEY][:-1].clone()}), r"to_q.* \+ .*to_k.* has shape .*asks for \(144, 48\)"),
+    (weights(x_pad_token=None), "missing x_pad_token"),
+    (weights(more=torch.ones(2)), "unknown more"),
+    (weights(x_pad_token=torch.ones(1, 4)), r"\(1, 4\).*asks for \(1, 48\)"),
     (lambda m: (m / "transformer" / WEIGHTS).unlink(), "no .safetensors file"),
     (lambda m: shutil.rmtree(m / "vae"), "no vae/ folder"),
     (lambda m: (m / "model_index.json").unlink(), "model_index.json is missing"),
     (lambda m: (m / "model_index.json").write_text("[1]"), "must hold a JSON object"),
     (lambda m: (m / "transformer" / "config.json").write_text("{"), "not readable JSON"),
     (lambda m: (m / "vae" / "config.json").write_bytes(b"\xff\xfe"), "not UTF-8 text"),
-    (lambda m: edit_json(m / "transformer" / "config.json", lambda c: c.update(_class_name="FluxX")), "FluxX"),
-    (lambda m: edit_json(m / "transformer" / "config.json", lambda c: c.update(axes_dims=[8, 8])), "add up"),
-    (lambda m: edit_json(m / "vae" / "config.json", lambda c: c.update(_class_name="AutoencoderDC")), "AutoencoderDC"),
-    (lambda m: edit_json(m / "vae" / "config.json", lambda c: c.update(latents_mean=[0.0])), "another family"),
-    (lambda m: edit_json(m / "text_encoder" / "config.json", lambda c: c.update(model_type="t5")), "'t5'"),
+    (config("transformer", _class_name="FluxX"), "FluxX"),
+    (config("transformer", axes_dims=[8, 8]), "add up"),
+    (config("vae", _class_name="AutoencoderDC"), "AutoencoderDC"),
+    (config("vae", latents_mean=[0.0]), "another family"),
+    (config("text_encoder", model_type="t5"), "'t5'"),
 ]  # fmt: skip
 
 
@@ -203,7 +202,7 @@ def test_parts_of_two_models_are_refused(model):
             tensors[k] = torch.cat((tensors[k], tensors[k]), -1)
 
     edit_weights(model, widen)
-    edit_json(model / "transformer" / "config.json", lambda c: c.update(cap_feat_dim=64))
+    config("transformer", cap_feat_dim=64)(model)
     with pytest.raises(CheckpointError, match=r"hidden_size 32 does not fit .* cap_feat_dim 64"):
         load(model, device="cpu")
 

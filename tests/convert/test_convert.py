@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import factory, qwen_image_factory
 from twinflow_rt import cli, convert
-from twinflow_rt.checkpoint import names
+from twinflow_rt.checkpoint import names, shards
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.convert import files
 from twinflow_rt.errors import CheckpointError, ConfigError
@@ -102,6 +102,10 @@ def to_file(path, tensors):
     return path
 
 
+def same_images(*folders):
+    assert np.array_equal(*(load(folder, device="cpu")("a red square", **ARGS).images for folder in folders))
+
+
 # -- whole conversions ----------------------------------------------------------------------------------
 
 
@@ -114,16 +118,13 @@ def test_z_image_from_comfyui_files(z_image, tmp_path):
     ]
     done = convert.convert(sources, z_image, tmp_path / "out")
     for part, tensors in (("transformer", network), ("vae", vae)):
-        back = written(tmp_path / "out", part)
-        assert back.keys() == tensors.keys()
-        assert all(torch.equal(back[k], v) for k, v in tensors.items())
+        same(written(tmp_path / "out", part), tensors)
     assert done.copied == ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
     actions = {k.source.removeprefix("model.diffusion_model."): k.action for k in done.parts[0].keys}
     assert actions["norm_final.weight"] == "dropped"
     assert actions["layers.0.attention.qkv.weight"] == "split"
     assert actions["x_embedder.weight"] == "renamed"
-    images = [load(folder, device="cpu")("a red square", **ARGS).images for folder in (z_image, tmp_path / "out")]
-    assert np.array_equal(*images)
+    same_images(z_image, tmp_path / "out")
 
 
 def test_qwen_image_from_comfyui_files(qwen, tmp_path):
@@ -137,10 +138,8 @@ def test_qwen_image_from_comfyui_files(qwen, tmp_path):
     assert "decoder.upsamples.2.resample.1.weight" in wan_vae(vae)
     done = convert.convert(sources, qwen, tmp_path / "out")
     assert [p.part for p in done.parts] == ["transformer", "vae", "text_encoder"]
-    back = written(tmp_path / "out", "vae")
-    assert back.keys() == vae.keys() and all(torch.equal(back[k], v) for k, v in vae.items())
-    images = [load(folder, device="cpu")("a red square", **ARGS).images for folder in (qwen, tmp_path / "out")]
-    assert np.array_equal(*images)
+    same(written(tmp_path / "out", "vae"), vae)
+    same_images(qwen, tmp_path / "out")
 
 
 def test_one_file_with_everything(z_image, tmp_path):
@@ -152,8 +151,7 @@ def test_one_file_with_everything(z_image, tmp_path):
     }
     done = convert.convert([to_file(tmp_path / "all.safetensors", whole)], z_image, tmp_path / "out")
     assert {p.part for p in done.parts} == {"transformer", "vae", "text_encoder"}
-    images = [load(folder, device="cpu")("a red square", **ARGS).images for folder in (z_image, tmp_path / "out")]
-    assert np.array_equal(*images)
+    same_images(z_image, tmp_path / "out")
 
 
 def test_several_text_encoders_are_told_apart(tmp_path):
@@ -173,7 +171,7 @@ def test_several_text_encoders_are_told_apart(tmp_path):
 
 
 def test_large_networks_are_written_in_shards(z_image, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
     network = written(z_image, "transformer")
     file = to_file(tmp_path / "net.safetensors", comfy_z_image(network))
     convert.convert([file], z_image, tmp_path / "out")
@@ -229,111 +227,50 @@ def test_wan_names_equal_diffusers():
 
 
 def shapes(text):
-    """Tensors of the names in `text`, one "name rows [columns]" a line, {i} standing for each block."""
+    """Random tensors of the names in `text`: "name rows [columns]", {i} for each of two blocks, + for a layer's weight
+    and a bias of as many rows."""
     generator = torch.Generator().manual_seed(0)
     out = {}
-    for line in text.split("\n"):
-        name, *size = line.split() or [""]
-        for i in range(2 if "{i}" in name else bool(name)):
-            out[name.format(i=i)] = torch.randn([int(n) for n in size], generator=generator)
+    for name, *size in (entry.split() for entry in text.split(",")):
+        rows, *columns = map(int, size)
+        leaves = {".weight": (rows, *columns), ".bias": (rows,)} if name.endswith("+") else {"": (rows, *columns)}
+        for i in range(2 if "{i}" in name else 1):
+            for leaf, shape in leaves.items():
+                out[name.removesuffix("+").format(i=i) + leaf] = torch.randn(shape, generator=generator)
     return out
 
 
-SD3 = """pos_embed 1 4 8
-x_embedder.proj.weight 8 2 2
-x_embedder.proj.bias 8
-t_embedder.mlp.0.weight 8 4
-t_embedder.mlp.0.bias 8
-t_embedder.mlp.2.weight 8 8
-t_embedder.mlp.2.bias 8
-y_embedder.mlp.0.weight 8 4
-y_embedder.mlp.0.bias 8
-y_embedder.mlp.2.weight 8 8
-y_embedder.mlp.2.bias 8
-context_embedder.weight 8 6
-context_embedder.bias 8
-joint_blocks.{i}.x_block.attn.qkv.weight 24 8
-joint_blocks.{i}.x_block.attn.qkv.bias 24
-joint_blocks.{i}.x_block.attn.ln_q.weight 4
-joint_blocks.{i}.x_block.attn.ln_k.weight 4
-joint_blocks.{i}.x_block.attn.proj.weight 8 8
-joint_blocks.{i}.x_block.attn.proj.bias 8
-joint_blocks.0.x_block.attn2.qkv.weight 24 8
-joint_blocks.0.x_block.attn2.qkv.bias 24
-joint_blocks.0.x_block.attn2.ln_q.weight 4
-joint_blocks.0.x_block.attn2.ln_k.weight 4
-joint_blocks.0.x_block.attn2.proj.weight 8 8
-joint_blocks.0.x_block.attn2.proj.bias 8
-joint_blocks.{i}.x_block.adaLN_modulation.1.weight 48 8
-joint_blocks.{i}.x_block.adaLN_modulation.1.bias 48
-joint_blocks.{i}.x_block.mlp.fc1.weight 32 8
-joint_blocks.{i}.x_block.mlp.fc1.bias 32
-joint_blocks.{i}.x_block.mlp.fc2.weight 8 32
-joint_blocks.{i}.x_block.mlp.fc2.bias 8
-joint_blocks.{i}.context_block.attn.qkv.weight 24 8
-joint_blocks.{i}.context_block.attn.qkv.bias 24
-joint_blocks.{i}.context_block.attn.ln_q.weight 4
-joint_blocks.{i}.context_block.attn.ln_k.weight 4
-joint_blocks.0.context_block.attn.proj.weight 8 8
-joint_blocks.0.context_block.attn.proj.bias 8
-joint_blocks.{i}.context_block.adaLN_modulation.1.weight 16 8
-joint_blocks.{i}.context_block.adaLN_modulation.1.bias 16
-joint_blocks.0.context_block.mlp.fc1.weight 32 8
-joint_blocks.0.context_block.mlp.fc1.bias 32
-joint_blocks.0.context_block.mlp.fc2.weight 8 32
-joint_blocks.0.context_block.mlp.fc2.bias 8
-final_layer.linear.weight 4 8
-final_layer.linear.bias 4
-final_layer.adaLN_modulation.1.weight 16 8
-final_layer.adaLN_modulation.1.bias 16"""
+SD3 = """pos_embed 1 4 8, x_embedder.proj+ 8 2 2, t_embedder.mlp.0+ 8 4, t_embedder.mlp.2+ 8 8, y_embedder.mlp.0+ 8 4,
+y_embedder.mlp.2+ 8 8, context_embedder+ 8 6, joint_blocks.{i}.x_block.attn.qkv+ 24 8,
+joint_blocks.{i}.x_block.attn.ln_q.weight 4, joint_blocks.{i}.x_block.attn.ln_k.weight 4,
+joint_blocks.{i}.x_block.attn.proj+ 8 8, joint_blocks.0.x_block.attn2.qkv+ 24 8,
+joint_blocks.0.x_block.attn2.ln_q.weight 4, joint_blocks.0.x_block.attn2.ln_k.weight 4,
+joint_blocks.0.x_block.attn2.proj+ 8 8, joint_blocks.{i}.x_block.adaLN_modulation.1+ 48 8,
+joint_blocks.{i}.x_block.mlp.fc1+ 32 8, joint_blocks.{i}.x_block.mlp.fc2+ 8 32,
+joint_blocks.{i}.context_block.attn.qkv+ 24 8, joint_blocks.{i}.context_block.attn.ln_q.weight 4,
+joint_blocks.{i}.context_block.attn.ln_k.weight 4, joint_blocks.0.context_block.attn.proj+ 8 8,
+joint_blocks.{i}.context_block.adaLN_modulation.1+ 16 8, joint_blocks.0.context_block.mlp.fc1+ 32 8,
+joint_blocks.0.context_block.mlp.fc2+ 8 32, final_layer.linear+ 4 8, final_layer.adaLN_modulation.1+ 16 8"""
 
-SANA = """pos_embed 1 4 8
-x_embedder.proj.weight 8 2 1 1
-x_embedder.proj.bias 8
-t_embedder.mlp.0.weight 8 4
-t_embedder.mlp.0.bias 8
-t_embedder.mlp.2.weight 8 8
-t_embedder.mlp.2.bias 8
-t_block.1.weight 48 8
-t_block.1.bias 48
-y_embedder.y_embedding 3 6
-y_embedder.y_proj.fc1.weight 8 6
-y_embedder.y_proj.fc1.bias 8
-y_embedder.y_proj.fc2.weight 8 8
-y_embedder.y_proj.fc2.bias 8
-attention_y_norm.weight 8
-blocks.{i}.scale_shift_table 6 8
-blocks.{i}.attn.qkv.weight 24 8
-blocks.{i}.attn.proj.weight 8 8
-blocks.{i}.attn.proj.bias 8
-blocks.{i}.cross_attn.q_linear.weight 8 8
-blocks.{i}.cross_attn.q_linear.bias 8
-blocks.{i}.cross_attn.kv_linear.weight 16 8
-blocks.{i}.cross_attn.kv_linear.bias 16
-blocks.{i}.cross_attn.proj.weight 8 8
-blocks.{i}.cross_attn.proj.bias 8
-blocks.{i}.mlp.inverted_conv.conv.weight 40 8 1 1
-blocks.{i}.mlp.inverted_conv.conv.bias 40
-blocks.{i}.mlp.depth_conv.conv.weight 40 1 3 3
-blocks.{i}.mlp.depth_conv.conv.bias 40
-blocks.{i}.mlp.point_conv.conv.weight 8 20 1 1
-final_layer.linear.weight 4 8
-final_layer.linear.bias 4
-final_layer.scale_shift_table 2 8"""
+SANA = """pos_embed 1 4 8, x_embedder.proj+ 8 2 1 1, t_embedder.mlp.0+ 8 4, t_embedder.mlp.2+ 8 8, t_block.1+ 48 8,
+y_embedder.y_embedding 3 6, y_embedder.y_proj.fc1+ 8 6, y_embedder.y_proj.fc2+ 8 8, attention_y_norm.weight 8,
+blocks.{i}.scale_shift_table 6 8, blocks.{i}.attn.qkv.weight 24 8, blocks.{i}.attn.proj+ 8 8,
+blocks.{i}.cross_attn.q_linear+ 8 8, blocks.{i}.cross_attn.kv_linear+ 16 8, blocks.{i}.cross_attn.proj+ 8 8,
+blocks.{i}.mlp.inverted_conv.conv+ 40 8 1 1, blocks.{i}.mlp.depth_conv.conv+ 40 1 3 3,
+blocks.{i}.mlp.point_conv.conv.weight 8 20 1 1, final_layer.linear+ 4 8, final_layer.scale_shift_table 2 8"""
 
 
-def test_sd3_names_equal_diffusers():
-    from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers as theirs
+@pytest.mark.parametrize(
+    ("theirs", "rules", "original"),
+    [
+        ("convert_sd3_transformer_checkpoint_to_diffusers", names.sd3({"num_layers": 2}), SD3),
+        ("convert_sana_transformer_to_diffusers", names.sana({}), SANA),
+    ],
+)
+def test_network_names_equal_diffusers(theirs, rules, original):
+    from diffusers.loaders import single_file_utils
 
-    original = shapes(SD3)
-    same(ours(names.sd3({"num_layers": 2}), original), theirs(dict(original)))
-
-
-def test_sana_names_equal_diffusers():
-    from diffusers.loaders.single_file_utils import convert_sana_transformer_to_diffusers as theirs
-
-    original = shapes(SANA)
-    same(ours(names.sana({}), original), theirs(dict(original)))
+    same(ours(rules, shapes(original)), getattr(single_file_utils, theirs)(shapes(original)))
 
 
 def test_halves_are_swapped_in_the_file_written(tmp_path):

@@ -11,7 +11,7 @@ from twinflow_rt.cli import main
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.passes import quantize
-from twinflow_rt.passes.quantize import PackedLinear, QuantizedLinear
+from twinflow_rt.passes.layers import PackedLinear, QuantizedLinear
 from twinflow_rt.stages.stage import StageOptions
 
 CPU = torch.device("cpu")

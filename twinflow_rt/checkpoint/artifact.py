@@ -25,12 +25,12 @@ from ..errors import CheckpointError
 from ..sampling.schedule import SamplerConfig
 from .atomic import check_target, new_folder
 from .files import read_json, some
+from .shards import write_shards
 from .typed_json import typed
 from .versions import refusal
 
 SCHEMA = 1
 MANIFEST = "artifact.json"
-SHARD_BYTES = 5_000_000_000
 FIELDS = ("schema", "sampler", "source", "plan", "files")
 
 
@@ -42,7 +42,7 @@ def sha256(path: Path) -> str:
 def write(
     folder: Path, parts: Mapping[str, tuple[dict[str, Any], Mapping[str, Tensor]]], source: Path, meta: dict[str, Any]
 ) -> Path:  # fmt: skip
-    """Writes an artifact of `parts` (subfolder -> (config.json's content, tensors)) and `meta`.
+    """Write an artifact of `parts` (subfolder -> (config.json's content, tensors)) and `meta`.
 
     source: the model folder it was compiled from; its tokenizers are copied. Raises CheckpointError
     if something stands at `folder` already: artifacts are never changed.
@@ -96,36 +96,16 @@ def is_artifact(folder: Path) -> bool:
 
 
 def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """One safetensors file, or several with an index: only one shard's tensors are on the host at a time."""
-    from safetensors.torch import save_file
+    """Write the weights of one network; only one file's tensors are on the host at a time."""
 
-    shards = _shards(tensors)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    for file, keys in zip(names, shards, strict=True):
-        owned = {k: tensors[k].detach().cpu().contiguous() for k in keys}
-        save_file(_unshared(owned), folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {k: file for file, keys in zip(names, shards, strict=True) for k in keys}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    def read(names: list[str]) -> dict[str, Tensor]:
+        return _unshared({name: tensors[name].detach().cpu().contiguous() for name in names})
 
-
-def _shards(tensors: Mapping[str, Tensor]) -> list[list[str]]:
-    """Names in order, cut where a file would exceed SHARD_BYTES (a larger tensor gets its own)."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
+    write_shards(folder, "model", {name: tensor.nbytes for name, tensor in tensors.items()}, read)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share storage; split views of one merged weight do."""
+    """Clone tensors that share storage, as split views of one merged weight do: safetensors refuses these."""
     seen: set[int] = set()
     out = {}
     for name, tensor in tensors.items():
@@ -136,8 +116,10 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def source_hash(folder: Path) -> str:
-    """SHA-256 over the names and contents of a network folder's weight files, in order; of an artifact's
-    network, that of the files it was compiled from."""
+    """Return the SHA-256 over the names and contents of a network folder's weight files, in order.
+
+    Of an artifact's network it is that of the files it was compiled from.
+    """
     if is_artifact(folder.parent):
         return str(read_json(folder.parent / MANIFEST)["source"])
     digest = hashlib.sha256()

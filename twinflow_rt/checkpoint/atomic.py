@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a name to write to; what was written there becomes `path` if nothing was raised, else it goes.
+    """Yield a name to write to; what was written there becomes `path` if nothing was raised, else it goes.
 
         with replacing("out.png") as partial:
             image.save(partial, format="PNG")
@@ -38,20 +38,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes a UTF-8 file."""
+    """Write a UTF-8 file and return its path."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return Path(path)
 
 
 def write_json(path: str | Path, content: Any, indent: int = 1) -> Path:
-    """Writes a JSON file; NaN and infinities, which JSON has not, are a ValueError."""
+    """Write a JSON file and return its path. Raises ValueError for NaN and infinities, which JSON has not."""
     return write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 @contextmanager
 def new_folder(folder: Path, verify: Callable[[Path], object] = lambda partial: None) -> Iterator[Path]:
-    """Yields a folder to fill; it becomes `folder` if nothing was raised and `verify` accepts it, else it goes.
+    """Yield a folder to fill; it becomes `folder` if nothing was raised and `verify` accepts it, else it goes.
 
     What a killed process left half-written under that name is removed first.
     """
@@ -69,7 +69,7 @@ def new_folder(folder: Path, verify: Callable[[Path], object] = lambda partial: 
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Makes what the system refuses while `path` is written a StorageError."""
+    """Turn what the system refuses while `path` is written into a StorageError."""
     try:
         yield
     except BrokenPipeError:
@@ -84,13 +84,12 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _of_safetensors(error: Exception) -> bool:
-    """Whether it is safetensors' own exception, which it raises for a full disk, too. Imports nothing: if it is,
-    safetensors is there."""
+    """Return whether it is safetensors' own exception, which it raises for a full disk, too; nothing is imported."""
     return type(error).__name__ == "SafetensorError"
 
 
 def check_target(path: Path, what: str, *, make_parents: bool = False) -> None:
-    """Raises ConfigError where nothing can be written at `path`: before the slow work, not after it.
+    """Raise ConfigError where nothing can be written at `path`: before the slow work, not after it.
 
     what: the option or argument it came from. make_parents: for a folder, whose parents will be made;
     else a file, which a folder in its place is in the way of.

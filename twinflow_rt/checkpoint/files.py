@@ -32,8 +32,10 @@ def some(names: Iterable[str]) -> str:
 
 
 def file_type(path: Path) -> int:
-    """`stat.S_IFMT` of what is at `path`, links followed; 0 where nothing is. Raises CheckpointError for
-    a path that cannot be looked at."""
+    """Return `stat.S_IFMT` of what is at `path`, links followed; 0 where nothing is.
+
+    Raises CheckpointError for a path that cannot be looked at.
+    """
     try:
         return stat.S_IFMT(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -48,7 +50,7 @@ def is_folder(path: Path) -> bool:
 
 
 def require_file(path: Path, hint: str = "download it again") -> None:
-    """Raises CheckpointError unless `path` is a plain file; hint: what to do where it is missing."""
+    """Raise CheckpointError unless `path` is a plain file. hint: what to do where it is missing."""
     kind = file_type(path)
     if not kind:
         raise CheckpointError(f"{path} is missing; {hint}")
@@ -58,7 +60,7 @@ def require_file(path: Path, hint: str = "download it again") -> None:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file. Raises CheckpointError where it is missing, too large, unreadable or something else."""
+    """Return the text of a UTF-8 file. Raises CheckpointError where it is missing, too large or unreadable."""
     require_file(path, "a model folder has the layout diffusers saves")
     try:
         if (size := path.stat().st_size) > MAX_TEXT:
@@ -71,7 +73,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a CheckpointError saying what is wrong with it."""
+    """Return the object in a JSON file. Raises CheckpointError saying what is wrong with it."""
     try:
         content = parse_json(read_text(path))
     except ValueError as error:
@@ -82,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What `text` says, strictly: ValueError for a key that stands twice, NaN, or endless nesting."""
+    """Return what `text` says. Raises ValueError for a key that stands twice, NaN, or endless nesting, too."""
     try:
         return json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
     except RecursionError:
@@ -103,7 +105,7 @@ def _no_constant(name: str) -> Any:
 
 
 def open_tensors(path: Path) -> Any:
-    """A mapped safetensors file (`safe_open`); only its header is read."""
+    """Open a safetensors file, mapped (`safe_open`); only its header is read. Raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
     require_file(path)
@@ -119,9 +121,11 @@ def open_tensors(path: Path) -> Any:
 
 
 def _check_header(path: Path) -> None:
-    """Raises ValueError for a header that is too long or names a tensor twice; the library, which would
-    take the last of two, checks the rest: dtypes, shapes, and that offsets neither overlap nor leave
-    the file."""
+    """Raise ValueError for a header that is too long or names a tensor twice.
+
+    The library, which would take the last of two, checks the rest: dtypes, shapes, and that offsets neither overlap
+    nor leave the file.
+    """
     with path.open("rb") as file:
         size, length = path.stat().st_size - 8, int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
@@ -132,8 +136,10 @@ def _check_header(path: Path) -> None:
 
 
 def check_tree(root: Path) -> None:
-    """Raises CheckpointError for whatever in folder `root` is no plain file or folder, or a link that
-    leads out of it (see the module's docstring). Hidden entries are never read and not looked at."""
+    """Raise CheckpointError for whatever in folder `root` is no plain file or folder, or a link that leads out of it.
+
+    See the module's docstring. Hidden entries are never read and not looked at.
+    """
     home = root.resolve()
     allowed = (home, *(p.parent / "blobs" for p in home.parents if p.name == "snapshots"))
     folders, count = [root], 0
@@ -152,7 +158,7 @@ def check_tree(root: Path) -> None:
 
 
 def _visit(path: Path, link: bool, allowed: tuple[Path, ...]) -> list[Path]:
-    """The folder at `path` if it is one, to be looked into."""
+    """Check one entry; return it if it is a folder to be looked into."""
     kind = file_type(path)
     if link:
         target = path.resolve()

@@ -21,7 +21,7 @@ Fused = Mapping[str, tuple[str, ...]]
 
 
 def sources(name: str, fused: Fused) -> tuple[str, ...]:
-    """The checkpoint's names of module tensor `name`: itself, or the parts it is stacked from."""
+    """Return the checkpoint's names of a module's tensor: its own, or those of the parts it is stacked from."""
     for merged, parts in fused.items():
         if name == merged or name.endswith("." + merged):
             prefix = name[: len(name) - len(merged)]
@@ -30,7 +30,7 @@ def sources(name: str, fused: Fused) -> tuple[str, ...]:
 
 
 def stack(parts: Iterable[Tensor], rows: int) -> Tensor:
-    """Row-stacks `parts` into one tensor of `rows` rows, freeing each part once copied.
+    """Stack `parts` into one tensor of `rows` rows, freeing each part once copied.
 
     Parts share dtype, device and trailing shape. Peak memory: the result and one part.
     """
@@ -47,7 +47,7 @@ def stack(parts: Iterable[Tensor], rows: int) -> Tensor:
 
 
 def merge(tensors: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
-    """Checkpoint names -> module names; every part of a merged weight must be present."""
+    """Return tensors under checkpoint names as the module has them. Raises CheckpointError for a missing part."""
     owner = {part: (merged, parts) for merged, parts in fused.items() for part in parts}
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -68,8 +68,10 @@ def merge(tensors: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
 def split(
     tensors: Mapping[str, Tensor], fused: Fused, rows: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Tensor]:
-    """Module names -> checkpoint names. Merged weights are cut into equal row blocks, unless `rows`
-    gives their sizes (by merged name)."""
+    """Return tensors under module names as the checkpoint has them.
+
+    Merged weights are cut into equal blocks of rows, unless `rows` gives their sizes (by merged name).
+    """
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         names = sources(name, fused)

@@ -39,7 +39,7 @@ class Source:
 
 
 def folder(path: str | Path, download: bool = False) -> Path:
-    """The local folder of `path`, which may be one already. download: fetch or complete a model of the hub.
+    """Return the local folder of `path`, which may be one already. download: fetch or complete a model of the hub.
 
     Raises ConfigError for a malformed hf:// name, CheckpointError for what is not in the cache, not on the
     hub, not reachable, or damaged.
@@ -51,7 +51,7 @@ def folder(path: str | Path, download: bool = False) -> Path:
 
 
 def parse(name: str) -> Source:
-    """The parts of an hf:// name; raises ConfigError for another form."""
+    """Return the parts of an hf:// name. Raises ConfigError for another form."""
     match = NAME.fullmatch(name)
     folders = match[3].split("/") if match and match[3] else []
     if match is None or any(part in ("", ".", "..") for part in (*match[1].split("/"), *folders)):
@@ -60,8 +60,10 @@ def parse(name: str) -> Source:
 
 
 def needed(names: Iterable[str], subfolder: str = "") -> list[str]:
-    """Of a repository's file names, those that loading reads. Where a network has weights under the usual
-    names, its variants (fp16 and the like) are left out."""
+    """Return those of a repository's file names that loading reads.
+
+    Where a network has weights under the usual names, its variants (fp16 and the like) are left out.
+    """
     inner = [name.removeprefix(subfolder) for name in names if name.startswith(subfolder)]
     read = [name for name in inner if READ.fullmatch(name)]
     usual = {name.partition("/")[0] for name in read if WHOLE.fullmatch(name.rpartition("/")[2])}
@@ -116,8 +118,8 @@ def _fetch(source: Source) -> Path:
 
 
 def _verify(path: Path, entry: Any, source: Source) -> None:
-    """Raises CheckpointError, and removes the file, where its content is not what the hub has recorded:
-    the SHA-256 of large files, git's name of the others."""
+    """Raise CheckpointError, and remove the file, where its content is not what the hub has recorded: the SHA-256 of
+    large files, git's name of the others."""
     size = path.stat().st_size
     if entry.lfs is not None:
         digest, recorded = hashlib.sha256(), entry.lfs.sha256
@@ -132,7 +134,7 @@ def _verify(path: Path, entry: Any, source: Source) -> None:
 
 
 def _why(source: Source, error: Exception) -> str:
-    """What went wrong with the hub, and what to do."""
+    """Return what went wrong with the hub, and what to do."""
     kind, first = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
     remedy = {
         "GatedRepoError": "accept its terms on the hub and log in with `hf auth login`",

@@ -54,7 +54,7 @@ Loras = Mapping[str | Path, float] | Sequence[str | Path | tuple[str | Path, flo
 
 
 def resolve_loras(loras: Loras) -> tuple[tuple[Path, float], ...]:
-    """(path, weight) pairs from {path: weight}, [(path, weight), ...] or [path, ...] (weight 1)."""
+    """Return (path, weight) pairs of {path: weight}, [(path, weight), ...] or [path, ...] (weight 1)."""
     if isinstance(loras, (str, Path)):
         raise ConfigError(f"loras must be a list or a mapping, not one path; write loras=[{str(loras)!r}]")
     entries = loras.items() if isinstance(loras, Mapping) else loras
@@ -67,8 +67,10 @@ def resolve_loras(loras: Loras) -> tuple[tuple[Path, float], ...]:
 
 
 def require_same(merged: Sequence[Lora], asked: Sequence[tuple[Path, float]] | None) -> None:
-    """Refuses, by ConfigError, other adapters than those `merged` into an artifact; None asks for none
-    in particular. Compared are weights and the files' content, in any order."""
+    """Raise ConfigError where other adapters are asked for than those `merged` into an artifact.
+
+    None asks for none in particular. Compared are weights and the files' content, in any order.
+    """
     if asked is None:
         return
     wanted = [Lora(_file(path).name, weight, sha256(_file(path))) for path, weight in asked]
@@ -136,13 +138,13 @@ class Adapter:
         return name in self._pairs
 
     def merge(self, name: str, base: Tensor) -> Tensor:
-        """`base` (float32) plus this adapter's share of tensor `name`, as a new tensor."""
+        """Return `base` (float32) plus this adapter's share of tensor `name`, as a new tensor."""
         *keys, factor = self._pairs[name]
         a, b = (self._tensors.get_tensor(key).to(base.device).float() for key in keys)
         return torch.addmm(base, b, a, alpha=factor)
 
     def _modules(self) -> dict[str, dict[str, str]]:
-        """Module, as the file names it -> its keys "A", "B" and, if stored, "alpha"."""
+        """Return by module, as the file names it, its keys "A", "B" and, if stored, "alpha"."""
         modules: dict[str, dict[str, str]] = {}
         others = []
         for key in self._tensors.keys():  # noqa: SIM118  safe_open is no mapping
@@ -161,7 +163,7 @@ class Adapter:
     def _target(
         self, module: str, keys: dict[str, str], flat: dict[str, str], checkpoint: Checkpoint
     ) -> tuple[str, int]:
-        """The checkpoint's tensor that `module` adapts, and the adapter's rank; shapes are compared here."""
+        """Return the checkpoint's tensor that `module` adapts, and the adapter's rank; compare shapes."""
         name = module
         for prefix in PREFIXES:
             name = name.removeprefix(prefix)
@@ -186,7 +188,7 @@ class Adapter:
         return name, a[0]
 
     def _config(self) -> dict[str, Any]:
-        """The adapter's configuration: from the file's header (diffusers) or beside it (PEFT), or empty."""
+        """Return the adapter's configuration: from the file's header (diffusers) or beside it (PEFT), or empty."""
         beside = self.path.with_name("adapter_config.json")
         config = {}
         if raw := (self._tensors.metadata() or {}).get(METADATA):
@@ -203,7 +205,7 @@ class Adapter:
         return config
 
     def _alpha(self, config: dict[str, Any], name: str) -> Any:
-        """Alpha of the module behind tensor `name` by the configuration; None: it says nothing."""
+        """Return the alpha of the module behind tensor `name` by the configuration; None: it says nothing."""
         module, patterns = name.removesuffix(".weight"), config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict):
             raise CheckpointError(f"{self.path}: alpha_pattern is {patterns!r:.60}, no object of names; save it again")
@@ -217,14 +219,14 @@ class Adapter:
 
 
 def _ratio(alpha: float | None, rank: int, config: dict[str, Any]) -> float:
-    """What multiplies B A: alpha / rank, alpha / sqrt(rank) for rank-stabilised adapters, 1 without alpha."""
+    """Return what multiplies B A: alpha / rank, alpha / sqrt(rank) for rank-stabilised adapters, 1 without alpha."""
     if alpha is None:
         return 1.0
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _file(path: Path) -> Path:
-    """The adapter file at `path`; in a folder, the one name diffusers or PEFT gives it."""
+    """Return the adapter file at `path`; in a folder, the one under the name that diffusers or PEFT gives it."""
     if is_folder(path):
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         if len(found) != 1:

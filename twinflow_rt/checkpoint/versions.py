@@ -1,4 +1,4 @@
-"""Files state the number of their schema; one of another number is refused, and the reader says what to do."""
+"""Files state the number of their schema; one of another number is refused with a sentence on what to do."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 
 def refusal(what: object, found: Any, reads: int, remedy: str) -> str:
-    """Why `what`, which states schema `found`, is not read by a version that reads `reads`. remedy: for an
-    older file; a newer one wants a newer twinflow_rt."""
+    """Return why `what`, which states schema `found`, is not read by a version that reads `reads`.
+
+    remedy: what to do about an older file; a newer one wants a newer twinflow_rt.
+    """
     newer = isinstance(found, int) and not isinstance(found, bool) and found > reads
     return (
         f"{what} has schema {found!r:.40}{', newer than this version' if newer else ''}, which reads {reads}: "

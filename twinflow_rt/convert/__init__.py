@@ -8,6 +8,7 @@ appears under its name only when complete and checked by what reads it later.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
@@ -71,16 +72,16 @@ class Slot:
         self.shape = autoencoder_qwen.one_frame if video else lambda name, shape: shape
 
     def bare(self, name: str) -> str:
-        """A name as the network has it, without the prefix some files give a language model's."""
+        """Return a name as the network has it, without the prefix some files give a language model's."""
         prefix = next((p for p in self.strip if name.startswith(p)), "")
         return name.removeprefix(prefix)
 
     def known(self, keys: Iterable[str]) -> set[str]:
-        """What the network has of these keys, under its own names."""
+        """Return what the network has of these keys, under its own names."""
         return {self.bare(t) for key in keys for t in self.rules.targets(key)} & self.wanted
 
     def likeness(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """How well keys of these shapes fit: names known less names missing, and shapes that agree (of
+        """Return how well keys of these shapes fit: names known less names missing, and shapes that agree (of
         tensors that the network does not merge)."""
         known = self.known(shapes)
         own = ((self.bare(t), shape) for key, shape in shapes.items() for t in self.rules.targets(key)[:1])
@@ -109,7 +110,7 @@ class Converted:
         return iter(self.names)
 
     def stored_shape(self, target: str) -> tuple[int, ...]:
-        """The tensor's shape in the new file."""
+        """Return the tensor's shape in the new file."""
         stored, _, parts = self.where[target]
         shape = self.source.shape(stored)
         if parts > 1:
@@ -119,7 +120,7 @@ class Converted:
         return shape[:2] if self._is_matrix(target, shape) else shape
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The same as the network sees it."""
+        """Return its shape as the network sees it."""
         return self.slot.shape(name, self.stored_shape(self.names[name]))
 
     def dtype(self, target: str) -> torch.dtype:
@@ -132,8 +133,16 @@ class Converted:
             )
         return DTYPES[dtype]
 
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of every tensor to write, by its new name."""
+        return {name: math.prod(self.stored_shape(name)) * self.dtype(name).itemsize for name in self.where}
+
+    def read(self, targets: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors to write, by their new names."""
+        return {target: self.get(target).contiguous() for target in targets}
+
     def get(self, target: str) -> Tensor:
-        """The tensor to write; rows are copied out of what is split."""
+        """Return the tensor to write; rows are copied out of what is split."""
         stored, index, parts = self.where[target]
         tensor = self.source.get(stored)
         rows = tensor.chunk(parts)[index].clone() if parts > 1 else tensor
@@ -147,7 +156,7 @@ class Converted:
 
 
 def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = False) -> Conversion:
-    """Writes `target`, the model of `base` with the networks found in `files` in place of its own.
+    """Write `target`, the model of `base` with the networks found in `files` in place of its own.
 
     files: safetensors files, or folders of them. dry_run: only say what would be written, keys unknown or
     missing included. Raises CheckpointError for files that are not this model's, ConfigError if `target`
@@ -180,7 +189,7 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
 
 
 def _recognise(source: Source, slots: Sequence[Slot]) -> Iterator[tuple[Converted, PartReport]]:
-    """The networks in a source. Keys in a container (`CONTAINERS`) belong to a network of that sort, the
+    """Yield the networks in a source. Keys in a container (`CONTAINERS`) belong to a network of that sort, the
     others to any; which one, the names decide."""
     groups: dict[tuple[str, str], dict[str, str]] = {}  # container -> key in the file -> key without it
     for stored in source:
@@ -204,7 +213,7 @@ def _recognise(source: Source, slots: Sequence[Slot]) -> Iterator[tuple[Converte
 
 
 def _container(key: str) -> tuple[tuple[str, str], str]:
-    """((sort of network, its name among those), the key without its container); ("", "") if it has none."""
+    """Return (sort of network, its name among those), and the key without its container; ("", "") if it has none."""
     for sort, pattern in CONTAINERS.items():
         if match := re.match(pattern, key):
             return (sort, match.groupdict().get("name", "")), key[match.end() :]
@@ -212,7 +221,7 @@ def _container(key: str) -> tuple[tuple[str, str], str]:
 
 
 def _account(network: Converted, keys: tuple[Key, ...]) -> PartReport:
-    """Compares names, shapes and dtypes with what the network declares."""
+    """Compare names, shapes and dtypes with what the network declares; return what was found."""
     slot = network.slot
     found = set(network.names)
     missing = slot.wanted - found
@@ -226,7 +235,7 @@ def _account(network: Converted, keys: tuple[Key, ...]) -> PartReport:
 
 
 def _base_files(base: Path, replaced: set[str]) -> Iterator[Path]:
-    """What is taken from the base: all but weights and indices of the networks that are replaced."""
+    """Yield what is taken from the base: all but weights and indices of the networks that are replaced."""
     for path in base.rglob("*"):
         part = path.relative_to(base).parts[0]
         if path.is_dir() or part.startswith("."):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checkpoint.atomic import new_folder
 from ..checkpoint.files import PICKLES, is_folder, open_tensors
+from ..checkpoint.shards import write_shards
 from ..errors import CheckpointError
-
-SHARD_BYTES = 5_000_000_000  # a shard is held in memory while it is written
 
 
 class Source:
@@ -48,7 +45,7 @@ class Source:
 
 
 def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
-    """Files as given; of a folder, every file in it and below, where an index stands all together."""
+    """Open files as given; of a folder, every file in it and below, where an index stands all together."""
     for path in paths:
         if not is_folder(path):
             if path.suffix in PICKLES:
@@ -71,8 +68,10 @@ def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
 def write_folder(
     target: Path, base: Path, copied: Sequence[Path], networks: Mapping[str, Any], verify: Callable[[Path], object]
 ) -> None:
-    """Writes `copied` files of `base` and the networks (part -> `Converted`) under another name, renamed
-    to `target` once `verify` has accepted it; nothing stays of a folder that was not finished."""
+    """Write `copied` files of `base` and the networks (part -> `Converted`) under another name.
+
+    It is renamed to `target` once `verify` has accepted it; nothing stays of a folder that was not finished.
+    """
     with new_folder(target, verify) as partial:
         for path in copied:
             place = partial / path.relative_to(base)
@@ -80,37 +79,14 @@ def write_folder(
             _link(path.resolve(), place)
         for name, network in networks.items():
             stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-            write_shards(partial / name, stem, network)
+            write_shards(partial / name, stem, network.sizes(), network.read)
 
 
 def _link(source: Path, place: Path) -> None:
-    """Weights are never changed in place, so they may share the base's bytes where the disk allows."""
+    """Link or copy a file: weights are never changed in place, so they may share the base's bytes."""
     if source.suffix == ".safetensors":
         try:
             return os.link(source, place)
         except OSError:  # another disk, or one without hard links
             pass
     shutil.copy2(source, place)
-
-
-def write_shards(folder: Path, stem: str, network: Any) -> None:
-    """One file, or shards of at most SHARD_BYTES and their index."""
-    from safetensors.torch import save_file
-
-    shards: list[list[str]] = [[]]
-    total = size = 0
-    for target in network.where:
-        count = torch.Size(network.stored_shape(target)).numel() * network.dtype(target).itemsize
-        if shards[-1] and size + count > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(target)
-        size, total = size + count, total + count
-    weight_map: dict[str, str] = {}
-    for i, targets in enumerate(shards):
-        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file({t: network.get(t).contiguous() for t in targets}, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(targets, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))

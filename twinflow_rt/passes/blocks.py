@@ -1,4 +1,4 @@
-"""The repeated blocks of a network: what streams, and whose linear layers a precision is for."""
+"""The repeated blocks of a network: they stream, and a precision is for their linear layers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from torch import nn
 
 
 def block_names(network: nn.Module) -> list[str]:
-    """The repeated blocks of `network` in the order they run: the items of its lists of modules that have a
-    `forward` of their own, prompt modules left out."""
+    """Return the names of the repeated blocks of `network` in the order they run.
+
+    They are the items of its lists of modules that have a `forward` of their own; what runs once per prompt is not.
+    """
     found: list[str] = []
     for name, module in network.named_modules():
         inside = any(name.startswith(block + ".") for block in found)
@@ -19,17 +21,17 @@ def block_names(network: nn.Module) -> list[str]:
 
 
 def _computes(kind: type[nn.Module]) -> bool:
-    """Whether modules of this class are called themselves, as containers are not."""
+    """Return whether modules of this class are called themselves, as containers are not."""
     return kind.forward is not nn.Module.forward
 
 
 def _of_prompt(network: nn.Module, name: str) -> bool:
-    """Whether the module `name` of `network` runs once per prompt."""
+    """Return whether the module `name` of `network` runs once per prompt."""
     return any(f"{name}.".startswith(f"{head}.") for head in getattr(network, "prompt_modules", ()))
 
 
 def in_block(network: nn.Module, name: str) -> bool:
-    """Whether the module `name` of `network` belongs to a repeated block and runs with it, not once per prompt."""
+    """Return whether module `name` of `network` belongs to a repeated block and does not run once per prompt."""
     if _of_prompt(network, name):
         return False
     module = network
@@ -41,8 +43,10 @@ def in_block(network: nn.Module, name: str) -> bool:
 
 
 def parameters_of(network: nn.Module, block: str) -> list[str]:
-    """Names of the parameters that stream with `block`: those of its linear layers and convolutions, but for what
-    runs once per prompt. The rest is small, and some of it is read before the block runs."""
+    """Return the names of the parameters that stream with `block`: those of its linear layers and convolutions.
+
+    What runs once per prompt stays. The rest is small, and some of it is read before the block runs.
+    """
     return [
         f"{name}.{leaf}"
         for name, layer in network.get_submodule(block).named_modules(prefix=block)
@@ -52,7 +56,7 @@ def parameters_of(network: nn.Module, block: str) -> list[str]:
 
 
 def group_of(name: str) -> str:
-    """A layer's name without the number of its block: what its like in other blocks is called, too."""
+    """Return a layer's name without the number of its block, so that its like in all blocks form one group."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), None)
     return name if number is None else ".".join(parts[:number] + parts[number + 1 :])

@@ -1,4 +1,4 @@
-"""What a decoder's convolutions multiply with on a CPU, once its network is loaded, and how one kind becomes another.
+"""What a decoder's convolutions multiply with on a CPU, once its network is loaded, and how one kind replaces another.
 
     plain       torch's own `F.conv2d`, which arranges the weight anew in every call
     packed      the weight in oneDNN's layout, made once
@@ -138,7 +138,7 @@ def convert_convolutions(network: nn.Module, target: Target, read: Callable[[str
 
 
 def packing_refuses(layer: nn.Conv2d, target: Target) -> str | None:
-    """Why a convolution is not packed for a target, or None."""
+    """Return why a convolution is not packed for a target, or None."""
     device = torch.device(target.device)
     if reason := linear.packing_refuses(device, target.dtype):
         return reason
@@ -150,14 +150,14 @@ def packing_refuses(layer: nn.Conv2d, target: Target) -> str | None:
 
 
 def refuses(target: Target) -> str | None:
-    """Why a target has no convolutions in Winograd's form, or None."""
+    """Return why a target has no convolutions in Winograd's form, or None."""
     if target.dtype != torch.float32:
         return f"float32 alone keeps its accuracy in it, not {dtype_name(target.dtype)}"
     return library.refuses(target) or linear.packing_refuses(torch.device(target.device), target.dtype)
 
 
 def suited(network: nn.Module) -> Iterator[tuple[str, nn.Conv2d]]:
-    """The convolutions that have a form of Winograd's which pays, with their names."""
+    """Yield the convolutions that are faster in Winograd's form, with their names."""
     for name, layer in network.named_modules():
         if type(layer) in KINDS and _suits(layer):
             yield name, layer
@@ -170,7 +170,7 @@ def _suits(layer: nn.Conv2d) -> bool:
 
 
 def winograd_bytes(network: nn.Module) -> int:
-    """What `convert_convolutions` adds to a float32 network that has its kernels, and those of `fold_upsampling`."""
+    """Return the bytes that `convert_convolutions` adds to a float32 network whose upsampling is folded."""
     added = 0
     for _, layer in suited(network):
         each = 4 * layer.in_channels * layer.out_channels

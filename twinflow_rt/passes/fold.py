@@ -35,11 +35,11 @@ Schedule = Sequence[tuple[float, float]]
 
 
 def fold(network: Any, read: Callable[[str], Tensor], schedule: Schedule) -> dict[str, Tensor]:
-    """Tables of the folded layout, float32 on the CPU, keyed by buffer name.
+    """Return the tables of the folded layout by buffer name, float32 on the CPU.
 
-    network: the unfolded network on the meta device, whose `fold(t, tt, resident)` yields (buffer name,
-    table); see there. read(name): a parameter of it, any float dtype.
-    schedule: the (t, tt) of each evaluation, as the network will receive them.
+    network: the unfolded network on the meta device, whose `fold(t, tt, resident)` yields (buffer name, table).
+    read(name): a parameter of it, any float dtype. schedule: the (t, tt) of each evaluation, as the network will
+    receive them.
     """
 
     @contextmanager
@@ -62,7 +62,7 @@ def fold(network: Any, read: Callable[[str], Tensor], schedule: Schedule) -> dic
 
 
 def folded_away(unfolded: nn.Module, folded: nn.Module) -> dict[str, int]:
-    """Parameter names that exist only before folding, with their sizes."""
+    """Return the parameters that exist only before folding: name -> size."""
     kept = {name for name, _ in folded.named_parameters()}
     return {name: p.numel() for name, p in unfolded.named_parameters() if name not in kept}
 
@@ -70,7 +70,7 @@ def folded_away(unfolded: nn.Module, folded: nn.Module) -> dict[str, int]:
 def absorb(
     layers: Mapping[str, Absorption], tables: Mapping[str, Tensor], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of every layer's weight and bias with its constants inside, float32:
+    """Yield (name, tensor) of every layer's weight and bias with its constants inside, float32:
 
         W' = diag(gate) W diag(scale)        b' = gate * (b + W shift)
 
@@ -84,15 +84,15 @@ def absorb(
         if len(table) != 1:
             raise ConfigError(f"{name} cannot absorb the constants of {len(table)} steps: fold one (t, tt) pair")
         bias = read(name + ".bias").float() if what.bias else None
-        weight, bias = _inside(what, table[0], read(name + ".weight").float(), bias)
+        weight, bias = _absorbed(what, table[0], read(name + ".weight").float(), bias)
         yield name + ".weight", weight
         del weight
         if bias is not None:
             yield name + ".bias", bias
 
 
-def _inside(what: Absorption, table: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, as new tensors, of a layer that does what `kernel`, `bias` and the rows around them do."""
+def _absorbed(what: Absorption, table: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return new weight and bias of a layer that does what `kernel`, `bias` and the rows around them do."""
     table, weight = table.to(kernel.device, torch.float32), kernel.flatten(1)
     if what.shift is not None:
         shifted = weight @ table[what.shift]

@@ -150,7 +150,8 @@ def check_names(network: nn.Module, skip_layers: Sequence[str], measured: Sequen
         have.setdefault(group_of(name), []).append(layer.weight.numel())
     whole = [name for name, _ in linear_layers(network)]
     if strangers := [part for part in skip_layers if not any(part in name for name in (*whole, *have))]:
-        raise ConfigError(f"exempt: no linear layer is called {', '.join(strangers)}; the kinds are {', '.join(have)}")
+        named = ", ".join(strangers)
+        raise ConfigError(f"skip_layers: no linear layer is called {named}; the kinds are {', '.join(have)}")
     for group in measured:
         sizes = have.get(group.name, [])
         if (len(sizes), sum(sizes)) != (group.layers, group.parameters):

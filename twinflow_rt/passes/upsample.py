@@ -13,13 +13,13 @@ from ..ops.selection import Choice
 
 
 def folded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
-    """What `fold_upsampling` adds to a network in `dtype`."""
+    """Return the bytes that `fold_upsampling` adds to a network in `dtype`."""
     convs = [m for m in network.modules() if isinstance(m, UpsampleConv)]
     return sum(16 * m.in_channels * m.out_channels * dtype.itemsize for m in convs)
 
 
 def fold_upsampling(network: nn.Module, choices: Sequence[Choice]) -> None:
-    """Folds the kernels of a loaded `network` if that is what `choices` say of `upsample_conv`."""
+    """Fold the kernels of a loaded `network` if that is what `choices` say of `upsample_conv`; else unfold them."""
     folded = any(choice.op == "upsample_conv" and choice.chosen == "folded" for choice in choices)
     for module in network.modules():
         if isinstance(module, UpsampleConv):
