@@ -32,10 +32,13 @@ H100 = Target("cuda", torch.bfloat16, arch=90, head_dim=128)
 
 @pytest.fixture
 def forget():
-    """Forgets which packages were looked for, before and after."""
+    """Forgets which packages were looked for, before and after, and what was imported meanwhile."""
     optional.find.cache_clear()
+    before = set(sys.modules)
     yield
     optional.find.cache_clear()
+    for name in [n for n in sys.modules if n.startswith(("flash_attn", "xformers")) and n not in before]:
+        del sys.modules[name]
 
 
 def reasons(choice):
