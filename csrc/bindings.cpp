@@ -1,11 +1,12 @@
-// Python's door to the C interface: raw pointers in, statuses out as exceptions. The interpreter lock
-// is released while a kernel runs.
+// Python's door to the kernels: they take addresses, numbers and, for each struct, a tuple of its fields. Statuses come
+// out as exceptions. The interpreter lock is released while a kernel runs.
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
-#include <stdexcept>
+#include <list>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "twinflow_rt.h"
 
@@ -13,229 +14,114 @@ namespace py = pybind11;
 
 namespace {
 
-void check(int status) {
-  if (status != TWINFLOW_OK) throw std::invalid_argument(twinflow_error_message(status));
+// A number or an address, as what it initialises.
+struct Value {
+  PyObject* object;
+
+  template <class T>
+  operator T() const {  // NOLINT(misc-explicit-constructor): the number that is asked for
+    if constexpr (std::is_pointer_v<T>)
+      return reinterpret_cast<T>(PyLong_AsVoidPtr(object));
+    else if constexpr (std::is_floating_point_v<T>)
+      return static_cast<T>(PyFloat_AsDouble(object));
+    else
+      return static_cast<T>(PyLong_AsLongLong(object));
+  }
+};
+
+// A tuple, as a struct of N numbers and addresses. It may be longer: what follows keeps the memory alive.
+template <class T, size_t... I>
+T fields(PyObject* tuple, std::index_sequence<I...> /*counts them*/) {
+  if (PyTuple_Check(tuple) && PyTuple_GET_SIZE(tuple) >= static_cast<Py_ssize_t>(sizeof...(I)))
+    return T{Value{PyTuple_GET_ITEM(tuple, I)}...};
+  PyErr_Format(PyExc_TypeError, "expected a tuple of %zu fields, not %R", sizeof...(I), tuple);
+  return T{};
 }
 
 template <class T>
-T* ptr(uintptr_t address) {
-  return reinterpret_cast<T*>(address);  // NOLINT(performance-no-int-to-ptr): addresses come from Python
+T read(PyObject* object) {
+  if constexpr (!std::is_class_v<T>)
+    return Value{object};
+  else if constexpr (std::is_same_v<T, twinflow_weights>)
+    return fields<T>(object, std::make_index_sequence<2>());
+  else if constexpr (std::is_same_v<T, twinflow_angles> || std::is_same_v<T, twinflow_image>)
+    return fields<T>(object, std::make_index_sequence<4>());
+  else
+    return fields<T>(object, std::make_index_sequence<3>());
 }
 
-using Release = py::call_guard<py::gil_scoped_release>;
+// What a library's kernels have in common.
+struct Library {
+  const char* (*message)(int status);
+  PyObject* error;
+  const char* name;
+};
+
+// A kernel as Python's function.
+struct Bound {
+  void (*kernel)();
+  const Library* library;
+  PyMethodDef method;
+};
+
+template <class... A, size_t... I>
+PyObject* call(const Bound& bound, PyObject* const* arguments, std::index_sequence<I...> /*counts them*/) {
+  const auto kernel = reinterpret_cast<int (*)(A...)>(bound.kernel);
+  const std::tuple<A...> values{read<A>(arguments[I])...};
+  if (PyErr_Occurred()) return nullptr;
+  int status;
+  {
+    const py::gil_scoped_release others_run;
+    status = kernel(std::get<I>(values)...);
+  }
+  if (status == TWINFLOW_OK) Py_RETURN_NONE;
+  return PyErr_Format(bound.library->error, "%s%s", bound.library->name, bound.library->message(status));
+}
+
+template <class... A>
+PyObject* receive(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  const Bound& bound = *static_cast<Bound*>(PyCapsule_GetPointer(self, nullptr));
+  if (count == sizeof...(A)) return call<A...>(bound, arguments, std::index_sequence_for<A...>());
+  return PyErr_Format(PyExc_TypeError, "%s takes %zu arguments, not %zd", bound.method.ml_name, sizeof...(A), count);
+}
+
+// Gives `owner` the kernel as a function, unless the library has none.
+template <class... A>
+void bind(const py::object& owner, const Library& library, const char* name, int (*kernel)(A...)) {
+  if (!kernel) return;
+  static std::list<Bound> all;  // as long as the process: functions may outlive their owner
+  const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(receive<A...>));
+  Bound& bound =
+      all.emplace_back(Bound{reinterpret_cast<void (*)()>(kernel), &library, {name, function, METH_FASTCALL, nullptr}});
+  const py::capsule self(&bound);
+  owner.attr(name) = py::reinterpret_steal<py::object>(PyCFunction_New(&bound.method, self.ptr()));
+}
+
+void bind_all(const py::object& owner, const Library& library, const twinflow_kernels& kernels) {
+#define KERNEL(name, ...) bind(owner, library, #name, kernels.name);
+#define KERNEL_CPU KERNEL
+#include "twinflow_kernels.h"
+}
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native kernels; see csrc/include/twinflow_rt.h. Arguments are addresses and sizes.";
+  m.doc() = "Native kernels; see csrc/include/twinflow_rt.h and twinflow_kernels.h.";
   m.attr("abi_version") = twinflow_abi_version();
   m.attr("isa") = twinflow_cpu_isa();
-  m.attr("F32") = static_cast<int>(TWINFLOW_F32);
-  m.attr("BF16") = static_cast<int>(TWINFLOW_BF16);
+  static const Library cpu{twinflow_error_message, PyExc_ValueError, ""};
+  bind_all(m, cpu, *twinflow_cpu_kernels());
 
   m.def(
-      "rms_norm",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t weight, int64_t weight_batch, uintptr_t out,
-         int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
-        check(twinflow_cpu_rms_norm(ptr<void>(x), x_batch, x_row, ptr<float>(weight), weight_batch, ptr<void>(out),
-                                    batch, seq, dim, eps, dtype, threads));
+      "bind",
+      [](const py::object& owner, const py::int_& kernels, const py::int_& message) {
+        static std::list<Library> all;
+        all.push_back({Value{message.ptr()}, PyExc_RuntimeError, "libtwinflow_cuda: "});
+        bind_all(owner, all.back(), *static_cast<const twinflow_kernels*>(Value{kernels.ptr()}));
       },
-      Release());
+      "Gives an object the kernels of libtwinflow_cuda, by the addresses of their table and of what names errors.");
 
-  m.def(
-      "layer_norm",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t weight, int64_t weight_batch, uintptr_t bias,
-         int64_t bias_batch, uintptr_t out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype,
-         int threads) {
-        check(twinflow_cpu_layer_norm(ptr<void>(x), x_batch, x_row, ptr<float>(weight), weight_batch, ptr<float>(bias),
-                                      bias_batch, ptr<void>(out), batch, seq, dim, eps, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "residual_norm",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t branch, int64_t branch_batch, int64_t branch_row,
-         uintptr_t post, int64_t post_batch, uintptr_t pre, int64_t pre_batch, uintptr_t x_out, uintptr_t h_out,
-         int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
-        check(twinflow_cpu_residual_norm(ptr<void>(x), x_batch, x_row, ptr<void>(branch), branch_batch, branch_row,
-                                         ptr<float>(post), post_batch, ptr<float>(pre), pre_batch, ptr<void>(x_out),
-                                         ptr<void>(h_out), batch, seq, dim, eps, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "residual_layer_norm",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t branch, int64_t branch_batch, int64_t branch_row,
-         uintptr_t gate, int64_t gate_batch, uintptr_t weight, int64_t weight_batch, uintptr_t bias, int64_t bias_batch,
-         uintptr_t x_out, uintptr_t h_out, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
-        check(twinflow_cpu_residual_layer_norm(ptr<void>(x), x_batch, x_row, ptr<void>(branch), branch_batch,
-                                               branch_row, ptr<float>(gate), gate_batch, ptr<float>(weight),
-                                               weight_batch, ptr<float>(bias), bias_batch, ptr<void>(x_out),
-                                               ptr<void>(h_out), batch, seq, dim, eps, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "swiglu",
-      [](uintptr_t x, uintptr_t out, int64_t rows, int64_t hidden, int dtype, int threads) {
-        check(twinflow_cpu_swiglu(ptr<void>(x), ptr<void>(out), rows, hidden, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "gelu_tanh",
-      [](uintptr_t x, uintptr_t out, int64_t rows, int64_t width, int dtype, int threads) {
-        check(twinflow_cpu_gelu_tanh(ptr<void>(x), ptr<void>(out), rows, width, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "qk_norm_rope",
-      [](uintptr_t qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part, uintptr_t out, int64_t out_batch,
-         int64_t out_row, int64_t out_part, uintptr_t q_weight, uintptr_t k_weight, uintptr_t cos, uintptr_t sin,
-         int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads, int64_t dim, int parts,
-         float eps, int dtype, int threads) {
-        check(twinflow_cpu_qk_norm_rope(ptr<void>(qkv), qkv_batch, qkv_row, qkv_part, ptr<void>(out), out_batch,
-                                        out_row, out_part, ptr<float>(q_weight), ptr<float>(k_weight), ptr<float>(cos),
-                                        ptr<float>(sin), angle_batch, angle_row, batch, seq, heads, dim, parts, eps,
-                                        dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "grouped_qk_norm_rope",
-      [](uintptr_t qkv, int64_t qkv_batch, int64_t qkv_row, uintptr_t q_weight, uintptr_t k_weight, uintptr_t cos,
-         uintptr_t sin, int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads,
-         int64_t kv_heads, int64_t dim, float eps, int dtype, int threads) {
-        check(twinflow_cpu_grouped_qk_norm_rope(ptr<void>(qkv), qkv_batch, qkv_row, ptr<float>(q_weight),
-                                                ptr<float>(k_weight), ptr<float>(cos), ptr<float>(sin), angle_batch,
-                                                angle_row, batch, seq, heads, kv_heads, dim, eps, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "x0_project",
-      [](uintptr_t x, uintptr_t velocity, uintptr_t out, int64_t n, float t, int dtype, int threads) {
-        check(twinflow_cpu_x0_project(ptr<void>(x), ptr<void>(velocity), ptr<void>(out), n, t, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "to_uint8",
-      [](uintptr_t image, std::array<int64_t, 4> strides, uintptr_t out, int64_t batch, int64_t channels,
-         int64_t height, int64_t width, int dtype, int threads) {
-        check(twinflow_cpu_to_uint8(ptr<void>(image), strides.data(), ptr<uint8_t>(out), batch, channels, height, width,
-                                    dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "group_norm_silu",
-      [](uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out, uintptr_t scratch, int64_t batch, int64_t pixels,
-         int64_t channels, int64_t groups, float eps, int dtype, int threads) {
-        check(twinflow_cpu_group_norm_silu(ptr<void>(x), ptr<void>(weight), ptr<void>(bias), ptr<void>(out),
-                                           ptr<float>(scratch), batch, pixels, channels, groups, eps, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "winograd_input",
-      [](uintptr_t x, uintptr_t points, int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t first,
-         int64_t last, bool enlarged, int dtype, int threads) {
-        check(twinflow_cpu_winograd_input(ptr<float>(x), ptr<float>(points), batch, height, width, channels, first,
-                                          last, enlarged, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "winograd_output",
-      [](uintptr_t points, uintptr_t bias, uintptr_t added, uintptr_t out, int64_t batch, int64_t height, int64_t width,
-         int64_t channels, int64_t first, int64_t last, bool enlarged, int dtype, int threads) {
-        check(twinflow_cpu_winograd_output(ptr<float>(points), ptr<float>(bias), ptr<float>(added), ptr<float>(out),
-                                           batch, height, width, channels, first, last, enlarged, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "quantize_rows",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t values, uintptr_t scales, int64_t batch, int64_t seq,
-         int64_t dim, int dtype, int threads) {
-        check(twinflow_cpu_quantize_rows(ptr<void>(x), x_batch, x_row, ptr<int8_t>(values), ptr<float>(scales), batch,
-                                         seq, dim, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "rms_norm_quantized",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t weight, int64_t weight_batch, uintptr_t values,
-         uintptr_t scales, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
-        check(twinflow_cpu_rms_norm_quantized(ptr<void>(x), x_batch, x_row, ptr<float>(weight), weight_batch,
-                                              ptr<int8_t>(values), ptr<float>(scales), batch, seq, dim, eps, dtype,
-                                              threads));
-      },
-      Release());
-
-  m.def(
-      "layer_norm_quantized",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t weight, int64_t weight_batch, uintptr_t bias,
-         int64_t bias_batch, uintptr_t values, uintptr_t scales, int64_t batch, int64_t seq, int64_t dim, float eps,
-         int dtype, int threads) {
-        check(twinflow_cpu_layer_norm_quantized(ptr<void>(x), x_batch, x_row, ptr<float>(weight), weight_batch,
-                                                ptr<float>(bias), bias_batch, ptr<int8_t>(values), ptr<float>(scales),
-                                                batch, seq, dim, eps, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "residual_norm_quantized",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t branch, int64_t branch_batch, int64_t branch_row,
-         uintptr_t post, int64_t post_batch, uintptr_t pre, int64_t pre_batch, uintptr_t x_out, uintptr_t values,
-         uintptr_t scales, int64_t batch, int64_t seq, int64_t dim, float eps, int dtype, int threads) {
-        check(twinflow_cpu_residual_norm_quantized(ptr<void>(x), x_batch, x_row, ptr<void>(branch), branch_batch,
-                                                   branch_row, ptr<float>(post), post_batch, ptr<float>(pre), pre_batch,
-                                                   ptr<void>(x_out), ptr<int8_t>(values), ptr<float>(scales), batch,
-                                                   seq, dim, eps, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "residual_layer_norm_quantized",
-      [](uintptr_t x, int64_t x_batch, int64_t x_row, uintptr_t branch, int64_t branch_batch, int64_t branch_row,
-         uintptr_t gate, int64_t gate_batch, uintptr_t weight, int64_t weight_batch, uintptr_t bias, int64_t bias_batch,
-         uintptr_t x_out, uintptr_t values, uintptr_t scales, int64_t batch, int64_t seq, int64_t dim, float eps,
-         int dtype, int threads) {
-        check(twinflow_cpu_residual_layer_norm_quantized(
-            ptr<void>(x), x_batch, x_row, ptr<void>(branch), branch_batch, branch_row, ptr<float>(gate), gate_batch,
-            ptr<float>(weight), weight_batch, ptr<float>(bias), bias_batch, ptr<void>(x_out), ptr<int8_t>(values),
-            ptr<float>(scales), batch, seq, dim, eps, dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "swiglu_quantized",
-      [](uintptr_t x, uintptr_t values, uintptr_t scales, int64_t rows, int64_t hidden, int dtype, int threads) {
-        check(twinflow_cpu_swiglu_quantized(ptr<void>(x), ptr<int8_t>(values), ptr<float>(scales), rows, hidden, dtype,
-                                            threads));
-      },
-      Release());
-
-  m.def(
-      "gelu_tanh_quantized",
-      [](uintptr_t x, uintptr_t values, uintptr_t scales, int64_t rows, int64_t width, int dtype, int threads) {
-        check(twinflow_cpu_gelu_tanh_quantized(ptr<void>(x), ptr<int8_t>(values), ptr<float>(scales), rows, width,
-                                               dtype, threads));
-      },
-      Release());
-
-  m.def(
-      "dequantize",
-      [](uintptr_t sums, uintptr_t x_scales, uintptr_t w_scales, uintptr_t bias, uintptr_t out, int64_t rows,
-         int64_t columns, int dtype, int threads) {
-        check(twinflow_cpu_dequantize(ptr<int32_t>(sums), ptr<float>(x_scales), ptr<float>(w_scales), ptr<void>(bias),
-                                      ptr<void>(out), rows, columns, dtype, threads));
-      },
-      Release());
-
+  using Release = py::call_guard<py::gil_scoped_release>;
   m.def("release_threads", [] { return twinflow_cpu_release_threads() == 0; }, Release());
   m.def("threads_apart", twinflow_cpu_threads_apart, Release());
   m.def("threads_together", twinflow_cpu_threads_together, Release());

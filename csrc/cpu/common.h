@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "twinflow_rt.h"
 
@@ -70,9 +71,9 @@ constexpr int64_t SERIAL = 32768;
 inline int team(int64_t elements, int threads) { return elements < SERIAL ? 1 : threads; }
 
 // What speaks against a kernel over such rows; complete: whether its pointers are all there.
-inline int rows_error(int64_t batch, int64_t seq, int64_t dim, bool complete) {
-  if (batch < 0 || seq < 0 || dim < 1) return TWINFLOW_BAD_SHAPE;
-  return batch * seq > 0 && !complete ? TWINFLOW_NULL_POINTER : TWINFLOW_OK;
+inline int shape_error(const twinflow_shape& shape, bool complete) {
+  if (shape.batch < 0 || shape.seq < 0 || shape.dim < 1) return TWINFLOW_BAD_SHAPE;
+  return shape.batch * shape.seq > 0 && !complete ? TWINFLOW_NULL_POINTER : TWINFLOW_OK;
 }
 
 template <class F>

@@ -1,7 +1,7 @@
 // Activations of the feed-forward blocks.
 #pragma once
 
-#include "common.h"
+#include "rows.h"
 
 namespace {
 
@@ -28,19 +28,31 @@ void gelu_tanh(const T* x, T* out, int64_t n, int threads) {
   for (int64_t i = 0; i < n; ++i) store(out + i, gelu(load(x[i])));
 }
 
-int c_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, int threads) {
-  if (const int error = rows_error(1, rows, hidden, x && out)) return error;
-  return typed(dtype, [&](auto t) {
+int launch_swiglu(const void* x, twinflow_out out, int64_t rows, int64_t width, twinflow_launch how) {
+  const twinflow_shape shape{1, rows, width};
+  if (const int error = out_error(shape, x && complete(out), out)) return error;
+  return typed(how.dtype, [&](auto t) {
     using T = decltype(t);
-    swiglu(static_cast<const T*>(x), static_cast<T*>(out), rows, hidden, threads);
+    const T* from = static_cast<const T*>(x);
+    if (stored(out)) return swiglu(from, static_cast<T*>(out.data), rows, width, how.threads);
+    each_row(shape, 8, how.threads, [&](int64_t, int64_t, int64_t r) {
+      const T *a = from + 2 * r * width, *b = a + width;
+      quantize_staged_row(out, r, width, [=](int64_t i) { return silu(load(a[i])) * load(b[i]); });
+    });
   });
 }
 
-int c_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype, int threads) {
-  if (const int error = rows_error(1, rows, width, x && out)) return error;
-  return typed(dtype, [&](auto t) {
+int launch_gelu_tanh(const void* x, twinflow_out out, int64_t rows, int64_t width, twinflow_launch how) {
+  const twinflow_shape shape{1, rows, width};
+  if (const int error = out_error(shape, x && complete(out), out)) return error;
+  return typed(how.dtype, [&](auto t) {
     using T = decltype(t);
-    gelu_tanh(static_cast<const T*>(x), static_cast<T*>(out), rows * width, threads);
+    const T* from = static_cast<const T*>(x);
+    if (stored(out)) return gelu_tanh(from, static_cast<T*>(out.data), rows * width, how.threads);
+    each_row(shape, 8, how.threads, [&](int64_t, int64_t, int64_t r) {
+      const T* row = from + r * width;
+      quantize_staged_row(out, r, width, [=](int64_t i) { return gelu(load(row[i])); });
+    });
   });
 }
 

@@ -1,7 +1,6 @@
 // QK RMSNorm + rotary embedding, one head at a time.
 #pragma once
 
-#include "common.h"
 #include "norm.h"
 
 namespace {
@@ -56,19 +55,19 @@ inline void norm_rotate_heads(const T* from, T* to, const float* weight, const f
 }
 
 template <class T>
-void qk_norm_rope(const T* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part, T* out, int64_t out_batch,
-                  int64_t out_row, int64_t out_part, const float* q_weight, const float* k_weight, const float* cos,
-                  const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads,
-                  int64_t dim, int parts, float eps, int threads) {
-#pragma omp parallel for num_threads(team(3 * batch * seq * heads * dim, threads)) schedule(static)
-  for (int64_t r = 0; r < batch * seq; ++r) {
-    const int64_t b = r / seq, s = r % seq, angle = b * angle_batch + s * angle_row;
-    const T* from = qkv + b * qkv_batch + s * qkv_row;
-    T* to = out + b * out_batch + s * out_row;
+void qk_norm_rope(const twinflow_rows& qkv, int64_t qkv_part, const twinflow_rows& out, int64_t out_part,
+                  const float* q_weight, const float* k_weight, const twinflow_angles& angles,
+                  const twinflow_shape& shape, int64_t heads, int parts, float eps, int threads) {
+  const int64_t seq = shape.seq, dim = shape.dim;
+#pragma omp parallel for num_threads(team(3 * shape.batch * seq * heads * dim, threads)) schedule(static)
+  for (int64_t r = 0; r < shape.batch * seq; ++r) {
+    const int64_t b = r / seq, s = r % seq, angle = b * angles.batch + s * angles.row;
+    const T* from = at<const T>(qkv, b, s);
+    T* to = at<T>(out, b, s);
     for (int p = 0; p < 2; ++p) {
       const T* x = from + p * qkv_part;
       T* y = to + p * out_part;
-      const float *weight = p ? k_weight : q_weight, *c = cos + angle, *n = sin + angle;
+      const float *weight = p ? k_weight : q_weight, *c = angles.cos + angle, *n = angles.sin + angle;
       switch (dim) {  // of the models here
         case 24: norm_rotate_heads(x, y, weight, c, n, heads, 24, eps); break;
         case 64: norm_rotate_heads(x, y, weight, c, n, heads, 64, eps); break;
@@ -102,16 +101,17 @@ inline void norm_rotate_halves(T* from, const float* weight, const float* cos, c
 }
 
 template <class T>
-void grouped_qk_norm_rope(T* qkv, int64_t qkv_batch, int64_t qkv_row, const float* q_weight, const float* k_weight,
-                          const float* cos, const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch,
-                          int64_t seq, int64_t heads, int64_t kv_heads, int64_t dim, float eps, int threads) {
-#pragma omp parallel for num_threads(team(2 * batch * seq * (heads + kv_heads) * dim, threads)) schedule(static)
-  for (int64_t r = 0; r < batch * seq; ++r) {
-    const int64_t b = r / seq, s = r % seq, angle = b * angle_batch + s * angle_row;
-    T* token = qkv + b * qkv_batch + s * qkv_row;
+void grouped_qk_norm_rope(const twinflow_rows& qkv, const float* q_weight, const float* k_weight,
+                          const twinflow_angles& angles, const twinflow_shape& shape, int64_t heads, int64_t kv_heads,
+                          float eps, int threads) {
+  const int64_t seq = shape.seq, dim = shape.dim;
+#pragma omp parallel for num_threads(team(2 * shape.batch * seq * (heads + kv_heads) * dim, threads)) schedule(static)
+  for (int64_t r = 0; r < shape.batch * seq; ++r) {
+    const int64_t b = r / seq, s = r % seq, angle = b * angles.batch + s * angles.row;
+    T* token = at<T>(qkv, b, s);
     for (int p = 0; p < 2; ++p) {
       T* x = p ? token + heads * dim : token;
-      const float *weight = p ? k_weight : q_weight, *c = cos + angle, *n = sin + angle;
+      const float *weight = p ? k_weight : q_weight, *c = angles.cos + angle, *n = angles.sin + angle;
       const int64_t count = p ? kv_heads : heads;
       switch (dim) {  // of the models here
         case 24: norm_rotate_halves(x, weight, c, n, count, 24, eps); break;
@@ -122,29 +122,24 @@ void grouped_qk_norm_rope(T* qkv, int64_t qkv_batch, int64_t qkv_row, const floa
   }
 }
 
-int c_grouped_qk_norm_rope(void* qkv, int64_t qkv_batch, int64_t qkv_row, const float* q_weight, const float* k_weight,
-                           const float* cos, const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch,
-                           int64_t seq, int64_t heads, int64_t kv_heads, int64_t dim, float eps, int dtype,
-                           int threads) {
-  if (batch < 0 || seq < 0 || heads < 1 || kv_heads < 1 || dim < 2 || dim % 2) return TWINFLOW_BAD_SHAPE;
-  if (batch * seq > 0 && !(qkv && cos && sin)) return TWINFLOW_NULL_POINTER;
-  return typed(dtype, [&](auto t) {
-    grouped_qk_norm_rope(static_cast<decltype(t)*>(qkv), qkv_batch, qkv_row, q_weight, k_weight, cos, sin, angle_batch,
-                         angle_row, batch, seq, heads, kv_heads, dim, eps, threads);
+int launch_qk_norm_rope(twinflow_rows qkv, int64_t qkv_part, twinflow_rows out, int64_t out_part, const float* q_weight,
+                        const float* k_weight, twinflow_angles angles, twinflow_shape shape, int64_t heads, int parts,
+                        float eps, twinflow_launch how) {
+  if (heads < 1 || shape.dim % 2 || parts < 2 || parts > 3) return TWINFLOW_BAD_SHAPE;
+  const bool complete = qkv.data && out.data && q_weight && k_weight && angles.cos && angles.sin;
+  if (const int error = shape_error(shape, complete)) return error;
+  return typed(how.dtype, [&](auto t) {
+    qk_norm_rope<decltype(t)>(qkv, qkv_part, out, out_part, q_weight, k_weight, angles, shape, heads, parts, eps,
+                              how.threads);
   });
 }
 
-int c_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part, void* out, int64_t out_batch,
-                   int64_t out_row, int64_t out_part, const float* q_weight, const float* k_weight, const float* cos,
-                   const float* sin, int64_t angle_batch, int64_t angle_row, int64_t batch, int64_t seq, int64_t heads,
-                   int64_t dim, int parts, float eps, int dtype, int threads) {
-  if (batch < 0 || seq < 0 || heads < 1 || dim < 2 || dim % 2 || parts < 2 || parts > 3) return TWINFLOW_BAD_SHAPE;
-  if (batch * seq > 0 && !(qkv && out && q_weight && k_weight && cos && sin)) return TWINFLOW_NULL_POINTER;
-  return typed(dtype, [&](auto t) {
-    using T = decltype(t);
-    qk_norm_rope(static_cast<const T*>(qkv), qkv_batch, qkv_row, qkv_part, static_cast<T*>(out), out_batch, out_row,
-                 out_part, q_weight, k_weight, cos, sin, angle_batch, angle_row, batch, seq, heads, dim, parts, eps,
-                 threads);
+int launch_grouped_qk_norm_rope(twinflow_rows qkv, const float* q_weight, const float* k_weight, twinflow_angles angles,
+                                twinflow_shape shape, int64_t heads, int64_t kv_heads, float eps, twinflow_launch how) {
+  if (heads < 1 || kv_heads < 1 || shape.dim % 2) return TWINFLOW_BAD_SHAPE;
+  if (const int error = shape_error(shape, qkv.data && angles.cos && angles.sin)) return error;
+  return typed(how.dtype, [&](auto t) {
+    grouped_qk_norm_rope<decltype(t)>(qkv, q_weight, k_weight, angles, shape, heads, kv_heads, eps, how.threads);
   });
 }
 

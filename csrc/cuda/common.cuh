@@ -53,19 +53,18 @@ __device__ inline void write_rounded(const float* from, T* to) {
   *reinterpret_cast<Group<T, N>*>(to) = group;
 }
 
-// The rows of a [batch, seq, dim] tensor, and the weights of one of its samples; strides in elements.
+// Rows of elements of type T, as twinflow_rows addresses them; and the weights of a sample, or null.
 template <class T>
 struct Rows {
   T* data;
   int64_t batch, row;
+  explicit Rows(const twinflow_rows& rows) : data(static_cast<T*>(rows.data)), batch(rows.batch), row(rows.row) {}
   __device__ T* at(int64_t b, int64_t s) const { return data + b * batch + s * row; }
 };
 
-struct Weights {
-  const float* data;
-  int64_t batch;
-  __device__ const float* at(int64_t b) const { return data + b * batch; }
-};
+__device__ inline const float* at(const twinflow_weights& weights, int64_t b) {
+  return weights.data ? weights.data + b * weights.batch : nullptr;
+}
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -75,16 +74,12 @@ bool whole_groups(const Rows<T>& rows, int64_t dim) {
   return aligned16(rows.data) && dim % N == 0 && rows.batch % N == 0 && rows.row % N == 0;
 }
 
-inline bool whole_groups(const Weights& w) { return aligned16(w.data) && w.batch % 4 == 0; }
+inline bool whole_groups(const twinflow_weights& w) { return aligned16(w.data) && w.batch % 4 == 0; }
 
-struct Shape {
-  int64_t batch, seq, dim;
-  int error() const {
-    if (batch < 0 || seq < 0 || dim < 1 || dim > INT32_MAX) return TWINFLOW_BAD_SHAPE;
-    return seq > 0 && batch > INT32_MAX / seq ? TWINFLOW_BAD_SHAPE : TWINFLOW_OK;  // one block a row
-  }
-  bool empty() const { return batch * seq == 0; }
-};
+inline int shape_error(const twinflow_shape& shape) {
+  if (shape.batch < 0 || shape.seq < 0 || shape.dim < 1 || shape.dim > INT32_MAX) return TWINFLOW_BAD_SHAPE;
+  return shape.seq > 0 && shape.batch > INT32_MAX / shape.seq ? TWINFLOW_BAD_SHAPE : TWINFLOW_OK;  // one block a row
+}
 
 // Runs `kernel` on `blocks` blocks (0: nothing to do) of `threads` threads.
 template <class... P, class... A>
@@ -105,5 +100,10 @@ int typed(int dtype, F&& run) {
   if (dtype == TWINFLOW_BF16) return run(__nv_bfloat16{});
   return TWINFLOW_BAD_DTYPE;
 }
+
+// What the table of the library holds.
+#define KERNEL(name, ...) int launch_##name(__VA_ARGS__, twinflow_launch how);
+#define KERNEL_CPU(name, ...)
+#include "twinflow_kernels.h"
 
 }  // namespace twinflow

@@ -10,6 +10,16 @@ __global__ void probe() {}
 
 int twinflow_cuda_abi_version(void) { return TWINFLOW_ABI_VERSION; }
 
+const twinflow_kernels* twinflow_cuda_kernels(void) {
+  using namespace twinflow;
+  static const twinflow_kernels table = {
+#define KERNEL(name, ...) launch_##name,
+#define KERNEL_CPU(name, ...) nullptr,
+#include "twinflow_kernels.h"
+  };
+  return &table;
+}
+
 int twinflow_cuda_usable(void) {
   cudaFuncAttributes attributes;  // asks the driver to find code for the current device
   const cudaError_t error = cudaFuncGetAttributes(&attributes, twinflow::probe);

@@ -36,42 +36,40 @@ __global__ void __launch_bounds__(THREADS) dequantize(const int32_t* sums, const
 }
 
 }  // namespace
-}  // namespace twinflow
 
-using namespace twinflow;
-
-int twinflow_cuda_quantize_rows(const void* x, int64_t x_batch, int64_t x_row, void* values, float* scales,
-                                int64_t batch, int64_t seq, int64_t dim, int format, int dtype, void* stream) {
-  const Shape shape{batch, seq, dim};
-  const Quantized to{values, scales, format};
-  if (shape.error()) return shape.error();
-  if (shape.empty()) return TWINFLOW_OK;
-  if (!(x && to.complete())) return TWINFLOW_NULL_POINTER;
-  if (to.error()) return to.error();
-  return typed(dtype, [&](auto kind) {
+int launch_quantize_rows(twinflow_rows x, twinflow_out out, twinflow_shape shape, twinflow_launch how) {
+  const int64_t rows = shape.batch * shape.seq;
+  if (const int error = shape_error(shape)) return error;
+  if (rows == 0) return TWINFLOW_OK;
+  if (!(x.data && complete(out))) return TWINFLOW_NULL_POINTER;
+  if (out.format != TWINFLOW_I8 && out.format != TWINFLOW_E4M3) return TWINFLOW_BAD_DTYPE;
+  return typed(how.dtype, [&](auto kind) {
     using T = decltype(kind);
-    const Rows<const T> in{static_cast<const T*>(x), x_batch, x_row};
-    return with_config<T>(whole_groups(in, dim) && to.wide(), dim, [&](auto config, int threads) {
-      return launch(quantize<T, config.group, config.per>, batch * seq, threads, stream, in, to, static_cast<int>(seq),
-                    static_cast<int>(dim));
+    const Rows<const T> in(x);
+    const Quantized to{out.data, out.scales, out.format};
+    return with_config<T>(whole_groups(in, shape.dim) && to.wide(), shape.dim, [&](auto config, int threads) {
+      return launch(quantize<T, config.group, config.per>, rows, threads, how.stream, in, to,
+                    static_cast<int>(shape.seq), static_cast<int>(shape.dim));
     });
   });
 }
 
-int twinflow_cuda_dequantize(const int32_t* sums, const float* x_scales, const float* w_scales, const void* bias,
-                             void* out, int64_t rows, int64_t columns, int dtype, void* stream) {
+int launch_dequantize(const int32_t* sums, const float* x_scales, const float* w_scales, const void* bias, void* out,
+                      int64_t rows, int64_t columns, twinflow_launch how) {
   if (rows < 0 || columns < 1 || columns > INT32_MAX / 2) return TWINFLOW_BAD_SHAPE;
   if (rows == 0) return TWINFLOW_OK;
   if (!(sums && x_scales && w_scales && out)) return TWINFLOW_NULL_POINTER;
-  return typed(dtype, [&](auto kind) {
+  return typed(how.dtype, [&](auto kind) {
     using T = decltype(kind);
     const bool wide = columns % 4 == 0 && aligned16(sums) && aligned16(w_scales) && aligned16(bias) && aligned16(out);
     const int64_t piece = THREADS * (wide ? 4 : 1), pieces = (columns + piece - 1) / piece;
     if (rows > INT32_MAX / pieces) return static_cast<int>(TWINFLOW_BAD_SHAPE);
     const auto run = [&](auto kernel) {
-      return launch(kernel, rows * pieces, THREADS, stream, sums, x_scales, w_scales, static_cast<const T*>(bias),
+      return launch(kernel, rows * pieces, THREADS, how.stream, sums, x_scales, w_scales, static_cast<const T*>(bias),
                     static_cast<T*>(out), static_cast<int>(pieces), static_cast<int>(columns));
     };
     return wide ? run(dequantize<T, 4>) : run(dequantize<T, 1>);
   });
 }
+
+}  // namespace twinflow

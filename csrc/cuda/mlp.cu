@@ -53,60 +53,40 @@ __global__ void __launch_bounds__(MAX_THREADS) activation_quantized(const T* x, 
   to.put(row, blockIdx.x, width);
 }
 
-int arguments_error(const void* x, bool complete, int64_t rows, int64_t width) {
+template <bool GATED>
+int activate_rows(const void* x, const twinflow_out& out, int64_t rows, int64_t width, const twinflow_launch& how) {
   if (rows < 0 || width < 1 || width > INT32_MAX / 2) return TWINFLOW_BAD_SHAPE;
-  return rows == 0 || (x && complete) ? TWINFLOW_OK : TWINFLOW_NULL_POINTER;
-}
-
-template <bool GATED>
-int launch_activation(const void* x, void* out, int64_t rows, int64_t width, int dtype, void* stream) {
-  const int error = arguments_error(x, out, rows, width);
-  if (error || rows == 0) return error;
-  return typed(dtype, [&](auto kind) {
-    using T = decltype(kind);
-    const bool wide = width % WIDE<T> == 0 && aligned16(x) && aligned16(out);
-    const int64_t piece = THREADS * (wide ? WIDE<T> : 1), pieces = (width + piece - 1) / piece;
-    if (rows > INT32_MAX / pieces) return static_cast<int>(TWINFLOW_BAD_SHAPE);
-    const auto run = [&](auto kernel) {
-      return launch(kernel, rows * pieces, THREADS, stream, static_cast<const T*>(x), static_cast<T*>(out),
-                    static_cast<int>(pieces), static_cast<int>(width));
-    };
-    return wide ? run(activation<T, WIDE<T>, GATED>) : run(activation<T, 1, GATED>);
-  });
-}
-
-template <bool GATED>
-int launch_quantized(const void* x, const Quantized& to, int64_t rows, int64_t width, int dtype, void* stream) {
-  const int error = arguments_error(x, to.complete(), rows, width);
-  if (error || rows == 0) return error;
-  if (to.error()) return to.error();
-  return typed(dtype, [&](auto kind) {
-    using T = decltype(kind);
-    const bool wide = width % WIDE<T> == 0 && aligned16(x) && to.wide();
-    return with_config<T, WIDEST>(wide, width, [&](auto config, int threads) {
-      return launch(activation_quantized<T, config.group, config.per, GATED>, rows, threads, stream,
-                    static_cast<const T*>(x), to, static_cast<int>(width));
+  if (rows == 0) return TWINFLOW_OK;
+  if (!(x && complete(out))) return TWINFLOW_NULL_POINTER;
+  return to_rows(out, [&](auto to) {
+    return typed(how.dtype, [&](auto kind) {
+      using T = decltype(kind);
+      const T* from = static_cast<const T*>(x);
+      const bool wide = width % WIDE<T> == 0 && aligned16(x) && to.wide();
+      if constexpr (std::is_same_v<decltype(to), Quantized>)
+        return with_config<T, WIDEST>(wide, width, [&](auto config, int threads) {
+          return launch(activation_quantized<T, config.group, config.per, GATED>, rows, threads, how.stream, from, to,
+                        static_cast<int>(width));
+        });
+      const int64_t piece = THREADS * (wide ? WIDE<T> : 1), pieces = (width + piece - 1) / piece;
+      if (rows > INT32_MAX / pieces) return static_cast<int>(TWINFLOW_BAD_SHAPE);
+      const auto run = [&](auto kernel) {
+        return launch(kernel, rows * pieces, THREADS, how.stream, from, static_cast<T*>(out.data),
+                      static_cast<int>(pieces), static_cast<int>(width));
+      };
+      return wide ? run(activation<T, WIDE<T>, GATED>) : run(activation<T, 1, GATED>);
     });
   });
 }
 
 }  // namespace
+
+int launch_swiglu(const void* x, twinflow_out out, int64_t rows, int64_t width, twinflow_launch how) {
+  return activate_rows<true>(x, out, rows, width, how);
+}
+
+int launch_gelu_tanh(const void* x, twinflow_out out, int64_t rows, int64_t width, twinflow_launch how) {
+  return activate_rows<false>(x, out, rows, width, how);
+}
+
 }  // namespace twinflow
-
-int twinflow_cuda_swiglu(const void* x, void* out, int64_t rows, int64_t hidden, int dtype, void* stream) {
-  return twinflow::launch_activation<true>(x, out, rows, hidden, dtype, stream);
-}
-
-int twinflow_cuda_gelu_tanh(const void* x, void* out, int64_t rows, int64_t width, int dtype, void* stream) {
-  return twinflow::launch_activation<false>(x, out, rows, width, dtype, stream);
-}
-
-int twinflow_cuda_swiglu_quantized(const void* x, void* values, float* scales, int64_t rows, int64_t hidden, int format,
-                                   int dtype, void* stream) {
-  return twinflow::launch_quantized<true>(x, {values, scales, format}, rows, hidden, dtype, stream);
-}
-
-int twinflow_cuda_gelu_tanh_quantized(const void* x, void* values, float* scales, int64_t rows, int64_t width,
-                                      int format, int dtype, void* stream) {
-  return twinflow::launch_quantized<false>(x, {values, scales, format}, rows, width, dtype, stream);
-}

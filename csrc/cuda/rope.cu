@@ -8,11 +8,6 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int MAX_PER = 4;  // groups a lane holds
 
-struct Angles {
-  const float *cos, *sin;
-  int64_t batch, row;
-};
-
 // Where q | k | v of a token start, each `heads * dim` long, in the source and in the target.
 template <class T>
 struct Token {
@@ -27,8 +22,8 @@ struct Token {
 // lane of a warp takes part in every shuffle: a block walks its heads in step and idle lanes hold 0.
 template <class T, int N, int PER>
 __global__ void __launch_bounds__(THREADS)
-    qk_norm_rope(Token<const T> from, Token<T> to, const float* q_weight, const float* k_weight, Angles angles, int seq,
-                 int heads, int dim, int parts, int lanes, float eps) {
+    qk_norm_rope(Token<const T> from, Token<T> to, const float* q_weight, const float* k_weight, twinflow_angles angles,
+                 int seq, int heads, int dim, int parts, int lanes, float eps) {
   const int64_t b = blockIdx.x / seq, s = blockIdx.x % seq;
   const int lane = threadIdx.x % lanes, step = blockDim.x / lanes;
   const float* cos = angles.cos + b * angles.batch + s * angles.row;
@@ -82,37 +77,35 @@ bool whole_groups(const Token<T>& token, int64_t dim) {
   return twinflow::whole_groups(token.rows, dim) && token.part % WIDE<T> == 0;
 }
 
-bool even(const Angles& a) { return a.batch % 4 == 0 && a.row % 4 == 0 && aligned16(a.cos) && aligned16(a.sin); }
+bool even(const twinflow_angles& a) {
+  return a.batch % 4 == 0 && a.row % 4 == 0 && aligned16(a.cos) && aligned16(a.sin);
+}
 
 }  // namespace
-}  // namespace twinflow
 
-using namespace twinflow;
-
-int twinflow_cuda_qk_norm_rope(const void* qkv, int64_t qkv_batch, int64_t qkv_row, int64_t qkv_part, void* out,
-                               int64_t out_batch, int64_t out_row, int64_t out_part, const float* q_weight,
-                               const float* k_weight, const float* cos, const float* sin, int64_t angle_batch,
-                               int64_t angle_row, int64_t batch, int64_t seq, int64_t heads, int64_t dim, int parts,
-                               float eps, int dtype, void* stream) {
-  const Shape shape{batch, seq, dim};
-  if (shape.error() || heads < 1 || heads > INT32_MAX / 3 || dim % 2 || parts < 2 || parts > 3)
+int launch_qk_norm_rope(twinflow_rows qkv, int64_t qkv_part, twinflow_rows out, int64_t out_part, const float* q_weight,
+                        const float* k_weight, twinflow_angles angles, twinflow_shape shape, int64_t heads, int parts,
+                        float eps, twinflow_launch how) {
+  const int64_t dim = shape.dim;
+  if (shape_error(shape) || heads < 1 || heads > INT32_MAX / 3 || dim % 2 || parts < 2 || parts > 3)
     return TWINFLOW_BAD_SHAPE;
-  if (shape.empty()) return TWINFLOW_OK;
-  if (!(qkv && out && q_weight && k_weight && cos && sin)) return TWINFLOW_NULL_POINTER;
-  return typed(dtype, [&](auto kind) {
+  if (shape.batch * shape.seq == 0) return TWINFLOW_OK;
+  if (!(qkv.data && out.data && q_weight && k_weight && angles.cos && angles.sin)) return TWINFLOW_NULL_POINTER;
+  return typed(how.dtype, [&](auto kind) {
     using T = decltype(kind);
-    const Token<const T> from{{static_cast<const T*>(qkv), qkv_batch, qkv_row}, qkv_part};
-    const Token<T> to{{static_cast<T*>(out), out_batch, out_row}, out_part};
-    const Angles angles{cos, sin, angle_batch, angle_row};
+    const Token<const T> from{Rows<const T>(qkv), qkv_part};
+    const Token<T> to{Rows<T>(out), out_part};
     const bool wide = dim <= 32 * WIDE<T> && whole_groups(from, dim) && whole_groups(to, dim) && even(angles) &&
                       aligned16(q_weight) && aligned16(k_weight);
     const int64_t groups = dim / (wide ? WIDE<T> : 2);
     const int lanes = power_of_two(groups < 32 ? groups : 32);
     if (groups > lanes * MAX_PER) return static_cast<int>(TWINFLOW_TOO_WIDE);
     const auto run = [&](auto kernel) {
-      return launch(kernel, batch * seq, THREADS, stream, from, to, q_weight, k_weight, angles, static_cast<int>(seq),
-                    static_cast<int>(heads), static_cast<int>(dim), parts, lanes, eps);
+      return launch(kernel, shape.batch * shape.seq, THREADS, how.stream, from, to, q_weight, k_weight, angles,
+                    static_cast<int>(shape.seq), static_cast<int>(heads), static_cast<int>(dim), parts, lanes, eps);
     };
     return wide ? run(qk_norm_rope<T, WIDE<T>, 1>) : run(qk_norm_rope<T, 2, MAX_PER>);
   });
 }
+
+}  // namespace twinflow

@@ -128,7 +128,6 @@ struct Share {
 struct Stored {
   void* data;
 
-  int error() const { return TWINFLOW_OK; }
   bool wide() const { return aligned16(data); }
   __device__ bool wanted() const { return data; }
 
@@ -142,10 +141,8 @@ struct Stored {
 struct Quantized {
   void* values;
   float* scales;
-  int format;  // twinflow_format
+  int format;  // TWINFLOW_I8 or TWINFLOW_E4M3
 
-  bool complete() const { return values && scales; }
-  int error() const { return format == TWINFLOW_I8 || format == TWINFLOW_E4M3 ? TWINFLOW_OK : TWINFLOW_BAD_DTYPE; }
   bool wide() const { return aligned16(values); }
   __device__ bool wanted() const { return true; }
 
@@ -173,6 +170,16 @@ struct Quantized {
     if (threadIdx.x == 0) scales[r] = top / limit;
   }
 };
+
+inline bool complete(const twinflow_out& out) { return out.data && (out.format == TWINFLOW_STORED || out.scales); }
+
+// `run(Stored)` or `run(Quantized)`, as `out` asks.
+template <class F>
+int to_rows(const twinflow_out& out, F&& run) {
+  if (out.format == TWINFLOW_STORED) return run(Stored{out.data});
+  if (out.format != TWINFLOW_I8 && out.format != TWINFLOW_E4M3) return TWINFLOW_BAD_DTYPE;
+  return run(Quantized{out.data, out.scales, out.format});
+}
 
 template <int N, int PER>
 struct Config {

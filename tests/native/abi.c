@@ -16,6 +16,16 @@
     }                                                \
   } while (0)
 
+#define RUN(name, ...) twinflow_cpu_kernels()->name(__VA_ARGS__)
+
+static twinflow_rows rows_at(void* data, int64_t batch, int64_t row) { return (twinflow_rows){data, batch, row}; }
+static twinflow_weights shared(const float* data) { return (twinflow_weights){data, 0}; }
+static twinflow_weights each(const float* data, int64_t dim) { return (twinflow_weights){data, dim}; }
+static twinflow_out stored(void* data) { return (twinflow_out){data, NULL, TWINFLOW_STORED}; }
+static twinflow_out int8(int8_t* data, float* scales) { return (twinflow_out){data, scales, TWINFLOW_I8}; }
+static twinflow_launch with(int dtype, int threads) { return (twinflow_launch){dtype, threads, NULL}; }
+static twinflow_launch on(int threads) { return with(TWINFLOW_F32, threads); }
+
 static float* numbers(int64_t n, unsigned seed) {
   float* out = malloc((size_t)(n ? n : 1) * sizeof *out);
   srand(seed);
@@ -46,8 +56,9 @@ static void norms(int64_t batch, int64_t seq, int64_t dim) {
   const int64_t span = batch * seq > 0 ? (batch * seq - 1) * row + dim : 0;
   float *x = numbers(span, 1), *branch = numbers(n, 2), *post = numbers(batch * dim, 3), *pre = numbers(dim, 4);
   float *sum = numbers(n, 5), *h = numbers(n, 6);
-  EXPECT(!twinflow_cpu_residual_norm(x, seq * row, row, branch, seq * dim, dim, post, dim, pre, 0, sum, h, batch, seq,
-                                     dim, 1e-5f, TWINFLOW_F32, 3));
+  const twinflow_shape shape = {batch, seq, dim};
+  const twinflow_rows in = rows_at(x, seq * row, row), add = rows_at(branch, seq * dim, dim);
+  EXPECT(!RUN(residual_norm, in, add, each(post, dim), shared(pre), sum, stored(h), shape, 1e-5f, on(3)));
   for (int64_t r = 0; r < batch * seq; ++r) {
     const double f = factor(branch + r * dim, dim, 1e-5), g = factor(sum + r * dim, dim, 1e-5);
     for (int64_t i = 0; i < dim; ++i) {
@@ -55,12 +66,12 @@ static void norms(int64_t batch, int64_t seq, int64_t dim) {
       close_to(h[r * dim + i], sum[r * dim + i] * g * pre[i]);
     }
   }
-  EXPECT(!twinflow_cpu_rms_norm(x, seq * row, row, pre, 0, h, batch, seq, dim, 1e-5f, TWINFLOW_F32, 2));
+  EXPECT(!RUN(rms_norm, in, shared(pre), stored(h), shape, 1e-5f, on(2)));
   for (int64_t r = 0; r < batch * seq; ++r)
     for (int64_t i = 0; i < dim; ++i)
       close_to(h[r * dim + i], x[r * row + i] * factor(x + r * row, dim, 1e-5) * pre[i]);
-  EXPECT(!twinflow_cpu_residual_layer_norm(x, seq * row, row, branch, seq * dim, dim, post, dim, pre, 0, NULL, 0, sum,
-                                           h, batch, seq, dim, 1e-3f, TWINFLOW_F32, 3));
+  EXPECT(!RUN(residual_layer_norm, in, add, each(post, dim), shared(pre), shared(NULL), sum, stored(h), shape, 1e-3f,
+              on(3)));
   for (int64_t r = 0; r < batch * seq; ++r) {
     double scale, mean = centre(sum + r * dim, dim, 1e-3, &scale);
     for (int64_t i = 0; i < dim; ++i) {
@@ -68,7 +79,7 @@ static void norms(int64_t batch, int64_t seq, int64_t dim) {
       close_to(h[r * dim + i], (sum[r * dim + i] - mean) * scale * pre[i]);
     }
   }
-  EXPECT(!twinflow_cpu_layer_norm(x, seq * row, row, NULL, 0, post, dim, h, batch, seq, dim, 1e-3f, TWINFLOW_F32, 2));
+  EXPECT(!RUN(layer_norm, in, shared(NULL), each(post, dim), stored(h), shape, 1e-3f, on(2)));
   for (int64_t r = 0; r < batch * seq; ++r) {
     double scale, mean = centre(x + r * row, dim, 1e-3, &scale);
     for (int64_t i = 0; i < dim; ++i)
@@ -80,18 +91,18 @@ static void norms(int64_t batch, int64_t seq, int64_t dim) {
 static void pointwise(int64_t rows, int64_t hidden) {
   const int64_t n = rows * hidden;
   float *x = numbers(2 * n, 7), *out = numbers(n, 8);
-  EXPECT(!twinflow_cpu_swiglu(x, out, rows, hidden, TWINFLOW_F32, 2));
+  EXPECT(!RUN(swiglu, x, stored(out), rows, hidden, on(2)));
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < hidden; ++i) {
       const double a = x[2 * r * hidden + i], b = x[(2 * r + 1) * hidden + i];
       close_to(out[r * hidden + i], a / (1 + exp(-a)) * b);
     }
-  EXPECT(!twinflow_cpu_gelu_tanh(x, out, rows, hidden, TWINFLOW_F32, 2));
+  EXPECT(!RUN(gelu_tanh, x, stored(out), rows, hidden, on(2)));
   for (int64_t i = 0; i < n; ++i) {
     const double v = x[i];
     close_to(out[i], v / 2 * (1 + tanh(0.7978845608028654 * (v + 0.044715 * v * v * v))));
   }
-  EXPECT(!twinflow_cpu_x0_project(x, x + n, out, n, 0.25f, TWINFLOW_F32, 2));
+  EXPECT(!RUN(x0_project, x, x + n, out, n, 0.25f, on(2)));
   for (int64_t i = 0; i < n; ++i) close_to(out[i], x[i] - 0.25 * x[n + i]);
   free(x), free(out);
 }
@@ -108,30 +119,28 @@ static void stand_for(const int8_t* values, const float* scales, const float* wa
 }
 
 static void quantized_norms(int64_t batch, int64_t seq, int64_t dim) {
-  const int64_t rows = batch * seq, n = rows * dim, each = seq * dim;
+  const int64_t rows = batch * seq, n = rows * dim;
   float *x = numbers(n, 15), *branch = numbers(n, 16), *w = numbers(dim, 17), *b = numbers(batch * dim, 18);
   float *sum = numbers(n, 19), *other = numbers(n, 20), *want = numbers(n, 21), *scales = numbers(rows, 22);
   int8_t* values = malloc((size_t)(n ? n : 1));
-  EXPECT(!twinflow_cpu_quantize_rows(x, each, dim, values, scales, batch, seq, dim, TWINFLOW_F32, 2));
+  const twinflow_shape shape = {batch, seq, dim};
+  const twinflow_rows in = rows_at(x, seq * dim, dim), add = rows_at(branch, seq * dim, dim);
+  const twinflow_weights one = shared(w), many = each(b, dim), none = shared(NULL);
+  const twinflow_out plain = stored(want), made = int8(values, scales);
+  EXPECT(!RUN(quantize_rows, in, made, shape, on(2)));
   stand_for(values, scales, x, rows, dim);
-  EXPECT(!twinflow_cpu_rms_norm(x, each, dim, b, dim, want, batch, seq, dim, 1e-5f, TWINFLOW_F32, 2));
-  EXPECT(
-      !twinflow_cpu_rms_norm_quantized(x, each, dim, b, dim, values, scales, batch, seq, dim, 1e-5f, TWINFLOW_F32, 2));
+  EXPECT(!RUN(rms_norm, in, many, plain, shape, 1e-5f, on(2)));
+  EXPECT(!RUN(rms_norm, in, many, made, shape, 1e-5f, on(2)));
   stand_for(values, scales, want, rows, dim);
-  EXPECT(!twinflow_cpu_layer_norm(x, each, dim, w, 0, b, dim, want, batch, seq, dim, 1e-3f, TWINFLOW_F32, 2));
-  EXPECT(!twinflow_cpu_layer_norm_quantized(x, each, dim, w, 0, b, dim, values, scales, batch, seq, dim, 1e-3f,
-                                            TWINFLOW_F32, 2));
+  EXPECT(!RUN(layer_norm, in, one, many, plain, shape, 1e-3f, on(2)));
+  EXPECT(!RUN(layer_norm, in, one, many, made, shape, 1e-3f, on(2)));
   stand_for(values, scales, want, rows, dim);
-  EXPECT(!twinflow_cpu_residual_norm(x, each, dim, branch, each, dim, w, 0, b, dim, sum, want, batch, seq, dim, 1e-5f,
-                                     TWINFLOW_F32, 2));
-  EXPECT(!twinflow_cpu_residual_norm_quantized(x, each, dim, branch, each, dim, w, 0, b, dim, other, values, scales,
-                                               batch, seq, dim, 1e-5f, TWINFLOW_F32, 2));
+  EXPECT(!RUN(residual_norm, in, add, one, many, sum, plain, shape, 1e-5f, on(2)));
+  EXPECT(!RUN(residual_norm, in, add, one, many, other, made, shape, 1e-5f, on(2)));
   stand_for(values, scales, want, rows, dim);
   for (int64_t i = 0; i < n; ++i) close_to(other[i], sum[i]);
-  EXPECT(!twinflow_cpu_residual_layer_norm(x, each, dim, branch, each, dim, b, dim, w, 0, NULL, 0, sum, want, batch,
-                                           seq, dim, 1e-3f, TWINFLOW_F32, 2));
-  EXPECT(!twinflow_cpu_residual_layer_norm_quantized(x, each, dim, branch, each, dim, b, dim, w, 0, NULL, 0, other,
-                                                     values, scales, batch, seq, dim, 1e-3f, TWINFLOW_F32, 2));
+  EXPECT(!RUN(residual_layer_norm, in, add, many, one, none, sum, plain, shape, 1e-3f, on(2)));
+  EXPECT(!RUN(residual_layer_norm, in, add, many, one, none, other, made, shape, 1e-3f, on(2)));
   stand_for(values, scales, want, rows, dim);
   for (int64_t i = 0; i < n; ++i) close_to(other[i], sum[i]);
   free(x), free(branch), free(w), free(b), free(sum), free(other), free(want), free(scales), free(values);
@@ -141,11 +150,11 @@ static void quantized_activations(int64_t rows, int64_t width) {
   const int64_t n = rows * width;
   float *x = numbers(2 * n, 23), *want = numbers(n, 24), *scales = numbers(rows, 25);
   int8_t* values = malloc((size_t)(n ? n : 1));
-  EXPECT(!twinflow_cpu_swiglu(x, want, rows, width, TWINFLOW_F32, 2));
-  EXPECT(!twinflow_cpu_swiglu_quantized(x, values, scales, rows, width, TWINFLOW_F32, 2));
+  EXPECT(!RUN(swiglu, x, stored(want), rows, width, on(2)));
+  EXPECT(!RUN(swiglu, x, int8(values, scales), rows, width, on(2)));
   stand_for(values, scales, want, rows, width);
-  EXPECT(!twinflow_cpu_gelu_tanh(x, want, rows, width, TWINFLOW_F32, 2));
-  EXPECT(!twinflow_cpu_gelu_tanh_quantized(x, values, scales, rows, width, TWINFLOW_F32, 2));
+  EXPECT(!RUN(gelu_tanh, x, stored(want), rows, width, on(2)));
+  EXPECT(!RUN(gelu_tanh, x, int8(values, scales), rows, width, on(2)));
   stand_for(values, scales, want, rows, width);
   free(x), free(want), free(scales), free(values);
 }
@@ -155,10 +164,10 @@ static void sums_of_a_product(int64_t rows, int64_t columns) {
   float *x = numbers(rows, 26), *w = numbers(columns, 27), *bias = numbers(columns, 28), *out = numbers(n, 29);
   int32_t* sums = malloc((size_t)(n ? n : 1) * sizeof *sums);
   for (int64_t i = 0; i < n; ++i) sums[i] = (int32_t)(i * 7919 % 2001 - 1000);
-  EXPECT(!twinflow_cpu_dequantize(sums, x, w, bias, out, rows, columns, TWINFLOW_F32, 2));
+  EXPECT(!RUN(dequantize, sums, x, w, bias, out, rows, columns, on(2)));
   for (int64_t i = 0; i < n; ++i)
     close_to(out[i], (double)sums[i] * x[i / columns] * w[i % columns] + bias[i % columns]);
-  EXPECT(!twinflow_cpu_dequantize(sums, x, w, NULL, out, rows, columns, TWINFLOW_F32, 2));
+  EXPECT(!RUN(dequantize, sums, x, w, NULL, out, rows, columns, on(2)));
   for (int64_t i = 0; i < n; ++i) close_to(out[i], (double)sums[i] * x[i / columns] * w[i % columns]);
   free(x), free(w), free(bias), free(out), free(sums);
 }
@@ -167,7 +176,8 @@ static void group_norm(int64_t batch, int64_t size, int64_t channels, int64_t gr
   const int64_t n = batch * size * channels, width = channels / groups;
   float *x = numbers(n, 30), *w = numbers(channels, 31), *b = numbers(channels, 32), *out = numbers(n, 33);
   float *scratch = numbers(32 * batch * channels, 34), *group = numbers(size * width, 35);
-  EXPECT(!twinflow_cpu_group_norm_silu(x, w, b, out, scratch, batch, size, channels, groups, 1e-3f, TWINFLOW_F32, 2));
+  const twinflow_shape shape = {batch, size, channels};
+  EXPECT(!RUN(group_norm_silu, x, w, b, out, scratch, shape, groups, 1e-3f, on(2)));
   for (int64_t k = 0; k < batch * groups; ++k) {
     const int64_t first = k / groups * size * channels + k % groups * width;
     for (int64_t i = 0; i < size * width; ++i) group[i] = x[first + i / width * channels + i % width];
@@ -200,7 +210,8 @@ static void winograd(int64_t size, int64_t channels, int enlarged) {
   float *x = numbers(size * size * channels, 36), *kernel = numbers(9 * channels, 37), *bias = numbers(1, 38);
   float *points = numbers(tiles * side * side * channels, 39), *sums = numbers(tiles * side * side, 40);
   float *added = numbers(all * all, 41), *out = numbers(all * all, 42);
-  EXPECT(!twinflow_cpu_winograd_input(x, points, 1, size, size, channels, 0, tiles, enlarged, TWINFLOW_F32, 2));
+  const twinflow_image in_size = {1, channels, size, size}, out_size = {1, 1, all, all};
+  EXPECT(!RUN(winograd_input, x, points, in_size, 0, tiles, enlarged, on(2)));
   for (int64_t k = 0; k < tiles * side * side; ++k) { /* the product of a point is the caller's */
     const int64_t u = k / side % side + (enlarged && k / side % side == 2), v = k % side + (enlarged && k % side == 2);
     double sum = 0;
@@ -212,15 +223,13 @@ static void winograd(int64_t size, int64_t channels, int enlarged) {
     sums[k] = (float)sum;
   }
   for (int half = 0; half < 2; ++half) /* strips of tiles may be asked for one by one */
-    EXPECT(!twinflow_cpu_winograd_output(sums + half * (tiles / 2) * side * side, bias, added, out, 1, all, all, 1,
-                                         half ? tiles / 2 : 0, half ? tiles : tiles / 2, enlarged, TWINFLOW_F32, 2));
+    EXPECT(!RUN(winograd_output, sums + half * (tiles / 2) * side * side, bias, added, out, out_size,
+                half ? tiles / 2 : 0, half ? tiles : tiles / 2, enlarged, on(2)));
   for (int64_t i = 0; i < all * all; ++i)
     EXPECT(fabs(out[i] - (convolved(x, kernel, size, channels, i, enlarged) + bias[0] + added[i])) < 1e-4);
-  EXPECT(twinflow_cpu_winograd_input(x, points, 1, size, size, channels, 0, tiles + 1, enlarged, TWINFLOW_F32, 1) ==
-         TWINFLOW_BAD_SHAPE);
-  EXPECT(twinflow_cpu_winograd_output(sums, NULL, NULL, NULL, 1, all, all, 1, 0, 1, enlarged, TWINFLOW_F32, 1) ==
-         TWINFLOW_NULL_POINTER);
-  EXPECT(twinflow_cpu_winograd_output(sums, NULL, NULL, out, 1, all, all, 1, 0, 1, enlarged, TWINFLOW_BF16, 1) ==
+  EXPECT(RUN(winograd_input, x, points, in_size, 0, tiles + 1, enlarged, on(1)) == TWINFLOW_BAD_SHAPE);
+  EXPECT(RUN(winograd_output, sums, NULL, NULL, NULL, out_size, 0, 1, enlarged, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(winograd_output, sums, NULL, NULL, out, out_size, 0, 1, enlarged, with(TWINFLOW_BF16, 1)) ==
          TWINFLOW_BAD_DTYPE);
   free(x), free(kernel), free(bias), free(points), free(sums), free(added), free(out);
 }
@@ -232,10 +241,11 @@ static void rotary(int64_t batch, int64_t seq, int64_t heads, int64_t dim) {
   float *cos = numbers(seq * dim / 2, 11), *sin = numbers(seq * dim / 2, 12);
   memcpy(before, qkv, (size_t)n * sizeof *qkv);
   const int64_t part = heads * dim;
-  EXPECT(!twinflow_cpu_qk_norm_rope(qkv, seq * row, row, part, joint, seq * row, row, part, w, w, cos, sin, 0, dim / 2,
-                                    batch, seq, heads, dim, 3, 1e-5f, TWINFLOW_F32, 2));
-  EXPECT(!twinflow_cpu_qk_norm_rope(qkv, seq * row, row, part, qkv, seq * row, row, part, w, w, cos, sin, 0, dim / 2,
-                                    batch, seq, heads, dim, 2, 1e-5f, TWINFLOW_F32, 2));
+  const twinflow_rows in = rows_at(qkv, seq * row, row), apart = rows_at(joint, seq * row, row);
+  const twinflow_angles angles = {cos, sin, 0, dim / 2};
+  const twinflow_shape shape = {batch, seq, dim};
+  EXPECT(!RUN(qk_norm_rope, in, part, apart, part, w, w, angles, shape, heads, 3, 1e-5f, on(2)));
+  EXPECT(!RUN(qk_norm_rope, in, part, in, part, w, w, angles, shape, heads, 2, 1e-5f, on(2)));
   EXPECT(!memcmp(joint, qkv, (size_t)n * sizeof *qkv));
   for (int64_t r = 0; r < batch * seq; ++r)
     for (int64_t h = 0; h < 3 * heads; ++h)
@@ -253,8 +263,10 @@ static void rotary_halves(int64_t batch, int64_t seq, int64_t heads, int64_t kv_
   const int64_t row = (heads + 2 * kv_heads) * dim, n = batch * seq * row, half = dim / 2;
   float *qkv = numbers(n, 31), *before = numbers(n, 31), *w = numbers(dim, 32);
   float *cos = numbers(seq * half, 33), *sin = numbers(seq * half, 34);
-  EXPECT(!twinflow_cpu_grouped_qk_norm_rope(qkv, seq * row, row, w, NULL, cos, sin, 0, half, batch, seq, heads,
-                                            kv_heads, dim, 1e-5f, TWINFLOW_F32, 2));
+  const twinflow_angles angles = {cos, sin, 0, half};
+  const twinflow_shape shape = {batch, seq, dim};
+  EXPECT(
+      !RUN(grouped_qk_norm_rope, rows_at(qkv, seq * row, row), w, NULL, angles, shape, heads, kv_heads, 1e-5f, on(2)));
   for (int64_t r = 0; r < batch * seq; ++r)
     for (int64_t h = 0; h < heads + 2 * kv_heads; ++h)
       for (int64_t i = 0; i < half; ++i) {
@@ -270,11 +282,12 @@ static void rotary_halves(int64_t batch, int64_t seq, int64_t heads, int64_t kv_
 }
 
 static void pixels(int64_t height, int64_t width) {
-  const int64_t plane = height * width, strides[4] = {3 * plane, plane, width, 1};
+  const int64_t plane = height * width;
+  const twinflow_image strides = {3 * plane, plane, width, 1}, size = {2, 3, height, width};
   float* image = numbers(2 * 3 * plane, 13);
   uint8_t* out = malloc((size_t)(6 * plane));
   image[0] = NAN;
-  EXPECT(!twinflow_cpu_to_uint8(image, strides, out, 2, 3, height, width, TWINFLOW_F32, 2));
+  EXPECT(!RUN(to_uint8, image, strides, out, size, on(2)));
   EXPECT(out[0] == 0);
   for (int64_t i = 1; i < 6 * plane; ++i) {
     const int64_t c = i % 3, at = i / 3 % plane, b = i / 3 / plane;
@@ -289,25 +302,32 @@ static void bfloat16_rounds_to_even(void) {
   /* 1 + 2^-8 lies halfway between two bfloat16s and 1 + 3 * 2^-8 as well: down to even, up to even */
   const uint16_t one = 0x3f80, eighth_bit = 0x3b80, three = 0x3c40, inf = 0x7f80;
   uint16_t out;
-  EXPECT(!twinflow_cpu_x0_project(&one, &eighth_bit, &out, 1, -1.0f, TWINFLOW_BF16, 1) && out == 0x3f80);
-  EXPECT(!twinflow_cpu_x0_project(&one, &three, &out, 1, -1.0f, TWINFLOW_BF16, 1) && out == 0x3f82);
-  EXPECT(!twinflow_cpu_x0_project(&inf, &inf, &out, 1, 1.0f, TWINFLOW_BF16, 1) && (out & 0x7fff) > 0x7f80);
+  EXPECT(!RUN(x0_project, &one, &eighth_bit, &out, 1, -1.0f, with(TWINFLOW_BF16, 1)) && out == 0x3f80);
+  EXPECT(!RUN(x0_project, &one, &three, &out, 1, -1.0f, with(TWINFLOW_BF16, 1)) && out == 0x3f82);
+  EXPECT(!RUN(x0_project, &inf, &inf, &out, 1, 1.0f, with(TWINFLOW_BF16, 1)) && (out & 0x7fff) > 0x7f80);
 }
 
 static void errors(void) {
   float v[4] = {1, 2, 3, 4};
-  EXPECT(twinflow_cpu_swiglu(v, NULL, 1, 2, TWINFLOW_F32, 1) == TWINFLOW_NULL_POINTER);
-  EXPECT(twinflow_cpu_swiglu(v, v, 1, 0, TWINFLOW_F32, 1) == TWINFLOW_BAD_SHAPE);
-  EXPECT(twinflow_cpu_swiglu(v, v, 1, 2, 7, 1) == TWINFLOW_BAD_DTYPE);
-  EXPECT(twinflow_cpu_qk_norm_rope(v, 0, 0, 1, v, 0, 0, 1, v, v, v, v, 0, 0, 1, 1, 1, 1, 2, 0, TWINFLOW_F32, 1) ==
-         TWINFLOW_BAD_SHAPE);
-  EXPECT(twinflow_cpu_grouped_qk_norm_rope(v, 0, 0, v, v, v, v, 0, 0, 1, 1, 1, 0, 2, 0, TWINFLOW_F32, 1) ==
-         TWINFLOW_BAD_SHAPE);
-  EXPECT(twinflow_cpu_grouped_qk_norm_rope(v, 0, 0, v, v, NULL, v, 0, 0, 1, 1, 1, 1, 2, 0, TWINFLOW_F32, 1) ==
-         TWINFLOW_NULL_POINTER);
-  EXPECT(twinflow_cpu_swiglu(NULL, NULL, 0, 2, TWINFLOW_F32, 1) == TWINFLOW_OK);
-  EXPECT(twinflow_cpu_group_norm_silu(v, v, v, v, v, 1, 1, 4, 3, 1, TWINFLOW_F32, 1) == TWINFLOW_BAD_SHAPE);
-  EXPECT(twinflow_cpu_dequantize(NULL, v, v, NULL, v, 1, 4, TWINFLOW_F32, 1) == TWINFLOW_NULL_POINTER);
+  const twinflow_rows row = rows_at(v, 0, 0);
+  const twinflow_angles angles = {v, v, 0, 0}, no_cos = {NULL, v, 0, 0};
+  const twinflow_shape odd = {1, 1, 1}, pair = {1, 1, 2}, four = {1, 1, 4};
+  const twinflow_out e4m3 = {v, v, TWINFLOW_E4M3};
+  EXPECT(RUN(swiglu, v, stored(NULL), 1, 2, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(swiglu, v, stored(v), 1, 0, on(1)) == TWINFLOW_BAD_SHAPE);
+  EXPECT(RUN(swiglu, v, stored(v), 1, 2, with(7, 1)) == TWINFLOW_BAD_DTYPE);
+  EXPECT(RUN(swiglu, v, e4m3, 1, 2, on(1)) == TWINFLOW_BAD_DTYPE);
+  EXPECT(RUN(swiglu, NULL, stored(NULL), 0, 2, on(1)) == TWINFLOW_OK);
+  EXPECT(RUN(gelu_tanh, v, int8((int8_t*)v, NULL), 1, 2, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(quantize_rows, row, stored(v), four, on(1)) == TWINFLOW_BAD_DTYPE); /* there is nothing to quantize to */
+  /* what is to be normed after the sum, and where it goes: both or none */
+  EXPECT(RUN(residual_norm, row, row, shared(v), shared(v), v, stored(NULL), four, 1, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(residual_norm, row, row, shared(v), shared(NULL), v, stored(v), four, 1, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(qk_norm_rope, row, 1, row, 1, v, v, angles, odd, 1, 2, 0, on(1)) == TWINFLOW_BAD_SHAPE);
+  EXPECT(RUN(grouped_qk_norm_rope, row, v, v, angles, pair, 1, 0, 0, on(1)) == TWINFLOW_BAD_SHAPE);
+  EXPECT(RUN(grouped_qk_norm_rope, row, v, v, no_cos, pair, 1, 1, 0, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(group_norm_silu, v, v, v, v, v, four, 3, 1, on(1)) == TWINFLOW_BAD_SHAPE);
+  EXPECT(RUN(dequantize, NULL, v, v, NULL, v, 1, 4, on(1)) == TWINFLOW_NULL_POINTER);
   EXPECT(strstr(twinflow_error_message(TWINFLOW_NULL_POINTER), "NULL") != NULL);
   EXPECT(strcmp(twinflow_error_message(-1), "unknown status") == 0);
   EXPECT(twinflow_abi_version() == TWINFLOW_ABI_VERSION);

@@ -112,51 +112,54 @@ def cuda_kernels() -> library.CudaKernels:
 def test_gpu_library_names_its_errors():
     kernels = cuda_kernels()
     assert kernels.abi_version == library.ABI_VERSION
-    shape, far = (1, 1, 8, 1e-5), 2**31
+    shape, far, row, w, none = (1, 1, 8), 2**31, (16, 8, 8), (16, 0), (0, 0)
+    out, int8, f32, bf16 = (16, 0, 0), (16, 16, 1), (0, 0, 0), (1, 0, 0)
     with pytest.raises(RuntimeError, match="pointer is NULL"):
-        kernels.rms_norm(0, 8, 8, 0, 0, 0, *shape, 0, 0)
+        kernels.rms_norm((0, 8, 8), none, (0, 0, 0), shape, 1e-5, f32)
     with pytest.raises(RuntimeError, match="none of twinflow_dtype"):
-        kernels.rms_norm(16, 8, 8, 16, 0, 16, *shape, 5, 0)
+        kernels.rms_norm(row, w, out, shape, 1e-5, (5, 0, 0))
     for wrong in (
-        lambda: kernels.quantize_rows(16, 8, 8, 16, 16, 1, 1, 8, 2, 0, 0),
-        lambda: kernels.residual_norm_quantized(*[16, 8, 8] * 2, *[16, 0] * 2, 16, 16, 16, *shape, -1, 0, 0),
-        lambda: kernels.swiglu_quantized(16, 16, 16, 1, 8, 7, 0, 0),
+        lambda: kernels.quantize_rows(row, (16, 16, 3), shape, f32),
+        lambda: kernels.quantize_rows(row, out, shape, f32),
+        lambda: kernels.residual_norm(row, row, w, w, 16, (16, 16, -1), shape, 1e-5, f32),
+        lambda: kernels.swiglu(16, (16, 16, 7), 1, 8, f32),
     ):
         with pytest.raises(RuntimeError, match="none of twinflow_format"):
             wrong()
     for without_scales in (
-        lambda: kernels.rms_norm_quantized(16, 8, 8, 16, 0, 16, 0, *shape, 0, 0, 0),
-        lambda: kernels.gelu_tanh_quantized(16, 16, 0, 1, 8, 0, 0, 0),
-        lambda: kernels.dequantize(16, 16, 0, 0, 16, 1, 8, 0, 0),
+        lambda: kernels.rms_norm(row, w, (16, 0, 1), shape, 1e-5, f32),
+        lambda: kernels.gelu_tanh(16, (16, 0, 1), 1, 8, f32),
+        lambda: kernels.dequantize(16, 16, 0, 0, 16, 1, 8, f32),
     ):
         with pytest.raises(RuntimeError, match="pointer is NULL"):
             without_scales()
+    token, angles = (16, 0, 0), (16, 16, 0, 4)
     for too_wide in (
-        lambda: kernels.rms_norm(16, 8, 8, 16, 0, 16, 1, 1, 2**20, 1e-5, 0, 0),
-        lambda: kernels.qk_norm_rope(16, 0, 0, 512, 16, 0, 0, 512, *[16] * 4, 0, 256, 1, 1, 1, 512, 2, 1e-5, 0, 0),
+        lambda: kernels.rms_norm(row, w, out, (1, 1, 2**20), 1e-5, f32),
+        lambda: kernels.qk_norm_rope(token, 512, token, 512, 16, 16, (16, 16, 0, 256), (1, 1, 512), 1, 2, 1e-5, f32),
     ):
         with pytest.raises(RuntimeError, match="too wide"):
             too_wide()
     # more blocks than a grid has; nothing is launched, and no product overflows on the way to the answer
     for out_of_range in (
-        lambda: kernels.rms_norm(16, 8, 8, 16, 0, 16, far, far, 8, 1e-5, 0, 0),
-        lambda: kernels.layer_norm(16, 8, 8, 16, 0, 0, 0, 16, 2, far // 2, 8, 1e-5, 1, 0),
-        lambda: kernels.qk_norm_rope(16, 0, 0, 8, 16, 0, 0, 8, *[16] * 4, 0, 4, far, 1, 1, 8, 2, 1e-5, 0, 0),
-        lambda: kernels.qk_norm_rope(16, 0, 0, 8, 16, 0, 0, 8, *[16] * 4, 0, 4, 1, 1, 1, 7, 2, 1e-5, 0, 0),
-        lambda: kernels.swiglu(16, 16, far, 8, 0, 0),
-        lambda: kernels.gelu_tanh(16, 16, 1, far, 0, 0),
-        lambda: kernels.layer_norm_quantized(16, 8, 8, 16, 0, 0, 0, 16, 16, far, far, 8, 1e-5, 0, 1, 0),
-        lambda: kernels.quantize_rows(16, 8, 8, 16, 16, 2, far // 2, 8, 0, 0, 0),
-        lambda: kernels.swiglu_quantized(16, 16, 16, far, 8, 0, 0, 0),
-        lambda: kernels.dequantize(16, 16, 16, 0, 16, far, 8, 0, 0),
-        lambda: kernels.x0_project(16, 16, 16, 2**43, 1.0, 1, 0),
-        lambda: kernels.to_uint8(16, (1, 1, 1, 1), 16, 2**20, 3, 2**16, 2**16, 0, 0),
+        lambda: kernels.rms_norm(row, w, out, (far, far, 8), 1e-5, f32),
+        lambda: kernels.layer_norm(row, none, none, out, (2, far // 2, 8), 1e-5, bf16),
+        lambda: kernels.qk_norm_rope(token, 8, token, 8, 16, 16, angles, (far, 1, 8), 1, 2, 1e-5, f32),
+        lambda: kernels.qk_norm_rope(token, 8, token, 8, 16, 16, angles, (1, 1, 7), 1, 2, 1e-5, f32),
+        lambda: kernels.swiglu(16, out, far, 8, f32),
+        lambda: kernels.gelu_tanh(16, out, 1, far, f32),
+        lambda: kernels.layer_norm(row, none, none, int8, (far, far, 8), 1e-5, bf16),
+        lambda: kernels.quantize_rows(row, int8, (2, far // 2, 8), f32),
+        lambda: kernels.swiglu(16, int8, far, 8, f32),
+        lambda: kernels.dequantize(16, 16, 16, 0, 16, far, 8, f32),
+        lambda: kernels.x0_project(16, 16, 16, 2**43, 1.0, bf16),
+        lambda: kernels.to_uint8(16, (1, 1, 1, 1), 16, (2**20, 3, 2**16, 2**16), f32),
     ):
         with pytest.raises(RuntimeError, match="out of range"):
             out_of_range()
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"CUDA driver|CUDA-capable"):
-            kernels.rms_norm(16, 8, 8, 16, 0, 16, *shape, 0, 0)
+            kernels.rms_norm(row, w, out, shape, 1e-5, f32)
         assert re.search("CUDA driver|CUDA-capable", kernels.problem())
         assert library.unusable_reason() == "torch finds no CUDA device"
 

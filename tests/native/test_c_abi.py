@@ -32,6 +32,11 @@ def of(library_name: str) -> set[str]:
     return cuda if library_name == "cuda" else declared() - cuda
 
 
+def kernels(macro: str) -> set[str]:
+    """Names in the table of kernels: KERNEL, of both libraries, or KERNEL_CPU, of the CPU's alone."""
+    return set(re.findall(rf"^{macro}\((\w+),", HEADER.with_name("twinflow_kernels.h").read_text(), re.MULTILINE))
+
+
 def version() -> int:
     return int(re.search(r"#define TWINFLOW_ABI_VERSION (\d+)", HEADER.read_text()).group(1))
 
@@ -64,8 +69,26 @@ def test_header_compiles_strictly(standard, tmp_path):
 
 
 def test_header_has_both_libraries():
-    assert {"twinflow_abi_version", "twinflow_cpu_rms_norm"} <= of("cpu")
-    assert {"twinflow_cuda_abi_version", "twinflow_cuda_rms_norm"} <= of("cuda")
+    assert {"twinflow_abi_version", "twinflow_cpu_kernels"} <= of("cpu")
+    assert {"twinflow_cuda_abi_version", "twinflow_cuda_kernels"} <= of("cuda")
+    assert "rms_norm" in kernels("KERNEL") and "winograd_input" in kernels("KERNEL_CPU")
+
+
+def test_each_library_has_its_kernels(emulated):
+    every = kernels("KERNEL") | kernels("KERNEL_CPU")
+    assert {name for name in every if hasattr(library.load("cpu"), name)} == every
+    assert {name for name in every if hasattr(emulated, name)} == kernels("KERNEL")
+
+
+def test_calls_with_wrong_arguments_are_refused():
+    """By the bindings, before anything runs."""
+    run = library.load("cpu").x0_project
+    for arguments in ((), (1, 2, 3), (0, 0, 0, 0, 1.0, (0, 1)), (0, 0, 0, 0, 1.0, 0), ("x", 0, 0, 0, 1.0, (0, 1, 0))):
+        with pytest.raises(TypeError):
+            run(*arguments)
+    with pytest.raises(OverflowError):
+        run(0, 0, 0, 2**63, 1.0, (0, 1, 0))
+    assert run(0, 0, 0, 0, 1.0, (0, 1, 0, "what follows the fields is not read")) is None
 
 
 def test_gpu_library_exports_what_is_declared():
@@ -82,13 +105,14 @@ def test_cpu_library_exports_what_is_declared():
 
 
 def test_every_cpu_function_is_called_from_c():
-    called = set(re.findall(r"\b(twinflow_\w+)\(", (ROOT / "tests" / "native" / "abi.c").read_text()))
-    assert of("cpu") <= called
+    text = (ROOT / "tests" / "native" / "abi.c").read_text()
+    assert of("cpu") <= set(re.findall(r"\b(twinflow_\w+)\(", text))
+    assert kernels("KERNEL") | kernels("KERNEL_CPU") <= set(re.findall(r"\bRUN\((\w+),", text))
 
 
 def test_one_version_everywhere():
     assert version() == library.ABI_VERSION
     assert library.load("cpu").abi_version == version()
-    kernels = library.load("cuda")
-    if not isinstance(kernels, str):
-        assert kernels.abi_version == version()
+    gpu = library.load("cuda")
+    if not isinstance(gpu, str):
+        assert gpu.abi_version == version()

@@ -19,10 +19,8 @@ from twinflow_rt.bench.case import SIZES, Sizes, exact_layer, exact_rms, exact_r
 from twinflow_rt.bench.eight_bit_cases import QUANTIZED
 from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.errors import DeviceError
-from twinflow_rt.ops.native import library
-from twinflow_rt.ops.native import plain as native
-from twinflow_rt.ops.native import rows as native_rows
-from twinflow_rt.ops.selection import Target, select
+from twinflow_rt.ops.native import decode, library, linear, mlp, norm, rope, sample
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, select
 
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
@@ -32,6 +30,11 @@ ONLY_CPU = {"group_norm_silu", "grouped_qk_norm_rope_"}  # Triton's and the refe
 
 def draw(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def native(op):
+    """An op's native form."""
+    return IMPLEMENTATIONS[op]["native"].load()
 
 
 def check(got, eager, *exact):
@@ -50,7 +53,7 @@ def formats(at):
 @pytest.mark.parametrize("op", NATIVE)
 def test_ops(at, op, sizes, dtype):
     (case,) = (c for c in cases(sizes, dtype, "cpu", batch=2) if c.op == op)
-    got = getattr(native, op)(*at(case.inputs()))
+    got = native(op)(*at(case.inputs()))
     check(got, getattr(ops.EAGER, op)(*case.inputs()), *case.exact(*case.inputs()))
 
 
@@ -62,19 +65,19 @@ def test_norms(at, shape, dtype, per_sample):
     wide = (shape[0], 1, shape[2]) if per_sample else (shape[2],)
     w, bias = 1 + 0.3 * draw(*wide, seed=1), 0.3 * draw(*wide, seed=2)
     if not x.numel():
-        assert native.rms_norm(*at((x, w, EPS))).shape == native.layer_norm(*at((x, w, EPS))).shape == shape
+        assert norm.rms_norm(*at((x, w, EPS))).shape == norm.layer_norm(*at((x, w, EPS))).shape == shape
         return
-    check(native.rms_norm(*at((x, w, EPS))), ops.rms_norm(x, w, EPS), exact_rms(x, w, EPS))
+    check(norm.rms_norm(*at((x, w, EPS))), ops.rms_norm(x, w, EPS), exact_rms(x, w, EPS))
     for scale, shift in ((w, bias), (None, bias), (None, None)):
-        got = native.layer_norm(*at((x, scale, EPS, shift)))
+        got = norm.layer_norm(*at((x, scale, EPS, shift)))
         check(got, ops.layer_norm(x, scale, EPS, shift), exact_layer(x, scale, EPS, shift))
-    total, h = native.residual_norm(*at((x, branch, w, bias, EPS)))
+    total, h = norm.residual_norm(*at((x, branch, w, bias, EPS)))
     check(total, ops.residual_norm(x, branch, w, None, EPS)[0], x.double() + exact_rms(branch, w, EPS))
     check(h, ops.rms_norm(total.cpu(), bias, EPS), exact_rms(total.cpu(), bias, EPS))  # of the sum as stored
-    alone, nothing = native.residual_norm(*at((x, branch, w, None, EPS)))
+    alone, nothing = norm.residual_norm(*at((x, branch, w, None, EPS)))
     assert nothing is None and torch.equal(alone, total)
     for gate in (bias, None):
-        total, h = native.residual_layer_norm(*at((x, branch, gate, w, None, EPS)))
+        total, h = norm.residual_layer_norm(*at((x, branch, gate, w, None, EPS)))
         gated = branch.double() if gate is None else branch.double() * gate.double()
         check(total, ops.residual_layer_norm(x, branch, gate, None, None, EPS)[0], x.double() + gated)
         check(h, ops.layer_norm(total.cpu(), w, EPS), exact_layer(total.cpu(), w, EPS, None))
@@ -88,7 +91,7 @@ def test_rope_head_dims(at, head_dim, dtype):
     tables = (w, 2 * w, angle.cos(), angle.sin())
     q, k, v = qkv.unflatten(-1, (3, 2, head_dim)).unbind(-3)
     exact = [exact_rope(x, t, *tables[2:], EPS) for x, t in ((q, w), (k, 2 * w))]
-    got = native.qk_norm_rope(*at((qkv.clone(), *tables, 2, EPS)))
+    got = rope.qk_norm_rope(*at((qkv.clone(), *tables, 2, EPS)))
     check(got, ops.qk_norm_rope(qkv, *tables, 2, EPS), *exact, v.double())
 
 
@@ -105,7 +108,7 @@ def test_rope_of_groups(head_dim, dtype, normed):
     tables = (*weights, angle.cos(), angle.sin())
     q, k, v = source.unflatten(-1, (7, head_dim)).transpose(1, 2).split((3, 2, 2), 1)
     exact = [exact_rope_of_halves(x, w, *tables[2:], EPS) for x, w in zip((q, k), weights, strict=True)]
-    got = native.grouped_qk_norm_rope(qkv, *tables, 3, 2, EPS)
+    got = rope.grouped_qk_norm_rope(qkv, *tables, 3, 2, EPS)
     check(got, ops.grouped_qk_norm_rope(source, *tables, 3, 2, EPS), *exact, v.double())
     assert got[0].data_ptr() == qkv.data_ptr()
     qkv[:] = torch.nan
@@ -122,7 +125,7 @@ def test_rope_in_place_between_gaps(at):
         tables = (1 + draw(head_dim), 1 + draw(head_dim, seed=1), angle.cos(), angle.sin(), 2, EPS)
         eager = ops.qk_norm_rope(source, *tables)
         on_device = at(buffer)
-        native.qk_norm_rope(on_device[:, 1::2, 8:], *at(tables))
+        rope.qk_norm_rope(on_device[:, 1::2, 8:], *at(tables))
         result = on_device.cpu()
         for y, reference in zip(result[:, 1::2, 8:].unflatten(-1, (3, 2, -1)).unbind(-3), eager, strict=True):
             torch.testing.assert_close(y, reference)
@@ -135,12 +138,12 @@ def test_strided_rows_slices_and_any_rank(at):
     views = wide[..., :32], wide[:, :5, 32:], wide[..., 5:38], wide.transpose(0, 1)[..., ::2], wide[0], wide[:, :, None]
     for x in views:
         weight = w[: x.shape[-1]]
-        torch.testing.assert_close(native.rms_norm(x, weight, EPS), ops.rms_norm(x, weight, EPS))
-        torch.testing.assert_close(native.layer_norm(x, None, EPS), ops.layer_norm(x, None, EPS))
+        torch.testing.assert_close(norm.rms_norm(x, weight, EPS), ops.rms_norm(x, weight, EPS))
+        torch.testing.assert_close(norm.layer_norm(x, None, EPS), ops.layer_norm(x, None, EPS))
     x, branch, each = wide[:, 2:7, :32], wide[:, :5, 32:], at(1 + draw(4, 3, 1, 32)).unbind(1)
-    got, eager = native.residual_norm(x, branch, *each[:2], EPS), ops.residual_norm(x, branch, *each[:2], EPS)
+    got, eager = norm.residual_norm(x, branch, *each[:2], EPS), ops.residual_norm(x, branch, *each[:2], EPS)
     torch.testing.assert_close(got, eager)
-    got, eager = (f.residual_layer_norm(x, branch, *each, EPS) for f in (native, ops))
+    got, eager = (f.residual_layer_norm(x, branch, *each, EPS) for f in (norm, ops))
     torch.testing.assert_close(got, eager)
 
 
@@ -149,7 +152,7 @@ def test_strided_rows_slices_and_any_rank(at):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_to_uint8_is_exact(at, shape, dtype, layout):
     image = (1.5 * draw(*shape, dtype=dtype)).contiguous(memory_format=layout)
-    assert torch.equal(native.to_uint8(at(image)).cpu(), ops.to_uint8(image))
+    assert torch.equal(decode.to_uint8(at(image)).cpu(), ops.to_uint8(image))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -157,16 +160,16 @@ def test_to_uint8_is_exact(at, shape, dtype, layout):
 def test_x0_project(at, dtype, shape):
     x, v = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=3)
     if x.numel():
-        check(native.x0_project(*at((x, v, 0.7))), ops.x0_project(x, v, 0.7), x.double() - 0.7 * v.double())
-    assert torch.equal(native.x0_project(*at((x, v))).cpu(), ops.x0_project(x, v))
+        check(sample.x0_project(*at((x, v, 0.7))), ops.x0_project(x, v, 0.7), x.double() - 0.7 * v.double())
+    assert torch.equal(sample.x0_project(*at((x, v))).cpu(), ops.x0_project(x, v))
 
 
 def test_activations_at_the_ends_of_the_range(at):
     x = torch.tensor([[-1e30, -200.0, -88.5, 88.5, 1e30, float("nan"), 1, 1, 1, 1, 1, 1]])
-    torch.testing.assert_close(native.swiglu(at(x)).cpu(), ops.swiglu(x), equal_nan=True, atol=1e-30, rtol=1e-6)
+    torch.testing.assert_close(mlp.swiglu(at(x)).cpu(), ops.swiglu(x), equal_nan=True, atol=1e-30, rtol=1e-6)
     x = torch.tensor([[-1e9, -200.0, -9.0, -1e-20, 0.0, 1e-20, 9.0, 1e9, float("nan")]])
     # 1 + tanh cancels: the reference has 0 where the value is 1e-28
-    torch.testing.assert_close(native.gelu_tanh(at(x)).cpu(), ops.gelu_tanh(x), equal_nan=True, atol=1e-27, rtol=1e-6)
+    torch.testing.assert_close(mlp.gelu_tanh(at(x)).cpu(), ops.gelu_tanh(x), equal_nan=True, atol=1e-27, rtol=1e-6)
 
 
 @pytest.mark.parametrize("place", ["cpu", "emulated"])
@@ -181,41 +184,41 @@ def test_offsets_beyond_32_bits(place, request, monkeypatch):
     x = memory.as_strided((2, 2, 3 * dim), (batch, 3 * dim, 1))
     x.copy_(draw(2, 2, 3 * dim))
     dense, w = x.contiguous(), 1 + draw(3 * dim)
-    for got, eager in zip(native_rows.quantize_rows(x, torch.int8), ops.quantize_rows(dense, torch.int8), strict=True):
+    for got, eager in zip(linear.quantize_rows(x, torch.int8), ops.quantize_rows(dense, torch.int8), strict=True):
         assert torch.equal(got, eager)
     angle = draw(1, 2, dim // 2)
-    torch.testing.assert_close(native.rms_norm(x, w, EPS), ops.rms_norm(dense, w, EPS))
-    torch.testing.assert_close(native.layer_norm(x, w, EPS), ops.layer_norm(dense, w, EPS))
+    torch.testing.assert_close(norm.rms_norm(x, w, EPS), ops.rms_norm(dense, w, EPS))
+    torch.testing.assert_close(norm.layer_norm(x, w, EPS), ops.layer_norm(dense, w, EPS))
     for f in ("residual_norm", "residual_layer_norm"):
         rest = (w, w, EPS) if f == "residual_norm" else (w, w, w, EPS)
-        torch.testing.assert_close(getattr(native, f)(x, x, *rest), getattr(ops, f)(dense, dense, *rest))
+        torch.testing.assert_close(getattr(norm, f)(x, x, *rest), getattr(ops, f)(dense, dense, *rest))
     tables = (w[:dim], w[:dim], angle.cos(), angle.sin(), 1, EPS)
-    torch.testing.assert_close(native.qk_norm_rope(x, *tables), ops.qk_norm_rope(dense, *tables))
+    torch.testing.assert_close(rope.qk_norm_rope(x, *tables), ops.qk_norm_rope(dense, *tables))
     image = memory.as_strided((2, 3, 2, 8), (batch, 16, 8, 1))
-    assert torch.equal(native.to_uint8(image), ops.to_uint8(image.contiguous()))
+    assert torch.equal(decode.to_uint8(image), ops.to_uint8(image.contiguous()))
 
 
 def test_wrong_arguments_are_refused_before_the_kernel():
     x, w = draw(2, 3, 8), 1 + draw(8)
     for call, error in [
-        (lambda: native.rms_norm(x, w[:7], EPS), ValueError),
-        (lambda: native.rms_norm(x, w.expand(3, 1, 8), EPS), ValueError),
-        (lambda: native.rms_norm(x[0], draw(3, 1, 8), EPS), ValueError),  # one weight a sample: of [B, S, D] only
-        (lambda: native.rms_norm(x, w.double(), EPS), TypeError),
-        (lambda: native.rms_norm(x.half(), w, EPS), TypeError),
-        (lambda: native.layer_norm(x, w, EPS, w[:7]), ValueError),
-        (lambda: native.residual_norm(x, x[:1], w, w, EPS), ValueError),
-        (lambda: native.residual_layer_norm(x, x.bfloat16(), w, w, w, EPS), ValueError),
-        (lambda: native.swiglu(draw(2, 7)), ValueError),
-        (lambda: native.qk_norm_rope(x, w, w, x, x, 1, EPS), ValueError),
-        (lambda: native.qk_norm_rope(x, w[:2], w[:2].double(), *[draw(1, 3, 1)] * 2, 1, EPS), ValueError),
-        (lambda: native.grouped_qk_norm_rope(x, None, None, *[draw(1, 3, 1)] * 2, 3, 1, EPS), ValueError),
-        (lambda: native.grouped_qk_norm_rope(x, w[:4], None, *[draw(1, 3, 1)] * 2, 2, 1, EPS), ValueError),
-        (lambda: native.grouped_qk_norm_rope(x, w[:2].double(), None, *[draw(1, 3, 1)] * 2, 2, 1, EPS), TypeError),
-        (lambda: native.grouped_qk_norm_rope(x, None, None, *[draw(3, 3, 1)] * 2, 2, 1, EPS), ValueError),
-        (lambda: native.grouped_qk_norm_rope(x, None, None, *[draw(1, 3, 1).double()] * 2, 2, 1, EPS), TypeError),
-        (lambda: native.joint_qk_norm_rope((x, x[:1]), (w, w), (w, w), *[draw(2, 6, 8)] * 2, 1, EPS), ValueError),
-        (lambda: native.x0_project(x, x.bfloat16()), ValueError),
+        (lambda: norm.rms_norm(x, w[:7], EPS), ValueError),
+        (lambda: norm.rms_norm(x, w.expand(3, 1, 8), EPS), ValueError),
+        (lambda: norm.rms_norm(x[0], draw(3, 1, 8), EPS), ValueError),  # one weight a sample: of [B, S, D] only
+        (lambda: norm.rms_norm(x, w.double(), EPS), TypeError),
+        (lambda: norm.rms_norm(x.half(), w, EPS), TypeError),
+        (lambda: norm.layer_norm(x, w, EPS, w[:7]), ValueError),
+        (lambda: norm.residual_norm(x, x[:1], w, w, EPS), ValueError),
+        (lambda: norm.residual_layer_norm(x, x.bfloat16(), w, w, w, EPS), ValueError),
+        (lambda: mlp.swiglu(draw(2, 7)), ValueError),
+        (lambda: rope.qk_norm_rope(x, w, w, x, x, 1, EPS), ValueError),
+        (lambda: rope.qk_norm_rope(x, w[:2], w[:2].double(), *[draw(1, 3, 1)] * 2, 1, EPS), ValueError),
+        (lambda: rope.grouped_qk_norm_rope(x, None, None, *[draw(1, 3, 1)] * 2, 3, 1, EPS), ValueError),
+        (lambda: rope.grouped_qk_norm_rope(x, w[:4], None, *[draw(1, 3, 1)] * 2, 2, 1, EPS), ValueError),
+        (lambda: rope.grouped_qk_norm_rope(x, w[:2].double(), None, *[draw(1, 3, 1)] * 2, 2, 1, EPS), TypeError),
+        (lambda: rope.grouped_qk_norm_rope(x, None, None, *[draw(3, 3, 1)] * 2, 2, 1, EPS), ValueError),
+        (lambda: rope.grouped_qk_norm_rope(x, None, None, *[draw(1, 3, 1).double()] * 2, 2, 1, EPS), TypeError),
+        (lambda: rope.joint_qk_norm_rope((x, x[:1]), (w, w), (w, w), *[draw(2, 6, 8)] * 2, 1, EPS), ValueError),
+        (lambda: sample.x0_project(x, x.bfloat16()), ValueError),
     ]:
         with pytest.raises(error):
             call()
@@ -263,14 +266,14 @@ def test_every_thread_count_gives_the_same_bits():
     results = []
     for n in (1, 2, 5):
         torch.set_num_threads(n)
-        results.append((native.rms_norm(x, w, EPS), native.layer_norm(x, w, EPS)))
+        results.append((norm.rms_norm(x, w, EPS), norm.layer_norm(x, w, EPS)))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(results[0], r, strict=True))
 
 
 def test_selection_states_its_refusals(monkeypatch):
     table, _ = select(Target("cpu", torch.float32))
-    assert all(getattr(table, op) is getattr(native, op) for op in NATIVE)
+    assert all(getattr(table, op) is native(op) for op in NATIVE)
     for target, reason in [
         (Target("cpu", torch.float16), "not float16"),
         (Target("cpu", torch.float32, training=True), "no gradient"),
@@ -284,7 +287,7 @@ def test_selection_states_its_refusals(monkeypatch):
     _, choices = select(Target("cpu", torch.float32))
     assert "not built" in str(choices)
     with pytest.raises(DeviceError, match="not built"):
-        native.rms_norm(draw(1, 1, 8), draw(8), EPS)
+        norm.rms_norm(draw(1, 1, 8), draw(8), EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -297,31 +300,31 @@ def test_group_norm_silu(shape, groups, mean, dtype):
     weight, bias = (1 + 0.3 * draw(shape[1], seed=1)).to(dtype), draw(shape[1], seed=2).to(dtype)
     exact = F.silu(F.group_norm(x.double(), groups, weight.double(), bias.double(), EPS))
     for layout in (torch.contiguous_format, torch.channels_last):
-        got = native.group_norm_silu(x.contiguous(memory_format=layout), groups, weight, bias, EPS)
+        got = norm.group_norm_silu(x.contiguous(memory_format=layout), groups, weight, bias, EPS)
         assert got.is_contiguous(memory_format=torch.channels_last)
         check(got, ops.group_norm_silu(x, groups, weight, bias, EPS), exact)
 
 
 def test_no_pixels_and_no_numbers_in_group_norm_silu():
     w = torch.ones(4)
-    assert native.group_norm_silu(draw(0, 4, 2, 2), 2, w, w, EPS).shape == (0, 4, 2, 2)
+    assert norm.group_norm_silu(draw(0, 4, 2, 2), 2, w, w, EPS).shape == (0, 4, 2, 2)
     x = draw(2, 4, 6, 6)
     x[0, 1, 2, 3] = torch.nan
-    got = native.group_norm_silu(x, 2, w, w, EPS)
+    got = norm.group_norm_silu(x, 2, w, w, EPS)
     assert got[0, :2].isnan().all() and got[0, 2:].isfinite().all() and got[1].isfinite().all()
 
 
 def test_threads_are_released_and_come_back():
     """A team that waits for its next kernel slows all others down (twinflow_rt.h); the next kernel starts a new one."""
     kernels, x, w = library.load("cpu"), draw(64, 40, 64), 1 + draw(64)
-    before, count = native.rms_norm(x, w, EPS), torch.get_num_threads()
+    before, count = norm.rms_norm(x, w, EPS), torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        native.rms_norm(x, w, EPS)
+        norm.rms_norm(x, w, EPS)
         tasks = lambda: len(os.listdir("/proc/self/task"))
         busy = tasks()
         assert kernels.release_threads()
         assert not os.path.isdir("/proc/self/task") or tasks() <= busy - 2
-        assert torch.equal(native.rms_norm(x, w, EPS), before)
+        assert torch.equal(norm.rms_norm(x, w, EPS), before)
     finally:
         torch.set_num_threads(count)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.native.test_native import DTYPES, EPS, ODD, check, draw, formats
+from tests.native.test_native import DTYPES, EPS, ODD, check, draw, formats, native
 from twinflow_rt import ops
 from twinflow_rt.bench.case import SIZES
 from twinflow_rt.bench.eight_bit_cases import eight_bit_cases
-from twinflow_rt.ops.native import library
-from twinflow_rt.ops.native import rows as native_rows
+from twinflow_rt.ops.native import library, linear, mlp
 from twinflow_rt.ops.selection import QUANTIZED_OPS
 
 ROWS = [c.name for c in eight_bit_cases(SIZES["tiny"], torch.float32, "cpu") if c.op in QUANTIZED_OPS]
@@ -26,9 +25,9 @@ def test_rows(at, name, sizes, dtype):
         pytest.skip("torch's int8 product of a GPU takes multiples of 8")
     if at.place == "cpu" and "float8" in name:
         with pytest.raises(TypeError, match="int8"):
-            getattr(native_rows, case.op)(*case.inputs())
+            native(case.op)(*case.inputs())
         return
-    got = getattr(native_rows, case.op)(*at(case.inputs()))
+    got = native(case.op)(*at(case.inputs()))
     got = tuple(x.cpu() for x in got) if isinstance(got, tuple) else got.cpu()
     check(case.read(got), case.read(getattr(ops, case.op)(*case.inputs())), *case.exact(*case.inputs()))
 
@@ -40,7 +39,7 @@ def test_values_of_rows_are_the_references(at, width):
     for x in (wide[..., :width], wide[:, ::2, 3:], torch.zeros(2, width), 1e30 * wide, 1e-13 * wide, wide[:0]):
         for to in formats(at):
             x = x if width < 2048 or at.place == "cpu" else x[..., :width].contiguous()  # aligned, as wide rows must be
-            got, eager = native_rows.quantize_rows(at(x), to), ops.quantize_rows(x, to)
+            got, eager = linear.quantize_rows(at(x), to), ops.quantize_rows(x, to)
             assert torch.equal(got[0].cpu().float(), eager[0].float()) and torch.equal(got[1].cpu(), eager[1])
 
 
@@ -56,7 +55,7 @@ def test_wide_rows(at, width, hidden, dtype):
             ("residual_layer_norm_quantized", (x, x.flip(0), w, None, w, EPS, to)), ("swiglu_quantized", (wide, to)),
             ("gelu_tanh_quantized", (wide[:, :hidden].contiguous(), to)),
         ):  # fmt: skip
-            *_, values, scales = getattr(native_rows, op)(*at(args))
+            *_, values, scales = native(op)(*at(args))
             *_, wanted, reference = getattr(ops, op)(*args)
             torch.testing.assert_close(scales.cpu(), reference, rtol=1e-4, atol=0)
             step = 1 if to == torch.int8 else 2**-3 * wanted.float().abs().clamp_min(2**-6)
@@ -66,9 +65,9 @@ def test_wide_rows(at, width, hidden, dtype):
 def test_emulated_rows_too_wide_are_refused(emulated, monkeypatch):
     monkeypatch.setattr(library, "load", lambda device: emulated)
     for call in (
-        lambda: native_rows.quantize_rows(draw(1, 16392), torch.int8),
-        lambda: native_rows.swiglu_quantized(draw(1, 2 * 20488), torch.int8),
-        lambda: native_rows.quantize_rows(draw(1, 2049), torch.int8),
+        lambda: linear.quantize_rows(draw(1, 16392), torch.int8),
+        lambda: mlp.swiglu_quantized(draw(1, 2 * 20488), torch.int8),
+        lambda: linear.quantize_rows(draw(1, 2049), torch.int8),
     ):
         with pytest.raises(RuntimeError, match="too wide"):
             call()
@@ -77,15 +76,15 @@ def test_emulated_rows_too_wide_are_refused(emulated, monkeypatch):
 def test_rows_that_hold_no_number_say_so(at):
     x = draw(3, 40)
     x[0, 17], x[1, 3] = torch.nan, -torch.inf
-    values, scales = native_rows.quantize_rows(at(x), torch.int8)
+    values, scales = linear.quantize_rows(at(x), torch.int8)
     assert scales[0].isnan() and scales[1].isinf() and scales[2].isfinite()
-    sums = native_rows.dequantize(values.int(), scales, at(torch.ones(40, 1)), None, torch.float32)
+    sums = linear.dequantize(values.int(), scales, at(torch.ones(40, 1)), None, torch.float32)
     assert not sums[:2].isfinite().any() and sums[2].isfinite().all()
     if at.place != "cpu":
-        values, scales = native_rows.quantize_rows(at(x), torch.float8_e4m3fn)
+        values, scales = linear.quantize_rows(at(x), torch.float8_e4m3fn)
         assert values[0].float().isnan().all() and scales[1].isinf() and values[2].float().isfinite().all()
     with pytest.raises(TypeError, match="float8_e5m2"):
-        native_rows.quantize_rows(at(x), torch.float8_e5m2)
+        linear.quantize_rows(at(x), torch.float8_e5m2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +94,7 @@ def test_dequantize(at, shape, dtype):
     sums = torch.randint(-(2**20), 2**20, shape, dtype=torch.int32, generator=torch.Generator().manual_seed(columns))
     x_scales, w_scales, bias = draw(rows, 1).abs(), draw(columns, 1, seed=1).abs(), draw(columns, dtype=dtype)
     for b in (bias, None):
-        got = native_rows.dequantize(*at((sums, x_scales, w_scales, b)), dtype)
+        got = linear.dequantize(*at((sums, x_scales, w_scales, b)), dtype)
         exact = sums.double() * x_scales.double() * w_scales.double().t() + (0 if b is None else b.double())
         assert got.dtype == dtype and got.shape == shape
         if rows:

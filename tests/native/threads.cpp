@@ -32,35 +32,38 @@ void require(int status) {
 // Every kernel once; x, other and weight are shared by all threads, the result is the caller's own.
 std::vector<float> everything(const std::vector<float>& x, const std::vector<float>& other,
                               const std::vector<float>& weight) {
-  const int64_t batch = SEQ * WIDTH, row = WIDTH;
   std::vector<float> all;
   const auto keep = [&](const std::vector<float>& part) { all.insert(all.end(), part.begin(), part.end()); };
-  std::vector<float> a(N), b(N);
-  const float* w = weight.data();
-  require(twinflow_cpu_rms_norm(x.data(), batch, row, w, 0, a.data(), BATCH, SEQ, WIDTH, 1e-5f, TWINFLOW_F32, TEAM));
-  keep(a);
-  require(twinflow_cpu_layer_norm(x.data(), batch, row, w, 0, w, 0, a.data(), BATCH, SEQ, WIDTH, 1e-5f, TWINFLOW_F32,
-                                  TEAM));
-  keep(a);
-  require(twinflow_cpu_residual_norm(x.data(), batch, row, other.data(), batch, row, w, 0, w, 0, a.data(), b.data(),
-                                     BATCH, SEQ, WIDTH, 1e-5f, TWINFLOW_F32, TEAM));
-  keep(a), keep(b);
-  require(twinflow_cpu_residual_layer_norm(x.data(), batch, row, other.data(), batch, row, w, 0, w, 0, w, 0, a.data(),
-                                           b.data(), BATCH, SEQ, WIDTH, 1e-5f, TWINFLOW_F32, TEAM));
-  keep(a), keep(b);
-  require(twinflow_cpu_swiglu(x.data(), a.data(), BATCH * SEQ, WIDTH / 2, TWINFLOW_F32, TEAM));
-  require(twinflow_cpu_gelu_tanh(x.data(), b.data(), BATCH * SEQ, WIDTH, TWINFLOW_F32, TEAM));
-  keep(a), keep(b);
-  require(twinflow_cpu_x0_project(x.data(), other.data(), a.data(), N, 0.5f, TWINFLOW_F32, TEAM));
-  keep(a);
-  std::vector<float> qkv = numbers(3 * N, 5);
-  require(twinflow_cpu_qk_norm_rope(qkv.data(), 3 * batch, 3 * row, row, qkv.data(), 3 * batch, 3 * row, row, w, w,
-                                    x.data(), other.data(), 0, DIM / 2, BATCH, SEQ, HEADS, DIM, 2, 1e-5f, TWINFLOW_F32,
-                                    TEAM));
-  keep(qkv);
-  const int64_t strides[4] = {3 * DIM * DIM, DIM * DIM, DIM, 1};
+  std::vector<float> a(N), b(N), qkv = numbers(3 * N, 5);
   std::vector<uint8_t> image(3 * DIM * DIM);
-  require(twinflow_cpu_to_uint8(x.data(), strides, image.data(), 1, 3, DIM, DIM, TWINFLOW_F32, TEAM));
+  const twinflow_kernels& run = *twinflow_cpu_kernels();
+  const auto rows = [](const std::vector<float>& of, int64_t row) {
+    return twinflow_rows{const_cast<float*>(of.data()), SEQ * row, row};
+  };
+  const twinflow_rows in = rows(x, WIDTH), add = rows(other, WIDTH), token = rows(qkv, 3 * WIDTH);
+  const twinflow_weights w{weight.data(), 0};
+  const twinflow_out to_a{a.data(), nullptr, TWINFLOW_STORED}, to_b{b.data(), nullptr, TWINFLOW_STORED};
+  const twinflow_shape shape{BATCH, SEQ, WIDTH}, heads{BATCH, SEQ, DIM};
+  const twinflow_angles angles{x.data(), other.data(), 0, DIM / 2};
+  const twinflow_image strides{3 * DIM * DIM, DIM * DIM, DIM, 1}, size{1, 3, DIM, DIM};
+  const twinflow_launch how{TWINFLOW_F32, TEAM, nullptr};
+  const float *q = w.data, *k = w.data;
+  require(run.rms_norm(in, w, to_a, shape, 1e-5f, how));
+  keep(a);
+  require(run.layer_norm(in, w, w, to_a, shape, 1e-5f, how));
+  keep(a);
+  require(run.residual_norm(in, add, w, w, a.data(), to_b, shape, 1e-5f, how));
+  keep(a), keep(b);
+  require(run.residual_layer_norm(in, add, w, w, w, a.data(), to_b, shape, 1e-5f, how));
+  keep(a), keep(b);
+  require(run.swiglu(x.data(), to_a, BATCH * SEQ, WIDTH / 2, how));
+  require(run.gelu_tanh(x.data(), to_b, BATCH * SEQ, WIDTH, how));
+  keep(a), keep(b);
+  require(run.x0_project(x.data(), other.data(), a.data(), N, 0.5f, how));
+  keep(a);
+  require(run.qk_norm_rope(token, WIDTH, token, WIDTH, q, k, angles, heads, HEADS, 2, 1e-5f, how));
+  keep(qkv);
+  require(run.to_uint8(x.data(), strides, image.data(), size, how));
   keep({image.begin(), image.end()});
   return all;
 }

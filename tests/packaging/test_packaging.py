@@ -31,7 +31,7 @@ def test_import_is_light():
 
 
 def test_native_is_loaded_on_use_only():
-    code = "import twinflow_rt.ops.native.plain, sys; assert 'twinflow_rt._native' not in sys.modules"
+    code = "import twinflow_rt.ops.native.norm, sys; assert 'twinflow_rt._native' not in sys.modules"
     assert not modules_after(code) & {"transformers", "diffusers", "triton", "rich", "PIL"}
 
 

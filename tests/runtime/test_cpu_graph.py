@@ -14,7 +14,7 @@ from tests.memory import least
 from tests.runtime.test_capture import FAMILIES
 from twinflow_rt.loading import load
 from twinflow_rt.ops.conv import winograd_weight
-from twinflow_rt.ops.native import plain as native
+from twinflow_rt.ops.native import norm
 from twinflow_rt.ops.native.conv import conv_winograd
 from twinflow_rt.runtime import capture
 from twinflow_rt.runtime.capture import Captures
@@ -43,7 +43,7 @@ def varied(x, y):
     c.add_(1).mul_(torch.arange(3.0).sum())
     for i in range(20):  # short-lived tensors, whose ids come again
         c = c + (c * i).relu() / 100
-    h, w = x.new_ones(4, 1), native.rms_norm(y, WEIGHT[0].abs(), 1e-5)
+    h, w = x.new_ones(4, 1), norm.rms_norm(y, WEIGHT[0].abs(), 1e-5)
     return {"c": c * h, "b": b, "x": x, "pair": (w, torch.stack((b, a)).unbind(1)[0])}
 
 

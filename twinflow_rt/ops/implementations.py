@@ -190,8 +190,8 @@ def _implementation(name: str, op: str, stem: str, eager: Op) -> Implementation:
         return Implementation(name, lambda: eager, devices=())
     quantizes = op in QUANTIZED_OPS
     refuses = _OWN_REFUSES.get((op, name)) or (_QUANTIZING_REFUSES if quantizes else _REFUSES)[name]
-    module = f"kernels.{stem}" if name == "triton" else f"ops.native.{'rows' if quantizes else 'plain'}"
-    return Implementation(name, _from(module, op), refuses, CPU if name == "native" else GPU)
+    package = "kernels" if name == "triton" else "ops.native"
+    return Implementation(name, _from(f"{package}.{stem}", op), refuses, CPU if name == "native" else GPU)
 
 
 def _declared(table: OpTable | QuantizedOps) -> dict[str, dict[str, Implementation]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..conv import LEAST, STRIP, winograd_points, winograd_products
 from ..tracing import watched
-from .register import roomy, run
+from .register import address, roomy, run
 
 
 def conv_winograd(
@@ -29,11 +29,10 @@ def conv_winograd(
         added = added.contiguous(memory_format=torch.channels_last)
     tiles = batch * -(-size[0] // 2) * -(-size[1] // 2)
     strip = x.new_empty((min(STRIP, tiles), points, inner)) if tiles >= LEAST else x.new_zeros((LEAST, points, inner))
-    ends = [0 if y is None else y.data_ptr() for y in (bias, added)]
     for first in range(0, tiles, STRIP):
         last = min(first + STRIP, tiles)
         part = strip[: max(last - first, LEAST)]
-        run("winograd_input", x, x.data_ptr(), part.data_ptr(), batch, height, width, inner, first, last, enlarged)
-        sums = winograd_products(part, weight, points)
-        run("winograd_output", x, sums.data_ptr(), *ends, out.data_ptr(), batch, *size, outer, first, last, enlarged)
+        run("winograd_input", x, x.data_ptr(), part.data_ptr(), x.shape, first, last, enlarged)
+        sums, more = winograd_products(part, weight, points), (address(bias), address(added))
+        run("winograd_output", x, sums.data_ptr(), *more, out.data_ptr(), out.shape, first, last, enlarged)
     return out

@@ -18,63 +18,24 @@ import torch
 from ...config import dtype_name
 from ..target import Target
 
-ABI_VERSION = 6
-KINDS = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
-FORMATS = {torch.int8: 0, torch.float8_e4m3fn: 1}  # twinflow_format
+ABI_VERSION = 7
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
+FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # twinflow_format
 CUDA_LIBRARY = Path(__file__).parents[2] / "libtwinflow_cuda.so"
 
 
-class _Strides:
-    """Argument type of `const int64_t strides[4]`: takes what Tensor.stride() gives."""
-
-    @classmethod
-    def from_param(cls, strides: tuple[int, ...]) -> Any:
-        return (ctypes.c_int64 * 4)(*strides)
-
-
 class CudaKernels:
-    """libtwinflow_cuda's functions under the names and argument orders of `_native`; the last argument is
-    a CUDA stream instead of a number of threads, and those that quantize take a format before the dtype."""
+    """libtwinflow_cuda's kernels under the names and with the arguments of `_native`'s."""
 
     def __init__(self, path: Path) -> None:
-        pointer, size, real, kind = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-        rows, weight, end = [pointer, size, size], [pointer, size], [kind, pointer]
-        shape = [size, size, size, real, *end]
         self._library = ctypes.CDLL(str(path))
         self.abi_version = self._library.twinflow_cuda_abi_version()
         if self.abi_version != ABI_VERSION:
             return  # `load` refuses it; nothing more is known about its functions
-        self._message = self._library.twinflow_cuda_error_message
-        self._message.restype = ctypes.c_char_p
-        self._declare("rms_norm", [*rows, *weight, pointer, *shape])
-        self._declare("layer_norm", [*rows, *weight * 2, pointer, *shape])
-        self._declare("residual_norm", [*rows * 2, *weight * 2, pointer, pointer, *shape])
-        self._declare("residual_layer_norm", [*rows * 2, *weight * 3, pointer, pointer, *shape])
-        self._declare(
-            "qk_norm_rope", [*[pointer, size, size, size] * 2, *[pointer] * 4, *[size] * 6, kind, real, *end]
-        )
-        self._declare("swiglu", [pointer, pointer, size, size, *end])
-        self._declare("gelu_tanh", [pointer, pointer, size, size, *end])
-        made, shape = [pointer, pointer], [size, size, size, real, kind, *end]
-        self._declare("quantize_rows", [*rows, *made, size, size, size, kind, *end])
-        self._declare("rms_norm_quantized", [*rows, *weight, *made, *shape])
-        self._declare("layer_norm_quantized", [*rows, *weight * 2, *made, *shape])
-        self._declare("residual_norm_quantized", [*rows * 2, *weight * 2, pointer, *made, *shape])
-        self._declare("residual_layer_norm_quantized", [*rows * 2, *weight * 3, pointer, *made, *shape])
-        self._declare("swiglu_quantized", [pointer, *made, size, size, kind, *end])
-        self._declare("gelu_tanh_quantized", [pointer, *made, size, size, kind, *end])
-        self._declare("dequantize", [*[pointer] * 5, size, size, *end])
-        self._declare("x0_project", [pointer, pointer, pointer, size, real, *end])
-        self._declare("to_uint8", [pointer, _Strides, pointer, *[size] * 4, *end])
-
-    def _declare(self, name: str, arguments: list[Any]) -> None:
-        function = getattr(self._library, f"twinflow_cuda_{name}")
-        function.argtypes, function.errcheck = arguments, self._check
-        setattr(self, name, function)
-
-    def _check(self, status: int, function: Any, arguments: Any) -> None:
-        if status:
-            raise RuntimeError(f"libtwinflow_cuda: {self._message(status).decode()}")
+        table, self._message = self._library.twinflow_cuda_kernels, self._library.twinflow_cuda_error_message
+        table.restype, self._message.restype = ctypes.c_void_p, ctypes.c_char_p
+        message = ctypes.cast(self._message, ctypes.c_void_p).value
+        import_module("twinflow_rt._native").bind(self, table(), message)
 
     def problem(self) -> str | None:
         """Why the current CUDA device cannot run these kernels, in the driver's words, or None."""
@@ -89,6 +50,8 @@ def load(device: str) -> Any:
     if device == "cuda":
         if not CUDA_LIBRARY.exists():
             return "built without GPU kernels; reinstall where nvcc is on PATH (TWINFLOW_CUDA=ON insists)"
+        if isinstance(extension := load("cpu"), str):
+            return extension
         try:
             found = CudaKernels(CUDA_LIBRARY)
         except (OSError, AttributeError) as error:  # AttributeError: a library without these functions
@@ -167,6 +130,6 @@ def cuda_rope_refuses(target: Target) -> str | None:
 
 
 def _refuses_kind(target: Target) -> str | None:
-    if target.dtype not in KINDS:
+    if target.dtype not in DTYPES:
         return f"stores float32 or bfloat16, not {dtype_name(target.dtype)}"
     return "has no gradient" if target.training else None

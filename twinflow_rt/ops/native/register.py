@@ -1,4 +1,10 @@
-"""How a native kernel becomes a torch op `twinflow::*`: its registration, its call, its arguments from tensors."""
+"""How a native kernel becomes a torch op `twinflow::*`: its registration, its call, its arguments from tensors.
+
+On the CPU the ops run in the extension `_native`, on an NVIDIA GPU in `libtwinflow_cuda` (library.py). Where one is
+absent they raise DeviceError, and the op table keeps another implementation.
+
+A struct of csrc/include/twinflow_rt.h is a tuple of its fields here; a tensor behind them keeps their memory alive.
+"""
 
 from __future__ import annotations
 
@@ -13,86 +19,31 @@ from ...errors import DeviceError
 from ...host_memory import HUGE, prefer_huge_pages
 from ..tracing import watched
 from . import library
-from .library import KINDS
+from .library import DTYPES, FORMATS
 
 Function = Callable[..., Any]
+Pair = tuple[Tensor, Tensor]
+Rows = tuple[int, int, int, Tensor]  # twinflow_rows
+Weights = tuple[int, int, Tensor] | tuple[int, int]  # twinflow_weights
+Out = tuple[int, int, int]  # twinflow_out
 
 PLAIN: dict[Any, Function] = {}  # a registered op -> what computes it, without torch's dispatcher
 _torch_library = torch.library.Library("twinflow", "DEF")
 
 
-def run(name: str, x: Tensor, *arguments: Any) -> None:
-    """Runs a kernel where x lives; its dtype and the threads or the stream are the last arguments."""
-    kernels = kernels_of(x)
-    if isinstance(kernels, str):
-        raise DeviceError(kernels)
-    kind = KINDS.get(x.dtype)
-    if kind is None:
-        raise TypeError(f"twinflow::{name} stores float32 or bfloat16, not {x.dtype}")
-    if x.is_cpu:
-        getattr(kernels, name)(*arguments, kind, torch.get_num_threads())
-    else:
-        with torch.cuda.device(x.device):
-            getattr(kernels, name)(*arguments, kind, torch.cuda.current_stream().cuda_stream)
+def op(schema: str, result: Function) -> Callable[[Function], Function]:
+    """Register a function as `twinflow::<schema>` for both devices, and return what calls it: at once, unless torch
+    must see the op. Its dispatcher takes as long as a small kernel.
 
-
-def kernels_of(x: Tensor) -> Any:
-    """The kernels where x lives, or why there are none."""
-    return library.load("cpu" if x.is_cpu else x.device.type)  # a device's name takes as long as a few arguments
-
-
-def as_rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x as [B, S, D], its batch and row strides; copied only if elements of a row are not adjacent."""
-    if x.ndim != 3:
-        x = x.reshape(x.shape[0] if x.ndim > 3 else 1, -1, x.shape[-1])
-    batch, row, element = x.stride()
-    if element != 1 and x.shape[2] != 1:
-        x = x.contiguous()
-        batch, row, _ = x.stride()
-    return x, batch, row
-
-
-def fresh(x: Tensor) -> Tensor:
-    """Contiguous room for a tensor like x; `new_empty` takes twice as long."""
-    return roomy(torch.empty_like(x, memory_format=torch.contiguous_format))
-
-
-def roomy(fresh: Tensor) -> Tensor:
-    """A tensor that was just allocated, in huge pages where it is large and the CPU's."""
-    if (nbytes := fresh.nbytes) >= HUGE and fresh.is_cpu:
-        prefer_huge_pages(fresh.data_ptr(), nbytes)
-    return fresh
-
-
-def same(name: str, x: Tensor, other: Tensor) -> None:
-    if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
-        raise ValueError(f"{name} must be like x: {other.dtype} {tuple(other.shape)}, {x.dtype} {tuple(x.shape)}")
-
-
-def weight_of(weight: Tensor | None, x: Tensor) -> tuple[Tensor | None, int, int]:
-    """A weight, [D] or [B or 1, 1, D] or None; its address, and the stride between samples (0: shared)."""
-    if weight is None:
-        return None, 0, 0
-    shape, of_weight = x.shape, weight.shape
-    dim = shape[-1]
-    if weight.dtype != torch.float32 or weight.device != x.device:
-        raise TypeError(f"a norm weight is float32 on {x.device}, not {weight.dtype} on {weight.device}")
-    shared = weight.numel() == dim
-    if of_weight[-1] != dim or not (shared or (len(shape) == 3 and of_weight == (shape[0], 1, dim))):
-        raise ValueError(f"a norm weight for {tuple(shape)} is [D] or [B or 1, 1, D], not {tuple(of_weight)}")
-    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    return weight, weight.data_ptr(), 0 if shared else weight.stride(0)
-
-
-def op(schema: str) -> Callable[[Function], Function]:
-    """Registers a function as `twinflow::<schema>` for both devices, and returns what calls it: at once, unless
-    torch must see the op. Its dispatcher takes as long as a small kernel."""
+    result: given the op's arguments, tensors like its results; for tracing.
+    """
     name = schema.split("(")[0]
     _torch_library.define(schema)
 
     def register(function: Function) -> Function:
         for device in ("CPU", "CUDA"):
             _torch_library.impl(name, function, device)
+        torch.library.register_fake(f"twinflow::{name}", result, lib=_torch_library)
         dispatched: Function = getattr(torch.ops.twinflow, name).default
         PLAIN[dispatched] = function
 
@@ -107,18 +58,107 @@ def op(schema: str) -> Callable[[Function], Function]:
     return register
 
 
-def fake(*names: str) -> Callable[[Function], Function]:
-    def register(function: Function) -> Function:
-        for name in names:
-            torch.library.register_fake(f"twinflow::{name}", function, lib=_torch_library)
-        return function
+def run(name: str, x: Tensor, *arguments: Any) -> None:
+    """Run a kernel where x lives, in x's dtype, on torch's threads or current stream."""
+    kernels = kernels_of(x)
+    if isinstance(kernels, str):
+        raise DeviceError(kernels)
+    dtype = DTYPES.get(x.dtype)
+    if dtype is None:
+        raise TypeError(f"twinflow::{name} stores float32 or bfloat16, not {x.dtype}")
+    if x.is_cpu:
+        getattr(kernels, name)(*arguments, (dtype, torch.get_num_threads(), 0))
+    else:
+        with torch.cuda.device(x.device):
+            getattr(kernels, name)(*arguments, (dtype, 0, torch.cuda.current_stream().cuda_stream))
 
-    return register
+
+def kernels_of(x: Tensor) -> Any:
+    """The kernels where x lives, or why there are none."""
+    return library.load("cpu" if x.is_cpu else x.device.type)  # a device's name takes as long as a few arguments
 
 
-def halves(x: Tensor) -> tuple[Tensor, int]:
-    """x, contiguous, and the size of the halves of its last axis."""
-    hidden = x.shape[-1] // 2
-    if hidden * 2 != x.shape[-1] or not hidden:
-        raise ValueError(f"swiglu halves the last axis, which has {x.shape[-1]} elements")
-    return x.contiguous(), hidden
+# -- arguments ------------------------------------------------------------------------------------------------
+
+
+def rows_of(x: Tensor) -> tuple[Rows, torch.Size]:
+    """x as [B, S, D]: its rows and its shape. Copied only if elements of a row are not adjacent."""
+    if x.ndim != 3:
+        x = x.reshape(x.shape[0] if x.ndim > 3 else 1, -1, x.shape[-1])
+    batch, row, element = x.stride()
+    if element != 1 and x.shape[2] != 1:
+        x = x.contiguous()
+        batch, row, _ = x.stride()
+    return (x.data_ptr(), batch, row, x), x.shape
+
+
+def weights_of(weight: Tensor | None, x: Tensor) -> Weights:
+    """A weight for the rows of x: [D] or [B or 1, 1, D], or None. Raises TypeError, ValueError for another."""
+    if weight is None:
+        return 0, 0
+    shape, of_weight = x.shape, weight.shape
+    dim = shape[-1]
+    if weight.dtype != torch.float32 or weight.device != x.device:
+        raise TypeError(f"a norm weight is float32 on {x.device}, not {weight.dtype} on {weight.device}")
+    shared = weight.numel() == dim
+    if of_weight[-1] != dim or not (shared or (len(shape) == 3 and of_weight == (shape[0], 1, dim))):
+        raise ValueError(f"a norm weight for {tuple(shape)} is [D] or [B or 1, 1, D], not {tuple(of_weight)}")
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    return weight.data_ptr(), 0 if shared else weight.stride(0), weight
+
+
+def check_like(name: str, x: Tensor, other: Tensor) -> None:
+    """Raise ValueError unless `other`, called `name`, has the shape, dtype and device of x."""
+    if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+        raise ValueError(f"{name} must be like x: {other.dtype} {tuple(other.shape)}, {x.dtype} {tuple(x.shape)}")
+
+
+def address(x: Tensor | None) -> int:
+    """Where x's elements begin; 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+# -- results --------------------------------------------------------------------------------------------------
+
+
+def fresh(x: Tensor) -> Tensor:
+    """Contiguous room for a tensor like x; `new_empty` takes twice as long."""
+    return roomy(torch.empty_like(x, memory_format=torch.contiguous_format))
+
+
+def roomy(fresh: Tensor) -> Tensor:
+    """A tensor that was just allocated, in huge pages where it is large and the CPU's."""
+    if (nbytes := fresh.nbytes) >= HUGE and fresh.is_cpu:
+        prefer_huge_pages(fresh.data_ptr(), nbytes)
+    return fresh
+
+
+def stored(out: Tensor | None) -> Out:
+    """`out`, contiguous, as what a kernel writes in its storage's dtype; None where it writes nothing."""
+    return address(out), 0, 0
+
+
+def quantized(x: Tensor, dtype: torch.dtype, width: int | None = None) -> tuple[Pair, Out]:
+    """Room for x's rows, or for others of `width`, as 8-bit values and scales; and as what a kernel writes. A GPU's
+    kernels make int8 and float8_e4m3fn, a CPU's int8. Raises TypeError for another dtype."""
+    values, scales = quantized_like(x, dtype, width=width)
+    if dtype != torch.int8 and not isinstance(kernels_of(x), library.CudaKernels):
+        raise TypeError(f"native rows of a CPU are int8, not {dtype}")
+    return (values, scales), (values.data_ptr(), scales.data_ptr(), FORMATS[dtype])
+
+
+# -- what torch.compile must know of results ------------------------------------------------------------------
+
+
+def like(x: Tensor, *_: Any) -> Tensor:
+    """A tensor like x, contiguous."""
+    return x.new_empty(x.shape)
+
+
+def quantized_like(x: Tensor, *rest: Any, width: int | None = None) -> Pair:
+    """Values like x in the dtype that is the last argument, or rows of `width`; and a float32 scale for each row."""
+    dtype = rest[-1]
+    if dtype not in FORMATS:
+        raise TypeError(f"rows are int8 or float8_e4m3fn, not {dtype}")
+    values = x.new_empty((*x.shape[:-1], x.shape[-1] if width is None else width), dtype=dtype)
+    return values, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)

@@ -131,35 +131,31 @@ void winograd_output(const float* points, const float* bias, const float* added,
   }
 }
 
-inline int winograd_error(int64_t batch, int64_t height, int64_t width, int64_t channels, int64_t first, int64_t last,
-                          int dtype, bool complete) {
+inline int winograd_error(const twinflow_image& size, int64_t first, int64_t last, int dtype, bool complete) {
   if (dtype != TWINFLOW_F32) return TWINFLOW_BAD_DTYPE;
-  const int64_t tiles = batch * ((height + 1) / 2) * ((width + 1) / 2);
-  if (batch < 0 || height < 0 || width < 0 || channels < 1 || first < 0 || last < first || last > tiles)
+  const int64_t tiles = size.batch * ((size.height + 1) / 2) * ((size.width + 1) / 2);
+  if (size.batch < 0 || size.height < 0 || size.width < 0 || size.channels < 1 || first < 0 || last < first ||
+      last > tiles)
     return TWINFLOW_BAD_SHAPE;
   return last > first && !complete ? TWINFLOW_NULL_POINTER : TWINFLOW_OK;
 }
 
-int c_winograd_input(const float* x, float* points, int64_t batch, int64_t height, int64_t width, int64_t channels,
-                     int64_t first, int64_t last, int enlarged, int dtype, int threads) {
+int launch_winograd_input(const float* x, float* points, twinflow_image size, int64_t first, int64_t last, int enlarged,
+                          twinflow_launch how) {
   const int64_t times = enlarged ? 2 : 1;  // the size of the output decides how many tiles there are
-  const int error = winograd_error(batch, times * height, times * width, channels, first, last, dtype, x && points);
-  if (error) return error;
-  if (enlarged)
-    winograd_input<true>(x, points, height, width, channels, first, last, threads);
-  else
-    winograd_input<false>(x, points, height, width, channels, first, last, threads);
+  const twinflow_image out{size.batch, size.channels, times * size.height, times * size.width};
+  if (const int error = winograd_error(out, first, last, how.dtype, x && points)) return error;
+  const auto run = enlarged ? winograd_input<true> : winograd_input<false>;
+  run(x, points, size.height, size.width, size.channels, first, last, how.threads);
   return TWINFLOW_OK;
 }
 
-int c_winograd_output(const float* points, const float* bias, const float* added, float* out, int64_t batch,
-                      int64_t height, int64_t width, int64_t channels, int64_t first, int64_t last, int enlarged,
-                      int dtype, int threads) {
-  const int error = winograd_error(batch, height, width, channels, first, last, dtype, points && out);
-  if (error) return error;
+int launch_winograd_output(const float* points, const float* bias, const float* added, float* out, twinflow_image size,
+                           int64_t first, int64_t last, int enlarged, twinflow_launch how) {
+  if (const int error = winograd_error(size, first, last, how.dtype, points && out)) return error;
   const auto run = enlarged ? (added ? winograd_output<true, true> : winograd_output<true, false>)
                             : (added ? winograd_output<false, true> : winograd_output<false, false>);
-  run(points, bias, added, out, height, width, channels, first, last, threads);
+  run(points, bias, added, out, size.height, size.width, size.channels, first, last, how.threads);
   return TWINFLOW_OK;
 }
 
