@@ -83,7 +83,7 @@ def test_old_names_work_and_warn(tmp_path):
     }  # fmt: skip
     assert all(w.filename == __file__ for w in warned)
     again = load(folder, skip_layers=skipped, text_skip_layers=["layers.mlp.down_proj"], **how)
-    assert pipe.plan.exempt == again.plan.exempt == tuple(skipped)
+    assert pipe.plan.skip_layers == again.plan.skip_layers == tuple(skipped)
     assert pipe.text.options.skip_layers == again.text.options.skip_layers == ("layers.mlp.down_proj",)
     with pytest.raises(TypeError, match="old name"):
         load(folder, exempt=skipped, skip_layers=skipped)

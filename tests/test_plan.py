@@ -13,8 +13,10 @@ from twinflow_rt.errors import CheckpointError
 from twinflow_rt.loading import load
 from twinflow_rt.models.transformers.qwen_image import QwenImageTransformer
 from twinflow_rt.models.transformers.z_image import ZImageConfig, ZImageTransformer, pad_length
-from twinflow_rt.plan import CEILINGS, Ceiling, Plan, Stage, duration, group_parameters
+from twinflow_rt.plan import Plan
 from twinflow_rt.planning.footprint import work_of
+from twinflow_rt.planning.parameters import group_parameters
+from twinflow_rt.planning.roofline import CEILINGS, Ceiling, StageWork, duration
 
 HEIGHT, WIDTH, PROMPT = 12, 20, 40
 
@@ -79,7 +81,7 @@ def test_traffic_is_what_products_read_and_write():
 
     work = work_of(run, [*linear.parameters(), *conv.parameters()], [linear.weight])
     products = 2 * 14 * 8 * 6, 2 * 2 * 9 * 10 * 16, 2 * 16 * 5 * 3 * 9
-    assert (work.flops, work.narrow_flops) == (sum(products), products[0])
+    assert (work.flops, work.eight_bit_flops) == (sum(products), products[0])
     assert work.moved == 4 * (14 * (8 + 6) + (2 * 2 * 9 * 8 + 2 * 10 * 8) + 16 * (3 + 5))
     assert work_of(run).moved == work.moved + sum(p.nbytes for m in (linear, conv) for p in m.parameters())
 
@@ -89,21 +91,21 @@ def test_layers_of_8_bits_are_told_apart(tmp_path):
     plain, narrow = (load(folder, device="cpu", **how) for how in ({}, {"precision": "int8", "text_precision": "int8"}))
     for before, after in zip(plain.plan.stages, narrow.plan.stages, strict=True):
         assert (before.flops, before.activation_bytes) == (after.flops, after.activation_bytes)
-        assert not before.narrow_flops and after.narrow_flops <= after.flops
-        assert bool(after.narrow_flops) is (after.name in ("text", "velocity"))
+        assert not before.eight_bit_flops and after.eight_bit_flops <= after.flops
+        assert bool(after.eight_bit_flops) is (after.name in ("text", "velocity"))
         assert after.weight_bytes <= before.weight_bytes
     assert "h200 unknown" in str(narrow.plan) and "h200 unknown" not in str(plain.plan)
 
 
 def test_a_stage_takes_what_the_slower_of_work_and_traffic_takes():
     ceiling = Ceiling(flops=1e12, bandwidth=1e9)
-    assert Stage("a", flops=2 * 10**12, weight_bytes=10**9).seconds(ceiling) == 2.0
-    assert Stage("b", flops=10**12, weight_bytes=3 * 10**9).seconds(ceiling) == 3.0
-    assert Stage("c", flops=10**12, weight_bytes=10**9, activation_bytes=4 * 10**9).seconds(ceiling) == 5.0
-    narrow = Stage("d", flops=4 * 10**12, weight_bytes=10**9, narrow_flops=3 * 10**12)
+    assert StageWork("a", flops=2 * 10**12, weight_bytes=10**9).seconds(ceiling) == 2.0
+    assert StageWork("b", flops=10**12, weight_bytes=3 * 10**9).seconds(ceiling) == 3.0
+    assert StageWork("c", flops=10**12, weight_bytes=10**9, activation_bytes=4 * 10**9).seconds(ceiling) == 5.0
+    narrow = StageWork("d", flops=4 * 10**12, weight_bytes=10**9, eight_bit_flops=3 * 10**12)
     assert narrow.seconds(ceiling) is None and duration(None) == "unknown"
     assert [duration(t) for t in (0.0123, 1.5)] == ["12.3 ms", "1.5 s"]
-    assert narrow.seconds(Ceiling(1e12, 1e9, narrow=2e12)) == 2.5
+    assert narrow.seconds(Ceiling(1e12, 1e9, eight_bit=2e12)) == 2.5
 
 
 def test_everything_is_printed(pipe):
@@ -134,6 +136,14 @@ def test_plans_survive_json(pipe):
     for change in ({"schema": 1}, {"more": 0}):
         with pytest.raises(CheckpointError, match="compile again"):
             Plan.from_dict({**raw, **change})
+
+
+def test_fields_have_had_other_names(pipe):
+    text = json.dumps(pipe.plan.to_dict())
+    old = text.replace('"skip_layers"', '"exempt"').replace('"eight_bit_flops"', '"narrow_flops"')
+    assert old != text and Plan.from_dict(json.loads(old)) == pipe.plan
+    with pytest.warns(DeprecationWarning, match="skip_layers"):
+        assert pipe.plan.exempt == pipe.plan.skip_layers
 
 
 def test_parameters_are_grouped_by_what_they_are():

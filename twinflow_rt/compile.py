@@ -36,7 +36,8 @@ from .passes import fold as folding
 from .passes import quantize
 from .passes.fold import Schedule, fold, folded_away
 from .passes.layer_groups import Group
-from .plan import Plan, group_parameters, parameter_bytes
+from .plan import Plan
+from .planning.parameters import group_parameters, parameter_bytes
 from .runtime.parallel import Ulysses
 from .runtime.streaming import Streaming
 
@@ -195,7 +196,7 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
         family=family.name, source=Path(source.folder).parent.name, device=str(device), dtype=dtype_name(dtype),
         schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
         bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
-        absorbed=_is_absorbed(network), loras=source.loras, precision=precision, exempt=skip_layers, layers=layers,
+        absorbed=_is_absorbed(network), loras=source.loras, precision=precision, skip_layers=skip_layers, layers=layers,
         fp8_attention=recipe.fp8_attention, sensitivity=recipe.sensitivity,
         notes=(f"transformer {report}", *recipe.notes, *quantize.dtype_notes(source.main_dtype(), dtype, device)),
     )  # fmt: skip

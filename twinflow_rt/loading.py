@@ -171,7 +171,7 @@ def _load_folder(folder: Path, asked: Asked) -> Pipeline:
         free=asked.dtype is None,
     )  # fmt: skip
     model = Model.open(folder, checkpoint, family, arithmetic.dtype, asked.sampler or preset(1), asked)
-    memory = model.plan_memory(asked, precision=arithmetic.precision, exempt=arithmetic.skip_layers)
+    memory = model.plan_memory(asked, precision=arithmetic.precision, skip_layers=arithmetic.skip_layers)
     streamed = 0 if memory is None else memory.streamed
     recipe = Recipe(checkpoint, family, asked.device, **vars(arithmetic), streamed=streamed)
     return _assemble(model, asked, memory, partial(compile_network, recipe, model.times))
@@ -187,7 +187,7 @@ def _load_artifact(folder: Path, asked: Asked) -> Pipeline:
     family = family_of(checkpoint.config)
     dtype = resolve_dtype(asked.dtype, asked.device, DTYPES[plan.dtype])
     model = Model.open(folder, checkpoint, family, dtype, asked.sampler or saved["sampler"], asked)
-    memory = model.plan_memory(asked, precision=plan.precision, exempt=plan.exempt, saved=True)
+    memory = model.plan_memory(asked, precision=plan.precision, skip_layers=plan.skip_layers, saved=True)
 
     def program(progress: Progress | None) -> Program:
         made = load_program(checkpoint, family, plan, device=asked.device, dtype=dtype, progress=progress)
@@ -232,7 +232,8 @@ def _require_precision(plan: Plan, folder: Path, options: LoadOptions) -> None:
     """Raise ConfigError where another precision is asked for than the program saved in `folder` has."""
     quantized, _ = resolve_precision(options.precision, None)
     other = options.precision not in (None, "auto") and quantized != plan.precision
-    if other or (options.skip_layers and precisions.skipped(options.skip_layers, plan.precision)[0] != plan.exempt):
+    skipped = options.skip_layers and precisions.skipped(options.skip_layers, plan.precision)[0]
+    if other or (skipped and skipped != plan.skip_layers):
         raise ConfigError(
             f"{folder} was saved with linear layers in {plan.precision or 'its dtype'}, for good; "
             "load the model folder for another precision"

@@ -15,9 +15,10 @@ from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
 from .config import ON_OOM, OUTPUTS, SizeRule, check_choice, check_count, resolve_prompts
 from .errors import ConfigError, DeviceError
-from .plan import Plan, Stage
+from .plan import Plan
 from .planning import warm_up as warm
 from .planning.memory_plan import MemoryPlan
+from .planning.roofline import StageWork
 from .planning.work import predict_stages
 from .runtime import out_of_memory
 from .runtime.capture import Captures
@@ -81,7 +82,7 @@ class Pipeline:
         self.device, self.dtype, self.prompts = velocity.device, velocity.dtype, velocity.prompts
         self.batch_invariant = batch_invariant
         self._lock = Lock()
-        self._work: tuple[Stage, ...] | None = None
+        self._work: tuple[StageWork, ...] | None = None
         self._probe: PromptEmbeds | None = None  # of the text stage: what embeddings look like
 
     @property

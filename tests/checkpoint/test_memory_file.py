@@ -32,7 +32,7 @@ from tests.memory import Peak
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.families import family_of
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.plan import parameter_bytes
+from twinflow_rt.planning.parameters import parameter_bytes
 from twinflow_rt.host_memory import anonymous_bytes
 
 folder, dtype, steps = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])

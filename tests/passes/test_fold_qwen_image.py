@@ -31,7 +31,7 @@ from twinflow_rt.models.layers import EPS, FUSED, Constants
 from twinflow_rt.models.transformers.qwen_image import QwenImageConfig, QwenImageTransformer
 from twinflow_rt.ops import EAGER, OpTable
 from twinflow_rt.passes.fold import absorb, fold, folded_away
-from twinflow_rt.plan import parameter_bytes
+from twinflow_rt.planning.parameters import parameter_bytes
 
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
 

@@ -86,10 +86,10 @@ def test_a_file_gives_exemptions_and_its_errors_to_the_plan(measured, folder, tm
     (tmp_path / "old.json").write_text(old)
     assert precision.read(tmp_path / "old.json") == measured
     pipe = load(folder, device="cpu", dtype="float32", precision="int8", skip_layers=file)
-    assert pipe.plan.exempt == measured.skip_layers and pipe.plan.sensitivity == measured.groups
+    assert pipe.plan.skip_layers == measured.skip_layers and pipe.plan.sensitivity == measured.groups
     assert f"{measured.groups[0]}  exempt" in str(pipe.plan)
     again = load(pipe.save(tmp_path / "saved"), device="cpu", skip_layers=file)
-    assert again.plan.sensitivity == measured.groups and again.plan.exempt == measured.skip_layers
+    assert again.plan.sensitivity == measured.groups and again.plan.skip_layers == measured.skip_layers
     pipe("a red square", nfe=2, height=16, width=24, seed=0)  # compiled again, from the checkpoint
     assert pipe.plan.sensitivity == measured.groups
     with pytest.raises(ConfigError, match="measured for precision int8, not fp8"):
@@ -103,7 +103,7 @@ def test_auto_reads_what_was_measured_here(measured, folder):
     assert not any("fp8" in note for note in plan.notes)  # a CPU emulates it: never a gain
     precision.save(replace(measured, seconds=1.0, seconds_before=2.0, error=0.0))
     plan = load(folder, **options).plan
-    assert plan.precision == "int8" and plan.exempt == measured.skip_layers and plan.sensitivity == measured.groups
+    assert plan.precision == "int8" and plan.skip_layers == measured.skip_layers and plan.sensitivity == measured.groups
     assert any("2.00x as fast" in note for note in plan.notes)
     precision.save(replace(measured, seconds=2.0, seconds_before=1.0))
     plan = load(folder, **options).plan

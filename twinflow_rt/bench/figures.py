@@ -10,7 +10,7 @@ import torch
 from ..errors import ConfigError
 from ..ops.selection import Choice, Target, select
 from ..pipeline import Pipeline
-from ..plan import parameter_bytes
+from ..planning.parameters import parameter_bytes
 from ..planning.work import predict_stages
 from . import stats
 from .ceilings import Ceilings

@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report = {
             "schema": SCHEMA, "model": args.model, "dtype": dtype_name(pipe.dtype),
-            "precision": pipe.program.plan.precision, "skip_layers": list(pipe.program.plan.exempt), "mode": args.mode,
-            "guidance": args.guidance, "seed": args.seed, "rows": rows,
+            "precision": pipe.program.plan.precision, "skip_layers": list(pipe.program.plan.skip_layers),
+            "mode": args.mode, "guidance": args.guidance, "seed": args.seed, "rows": rows,
         }  # fmt: skip
         print(json.dumps(report, indent=1))
     if args.sheet is not None:

@@ -20,9 +20,10 @@ from ..families import family_of
 from ..passes import quantize
 from ..passes.fold import folded_away
 from ..passes.upsample import fold_upsampling, folded_bytes
-from ..plan import CEILINGS, Ceiling, Stage, duration, group_parameters
 from ..stages import stage
 from .meta_model import FOLDED
+from .parameters import group_parameters
+from .roofline import CEILINGS, Ceiling, StageWork, duration
 from .work import PROMPT_TOKENS, predict_stages
 
 # the transformer's linear layers, the rest; float16 as bfloat16. int8 stands beside float32 on a CPU
@@ -58,7 +59,7 @@ class Description:
     size: tuple[int, int]
     tokens: int
     dtype: str
-    stages: tuple[Stage, ...]
+    stages: tuple[StageWork, ...]
     floors: dict[str, dict[str, float | None]]
 
     @property
@@ -110,7 +111,7 @@ def describe(
 
     size, tokens, dtype: height and width of the image whose work is counted, length of its prompt, and what it is
     computed in; default: the model's size, a short prompt, the checkpoint's dtype. ceilings: those in a bench's record,
-    for whose machine the least times are stated, too, beside those of `plan.CEILINGS`. Raises ConfigError for what
+    for whose machine the least times are stated, too, beside those of `roofline.CEILINGS`. Raises ConfigError for what
     these cannot be.
     """
     folder = model_folder(path)

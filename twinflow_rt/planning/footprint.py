@@ -1,4 +1,4 @@
-"""What a computation needs, counted on the meta device: memory at its peak, work and traffic. Nothing is computed."""
+"""What a computation needs, counted on the meta device: peak memory, FLOPs and bytes moved. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class _Live(TorchDispatchMode):
-    """Follows every storage that operators make until it is freed."""
+    """Follow every storage that operators make until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -42,7 +42,7 @@ class _Live(TorchDispatchMode):
 
 
 class _Fused(TorchFunctionMode):
-    """Attention as its kernels do it: only the result is made, no matrix of scores. seen(q, k, v, result)."""
+    """Run attention as its kernels do: only the result is made, no matrix of scores. seen(q, k, v, result) is told."""
 
     def __init__(self, seen: Callable[..., None] = lambda *tensors: None) -> None:
         super().__init__()
@@ -58,8 +58,8 @@ class _Fused(TorchFunctionMode):
 
 
 def peak_of(run: Callable[[], T]) -> tuple[T, int]:
-    """What `run` returns, and the most bytes that tensors it made occupied at one time, the result's among them;
-    meant for modules and inputs on the meta device.
+    """Return what `run` returns, and the most bytes that tensors it made occupied at one time, the result's among
+    them. run: on modules and inputs on the meta device.
 
     Counts what operators return, as an allocator would without rounding; not what kernels use inside.
     """
@@ -73,24 +73,24 @@ class Work:
     """Of a computation's matrix products, convolutions and attention:
 
     flops: multiply and add counted apart (2 m n k of a product, 4 s_q s_k d per head of attention, causal or not).
-    narrow_flops: those of them whose weight was named as narrow. moved: bytes that they read and write but for
-    weights, each operand once. What runs between them (norms, activations) is taken to be fused into them.
+    eight_bit_flops: those of them with a weight of 8 bits. moved: bytes that they read and write but for weights,
+    each operand once. What runs between them (norms, activations) is taken to be fused into them.
     """
 
     flops: int
-    narrow_flops: int
+    eight_bit_flops: int
     moved: int
 
 
 class _Products(TorchDispatchMode):
-    """Adds up `Work`. `FlopCounterMode` is entered inside it and takes composite operators apart."""
+    """Add up `Work`. `FlopCounterMode` is entered inside it and takes composite operators apart."""
 
-    def __init__(self, weights: set[int], narrow: set[int]) -> None:
+    def __init__(self, weights: set[int], eight_bit: set[int]) -> None:
         from torch.utils.flop_counter import flop_registry
 
         super().__init__()  # type: ignore[no-untyped-call]
-        self.formulas, self.weights, self.narrow = flop_registry, weights, narrow
-        self.flops = self.narrow_flops = self.moved = 0
+        self.formulas, self.weights, self.eight_bit = flop_registry, weights, eight_bit
+        self.flops = self.eight_bit_flops = self.moved = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -104,22 +104,22 @@ class _Products(TorchDispatchMode):
 
     def add(self, flops: int, *tensors: Tensor) -> None:
         self.flops += flops
-        if any(_storage(x) in self.narrow for x in tensors):
-            self.narrow_flops += flops
+        if any(_storage(x) in self.eight_bit for x in tensors):
+            self.eight_bit_flops += flops
         for x in tensors:
             if _storage(x) not in self.weights:
                 self.moved += min(x.nbytes, x.untyped_storage().nbytes())  # what is expanded is read once
 
 
-def work_of(run: Callable[[], object], weights: Iterable[Tensor] = (), narrow: Iterable[Tensor] = ()) -> Work:
-    """The work of `run`, which is meant for modules and inputs on the meta device. weights: tensors whose traffic
-    is counted elsewhere, once and for all; narrow: those of them that have 8 bits in the network that is meant."""
+def work_of(run: Callable[[], object], weights: Iterable[Tensor] = (), eight_bit: Iterable[Tensor] = ()) -> Work:
+    """Return the work of `run`, on modules and inputs on the meta device. weights: tensors whose traffic is counted
+    elsewhere, once and for all; eight_bit: those of them that have 8 bits in the real network."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    products = _Products({_storage(x) for x in weights}, {_storage(x) for x in narrow})
+    products = _Products({_storage(x) for x in weights}, {_storage(x) for x in eight_bit})
     with torch.inference_mode(), _Fused(products.attention), products, FlopCounterMode(display=False):
         run()
-    return Work(products.flops, products.narrow_flops, products.moved)
+    return Work(products.flops, products.eight_bit_flops, products.moved)
 
 
 def _tensors(*values: Any) -> list[Tensor]:

@@ -1,5 +1,5 @@
 """What holding a model and running its stages takes, per way of holding it: counted from headers, and by running
-each stage on the meta device (`shadow`)."""
+each stage on the meta device (`meta_model`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..stages.stage import DEFAULTS, StageOptions
 from ..stages.text import TextStage
 from ..stages.vae import VaeDecoder
 from .footprint import peak_of
-from .meta_model import Shadow
+from .meta_model import MetaModel
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Weights:
 
     @classmethod
     def of_parts(cls, parts: Iterable[Weights]) -> Weights:
-        """Of a stage of several networks."""
+        """Return the bytes of a stage of several networks."""
         total = cls(0)
         for w in parts:
             making = max(total.making, w.making)
@@ -50,7 +50,7 @@ class Weights:
         return total
 
     def held(self, streamed: int, slots: int) -> int:
-        """Bytes resident while the last `streamed` blocks go through `slots` buffers."""
+        """Return the bytes resident while the last `streamed` blocks go through `slots` buffers."""
         if not streamed:
             return self.fixed + sum(self.blocks)
         first = len(self.blocks) - streamed
@@ -76,7 +76,7 @@ class Costs:
 class Network:
     """A network on the meta device and how it will be held. streams: whether its blocks can. absorb: whether constants
     go into its weights, which then are no file's any more. channels_last: whether kernels of convolutions are laid out
-    so. precision, exempt: see `passes.quantize.convert_layers`."""
+    so. precision, skip_layers: see `passes.quantize.convert_layers`."""
 
     module: Any
     checkpoint: Checkpoint
@@ -85,13 +85,13 @@ class Network:
     absorb: bool = False
     channels_last: bool = False
     precision: str | None = None
-    exempt: Sequence[str] = ()
+    skip_layers: Sequence[str] = ()
 
-    def narrow(self, linears: Mapping[str, nn.Linear], device: torch.device) -> dict[str, str]:
-        """Of `linears`, by the names of their weights: those that will have 8 bits, and of which precision."""
+    def eight_bit(self, linears: Mapping[str, nn.Linear], device: torch.device) -> dict[str, str]:
+        """Return the precision of those of `linears`, by the names of their weights, that will have 8 bits."""
         kinds = {
             name: quantize.quantizes(
-                self.module, name.removesuffix(".weight"), layer, device, self.precision, self.exempt
+                self.module, name.removesuffix(".weight"), layer, device, self.precision, self.skip_layers
             )
             for name, layer in linears.items()
         }  # fmt: skip
@@ -105,22 +105,22 @@ def costs_of(
     """Count a model whose stages are open but not read. text_options: how the text stage will be read."""
     height, width, images = largest
     kind, skip = text_options.precision, text_options.skip_layers
-    encoders = [Network(p.network, p.checkpoint, p.layout, precision=kind, exempt=skip) for p in text.parts]
+    encoders = [Network(p.network, p.checkpoint, p.layout, precision=kind, skip_layers=skip) for p in text.parts]
     target = Target.of(torch.device("cpu"), torch.float32)  # whose ops run on the meta device, too
-    shadow = Shadow.of(text, network.module, vae, (height, width), images, select(target)[0])
+    model = MetaModel.of(text, network.module, vae, (height, width), images, select(target)[0])
     if device.type == "cpu":  # whose products of 8 bits need more room for their results than others
-        for real, twin in (*zip(encoders, shadow.encoders, strict=True), (network, shadow.network)):
-            quantize.declare_quantized(twin, twin.state_dict(), device, real.precision, real.exempt)
-            quantize.bind_quantized(twin, target)
-    prompt, text_work = peak_of(lambda: shadow.prompt(text.max_tokens))
-    context, context_work = peak_of(lambda: shadow.encode(prompt))
+        for real, copy in (*zip(encoders, model.encoders, strict=True), (network, model.network)):
+            quantize.declare_quantized(copy, copy.state_dict(), device, real.precision, real.skip_layers)
+            quantize.bind_quantized(copy, target)
+    prompt, text_work = peak_of(lambda: model.prompt(text.max_tokens))
+    context, context_work = peak_of(lambda: model.encode(prompt))
     with torch.inference_mode():
         context = context.select([0] * images)
-    velocity = peak_of(lambda: shadow.velocity(context))[1]
-    ratio = dtype.itemsize / torch.float32.itemsize  # shadows are float32
+    velocity = peak_of(lambda: model.velocity(context))[1]
+    ratio = dtype.itemsize / torch.float32.itemsize  # the meta model is float32
     image = 4 * images * 3 * height * width
     # beside what the decoder makes: the float image becomes bytes in float32 (see ops.decode.to_uint8)
-    decode = cache(lambda tile: round(ratio * _decode(shadow, tile, image)))
+    decode = cache(lambda tile: round(ratio * _decode(model, tile, image)))
     decoders = [Network(p.network, p.checkpoint, p.layout, channels_last=True) for p in vae.parts]
     weights = {
         name: Weights.of_parts(_weights(one, device, dtype) for one in several)
@@ -128,16 +128,16 @@ def costs_of(
     }
     return Costs(
         weights, round(ratio * max(text_work, prompt.embeds.nbytes + context_work)),
-        round(ratio * context_bytes(context)), round(ratio * velocity), decode, tiles.smallest(shadow.decoder),
+        round(ratio * context_bytes(context)), round(ratio * velocity), decode, tiles.smallest(model.decoder),
         slots=1 if device.type == "cpu" else 2,
     )  # fmt: skip
 
 
-def _decode(shadow: Shadow, tile: int | None, image: int) -> int:
-    """Float32 bytes that decoding works in; image: bytes of the result."""
+def _decode(model: MetaModel, tile: int | None, image: int) -> int:
+    """Return the float32 bytes that decoding works in. image: bytes of the result."""
     if tile is None:
-        return peak_of(shadow.decode)[1]
-    decoder, latents = shadow.decoder, shadow.latents
+        return peak_of(model.decode)[1]
+    decoder, latents = model.decoder, model.latents
     one = latents[:1]
     with torch.inference_mode():
         features: Tensor = decoder.trunk(one)
@@ -150,12 +150,12 @@ def _decode(shadow: Shadow, tile: int | None, image: int) -> int:
 
 
 def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weights:
-    """Bytes of a network's tensors on the device. On a CPU a tensor that is used as its file has it takes none."""
+    """Return the bytes of a network's tensors on the device. One that a CPU uses as its file has it takes none."""
     module, checkpoint, layout, cpu = network.module, network.checkpoint, network.layout, device.type == "cpu"
     known: set[str] = set(checkpoint)
     tensors: dict[str, Tensor] = module.state_dict()
     linears = {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    narrow = network.narrow(linears, device)
+    eight_bit = network.eight_bit(linears, device)
 
     def held_in(name: str) -> tuple[torch.dtype, bool]:
         """The dtype of a tensor when read, and whether it is another then than in its file."""
@@ -168,7 +168,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
 
     def size(name: str, streams: bool = False) -> int:
         tensor, (wanted, moved) = tensors[name], held_in(name)
-        if name in narrow:
+        if name in eight_bit:
             moved, nbytes = wanted not in WEIGHT_DTYPES.values(), tensor.numel() + 4 * len(tensor)  # a scale per row
         else:
             nbytes = tensor.numel() * wanted.itemsize
@@ -180,7 +180,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
         """Bytes beside its 8-bit form while a weight is quantized."""
         wanted, moved = held_in(name)
         weight = torch.empty_like(tensors[name], dtype=wanted, device="meta")
-        peak = peak_of(lambda: quantized_values(weight, narrow[name]))[1] - size(name)
+        peak = peak_of(lambda: quantized_values(weight, eight_bit[name]))[1] - size(name)
         return peak + (weight.nbytes if moved else 0)
 
     blocks = [parameters_of(module, block) for block in block_names(module)]
@@ -191,4 +191,4 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     kept, passing = (tuple(sum(size(n, streams) for n in names) for names in blocks) for streams in (False, True))
     if not network.streams:
         return Weights(fixed + sum(kept))
-    return Weights(fixed, kept, passing, max(map(making, narrow), default=0) if cpu else 0)
+    return Weights(fixed, kept, passing, max(map(making, eight_bit), default=0) if cpu else 0)

@@ -80,7 +80,7 @@ class MemoryPlan:
 def choose(
     costs: Costs, budget: int | None, largest: tuple[int, int, int], tile: int | None = None
 ) -> MemoryPlan:
-    """The first plan of least slowdown that fits `budget`; a pure function. tile: the decoder's, if that is
+    """Return the first plan of least slowdown that fits `budget`; a pure function. tile: the decoder's, if that is
     settled. Raises ConfigError if no plan fits, with the least that would."""
     least = None
     for text_streams, streamed, side in _candidates(costs, tile):
@@ -130,18 +130,20 @@ def _planned(
 def plan_memory(
     text: TextStage, vae: VaeDecoder, checkpoint: Checkpoint, family: Any, times: Sequence[tuple[float, float]],
     device: torch.device, dtype: torch.dtype, budget: int, largest: tuple[int, int, int], tile: int | None = None, *,
-    precision: str | None = None, exempt: Sequence[str] = (), saved: bool = False,
+    precision: str | None = None, skip_layers: Sequence[str] = (), saved: bool = False,
     text_options: StageOptions = DEFAULTS,
 ) -> MemoryPlan:  # fmt: skip
-    """The plan for a model of `family` that is open but not read; see `choose`. precision, exempt: of the network's
-    linear layers, see `quantize.convert_layers`. saved: `checkpoint` is a compiled program's, whose network does not
-    stream. Raises ConfigError if `budget` is too small."""
+    """Return the plan for a model of `family` that is open but not read; see `choose`.
+
+    precision, skip_layers: of its linear layers, see `passes.quantize.convert_layers`. saved: `checkpoint` is a
+    compiled program's, whose network does not stream. text_options: how the text stage will be read. Raises ConfigError
+    if `budget` is too small."""
     with torch.device("meta"):
         module = family.network(family.config.from_dict(checkpoint.config), folded_steps=len(times))
     layout = Layout(dtype_of=family.layout.dtype_of) if saved else family.layout
     absorb = not saved and len(times) == 1 and hasattr(family.network, "absorptions")
     network = Network(
-        module, checkpoint, layout, streams=not saved, absorb=absorb, precision=precision, exempt=exempt
+        module, checkpoint, layout, streams=not saved, absorb=absorb, precision=precision, skip_layers=skip_layers
     )  # fmt: skip
     costs = costs_of(text, vae, network, device=device, dtype=dtype, largest=largest, text_options=text_options)
     if device.type == "cpu":

@@ -13,17 +13,20 @@ from ..models.context import Context
 from ..ops import EAGER
 from ..ops.selection import Choice, OpTable
 from ..passes.upsample import fold_upsampling
-from ..stages.text import PromptEmbeds
+from ..stages.text import PromptEmbeds, TextStage
+from ..stages.vae import VaeDecoder
 
 FOLDED = (Choice("upsample_conv", "folded"),)  # as decoders are on every device
 
 
 @dataclass(frozen=True)
-class Shadow:
-    """text: the model's text stage, which runs `encoders` in place of its own networks. network: the velocity network,
+class MetaModel:
+    """The networks of a model as a pipeline would call them.
+
+    text: the model's text stage, which runs `encoders` in place of its own networks. network: the velocity network,
     folded for one evaluation. decoder: the VAE's. latents: [images, C, h, w]. Everything is float32."""
 
-    text: Any
+    text: TextStage
     encoders: Sequence[Any]
     network: Any
     decoder: Any
@@ -31,32 +34,33 @@ class Shadow:
 
     @classmethod
     def of(
-        cls, text: Any, network: Any, vae: Any, size: tuple[int, int], images: int = 1, ops: OpTable = EAGER
-    ) -> Self:
-        """Of a model's stages, loaded or not, for `images` images of size (height, width) in pixels. ops: such that
-        run on the meta device."""
+        cls, text: TextStage, network: Any, vae: VaeDecoder, size: tuple[int, int], images: int = 1,
+        ops: OpTable = EAGER,
+    ) -> Self:  # fmt: skip
+        """Return the copy of a model's stages, loaded or not, for `images` images of size (height, width) in pixels.
+        ops: such that run on the meta device."""
         with torch.device("meta"):
-            shadow = type(network)(network.config, folded_steps=1)
+            copy = type(network)(network.config, folded_steps=1)
             latents = torch.zeros(images, vae.channels, size[0] // vae.scale, size[1] // vae.scale)
-        shadow.ops, decoder = ops, vae.parts[0].meta_network(ops)
+        copy.ops, decoder = ops, vae.parts[0].meta_network(ops)
         fold_upsampling(decoder, FOLDED)
-        return cls(text, text.meta_networks(ops), shadow, decoder, latents)
+        return cls(text, text.meta_networks(ops), copy, decoder, latents)
 
     def prompt(self, tokens: int) -> PromptEmbeds:
-        """The text stage's work for one prompt of so many tokens."""
-        embeds: PromptEmbeds = self.text.probe(tokens, self.encoders)
-        return embeds
+        """Do the text stage's work for one prompt of so many tokens."""
+        return self.text.probe(tokens, self.encoders)
 
     def encode(self, prompt: PromptEmbeds) -> Context:
-        """The network's work for the prompt alone."""
+        """Do the network's work for the prompt alone."""
         context: Context = self.network.encode_context(prompt.embeds, prompt.lengths, **prompt.extras)
         return context
 
     def velocity(self, context: Context) -> Tensor:
-        """One evaluation, with a context per image."""
+        """Do one evaluation, with a context per image."""
         velocity: Tensor = self.network(self.latents, self.network.step_modulation(0), context)
         return velocity
 
     def decode(self) -> Tensor:
+        """Do the decoder's work."""
         image: Tensor = self.decoder(self.latents)
         return image

@@ -20,7 +20,9 @@ from torch import Tensor
 from ..ops import EAGER
 from ..ops.backends import PLANS_PER_SHAPE, shape_bucket, warm_up
 from ..ops.selection import Choice
-from .meta_model import Shadow
+from ..stages.text import TextStage
+from ..stages.vae import VaeDecoder
+from .meta_model import MetaModel
 
 TOKENS = 128  # prompts up to this length are prepared for unasked
 
@@ -28,23 +30,24 @@ Shape = tuple[int, int, int, int, int]  # batch, queries, keys, heads, head dim
 
 
 def plans_per_shape(choices: Sequence[Choice]) -> bool:
-    """Whether the attention that was chosen has to be warmed up."""
+    """Return whether the attention that was chosen has to be warmed up."""
     return any(choice.op == "attention" and choice.chosen in PLANS_PER_SHAPE for choice in choices)
 
 
 def prompt_lengths(most: int) -> tuple[int, ...]:
-    """The buckets of prompts of up to `most` tokens."""
+    """Return the padded lengths of prompts of up to `most` tokens."""
     return tuple(dict.fromkeys(min(shape_bucket(n), most) for n in range(1, most + 1)))
 
 
-def keeps_lengths(shadow: Shadow) -> bool:
-    """Whether attention is asked for at every length that prompts have, not at a few."""
-    one, other = (attention_shapes(shadow, [length]) for length in (1, 2))
+def keeps_lengths(model: MetaModel) -> bool:
+    """Return whether attention is called with every length that prompts have, not with a few."""
+    one, other = (attention_shapes(model, [length]) for length in (1, 2))
     return one != other
 
 
-def attention_shapes(shadow: Shadow, lengths: Sequence[int]) -> tuple[Shape, ...]:
-    """Of every dense attention for the shadow's images, with prompts of `lengths` tokens."""
+def attention_shapes(model: MetaModel, lengths: Sequence[int]) -> tuple[Shape, ...]:
+    """Return the (batch, queries, keys, heads, head_dim) of every dense attention call for the model's images, with
+    prompts of `lengths` tokens."""
     seen: dict[Shape, None] = {}
 
     def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -52,29 +55,29 @@ def attention_shapes(shadow: Shadow, lengths: Sequence[int]) -> tuple[Shape, ...
             seen[q.shape[0], q.shape[1], k.shape[1], q.shape[2], q.shape[3]] = None
         return q.flatten(2)
 
-    images = len(shadow.latents)
-    shadow.network.ops = replace(EAGER, attention=attention)
+    images = len(model.latents)
+    model.network.ops = replace(EAGER, attention=attention)
     with torch.inference_mode():
         for length in lengths:
-            prompt = shadow.prompt(length)
+            prompt = model.prompt(length)
             for prompts in dict.fromkeys((1, images)):  # one for all, or one each
-                context = shadow.encode(prompt.select([0] * prompts))
-                shadow.velocity(context.select([0] * images))
+                context = model.encode(prompt.select([0] * prompts))
+                model.velocity(context.select([0] * images))
     return tuple(seen)
 
 
 def warm(
-    text: Any, network: Any, vae: Any, choices: Sequence[Choice], size: tuple[int, int], images: int,
+    text: TextStage, network: Any, vae: VaeDecoder, choices: Sequence[Choice], size: tuple[int, int], images: int,
     tokens: int | None, dtype: torch.dtype, device: torch.device,
 ) -> int:  # fmt: skip
-    """Has the chosen attention plan for `attention_shapes` of prompts of up to `tokens` tokens (None: of `TOKENS`, and
-    of none where prompts keep their lengths); the number of shapes, 0 where nothing plans."""
+    """Have the chosen attention plan for `attention_shapes` of prompts of up to `tokens` tokens (None: of `TOKENS`, and
+    of none where prompts keep their lengths). Return the number of shapes, 0 where nothing plans."""
     if not plans_per_shape(choices):
         return 0
-    shadow = Shadow.of(text, network, vae, size, images)
-    each = keeps_lengths(shadow)
+    model = MetaModel.of(text, network, vae, size, images)
+    each = keeps_lengths(model)
     if each and tokens is None:
         return 0
     most = min(TOKENS if tokens is None else tokens, text.max_tokens)
-    shapes = attention_shapes(shadow, range(1, most + 1) if each else prompt_lengths(most))
+    shapes = attention_shapes(model, range(1, most + 1) if each else prompt_lengths(most))
     return warm_up(network.ops.attention, shapes, dtype, device)
