@@ -1,9 +1,10 @@
-"""Tiny Z-Image model folders with random weights, in the layout diffusers itself saves."""
+"""Tiny model folders with random weights, in the layout diffusers itself saves: every family's by its name."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, sample_size=64,
     scaling_factor=0.7, shift_factor=0.2, use_quant_conv=False, use_post_quant_conv=False,
 )  # fmt: skip
+FAMILIES = ("z-image", "qwen-image", "sd3", "sana")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -99,7 +101,19 @@ def second_embedder(network, kind: str) -> dict[str, torch.Tensor]:
     return {"random": tensors, "zero": {k: v * 0 for k, v in tensors.items()}, "absent": {}}[kind]
 
 
-def make_model(
+def make_model(folder: Path, family: str = "z-image", **options) -> Path:
+    """A whole model folder of `FAMILIES`, SANA-Sprint ("sprint") or OpenUni ("openuni"), tiny and random."""
+    from tests import qwen_image_factory, sana_factory, sd3_factory
+
+    make = {
+        "z-image": make_z_image, "qwen-image": qwen_image_factory.make_model, "sd3": sd3_factory.make_model,
+        "sana": sana_factory.make_model, "sprint": partial(sana_factory.make_model, config=sana_factory.SPRINT),
+        "openuni": lambda folder: sana_factory.make_openuni(folder)[0],
+    }[family]  # fmt: skip
+    return make(folder, **options)
+
+
+def make_z_image(
     folder: Path, *, dtype: torch.dtype = torch.float32, sharded: bool = False, second: str = "random",
     head: bool = False,
 ) -> Path:  # fmt: skip

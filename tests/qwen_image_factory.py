@@ -1,19 +1,18 @@
-"""Tiny Qwen-Image networks with random weights: diffusers' own as the oracle, and ours beside it."""
+"""Tiny Qwen-Image networks with random weights: diffusers' own as the oracle, and whole folders."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests import networks
 from tests.factory import WEIGHTS, randomize, tokenizer
-from twinflow_rt.checkpoint.fuse import merge
-from twinflow_rt.models.transformers.qwen_image import FUSED, QwenImageConfig, QwenImageTransformer
+from twinflow_rt.models.transformers.qwen_image import QwenImageConfig
 
 SMALL = QwenImageConfig(
     in_channels=16, out_channels=4, num_layers=3, attention_head_dim=24, num_attention_heads=2,
@@ -38,86 +37,39 @@ def add_second(second: nn.Module, tt: float):
     return hook
 
 
-class TwinFlowReference(nn.Module):
+class TwinFlowReference(networks.Reference):
     """diffusers' network; its time embedding replaced by TwinFlow's formula, term by term."""
 
+    prefix = "time_text_embed_2"
+
     def __init__(self, config: QwenImageConfig = SMALL, seed: int = 1) -> None:
-        super().__init__()
         from diffusers import QwenImageTransformer2DModel
         from diffusers.models.transformers.transformer_qwenimage import QwenTimestepProjEmbeddings
 
         raw = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-        self.network = randomize(QwenImageTransformer2DModel(**raw), seed)
-        self.second = randomize(QwenTimestepProjEmbeddings(config.dim), seed + 1)
+        network = randomize(QwenImageTransformer2DModel(**raw), seed)
+        super().__init__(network, randomize(QwenTimestepProjEmbeddings(config.dim), seed + 1))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The checkpoint of a TwinFlow model."""
-        second = {f"time_text_embed_2.{k}": v for k, v in self.second.state_dict().items()}
-        return {**self.network.state_dict(), **second}
-
-    @torch.no_grad()
-    def velocity(
-        self, latents: Tensor, embeds: Tensor, lengths: Sequence[int], t: float, tt: float | None = None
-    ) -> Tensor:
-        """diffusers' prediction in latent space; tt=None: without the second embedder's term."""
-        b, c, h, w = latents.shape
-        packed = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
-        mask = torch.arange(embeds.shape[1]) < torch.tensor(lengths)[:, None]
-        handles = []
-        if tt is not None:
-            handles.append(self.network.time_text_embed.register_forward_hook(add_second(self.second, tt)))
-        try:
-            out = self.network(
-                packed, embeds, mask, torch.full((b,), t, dtype=latents.dtype), [[(1, h // 2, w // 2)]] * b,
-                return_dict=False,
-            )[0]  # fmt: skip
-        finally:
-            for handle in handles:
-                handle.remove()
+    def predict(self, args: networks.Inputs, t: float) -> Tensor:
+        b, c, h, w = args.latents.shape
+        packed = args.latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, 4 * c)
+        mask = torch.arange(args.embeds.shape[1]) < torch.tensor(args.lengths)[:, None]
+        times = torch.full((b,), t, dtype=packed.dtype)
+        out = self.network(packed, args.embeds, mask, times, [[(1, h // 2, w // 2)]] * b, return_dict=False)[0]
         return out.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
-
-def ours(tensors: dict[str, Tensor], config: QwenImageConfig = SMALL) -> QwenImageTransformer:
-    """Our unfolded network with a checkpoint's tensors; norm weights keep the dtype they come in."""
-    network = QwenImageTransformer(config)
-    network.load_state_dict(merge(tensors, FUSED), assign=True)
-    return network.eval()
+    def add_second(self, t: float, tt: float):
+        return lambda module, args, kwargs, output: add_second(self.second, tt)(module, args, output)
 
 
-def inputs(shape, config: QwenImageConfig = SMALL, dtype=torch.float32) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    height, width, lengths = shape
-    g = torch.Generator().manual_seed(height * width)
-    latents = torch.randn(len(lengths), config.out_channels, height, width, generator=g)
-    embeds = torch.randn(len(lengths), max(lengths), config.joint_attention_dim, generator=g)
-    return latents.to(dtype), embeds.to(dtype), lengths
-
-
-@torch.no_grad()
-def run(network: QwenImageTransformer, args, t: float, tt: float) -> Tensor:
-    """The unfolded network at (t, tt)."""
-    latents, embeds, lengths = args
-    times = (torch.tensor([v], dtype=torch.float64) for v in (t, tt))
-    return network(latents, network.modulate(*times), network.encode_context(embeds, lengths))
-
-
-@torch.no_grad()
-def run_step(network: QwenImageTransformer, args, step: int) -> Tensor:
-    """A folded network at its evaluation `step`."""
-    latents, embeds, lengths = args
-    return network(latents, network.step_modulation(step), network.encode_context(embeds, lengths))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    """Largest error over all elements, relative to the largest magnitude."""
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
-
-
-def save(folder: Path, tensors: dict[str, Tensor], config: QwenImageConfig = SMALL) -> Path:
-    """A transformer folder as diffusers saves it."""
-    folder.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    return folder
+@st.composite
+def configs(draw) -> QwenImageConfig:
+    axes, channels = draw(st.tuples(*[st.integers(1, 3)] * 3)), draw(st.integers(1, 3))
+    return QwenImageConfig(
+        in_channels=4 * channels, out_channels=channels, num_layers=draw(st.integers(1, 3)),
+        num_attention_heads=draw(st.integers(1, 3)), attention_head_dim=2 * sum(axes), joint_attention_dim=5,
+        axes_dims_rope=tuple(2 * a for a in axes),
+    )  # fmt: skip
 
 
 def text_encoder():

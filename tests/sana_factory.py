@@ -1,22 +1,23 @@
-"""Tiny SANA networks with random weights: diffusers' own as the oracle, and ours beside it."""
+"""Tiny SANA networks with random weights: diffusers' own as the oracle, and whole folders."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests import networks
 from tests.factory import WEIGHTS, randomize
 from tests.factory import tokenizer as qwen_tokenizer
-from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.models.text_encoders.openuni import ConnectorConfig
-from twinflow_rt.models.transformers.sana import FUSED, GUIDANCE, SanaConfig, SanaTransformer
+from twinflow_rt.models.transformers.sana import GUIDANCE, SanaConfig
 from twinflow_rt.stages.text_encoders import INSTRUCTION
 
 SMALL = SanaConfig(
@@ -41,72 +42,46 @@ def add_second(second: nn.Module, tt: float):
     return hook
 
 
-class TwinFlowReference(nn.Module):
-    """diffusers' network; its time embedding replaced by TwinFlow's formula, term by term."""
+class TwinFlowReference(networks.Reference):
+    """diffusers' network; its time embedding replaced by TwinFlow's formula, term by term. SANA-Sprint's takes t
+    alone."""
+
+    prefix = "time_embed_2"
 
     def __init__(self, config: SanaConfig = SMALL, seed: int = 1) -> None:
-        super().__init__()
         from diffusers import SanaTransformer2DModel
         from diffusers.models.normalization import AdaLayerNormSingle
 
         raw = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-        self.network = randomize(SanaTransformer2DModel(**raw), seed)
-        self.second = None if config.guidance_embeds else randomize(AdaLayerNormSingle(config.dim), seed + 1)
+        network = randomize(SanaTransformer2DModel(**raw), seed)
+        second = None if config.guidance_embeds else randomize(AdaLayerNormSingle(config.dim), seed + 1)
+        super().__init__(network, second)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The checkpoint of a TwinFlow model, or of SANA-Sprint."""
-        second = {} if self.second is None else self.second.state_dict()
-        return {**self.network.state_dict(), **{f"time_embed_2.{k}": v for k, v in second.items()}}
-
-    @torch.no_grad()
-    def velocity(
-        self, latents: Tensor, embeds: Tensor, lengths: Sequence[int], t: float, tt: float | None = None
-    ) -> Tensor:
-        """diffusers' prediction; tt=None: without the second embedder's term. SANA-Sprint's takes t alone."""
-        mask = (torch.arange(embeds.shape[1]) < torch.tensor(lengths)[:, None]).to(latents.dtype)
-        time, guidance, handles = torch.full((len(latents),), t, dtype=latents.dtype), None, []
+    def predict(self, args: networks.Inputs, t: float) -> Tensor:
+        mask = (torch.arange(args.embeds.shape[1]) < torch.tensor(args.lengths)[:, None]).to(args.latents.dtype)
+        time, guidance = torch.full((len(args.latents),), t, dtype=args.latents.dtype), None
         if self.second is None:
             guidance = torch.full_like(time, GUIDANCE * self.network.config.guidance_embeds_scale)
         else:
             time = time * 1000
-        if tt is not None and self.second is not None:
-            hook = add_second(self.second, tt)
-            handles.append(self.network.time_embed.register_forward_hook(hook, with_kwargs=True))
-        try:
-            return self.network(latents, embeds, time, guidance, mask, return_dict=False)[0]
-        finally:
-            for handle in handles:
-                handle.remove()
+        return self.network(args.latents, args.embeds, time, guidance, mask, return_dict=False)[0]
+
+    def add_second(self, t: float, tt: float):
+        return add_second(self.second, tt)
 
 
-def ours(tensors: dict[str, Tensor], config: SanaConfig = SMALL) -> SanaTransformer:
-    """Our unfolded network with a checkpoint's tensors."""
-    network = SanaTransformer(config)
-    network.load_state_dict(merge(tensors, FUSED), assign=True)
-    return network.eval()
-
-
-def inputs(shape, config: SanaConfig = SMALL, dtype=torch.float32) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    height, width, lengths = shape
-    g = torch.Generator().manual_seed(height * width)
-    latents = torch.randn(len(lengths), config.in_channels, height, width, generator=g)
-    embeds = torch.randn(len(lengths), max(lengths), config.caption_channels, generator=g)
-    return latents.to(dtype), embeds.to(dtype), lengths
-
-
-@torch.no_grad()
-def run(network: SanaTransformer, args, t: float, tt: float) -> Tensor:
-    """The unfolded network at (t, tt)."""
-    latents, embeds, lengths = args
-    times = (torch.tensor([v], dtype=torch.float64) for v in (t, tt))
-    return network(latents, network.modulate(*times), network.encode_context(embeds, lengths))
-
-
-@torch.no_grad()
-def run_step(network: SanaTransformer, args, step: int) -> Tensor:
-    """A folded network at its evaluation `step`."""
-    latents, embeds, lengths = args
-    return network(latents, network.step_modulation(step), network.encode_context(embeds, lengths))
+@st.composite
+def configs(draw) -> SanaConfig:
+    heads, head_dim, sprint = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.booleans())
+    assume(heads * head_dim > 1)  # LayerNorm of one feature is 0 whatever it is
+    channels = draw(st.integers(1, 3))
+    return SanaConfig(
+        in_channels=channels, out_channels=channels, num_attention_heads=heads, attention_head_dim=head_dim,
+        num_layers=draw(st.integers(1, 3)), num_cross_attention_heads=draw(st.integers(1, 3)),
+        cross_attention_head_dim=draw(st.integers(1, 6)), cross_attention_dim=heads * head_dim, caption_channels=5,
+        mlp_ratio=draw(st.sampled_from([1.0, 2.5])), sample_size=2, guidance_embeds=sprint,
+        qk_norm="rms_norm_across_heads" if sprint else None,
+    )  # fmt: skip
 
 
 def tokenizer():

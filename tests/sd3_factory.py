@@ -1,16 +1,18 @@
-"""Tiny SD3.5 networks with random weights: diffusers' own as the oracle, and ours beside it."""
+"""Tiny SD3.5 networks with random weights: diffusers' own as the oracle, and whole folders."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests import networks
 from tests.factory import VAE, WEIGHTS, randomize
-from twinflow_rt.checkpoint.fuse import merge
-from twinflow_rt.models.transformers.sd3 import FUSED, SD3Config, SD3Transformer
+from twinflow_rt.models.transformers.sd3 import SD3Config
 
 SMALL = SD3Config(
     sample_size=8, in_channels=4, num_layers=3, attention_head_dim=6, num_attention_heads=2, joint_attention_dim=20,
@@ -18,8 +20,8 @@ SMALL = SD3Config(
     dual_attention_layers=(0, 1),
 )  # fmt: skip
 CLIP_TOKENS = 12
-# (latent height, width, batch, prompt tokens)
-SHAPES = ((8, 8, 1, 7), (2, 14, 2, 1), (10, 6, 3, 9))
+# latent height, width, prompt lengths of the batch, which are all alike
+SHAPES = ((8, 8, (7,)), (2, 14, (1, 1)), (10, 6, (9, 9, 9)))
 
 
 def add_second(second: nn.Module, tt: float):
@@ -33,73 +35,40 @@ def add_second(second: nn.Module, tt: float):
     return hook
 
 
-class TwinFlowReference(nn.Module):
+class TwinFlowReference(networks.Reference):
     """diffusers' network; its conditioning replaced by TwinFlow's formula, term by term."""
 
+    prefix = "time_text_embed_2"
+
     def __init__(self, config: SD3Config = SMALL, seed: int = 1) -> None:
-        super().__init__()
         from diffusers import SD3Transformer2DModel
         from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 
         raw = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-        self.network = randomize(SD3Transformer2DModel(**raw), seed)
+        network = randomize(SD3Transformer2DModel(**raw), seed)
         # positions are read from the checkpoint, so let them be any
-        self.network.pos_embed.pos_embed.normal_(generator=torch.Generator().manual_seed(seed))
-        self.second = randomize(CombinedTimestepTextProjEmbeddings(config.dim, config.pooled_projection_dim), seed + 1)
+        network.pos_embed.pos_embed.normal_(generator=torch.Generator().manual_seed(seed))
+        second = CombinedTimestepTextProjEmbeddings(config.dim, config.pooled_projection_dim)
+        super().__init__(network, randomize(second, seed + 1))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The checkpoint of a TwinFlow model."""
-        second = {f"time_text_embed_2.{k}": v for k, v in self.second.state_dict().items()}
-        return {**self.network.state_dict(), **second}
+    def predict(self, args: networks.Inputs, t: float) -> Tensor:
+        timestep = torch.full((len(args.latents),), t * 1000, dtype=args.latents.dtype)
+        return self.network(args.latents, args.embeds, args.extras["pooled"], timestep, return_dict=False)[0]
 
-    @torch.no_grad()
-    def velocity(self, latents: Tensor, embeds: Tensor, pooled: Tensor, t: float, tt: float | None = None) -> Tensor:
-        """diffusers' prediction; tt=None: without the second embedder's term."""
-        handles = []
-        if tt is not None:
-            handles.append(self.network.time_text_embed.register_forward_hook(add_second(self.second, tt)))
-        timestep = torch.full((len(latents),), t * 1000, dtype=latents.dtype)
-        try:
-            return self.network(latents, embeds, pooled, timestep, return_dict=False)[0]
-        finally:
-            for handle in handles:
-                handle.remove()
+    def add_second(self, t: float, tt: float):
+        return lambda module, args, kwargs, output: add_second(self.second, tt)(module, args, output)
 
 
-def ours(tensors: dict[str, Tensor], config: SD3Config = SMALL) -> SD3Transformer:
-    """Our unfolded network with a checkpoint's tensors."""
-    network = SD3Transformer(config)
-    network.load_state_dict(merge(tensors, FUSED), assign=True)
-    return network.eval()
-
-
-def inputs(shape, config: SD3Config = SMALL, dtype=torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents, prompt embeddings, pooled prompts."""
-    height, width, batch, tokens = shape
-    g = torch.Generator().manual_seed(height * width)
-    latents = torch.randn(batch, config.in_channels, height, width, generator=g)
-    embeds = torch.randn(batch, tokens, config.joint_attention_dim, generator=g)
-    pooled = torch.randn(batch, config.pooled_projection_dim, generator=g)
-    return latents.to(dtype), embeds.to(dtype), pooled.to(dtype)
-
-
-def context_of(network: SD3Transformer, args):
-    _, embeds, pooled = args
-    return network.encode_context(embeds, (embeds.shape[1],) * len(embeds), pooled=pooled)
-
-
-@torch.no_grad()
-def run(network: SD3Transformer, args, t: float, tt: float) -> Tensor:
-    """The unfolded network at (t, tt)."""
-    context = context_of(network, args)
-    times = (torch.tensor([v], dtype=torch.float64) for v in (t, tt))
-    return network(args[0], network.modulate(*times, context), context)
-
-
-@torch.no_grad()
-def run_step(network: SD3Transformer, args, step: int) -> Tensor:
-    """A folded network at its evaluation `step`."""
-    return network(args[0], network.step_modulation(step), context_of(network, args))
+@st.composite
+def configs(draw) -> SD3Config:
+    heads, half, layers = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    channels, dual = draw(st.integers(1, 3)), draw(st.sets(st.integers(0, layers - 1)))
+    assume(half * heads % 2 == 0)  # diffusers' own positions need it
+    return SD3Config(
+        sample_size=8, in_channels=channels, out_channels=channels, num_layers=layers, attention_head_dim=2 * half,
+        num_attention_heads=heads, joint_attention_dim=5, caption_projection_dim=2 * half * heads,
+        pooled_projection_dim=3, pos_embed_max_size=5, dual_attention_layers=tuple(dual),
+    )  # fmt: skip
 
 
 def clip_tokenizer(pad: str):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from benches.peers import dmd2
 from tests.factory import randomize
-from tests.qwen_image_factory import relative
+from tests.networks import relative
 from tests.sd3_factory import clip_encoder, clip_tokenizer
 from twinflow_rt.errors import CheckpointError
 

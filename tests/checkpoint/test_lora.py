@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS, make_model
-from tests.qwen_image_factory import SHAPES, TwinFlowReference, inputs, relative, run_step, save
+from tests.networks import inputs, relative, run_step, save
+from tests.qwen_image_factory import SHAPES, SMALL, TwinFlowReference
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.lora import Adapter, Merged, resolve_loras
 from twinflow_rt.compile import Recipe, compile_network
@@ -190,10 +191,10 @@ def test_merges_before_absorbing(tmp_path):
         "transformer_blocks.0.img_mod.1", "time_text_embed_2.timestep_embedder.linear_2", "norm_out.linear",
         "transformer_blocks.1.attn.to_out.0", "transformer_blocks.0.attn.add_k_proj",
     )  # fmt: skip
-    folder = save(tmp_path / "transformer", reference.tensors())
+    folder = save(tmp_path / "transformer", reference.tensors(), SMALL)
     pairs = factors(Checkpoint(folder), modules)
     path = write(tmp_path / "a.safetensors", pairs)
-    args, originals = inputs(SHAPES[-1]), {k: v.clone() for k, v in reference.tensors().items()}
+    args, originals = inputs(SHAPES[-1], SMALL), {k: v.clone() for k, v in reference.tensors().items()}
     program = compile_network(Recipe(Merged(folder, [(path, 0.5)]), qwen_image(), CPU, torch.float32), ONE)
     assert program.plan.absorbed
     with torch.no_grad():
@@ -201,13 +202,13 @@ def test_merges_before_absorbing(tmp_path):
             weight = dict(reference.network.named_parameters())[module + ".weight"] if "embed_2" not in module else (
                 dict(reference.second.named_parameters())[module.partition(".")[2] + ".weight"])  # fmt: skip
             weight += 0.5 * b @ a
-    assert relative(run_step(program.network, args, 0), reference.velocity(*args, *ONE[0])) < 1e-5
+    assert relative(run_step(program.network, args, 0), reference.velocity(args, *ONE[0])) < 1e-5
     program.set_loras(())
     reference.network.load_state_dict({k: v for k, v in originals.items() if "embed_2" not in k})
     reference.second.load_state_dict(
         {k.partition(".")[2]: v for k, v in originals.items() if k.startswith("time_text_embed_2")}
     )
-    assert relative(run_step(program.network, args, 0), reference.velocity(*args, *ONE[0])) < 1e-5
+    assert relative(run_step(program.network, args, 0), reference.velocity(args, *ONE[0])) < 1e-5
 
 
 def test_artifacts_keep_their_adapters(model, checkpoint, tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests import factory
+from tests.factory import FAMILIES, make_model
 from tests.memory import least
-from tests.runtime.test_capture import CALLS, FAMILIES, both
+from tests.runtime.test_capture import CALLS, both
 from twinflow_rt.loading import load
 from twinflow_rt.runtime.capture import Captures
 from twinflow_rt.runtime.cuda_graph import CudaGraphs
@@ -17,9 +18,9 @@ from twinflow_rt.runtime.cuda_graph import CudaGraphs
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_recorded_pipelines_give_the_same_images(family, tmp_path):
-    folder = FAMILIES[family](tmp_path / "m")
+    folder = make_model(tmp_path / "m", family)
     pipes = load(folder, device="cuda", capture="off"), load(folder, device="cuda", capture="graphs")
     for prompts in CALLS:
         made = both(pipes, prompts)

@@ -12,21 +12,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import twinflow_rt
-from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from tests import factory
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.sampling.noise import initial_noise
 from twinflow_rt.sampling.sampler import SamplerConfig
 
 PROMPTS = ["a red circle", "a blue square above a much longer sentence"]
-FAMILIES = {  # name -> what makes a folder, the pipeline's class, arguments that switch guidance on and off
-    "z-image": (factory.make_model, "ZImagePipeline", {"guidance_scale": 3.0}, {"guidance_scale": 0.0}),
+FAMILIES = {  # name -> the pipeline's class, arguments that switch guidance on and off
+    "z-image": ("ZImagePipeline", {"guidance_scale": 3.0}, {"guidance_scale": 0.0}),
     "qwen-image": (
-        qwen_image_factory.make_model, "QwenImagePipeline",
+        "QwenImagePipeline",
         {"true_cfg_scale": 3.0, "negative_prompt": ["bad", "very very bad"]}, {},
     ),
-    "sd3": (sd3_factory.make_model, "StableDiffusion3Pipeline", {"guidance_scale": 3.0}, {"guidance_scale": 0.0}),
-    "sana": (sana_factory.make_model, "SanaPipeline", {"guidance_scale": 3.0}, {"guidance_scale": 1.0}),
+    "sd3": ("StableDiffusion3Pipeline", {"guidance_scale": 3.0}, {"guidance_scale": 0.0}),
+    "sana": ("SanaPipeline", {"guidance_scale": 3.0}, {"guidance_scale": 1.0}),
 }  # fmt: skip
 QUICK = {"qwen-image": 1, "sana": 1}  # steps compared by default, else 3
 SIZES = {"sana": (64, 96), "qwen-image": (16, 32)}
@@ -38,8 +38,7 @@ def folder(tmp_path_factory):
 
     def of(family: str):
         if family not in made:
-            make, *_ = FAMILIES[family]
-            made[family] = make(tmp_path_factory.mktemp("accelerate") / family)
+            made[family] = make_model(tmp_path_factory.mktemp("accelerate") / family, family)
         return made[family]
 
     return of
@@ -52,7 +51,7 @@ def loaded(folder):
     def of(family: str, **options):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pipe = getattr(diffusers, FAMILIES[family][1]).from_pretrained(folder(family), **options)
+            pipe = getattr(diffusers, FAMILIES[family][0]).from_pretrained(folder(family), **options)
         pipe.set_progress_bar_config(disable=True)
         if family == "sana":
             pipe.default_sample_size = 64
@@ -66,7 +65,7 @@ def generate(pipe, family: str, *, steps: int = 3, guided: bool = False, output:
     generators = [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
     arguments = {
         "prompt": list(PROMPTS), "height": height, "width": width, "num_inference_steps": steps,
-        "generator": generators, "output_type": output, **FAMILIES[family][2 if guided else 3], **options,
+        "generator": generators, "output_type": output, **FAMILIES[family][1 if guided else 2], **options,
     }  # fmt: skip
     if family == "sana":
         arguments.setdefault("use_resolution_binning", False)
@@ -245,7 +244,7 @@ def test_unusable_calls_are_refused(loaded):
     pipe = loaded("z-image")
     with accelerated(pipe, twinflow=False):
         pipe.scheduler.set_timesteps(2, mu=1.0)
-        image, prompt = torch.zeros(4, 1, 4, 4), torch.zeros(3, factory.TEXT_DIM)
+        image, prompt = torch.zeros(4, 1, 4, 4), torch.zeros(3, TEXT_DIM)
         with pytest.raises(ConfigError, match="none of"):
             pipe.transformer([image], torch.tensor([0.123]), [prompt])
         now = (1000 - pipe.scheduler.timesteps[:1]) / 1000

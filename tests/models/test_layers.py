@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from torch import nn
 
-from twinflow_rt.models.layers import Module
+from twinflow_rt.models.layers import Module, pack, unpack
 
 
 class Pair(Module):
@@ -46,3 +47,12 @@ def test_copies_hold_their_own():
     assert same(twin) and twin.first is not pair.first
     twin.set_submodule("first", nn.Identity())
     assert same(twin) and isinstance(twin.first, nn.Identity) and isinstance(pair.first, nn.Linear)
+
+
+def test_packing_orders_features_channel_first():
+    latents = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
+    tokens = pack(latents)
+    assert tokens.shape == (2, 6, 12)
+    # token (row 1, column 2), feature (channel 1, dy 1, dx 0)
+    assert tokens[1, 1 * 3 + 2, 1 * 4 + 1 * 2 + 0] == latents[1, 1, 2 * 1 + 1, 2 * 2 + 0]
+    assert torch.equal(unpack(tokens, 2, 3), latents)

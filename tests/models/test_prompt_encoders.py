@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import sana_factory, sd3_factory
 from tests.factory import randomize, read
-from tests.qwen_image_factory import relative
+from tests.networks import relative
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.autoencoders import autoencoder_dc
 from twinflow_rt.models.text_encoders import clip_text, gemma2, t5

@@ -9,9 +9,7 @@ import torch
 
 from tests import qwen_image_factory, sana_factory, sd3_factory
 from tests.factory import randomize
-from twinflow_rt.models.transformers.qwen_image import QwenImageTransformer
-from twinflow_rt.models.transformers.sana import SanaTransformer
-from twinflow_rt.models.transformers.sd3 import SD3Transformer
+from tests.networks import family, inputs, run_step
 from twinflow_rt.ops import QuantizedRows
 from twinflow_rt.ops.selection import Target, select
 from twinflow_rt.passes import quantize
@@ -21,23 +19,23 @@ CPU = torch.device("cpu")
 SD3 = replace(sd3_factory.SMALL, attention_head_dim=24, caption_projection_dim=48)
 SANA = {"attention_head_dim": 16, "cross_attention_head_dim": 24, "cross_attention_dim": 48}
 FAMILIES = {  # wide enough to be quantized, and the shape whose prompts differ in length
-    "qwen-image": (qwen_image_factory, QwenImageTransformer, qwen_image_factory.SMALL, 3),
-    "sd3": (sd3_factory, SD3Transformer, SD3, 2),
-    "sana": (sana_factory, SanaTransformer, replace(sana_factory.SMALL, **SANA), 3),
-    "sana-sprint": (sana_factory, SanaTransformer, replace(sana_factory.SPRINT, **SANA), 3),
+    "qwen-image": (qwen_image_factory, qwen_image_factory.SMALL, 3),
+    "sd3": (sd3_factory, SD3, 2),
+    "sana": (sana_factory, replace(sana_factory.SMALL, **SANA), 3),
+    "sana-sprint": (sana_factory, replace(sana_factory.SPRINT, **SANA), 3),
 }
 BAR = {"int8": 0.05, "fp8": 0.12}
 
 
 def folded(name):
     """A network of one evaluation with random weights and constants, and one evaluation of it."""
-    factory, build, config, shape = FAMILIES[name]
-    network = randomize(build(config, folded_steps=1), seed=0).eval()
+    factory, config, shape = FAMILIES[name]
+    network = randomize(family(config).network(config, folded_steps=1), seed=0).eval()
     generator = torch.Generator().manual_seed(1)
     for buffer in network.buffers():
         buffer.copy_(0.5 + 0.3 * torch.randn(buffer.shape, generator=generator))
-    args = factory.inputs(factory.SHAPES[shape], config)
-    return network, config, args, lambda args=args: factory.run_step(network, args, 0)
+    args = inputs(factory.SHAPES[shape], config)
+    return network, config, args, lambda args=args: run_step(network, args, 0)
 
 
 def distance(a, b):
@@ -69,7 +67,7 @@ def test_fused_is_as_exact_as_layer_by_layer(name, precision):
 
 def test_rows_of_bfloat16_come_out_in_bfloat16():
     """Rows remember the storage dtype of what they were made from."""
-    network, config, (latents, embeds, lengths), run = folded("qwen-image")
+    network, config, args, run = folded("qwen-image")
     exact = run()
     for module in network.modules():
         if isinstance(module, torch.nn.Linear):
@@ -78,5 +76,5 @@ def test_rows_of_bfloat16_come_out_in_bfloat16():
     target = Target.of_network(config, CPU, torch.bfloat16)
     network.ops, _ = select(target)
     quantize.bind_quantized(network, target)
-    got = run((latents.bfloat16(), embeds.bfloat16(), lengths))
+    got = run(args.to(torch.bfloat16))
     assert got.dtype == torch.bfloat16 and distance(got, exact) < BAR["fp8"]

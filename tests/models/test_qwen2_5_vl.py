@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import open_text, read
-from tests.qwen_image_factory import make_model, relative
+from tests.networks import relative
+from tests.qwen_image_factory import make_model
 from twinflow_rt.checkpoint.fuse import merge, sources
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.text_encoders.language_model import FUSED

@@ -10,17 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.factory import randomize
-from tests.qwen_image_factory import (
-    SHAPES,
-    SMALL,
-    TwinFlowReference,
-    inputs,
-    ours,
-    relative,
-    run,
-    run_step,
-    save,
-)
+from tests.networks import FOUR, ONE, inputs, ours, relative, run, run_step, save
+from tests.qwen_image_factory import SHAPES, SMALL, TwinFlowReference
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.compile import Recipe, compile_network
@@ -32,8 +23,6 @@ from twinflow_rt.models.transformers.qwen_image import QwenImageConfig, QwenImag
 from twinflow_rt.ops import EAGER, OpTable
 from twinflow_rt.passes.fold import absorb, fold, folded_away
 from twinflow_rt.planning.parameters import parameter_bytes
-
-ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
 
 
 def tables_of(weights, config, schedule):
@@ -69,22 +58,6 @@ def weights(reference):
     return merge(reference.tensors(), FUSED)
 
 
-@pytest.mark.parametrize("schedule", [ONE, FOUR])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_tables_equal_unfolded_in_float32(reference, weights, schedule, shape):
-    network, original, args = folded(weights, SMALL, schedule), ours(reference.tensors()), inputs(shape)
-    for step, times in enumerate(schedule):
-        assert relative(run_step(network, args, step), run(original, args, *times)) < 1e-5
-
-
-@pytest.mark.parametrize("times", [(1.0, 0.0), (0.4, 0.1)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_absorbed_equals_diffusers_in_float32(reference, weights, times, shape):
-    args = inputs(shape)
-    network = absorbed(weights, SMALL, (times,))
-    assert relative(run_step(network, args, 0), reference.velocity(*args, *times)) < 1e-5
-
-
 WIDE = QwenImageConfig(
     in_channels=16, out_channels=4, num_layers=2, num_attention_heads=2, joint_attention_dim=20
 )  # heads as released
@@ -100,10 +73,10 @@ def bfloat16_errors(config: QwenImageConfig, seed: int) -> torch.Tensor:
     errors = torch.zeros(4, dtype=torch.float64)
     for shape in SHAPES:
         args = inputs(shape, config, dtype=torch.bfloat16)
-        truth = run(exact, (args[0].float(), args[1].float(), args[2]), 1.0, 0.0)
+        truth = run(exact, args.to(torch.float32), 1.0, 0.0)
         outs = (
             run(unfolded, args, 1.0, 0.0), run_step(tables, args, 0), run_step(inside, args, 0),
-            peer.velocity(*args, 1.0, 0.0),
+            peer.velocity(args, 1.0, 0.0),
         )  # fmt: skip
         assert all(out.dtype == torch.bfloat16 for out in outs)
         errors += torch.stack([(out.double() - truth).square().mean() for out in outs])
@@ -178,7 +151,7 @@ def test_absorbed_network_has_no_constants_left(weights):
         return call
 
     network.ops = OpTable(**{f.name: spied(f.name, getattr(EAGER, f.name)) for f in fields(OpTable)})
-    run_step(network, inputs(SHAPES[0]), 0)
+    run_step(network, inputs(SHAPES[0], SMALL), 0)
     # two opening norms; per block two closings per stream, but for the last one's prompt
     assert len(extras) == 2 * 2 + 3 * (4 * SMALL.num_layers - 2)
     assert all(value is None for value in extras)
@@ -231,7 +204,7 @@ def test_modulation_layers_are_never_resident_together(weights):
 
 @pytest.fixture
 def source(reference, tmp_path):
-    return Checkpoint(save(tmp_path / "model" / "transformer", reference.tensors()))
+    return Checkpoint(save(tmp_path / "model" / "transformer", reference.tensors(), SMALL))
 
 
 def compiled(source, schedule, **options):
@@ -240,12 +213,12 @@ def compiled(source, schedule, **options):
 
 def test_one_evaluation_is_absorbed_and_others_refold(reference, source):
     """Absorbed -> absorbed at another time -> tables -> one table row; each equals diffusers."""
-    program, args = compiled(source, ONE), inputs(SHAPES[-1])
+    program, args = compiled(source, ONE), inputs(SHAPES[-1], SMALL)
     for schedule, absorbed in ((ONE, True), (((0.5, 0.5),), True), (FOUR, False), (ONE, False)):
         program.refold(schedule)
         assert program.network.absorbed == program.plan.absorbed == absorbed and program.plan.schedule == schedule
         for step, times in enumerate(schedule):
-            assert relative(run_step(program.network, args, step), reference.velocity(*args, *times)) < 1e-5
+            assert relative(run_step(program.network, args, step), reference.velocity(args, *times)) < 1e-5
         assert program.plan.bytes_after == parameter_bytes(program.network)
     assert "img_mod" in str(program.plan) and "txt_mod" in str(program.plan)
     assert "constants    tables of 1 row(s)" in str(program.plan)

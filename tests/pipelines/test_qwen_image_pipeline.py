@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS
-from tests.qwen_image_factory import add_second, make_model, relative
+from tests.networks import relative
+from tests.qwen_image_factory import add_second, make_model
 from twinflow_rt import cli
 from twinflow_rt.checkpoint.fuse import sources
 from twinflow_rt.errors import CheckpointError, ConfigError

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS
-from tests.qwen_image_factory import relative
+from tests.networks import relative
 from tests.sana_factory import (
     CONNECTOR,
     SMALL,

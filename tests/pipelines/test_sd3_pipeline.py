@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS
-from tests.qwen_image_factory import relative
+from tests.networks import relative
 from tests.sd3_factory import add_second, make_model
 from twinflow_rt import cli
 from twinflow_rt.checkpoint.checkpoint import Checkpoint

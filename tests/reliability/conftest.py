@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from tests.factory import make_model
 from twinflow_rt.loading import load
-
-FACTORIES = {
-    "z-image": factory.make_model, "qwen-image": qwen_image_factory.make_model, "sd3": sd3_factory.make_model,
-    "sana": sana_factory.make_model,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +20,7 @@ def folders(tmp_path_factory):
 
     def folder(family):
         if family not in made:
-            made[family] = FACTORIES[family](tmp_path_factory.mktemp(family) / "m")
+            made[family] = make_model(tmp_path_factory.mktemp(family) / "m", family)
         return made[family]
 
     return folder

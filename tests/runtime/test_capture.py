@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from tests import factory
 from tests.memory import least
 from twinflow_rt.errors import ConfigError, DeviceError
 from twinflow_rt.loading import load
@@ -191,12 +191,6 @@ def test_modes():
         open_captures("graphs", CPU)
 
 
-FAMILIES = {
-    "z-image": factory.make_model,
-    "qwen-image": qwen_image_factory.make_model,
-    "sd3": sd3_factory.make_model,
-    "sana": sana_factory.make_model,
-}
 CALLS = [["a red circle"], ["two"], ["a", "a blue square above a green one"], ["a red circle", "b"]]
 
 
@@ -206,10 +200,10 @@ def record(pipe, captures):
         stage.options = replace(stage.options, captures=captures)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=FAMILIES)
 def pipes(request, tmp_path_factory):
     """Without graphs, and with."""
-    folder = FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "m")
+    folder = make_model(tmp_path_factory.mktemp(request.param) / "m", request.param)
     plain, recorded = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
     record(recorded, Captures(FakeGraphs(), strict=True))
     return plain, recorded

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from tests import factory
+from tests.factory import FAMILIES, make_model
 from tests.memory import least
-from tests.runtime.test_capture import FAMILIES
 from twinflow_rt.loading import load
 from twinflow_rt.ops.conv import winograd_weight
 from twinflow_rt.ops.native import norm
@@ -127,7 +127,7 @@ def test_shapes_met_are_forgotten(monkeypatch):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pipelines_give_the_same_bits(family, tmp_path):
-    folder = FAMILIES[family](tmp_path / "m")
+    folder = make_model(tmp_path / "m", family)
     plain, replayed = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
     side = 2 * plain.sizes.multiple
     for prompts in (["a red circle"], ["a", "a blue square above a green one"]):

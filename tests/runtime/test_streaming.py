@@ -6,25 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from tests import factory, qwen_image_factory, sana_factory, sd3_factory
+from tests.factory import FAMILIES, make_model
 from tests.memory import least
 from twinflow_rt.checkpoint.reading import assign
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.runtime.streaming import Buffers, Stream, Streaming, block_names, parameters_of
 
-FAMILIES = {
-    "z-image": factory.make_model,
-    "qwen-image": qwen_image_factory.make_model,
-    "sd3": sd3_factory.make_model,
-    "sana": sana_factory.make_model,
-}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
-    return FAMILIES[request.param](tmp_path_factory.mktemp(request.param) / "m")
+    return make_model(tmp_path_factory.mktemp(request.param) / "m", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +112,7 @@ def test_blocks_on_the_host_go_through_the_buffers(tmp_path, monkeypatch, how):
         lanes.append(FakeLane())
         return Buffers(device, lanes[-1], pinned=False)
 
-    folder = factory.make_model(tmp_path / "m")
+    folder = make_model(tmp_path / "m")
     plain = load(folder, device="cpu", nfe=2, **how)
     budget = least(folder, device="cpu", nfe=2, **how)
     monkeypatch.setattr(Streaming, "mapped", False)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import factory, qwen_image_factory, sana_factory, sd3_factory
-from tests.factory import open_text, read
+from tests.factory import make_model, open_text, read
 from twinflow_rt.cli import main
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
@@ -16,20 +15,14 @@ from twinflow_rt.stages.stage import StageOptions
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "日本の 火山", "x" * 70]
-STAGES = {
-    "qwen3": factory.make_model,
-    "qwen2.5-vl": qwen_image_factory.make_model,
-    "gemma2": sana_factory.make_model,
-    "clip-t5": sd3_factory.make_model,
-    "openuni": lambda folder: sana_factory.make_openuni(folder)[0],
-}
+STAGES = {"qwen3": "z-image", "qwen2.5-vl": "qwen-image", "gemma2": "sana", "clip-t5": "sd3", "openuni": "openuni"}
 BAR = {"int8": 0.05, "fp8": 0.12}
 
 
 @pytest.fixture(scope="module", params=list(STAGES))
 def stage(request, tmp_path_factory):
     """The folder of a text stage, and its embeddings as stored. The miniatures are narrower than what pays."""
-    folder = STAGES[request.param](tmp_path_factory.mktemp(request.param) / "m")
+    folder = make_model(tmp_path_factory.mktemp(request.param) / "m", STAGES[request.param])
     with torch.inference_mode():
         return folder, read(open_text(folder))(PROMPTS)
 
@@ -71,7 +64,7 @@ def test_embeddings_are_close_to_those_of_the_stored_encoder(stage, precision, m
 
 def test_t5_in_float16_keeps_its_range(tmp_path):
     """Its `wo` stays float32 there, and so do the rows that a quantized one gives."""
-    folder = sd3_factory.make_model(tmp_path / "m")
+    folder = make_model(tmp_path / "m", "sd3")
     with torch.inference_mode():
         exact = read(open_text(folder))(PROMPTS)
         ours = quantized(folder, "int8", dtype=torch.float16)(PROMPTS)
@@ -80,7 +73,7 @@ def test_t5_in_float16_keeps_its_range(tmp_path):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return factory.make_model(tmp_path_factory.mktemp("text") / "m")
+    return make_model(tmp_path_factory.mktemp("text") / "m")
 
 
 def test_a_pipeline_says_so_and_leaves_the_network_alone(model, tmp_path, monkeypatch):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import factory, qwen_image_factory, sana_factory
-from tests.factory import open_text, read
+from tests.factory import make_model, open_text, read
 from tests.runtime.test_capture import FakeGraphs
 from twinflow_rt.models.context import BUCKET
 from twinflow_rt.planning.footprint import work_of
@@ -16,17 +15,12 @@ from twinflow_rt.stages.text_encoders import OpenUniText
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red square", "", "日本の\n火山 🌋", "x" * 90]
-STAGES = {
-    "qwen3": factory.make_model,
-    "qwen2.5-vl": qwen_image_factory.make_model,
-    "gemma2": sana_factory.make_model,
-    "openuni": lambda folder: sana_factory.make_openuni(folder)[0],
-}
+STAGES = {"qwen3": "z-image", "qwen2.5-vl": "qwen-image", "gemma2": "sana", "openuni": "openuni"}
 
 
 @pytest.fixture(scope="module", params=list(STAGES))
 def text(request, tmp_path_factory):
-    stage = read(open_text(STAGES[request.param](tmp_path_factory.mktemp(request.param) / "m")))
+    stage = read(open_text(make_model(tmp_path_factory.mktemp(request.param) / "m", STAGES[request.param])))
     stage.least_prefix = 1  # Qwen3's is three tokens, not worth it but for this test
     return stage
 
