@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import twinflow_rt
-from tests import factory
+from tests.factory import TEXT_DIM, WEIGHTS, make_model
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.sampling.noise import initial_noise
@@ -209,7 +209,7 @@ def test_a_loaded_twinflow_checkpoint_asks_which_model_is_meant(loaded, folder):
 
 
 def test_a_plain_pipeline_needs_no_choice(tmp_path):
-    pipe = diffusers.ZImagePipeline.from_pretrained(factory.make_model(tmp_path / "m", second="absent"))
+    pipe = diffusers.ZImagePipeline.from_pretrained(make_model(tmp_path / "m", second="absent"))
     pipe.set_progress_bar_config(disable=True)
     want = generate(pipe, "z-image")
     with accelerated(pipe):
@@ -219,8 +219,8 @@ def test_a_plain_pipeline_needs_no_choice(tmp_path):
 
 
 def test_another_models_second_embedder(loaded, folder, tmp_path):
-    other = factory.make_model(tmp_path / "other")
-    file = other / "transformer" / factory.WEIGHTS
+    other = make_model(tmp_path / "other")
+    file = other / "transformer" / WEIGHTS
     tensors = load_file(file)
     save_file({k: v + 1 if k.startswith("t_embedder.") else v for k, v in tensors.items()}, file)
     pipe = loaded("z-image")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.reliability.conftest import FACTORIES
+from tests.factory import FAMILIES
 from twinflow_rt.loading import load
 
 PROMPTS = ["a red circle", "two blue circles above a green square, and a big purple triangle", "a green triangle", "a"]
@@ -34,7 +34,7 @@ def small(pipe) -> dict[str, int]:
     return {"height": pipe.sizes.multiple, "width": 2 * pipe.sizes.multiple}
 
 
-@pytest.mark.parametrize("family", FACTORIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("nfe", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_equal_calls_give_equal_bits(folders, family, nfe):
     """Again in the same pipeline, with other calls between, and in another pipeline."""
@@ -84,7 +84,7 @@ def test_batch_invariant_demo(options, output):
     assert all(same(a, b) for other in others for a, b in zip(alone, other, strict=True))
 
 
-@pytest.mark.parametrize("family", FACTORIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("nfe", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_batch_invariant_families(folders, family, nfe):
     """Prompts of several lengths, with everything that is computed once per prompt."""

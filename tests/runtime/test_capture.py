@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from tests import factory
+from tests.factory import FAMILIES, make_model
 from tests.memory import least
 from twinflow_rt.errors import ConfigError, DeviceError
 from twinflow_rt.loading import load
@@ -271,7 +271,7 @@ def test_tiles_share_one_graph(pipes):
 
 
 def test_blocks_that_stream_are_not_recorded_and_the_plan_says_why(tmp_path, monkeypatch):
-    folder = factory.make_model(tmp_path / "m")
+    folder = make_model(tmp_path / "m")
     budget = least(folder, device="cpu")
     pipes = load(folder, device="cpu"), load(folder, device="cpu", memory_budget=budget)
     record(pipes[1], Captures(FakeGraphs()))
@@ -295,7 +295,7 @@ def test_another_schedule_forgets_the_networks_graphs(pipes):
 def test_an_adapter_forgets_them_too(tmp_path):
     from safetensors.torch import save_file
 
-    folder = factory.make_model(tmp_path / "m")
+    folder = make_model(tmp_path / "m")
     name, g = "transformer.layers.0.attention.to_k", torch.Generator().manual_seed(0)
     factors = {"A": torch.randn(2, 48, generator=g), "B": torch.randn(48, 2, generator=g)}
     save_file({f"{name}.lora_{k}.weight": v for k, v in factors.items()}, tmp_path / "a.safetensors")
