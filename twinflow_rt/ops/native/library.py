@@ -75,19 +75,21 @@ def unavailable_reason(device: str = "cpu") -> str | None:
 
 
 def release_threads() -> bool:
-    """Ends the OpenMP threads that wait for this thread's next kernel, torch's or ours; it starts new ones. Whether
-    it did. Two threads with such teams slow each other down: see twinflow_cpu_release_threads in twinflow_rt.h.
+    """End the OpenMP threads that wait for this thread's next kernel, torch's or ours, and return whether that was
+    done; the next kernel starts new ones. Two threads with such teams slow each other down: see
+    twinflow_cpu_release_threads in twinflow_rt.h.
 
-    Not where torch computes on one thread: there is nothing to end, unless after a fork, which does not copy the
-    threads that OpenMP would then wait for."""
+    Nothing is ended where torch computes on one thread: OpenMP has no team then, or, in a forked child, would wait for
+    threads that the fork did not copy."""
     kernels = load("cpu")
     return torch.get_num_threads() > 1 and not isinstance(kernels, str) and bool(kernels.release_threads())
 
 
 @contextmanager
 def threads_apart(device: torch.device) -> Iterator[None]:
-    """While entered, where this thread computes on the CPU with others, those stay off the CPU that it runs on: see
-    twinflow_cpu_threads_apart in twinflow_rt.h. They end with the affinity that they had; its own is not touched."""
+    """Keep the other threads that compute with this one on the CPU off the CPU that it runs on, until the context ends:
+    see twinflow_cpu_threads_apart in twinflow_rt.h. Then they have the affinity that they had; its own is not touched.
+    Nothing is done for another device, or where torch computes on one thread."""
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     kernels: Any = load("cpu") if threads > 1 else "not needed"
     apart = not isinstance(kernels, str) and kernels.threads_apart(threads)
@@ -112,14 +114,14 @@ def refuses(target: Target) -> str | None:
     """Why the CPU kernels cannot serve `target`, or None."""
     if target.device != "cpu":
         return f"runs on the CPU, not on {target.device}"
-    return _refuses_kind(target) or unavailable_reason()
+    return _refuses_dtype(target) or unavailable_reason()
 
 
 def cuda_refuses(target: Target) -> str | None:
     """Why the GPU kernels cannot serve `target`, or None."""
     if target.device != "cuda":
         return f"runs on NVIDIA GPUs, not on {target.device}"
-    return _refuses_kind(target) or unusable_reason()
+    return _refuses_dtype(target) or unusable_reason()
 
 
 def cuda_rope_refuses(target: Target) -> str | None:
@@ -129,7 +131,7 @@ def cuda_rope_refuses(target: Target) -> str | None:
     return cuda_refuses(target)
 
 
-def _refuses_kind(target: Target) -> str | None:
+def _refuses_dtype(target: Target) -> str | None:
     if target.dtype not in DTYPES:
         return f"stores float32 or bfloat16, not {dtype_name(target.dtype)}"
     return "has no gradient" if target.training else None
