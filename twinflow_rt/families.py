@@ -40,7 +40,7 @@ class Family:
 
     name: str
     config: Any
-    network: Callable[..., Any]
+    network: Any  # a subclass of VelocityNetwork
     layout: Layout
     autoencoder: Architecture
     text: Callable[[Path, Any], TextStage]

@@ -17,7 +17,7 @@ from twinflow_rt.checkpoint.fuse import merge, split
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.models.layers import PLAIN
+from twinflow_rt.models.layers import IDENTITY
 
 CPU = torch.device("cpu")
 TIMES = [(1.0, 0.0), (0.6, 0.25), (0.5, 0.5), (-0.75, -0.5)]
@@ -108,7 +108,7 @@ def test_absorbed_equals_diffusers(case, times):
     network = folded(case.tensors, case.config, (times,), absorbed=True)
     assert not list(network.buffers())
     blocks = network.step_modulation(0).blocks
-    assert all(constants in (PLAIN, (PLAIN, PLAIN)) for constants in blocks)
+    assert all(constants in (IDENTITY, (IDENTITY, IDENTITY)) for constants in blocks)
     for args in case.inputs:
         assert relative(run_step(network, args, 0), case.reference.velocity(args, *times)) < 1e-5
 

@@ -18,8 +18,8 @@ from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.families import qwen_image
 from twinflow_rt.models.folding import Absorption
-from twinflow_rt.models.layers import EPS, FUSED, Constants
-from twinflow_rt.models.transformers.qwen_image import QwenImageConfig, QwenImageTransformer
+from twinflow_rt.models.layers import EPS, Constants
+from twinflow_rt.models.transformers.qwen_image import FUSED, QwenImageConfig, QwenImageTransformer
 from twinflow_rt.ops import EAGER, OpTable
 from twinflow_rt.passes.fold import absorb, fold, folded_away
 from twinflow_rt.planning.parameters import parameter_bytes

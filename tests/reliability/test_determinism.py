@@ -111,7 +111,8 @@ def test_batch_invariant_calls_compute_one_image_at_a_time(demo, monkeypatch):
     """... each prompt once, and callbacks still see the whole batch."""
     encoded, seen = [], []
     handle = demo.text.network.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
-    monkeypatch.setattr(demo.text, "captures", None)  # whose network is called each time
+    # without recordings the text network is called each time
+    monkeypatch.setattr(demo.text, "options", replace(demo.text.options, captures=None))
     demo.batch_invariant = True
     try:
         result = demo(

@@ -4,19 +4,19 @@
     pipe("a red circle", num_inference_steps=8)
     handle.restore()                            # or: with twinflow_rt.accelerate(pipe): ...
 
-The velocity network and the VAE's decoder are replaced by compiled ones, built from the weights the
-pipeline holds. Prompt encoding, scheduler, guidance, callbacks, tiling and slicing stay diffusers' own.
+The velocity network and the VAE's decoder are replaced by compiled ones, built from the weights that the pipeline
+holds. Prompt encoding, scheduler, guidance, callbacks, tiling and slicing stay diffusers' own.
 
-Which function is computed. A diffusers pipeline gives its network one time t, TwinFlow's has two,
-(t, tt), and adds a second time embedder to the first with a weight that is zero at tt = t: in every
-family the plain network is TwinFlow's at (t, t), whatever the second embedder holds. So a pipeline is
-compiled for the (t, t) of its scheduler, and computes what it did before.
+Which function is computed. A diffusers pipeline gives its network one time t. TwinFlow's has two, (t, tt), and adds a
+second time embedder to the first with a weight that is zero at tt = t: in every family the plain network is TwinFlow's
+at (t, t), whatever the second embedder holds. So a pipeline is compiled for the (t, t) of its scheduler, and computes
+what it did before.
 
-diffusers drops the second embedder of a TwinFlow checkpoint on loading, with no more than a log line;
-what is left is the checkpoint's slow, many-step model. With `twinflow=folder` those tensors are read
-from there, and the step from t to t' is evaluated at (t, t'): the any-step rule, of which Euler's step
-is exactly the update, and at one step TwinFlow's one-step generation, (1, 0). (For Z-Image alone the
-second embedder vanishes at (1, 0) too, so there one step is the same with and without it.)
+diffusers drops the second embedder of a TwinFlow checkpoint on loading, with no more than a log line; what is left is
+the checkpoint's slow, many-step model. With `twinflow=folder` those tensors are read from there, and the step from t to
+t' is evaluated at (t, t'): the any-step rule, of which Euler's step is exactly the update, and at one step TwinFlow's
+one-step generation, (1, 0). (For Z-Image alone the second embedder vanishes at (1, 0), too, so there one step is the
+same with and without it.)
 """
 
 from __future__ import annotations
@@ -43,18 +43,17 @@ from .diffusers_modules import CALLS, Compiled, CompiledDecoder
 
 
 def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None) -> Accelerated:
-    """Replaces `pipe.transformer` and `pipe.vae.decoder` by compiled ones; see the module's docstring.
+    """Replace `pipe.transformer` and `pipe.vae.decoder` by compiled ones; return what can restore them.
 
-    pipe: a diffusers pipeline, loaded, on its device, in its dtype; both are kept. twinflow: the model
-    folder of the TwinFlow checkpoint the pipeline was loaded from, to evaluate (t, t'); False or None:
-    what the pipeline computes now. None refuses a pipeline that was loaded from a local folder with a
-    second embedder: say which of the two you want.
+    pipe: a diffusers pipeline, loaded, on its device, in its dtype; both are kept. twinflow: the model folder of the
+    TwinFlow checkpoint that the pipeline was loaded from, to evaluate (t, t'); False or None: what the pipeline
+    computes now. None refuses a pipeline that was loaded from a local folder with a second embedder: say which of the
+    two you want.
 
-    The first call with another set of times than the last folds its tables anew: another number of
-    steps, or, where the scheduler shifts times by image size (Qwen-Image), another size. The originals
-    stay in memory, those of a GPU in the host's. Raises ConfigError for a pipeline that cannot be
-    compiled (unknown network, offloaded, unmerged LoRA layers, accelerated already), CheckpointError
-    for weights that do not fit.
+    A call with other times than the last (another number of steps; for Qwen-Image, whose scheduler shifts times by
+    image size, another size) folds its tables anew. The originals stay in memory, those of a GPU in the host's. Raises
+    ConfigError for a pipeline that cannot be compiled (unknown network, offloaded, unmerged LoRA layers, accelerated
+    already), CheckpointError for weights that do not fit.
     """
     original: Any = getattr(pipe, "transformer", None)
     if isinstance(original, Compiled):
@@ -93,19 +92,19 @@ class Accelerated:
 
     @property
     def plan(self) -> Plan:
-        """What compiling the velocity network decided, for the times last used."""
+        """The plan of the velocity network, for the times last used."""
         if not isinstance(self.pipe.transformer, Compiled):
             raise ConfigError("this pipeline has been restored and has no plan any more")
         return self.pipe.transformer.program.plan
 
     def park(self) -> None:
-        """Moves the originals out of the way of a GPU."""
+        """Move the originals from a GPU to the host."""
         if self._device.type != "cpu":
             for module in self._originals:
                 module.to("cpu")
 
     def restore(self) -> None:
-        """Puts the original network and decoder back, on the device they were on."""
+        """Put the original network and decoder back, on the device they were on."""
         self.pipe.transformer, self.pipe.vae.decoder = self._originals
         for module in self._originals:
             module.to(self._device)
@@ -120,7 +119,7 @@ class Accelerated:
 
 
 def _decoder(vae: Any, model: Architecture) -> CompiledDecoder:
-    """The decoder of a diffusers VAE, compiled as this architecture."""
+    """Return the decoder of a diffusers VAE, compiled as this architecture."""
     config = model.config.from_dict(_config(vae))
     with torch.device("meta"):
         network = model.network(config)
@@ -141,7 +140,7 @@ def _config(module: Any) -> dict[str, Any]:
 
 
 def _require_plain(module: Any) -> None:
-    """Refuses a module whose weights are not simply there."""
+    """Raise ConfigError for a module whose weights are elsewhere or changed as it runs."""
     names = list(module.state_dict())
     if any("lora_" in name or ".base_layer." in name for name in names):
         raise ConfigError("the pipeline has LoRA layers: fuse_lora() and unload_lora_weights() first, or unload them")
@@ -153,10 +152,11 @@ def _require_plain(module: Any) -> None:
 
 
 def _second(original: Any, family: Family, twinflow: str | Path | Literal[False] | None) -> dict[str, Tensor]:
-    """The second time embedder: TwinFlow's, read from its folder, or zeros where it has no weight."""
+    """Return the tensors of the second time embedder: TwinFlow's, read from its folder, or zeros."""
     with torch.device("meta"):
         wanted = family.network(family.config.from_dict(_config(original))).state_dict()
-    names = [name for name in wanted if "embed" in name.split(".")[0] and name.split(".")[0].endswith("_2")]
+    second = family.network.second_embedder
+    names = [name for name in wanted if name.startswith(second + ".")]
     if not names:
         raise ConfigError(f"this {type(original).__name__} has another kind of second embedder and is not supported")
     if twinflow:
@@ -165,7 +165,7 @@ def _second(original: Any, family: Family, twinflow: str | Path | Literal[False]
             raise CheckpointError(f"{checkpoint.folder} lacks {some(missing)}: no TwinFlow checkpoint")
         held = original.state_dict()
         for name in names:
-            first = name.replace("_2.", ".", 1)
+            first = name.replace(second, second.removesuffix("_2"), 1)
             if not torch.equal(checkpoint.get(first, dtype=original.dtype), held[first].cpu()):
                 raise CheckpointError(f"{checkpoint.folder} has another {first} than the pipeline: another model")
         return {name: checkpoint.get(name) for name in names}

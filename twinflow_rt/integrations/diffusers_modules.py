@@ -1,7 +1,7 @@
 """Modules that stand in a diffusers pipeline where its velocity network and its VAE's decoder stood.
 
-Each takes what the pipeline passes, in the pipeline's conventions of time, sign and layout, and hands
-the compiled network what it takes.
+Each takes what the pipeline passes, in the pipeline's conventions of time, sign and layout, and hands the compiled
+network what it takes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ EULER = "FlowMatchEulerDiscreteScheduler"
 
 
 class Compiled(nn.Module):
-    """Stands where the pipeline's transformer stood. Subclasses know how diffusers calls a family's.
-
-    `given(timesteps, dtype)`: the scheduler's timesteps as the network receives them. `time(value)`:
-    t in [0, 1] of such a value.
-    """
+    """Stands where the pipeline's transformer stood. Subclasses know how diffusers calls a family's."""
 
     network: Any
 
@@ -39,23 +35,25 @@ class Compiled(nn.Module):
         self.pipe = pipe
 
     def given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the scheduler's timesteps as the network receives them."""
         raise NotImplementedError
 
     def time(self, value: float) -> float:
+        """Return the t in [0, 1] of a value that the network receives."""
         raise NotImplementedError
 
     @torch.no_grad()
     def velocity(
         self, latents: Tensor, timestep: Tensor, embeds: Tensor, lengths: tuple[int, ...], **extras: Tensor
     ) -> Tensor:
-        """z - x [B, C, H, W] at the step that `timestep` [B] names."""
+        """Return z - x [B, C, H, W] at the step that `timestep` [B] names."""
         step = self._step(timestep, latents.dtype)
         context = self.network.encode_context(embeds, lengths, **extras)
         return self.network(latents, self.network.step_modulation(step), context)
 
     def _step(self, timestep: Tensor, dtype: torch.dtype) -> int:
-        """Which of the scheduler's steps this is; tables are folded anew when those have changed. Waits
-        for the device twice, for a few bytes."""
+        """Return which of the scheduler's steps this is; fold tables anew where those have changed. Waits for the
+        device twice, for a few bytes."""
         scheduler = self.pipe.scheduler
         values = tuple(dict.fromkeys(self.given(scheduler.timesteps, dtype).tolist()))
         now = set(timestep.flatten().tolist())
@@ -78,11 +76,11 @@ class Compiled(nn.Module):
         return tuple(zip(times, [*times[1:], 0.0], strict=True))
 
     def cache_context(self, name: str) -> Any:
-        """diffusers' step caches have nothing to hold on to here."""
+        """Do nothing: diffusers' step caches have no modules here to attach to."""
         return nullcontext()
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Stays where it is: tables are float32 in any dtype. Raises ConfigError for any other place."""
+        """Stay as it is, for tables are float32 in any dtype. Raises ConfigError for another device or dtype."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device not in (None, self.device, torch.device(self.device.type)) or dtype not in (None, self.dtype):
             raise ConfigError("an accelerated pipeline cannot be moved or cast: restore() it, then accelerate it again")
@@ -101,23 +99,23 @@ def _output(sample: Any, return_dict: bool) -> Any:
 
 
 def _refuse(**options: Any) -> None:
-    """Options of diffusers' forward that change its result, and that the compiled network has not."""
+    """Raise ConfigError for options of diffusers' forward that change its result and that are missing here."""
     if active := [name for name, value in options.items() if value is not None and value != {}]:
         raise ConfigError(f"the compiled network takes no {some(active)}: restore() the pipeline to use them")
 
 
 def _lengths(mask: Tensor | None, embeds: Tensor) -> tuple[int, ...]:
-    """Tokens of each prompt, which must come before its padding."""
+    """Return the tokens of each prompt. Raises ConfigError where padding comes before them."""
     if mask is None:
         return (embeds.shape[1],) * len(embeds)
-    rows = mask.bool().tolist()
-    if any(not all(row[: sum(row)]) for row in rows):
+    prompts = mask.bool().tolist()
+    if any(not all(prompt[: sum(prompt)]) for prompt in prompts):
         raise ConfigError("the prompt mask has gaps; the compiled network takes prompts padded on the right")
-    return tuple(sum(row) for row in rows)
+    return tuple(sum(prompt) for prompt in prompts)
 
 
 class ZImage(Compiled):
-    """t runs backwards in diffusers' network, and its output is x - z."""
+    """Z-Image: t runs backwards in diffusers' network, and its output is x - z."""
 
     def given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         return (1000 - timesteps) / 1000
@@ -139,7 +137,7 @@ class ZImage(Compiled):
 
 
 class QwenImage(Compiled):
-    """Latents come packed."""
+    """Qwen-Image: latents come packed."""
 
     def given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         return timesteps.to(dtype) / 1000
@@ -163,7 +161,7 @@ class QwenImage(Compiled):
 
 
 class SD3(Compiled):
-    """Prompts have a pooled form, and no mask."""
+    """SD3.5: prompts have a pooled form, and no mask."""
 
     def given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         return timesteps
@@ -182,6 +180,8 @@ class SD3(Compiled):
 
 
 class Sana(Compiled):
+    """SANA."""
+
     def given(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         return timesteps * self.config.timestep_scale
 

@@ -1,4 +1,4 @@
-"""What the families' transformer/config.json have in common: reading, writing, and the second time embedder."""
+"""Reading and checking config.json, and the base of the transformers' config classes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, ClassVar, Self
 from ..checkpoint.typed_json import hints_of, typed
 from ..errors import ConfigError, TwinFlowError
 
-MOST, MOST_LAYERS = 1 << 22, 1000  # no size, and no number of layers, of a network is beyond
+MOST, MOST_LAYERS = 1 << 22, 1000  # a size, or a number of layers, beyond is no network's
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """For making something of a config.json's content: whatever breaks over it becomes a ConfigError."""
+    """Turn whatever breaks over a config.json's content into a ConfigError. where: what its message calls the file."""
     try:
         yield
     except TwinFlowError:
@@ -29,8 +29,8 @@ def reading(where: str) -> Iterator[None]:
 
 
 def check_fields(kind: Any, given: Mapping[str, Any], where: str) -> None:
-    """Raises ConfigError unless the values given for fields of the config dataclass `kind` have their
-    declared types and sizes that networks have: a typo must not build a billion layers."""
+    """Raise ConfigError unless the values given for fields of the config dataclass `kind` have their declared types,
+    and sizes that networks have: a typo must not build a billion layers."""
     hints = hints_of(kind)
     for name in given:
         try:
@@ -44,10 +44,10 @@ def check_fields(kind: Any, given: Mapping[str, Any], where: str) -> None:
 
 
 class NetworkConfig:
-    """Base of the families' config dataclasses: fields are config.json's keys, defaults the release's.
+    """Base of the transformers' config dataclasses: fields are config.json's keys, defaults the release's.
 
-    class_name: diffusers' network class. unread: keys that files have and inference does not need.
-    variants: keys that, where set, make another network; `variant_hint` says which.
+    class_name: diffusers' network class. unread: keys that files have and inference does not need. variants: keys that,
+    where set, make another network; variant_hint: which.
     """
 
     class_name: ClassVar[str]
@@ -57,8 +57,8 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
-        """Builds from config.json's content; diffusers' bookkeeping keys (`_*`) are dropped. Raises
-        ConfigError for keys that the family does not know."""
+        """Build from config.json's content, without diffusers' bookkeeping keys (`_*`). Raises ConfigError for keys
+        that the family does not know."""
         if active := [k for k in cls.variants if raw.get(k)]:
             raise ConfigError(f"transformer/config.json sets {', '.join(active)}: {cls.variant_hint}")
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
@@ -72,13 +72,13 @@ class NetworkConfig:
             return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """config.json's content, loadable by diffusers' class of that name."""
+        """Return config.json's content, which diffusers' class of that name loads."""
         out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # type: ignore[call-overload]
         return {"_class_name": self.class_name, **out}
 
 
 def second_embedder(name: str, family: str, instead: str = "") -> Callable[[set[str]], str | None]:
-    """For `Layout.absent`: explains missing keys that are all of TwinFlow's second time embedder `name`."""
+    """Return a `Layout.absent` that explains missing keys where all are of the second time embedder `name`."""
 
     def absent(missing: set[str]) -> str | None:
         if any(not key.startswith(name + ".") for key in missing):

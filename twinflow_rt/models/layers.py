@@ -80,7 +80,7 @@ class UpsampleConv(nn.Conv2d):
         self.register_buffer("folded", None, persistent=False)
 
     def enlarged(self, x: Tensor, ops: OpTable) -> Tensor:
-        """[B, inner, H, W] -> [B, outer, 2H, 2W]."""
+        """Return the convolution [B, outer, 2H, 2W] of x [B, inner, H, W] enlarged."""
         y: Tensor = ops.upsample_conv(x, self.weight if self.folded is None else self.folded, self.bias)
         return y
 
@@ -129,17 +129,17 @@ def _plain(layer: nn.Linear) -> bool:
 
 
 def with_swiglu(layer: nn.Linear, x: Tensor, ops: OpTable) -> Tensor:
-    """`ops.swiglu` of layer(x), a merged w1|w3 projection without bias."""
+    """Return `ops.swiglu` of layer(x), a merged w1|w3 projection without bias."""
     return ops.linear_swiglu(x, layer.weight) if _plain(layer) else ops.swiglu(layer(x))
 
 
 def with_gelu(layer: nn.Linear, x: Tensor, ops: OpTable) -> Tensor:
-    """`ops.gelu_tanh` of layer(x), a projection with bias."""
+    """Return `ops.gelu_tanh` of layer(x), a projection with bias."""
     return ops.linear_gelu(x, layer.weight, layer.bias) if _plain(layer) else ops.gelu_tanh(layer(x))
 
 
 def with_residual(residual: Tensor, layer: nn.Linear, x: Tensor, ops: OpTable) -> Tensor:
-    """residual + layer(x), of a projection without bias. The residual stream may be wider than the layer."""
+    """Return residual + layer(x), of a projection without bias. The residual stream may have a wider dtype."""
     if _plain(layer) and residual.dtype == x.dtype == (weight := layer.weight).dtype:
         return ops.linear_residual(residual, x, weight)
     return residual + layer(x)
@@ -150,13 +150,13 @@ def with_residual(residual: Tensor, layer: nn.Linear, x: Tensor, ops: OpTable) -
 EPS = 1e-6  # of every norm
 FREQUENCY_DIM = 256
 MLP_RATIO = 4
-ROWS = 6  # constants per stream and block
+BLOCK_CONSTANTS = 6  # per stream: the fields of `Constants`
 
 Stream = tuple[Tensor, Tensor]  # residual stream x, and x under the norm that reads it next
 Readers = tuple[nn.Module | None, nn.Module | None]  # the layers that read an image's and a prompt's stream next
 
-# merged tensor -> the checkpoint's names, row blocks in this order (within a block's prefix)
-FUSED = {
+# merged tensors of a joint attention -> the checkpoint's, in the order of their rows (within a block's prefix)
+JOINT_FUSED = {
     f"attn.{merged}.{leaf}": tuple(f"attn.{part}.{leaf}" for part in parts)
     for merged, parts in (
         ("to_qkv", ("to_q", "to_k", "to_v")),
@@ -167,7 +167,7 @@ FUSED = {
 
 
 class Constants(NamedTuple):
-    """What conditioning does to one stream in one block, in order of use; None is the identity.
+    """What time and prompt do to one stream in one block, in order of use; None is the identity.
 
     Each [B or 1, 1, dim] float32. `scale` is the effective one: 1 + what the modulation gives.
     """
@@ -181,20 +181,21 @@ class Constants(NamedTuple):
 
     @classmethod
     def of(cls, rows: Tensor) -> Constants:
-        """Of rows [B, R, dim] in the order of the fields; those beyond R stay None."""
+        """Return the constants in rows [B, R, dim] of a table, in the order of the fields; the others are None."""
         return cls(*rows.unsqueeze(2).unbind(1))
 
 
-PLAIN = Constants()
+IDENTITY = Constants()
 
 
 def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in float32: what time gives is worth its bits."""
+    """Return layer(x) computed in float32, as all constants are."""
     return F.linear(x, layer.weight.float(), layer.bias.float())
 
 
 def modulation_rows(layer: nn.Linear, temb: Tensor, scales: Sequence[int]) -> Tensor:
-    """[B, dim] -> [B, R, dim] float32, R = out/in features; rows `scales` multiply, so get their 1."""
+    """Return the constants [B, R, dim] float32 that a modulation layer makes of temb [B, dim], R its output features
+    over its input features. scales: numbers of those that multiply, to which 1 is added."""
     rows = linear32(layer, F.silu(temb)).unflatten(-1, (-1, layer.in_features))
     one = torch.zeros(rows.shape[1], 1, device=rows.device)
     one[list(scales)] = 1
@@ -202,10 +203,10 @@ def modulation_rows(layer: nn.Linear, temb: Tensor, scales: Sequence[int]) -> Te
 
 
 def sinusoids(value: Tensor, scale: float = 1.0) -> Tensor:
-    """[B] -> [B, 256] float32: cosines, then sines, of value * scale, frequencies 10000^(-i/128).
+    """Return cosines, then sines [B, 256] float32 of value [B] * scale, at frequencies 10000^(-i/128).
 
-    Where the factor enters decides the rounding: phases reach 1000 rad, where float32 resolves 6e-5. It
-    enters last, as in Qwen-Image; others scale `value` beforehand.
+    Phases reach 1000 rad, where float32 resolves 6e-5, so it matters where `scale` enters: last, as in Qwen-Image.
+    Other families scale `value` beforehand.
     """
     half = FREQUENCY_DIM // 2
     freqs = torch.exp(-math.log(10000) * torch.arange(half, device=value.device).float() / half)
@@ -214,19 +215,18 @@ def sinusoids(value: Tensor, scale: float = 1.0) -> Tensor:
 
 
 class SinusoidEmbedder(nn.Module):
-    """[B] -> [B, dim] float32: MLP over the sinusoids of a scalar."""
+    """An MLP over the sinusoids of a scalar: [B] -> [B, dim] float32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(FREQUENCY_DIM, dim), nn.Linear(dim, dim)
 
     def forward(self, value: Tensor, scale: float = 1.0) -> Tensor:
-        """Of value * scale (see `sinusoids`)."""
         return linear32(self.linear_2, F.silu(linear32(self.linear_1, sinusoids(value, scale))))
 
 
 class JointAttention(nn.Module):
-    """Projections of both streams; without `prompt_output` nothing follows for the prompt."""
+    """Attention among image and prompt tokens; prompt_output: whether a later block reads the prompt's result."""
 
     def __init__(self, heads: int, head_dim: int, prompt_output: bool) -> None:
         super().__init__()
@@ -241,16 +241,17 @@ class JointAttention(nn.Module):
 
     def forward(
         self, image: Tensor, prompt: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor | None,
-        rows: int | None, ops: OpTable,
+        queries: int | None, ops: OpTable,
     ) -> Tensor:  # fmt: skip
-        """What tokens image [B, S, dim] | prompt [B, L, dim] attend to; only the first `rows` rows."""
+        """Return what the tokens image [B, S, dim], then prompt [B, L, dim], attend to; of the first `queries` alone if
+        given. lengths: int64 [B], keys that count, or None: all."""
         q, k, v = ops.joint_qk_norm_rope(
             (self.to_qkv(image), self.add_qkv(prompt)),
             (self.norm_q.weight.float(), self.norm_added_q.weight.float()),
             (self.norm_k.weight.float(), self.norm_added_k.weight.float()),
             *rope, self.heads, EPS,
         )  # fmt: skip
-        return ops.attention(q[:, :rows], k, v, lengths)
+        return ops.attention(q[:, :queries], k, v, lengths)
 
 
 class FeedForward(nn.Module):
@@ -266,42 +267,43 @@ class FeedForward(nn.Module):
 
 
 def add_branch(x: Tensor, branch: Tensor, gate: Tensor | None, ops: OpTable) -> Tensor:
-    """x + gate * branch where no norm follows: one pass of the op beats four elementwise ones."""
+    """Return x + gate * branch where no norm follows, in one pass of the op instead of four elementwise ones."""
     return ops.residual_layer_norm(x, branch, gate, None, None, EPS)[0]
 
 
-def finish(
+def finish_block(
     x: Tensor, branch: Tensor, mlp: FeedForward, now: Constants, after: Constants, reader: nn.Module | None,
     ops: OpTable,
 ) -> Stream:  # fmt: skip
-    """Adds attention's branch to x, then the MLP's, and opens the norm of `reader`, whose constants are `after`."""
+    """Add attention's branch to x, then the MLP's; return x and its norm for `reader`, the layer that reads it next.
+    now, after: the constants of this block and of the reader."""
     first = ops_for(mlp.net["0"]["proj"], ops)
     x, h = first.residual_layer_norm(x, branch, now.gate_a, now.scale_f, now.shift_f, EPS)
     return ops_for(reader, ops).residual_layer_norm(x, mlp(h, ops), now.gate_f, after.scale_a, after.shift_a, EPS)
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, H/2*W/2, 4C], features ordered (channel, row, column)."""
+    """Return latents [B, C, H, W] as tokens [B, H/2*W/2, 4C], features ordered (channel, row, column)."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpack(x: Tensor, height: int, width: int) -> Tensor:
-    """[B, height*width, 4C] -> [B, C, 2*height, 2*width], the inverse of `pack`."""
+    """Return the latents [B, C, 2*height, 2*width] of tokens [B, height*width, 4C]: the inverse of `pack`."""
     return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, (height, width)), 2)
 
 
 def channels_first(tokens: Tensor, height: int, width: int, size: int) -> Tensor:
-    """[B, height*width, C*size*size], features ordered (channel, row, column), as [B, C, height, size, width, size]:
-    a view, what `ops.x0_to_vae` reads."""
+    """Return tokens [B, height*width, C*size*size], features ordered (channel, row, column), as the view
+    [B, C, height, size, width, size] that `ops.x0_to_vae` reads."""
     return tokens.unflatten(1, (height, width)).unflatten(-1, (-1, size, size)).permute(0, 3, 1, 4, 2, 5)
 
 
 def channels_last(tokens: Tensor, height: int, width: int, size: int) -> Tensor:
-    """The same for features ordered (row, column, channel)."""
+    """Return the same for features ordered (row, column, channel)."""
     return tokens.unflatten(1, (height, width)).unflatten(-1, (size, size, -1)).permute(0, 5, 1, 3, 2, 4)
 
 
-def joined(patches: Tensor, sign: float) -> Tensor:
-    """sign * the image [B, C, H, W] of patches [B, C, H/p, p, W/p, p]."""
+def join_patches(patches: Tensor, sign: float) -> Tensor:
+    """Return sign * the image [B, C, H, W] of patches [B, C, H/p, p, W/p, p]."""
     image = patches.flatten(4, 5).flatten(2, 3)
     return image if sign == 1 else sign * image

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..ops import EAGER, OpTable
 from .context import Context
 from .folding import Resident
-from .layers import Module, joined
+from .layers import Module, join_patches
 
 
 class VelocityNetwork(Module):
@@ -21,9 +22,10 @@ class VelocityNetwork(Module):
     `step_modulation` then says which row.
 
     config: what the network was built from. folded_steps: None, or the number of evaluations that the tables of a
-    folded network hold. prompt_modules: names of the modules that `encode_context` runs. prompt_multiple: tokens of a
-    context are padded to a multiple of this, and the padding counts. fixed_length: prompts all have the longest
-    length.
+    folded network hold. absorbed: whether the constants are inside the weights instead, for one step. prompt_modules:
+    names of the modules that `encode_context` runs. prompt_multiple: tokens of a context are padded to a multiple of
+    this, and the padding counts. fixed_length: prompts all have the longest length. second_embedder: name of the
+    module that TwinFlow adds to the published network; its name less "_2" is that of the first.
 
     encode_context(prompt_embeds, lengths, **extras) -> Context: all that depends on the prompts alone. prompt_embeds:
     [B, L, width], of which prompt b's first lengths[b] rows count. lengths: numbers, which shape the sequence; or int64
@@ -31,12 +33,18 @@ class VelocityNetwork(Module):
     """
 
     encode_context: Callable[..., Context]
+    second_embedder: str
     prompt_multiple = 1
     fixed_length = False
 
-    def __init__(self, config: Any, folded_steps: int | None) -> None:
+    def __init__(self, config: Any, folded_steps: int | None, absorbed: bool = False) -> None:
         super().__init__()
-        self.config, self.folded_steps = config, folded_steps
+        if absorbed and folded_steps != 1:
+            raise ConfigError(
+                f"constants of {folded_steps} steps cannot be absorbed: weights hold those of one step; "
+                "use absorbed=False, or folded_steps=1"
+            )
+        self.config, self.folded_steps, self.absorbed = config, folded_steps, absorbed
         self.ops: OpTable = EAGER
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
@@ -58,4 +66,4 @@ class VelocityNetwork(Module):
     def forward(self, latents: Tensor, modulation: Any, context: Any) -> Tensor:
         """Return the velocity [B, C, H, W] of latents [B, C, H, W], computed in their dtype. H and W are multiples of
         the patch size."""
-        return joined(*self.patches(latents, modulation, context))
+        return join_patches(*self.patches(latents, modulation, context))

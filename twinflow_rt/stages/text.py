@@ -1,8 +1,8 @@
 """The first stage: prompts to embeddings, each prompt at its own length.
 
-Prompts are padded to the longest of the batch instead of a fixed 512 tokens; encoders are causal, so
-padding on the right changes nothing. And so the beginning that a model's template puts before every prompt
-is read once: later prompts attend to its keys and values (`Prefix`).
+Prompts are padded to the longest of the batch instead of a fixed 512 tokens; encoders are causal, so padding on the
+right changes nothing. For the same reason the beginning that a model's template puts before every prompt is read once:
+later prompts attend to its keys and values (`Prefix`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .tokenizer import Tokenizer
 class PromptEmbeds:
     """What a network takes of B prompts.
 
-    embeds: [B, L, D]; prompt b's first lengths[b] rows count, the others hold anything finite.
-    extras: more that a family's `encode_context` takes, by keyword, e.g. a pooled vector [B, P].
+    embeds: [B, L, D]; prompt b's first lengths[b] rows count, the others hold anything finite. extras: more that a
+    network's `encode_context` takes, by keyword, e.g. a pooled vector [B, P].
     """
 
     embeds: Tensor
@@ -43,8 +43,10 @@ class PromptEmbeds:
         return len(self.lengths)
 
     def check(self, probe: PromptEmbeds, max_tokens: int) -> None:
-        """Raises ConfigError unless these are embeddings as a text stage makes them. probe: what its `probe`
-        gives; max_tokens: the longest prompt it takes. Reads the values, so a GPU is waited for."""
+        """Raise ConfigError unless these are embeddings as a text stage makes them.
+
+        probe: what its `probe` returns. max_tokens: the longest prompt it takes. Waits for a GPU, as it reads values.
+        """
         shape, wanted = tuple(getattr(self.embeds, "shape", ())), probe.embeds.shape[-1]
         longest = max(max_tokens, probe.embeds.shape[1])
         if len(shape) != 3 or shape[2] != wanted or not 1 <= shape[1] <= longest or not shape[0]:
@@ -68,9 +70,9 @@ class PromptEmbeds:
             if not torch.isfinite(tensor).all():
                 raise ConfigError(f"{name} holds NaN or infinity; make it again with pipe.text")
 
-    def select(self, rows: Sequence[int]) -> PromptEmbeds:
-        """Those of prompts `rows`, no longer than the longest of them."""
-        index, lengths = torch.tensor(rows, device=self.embeds.device), tuple(self.lengths[row] for row in rows)
+    def select(self, prompts: Sequence[int]) -> PromptEmbeds:
+        """Return the embeddings of these prompts, cut to the longest of them."""
+        index, lengths = torch.tensor(prompts, device=self.embeds.device), tuple(self.lengths[i] for i in prompts)
         extras = {name: tensor[index] for name, tensor in self.extras.items()}
         return PromptEmbeds(self.embeds[index, : max(lengths)], lengths, extras)
 
@@ -85,7 +87,7 @@ PROBES = ("a", "Z 1", ".")  # prompts that begin unlike each other
 
 @dataclass(frozen=True)
 class Prefix:
-    """What all prompts begin with, read: its states [1, P, width], and its keys and values."""
+    """The tokens that all prompts begin with: their states [1, P, width], and their keys and values."""
 
     ids: list[int]
     states: Tensor
@@ -140,7 +142,7 @@ class TextEncoder(TextStage):
         self._prefix = None
 
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Embeddings [B, L, width] in the weights' dtype, L the longest prompt's token count."""
+        """Return embeddings [B, L, width] in the weights' dtype, L the longest prompt's token count."""
         ids = self.tokenizer(prompts, self.max_tokens + self.dropped)
         lengths = tuple(len(i) - self.dropped for i in ids)
         if min(lengths, default=0) <= 0:
@@ -152,8 +154,8 @@ class TextEncoder(TextStage):
         return PromptEmbeds(self.kept(self._states(self.padded(ids, start), prefix)), lengths)
 
     def padded(self, ids: Sequence[list[int]], start: int) -> Tensor:
-        """Tokens from number `start` on, int64 [B, L] on the device: L the longest's, or its bucket where graphs are
-        recorded."""
+        """Return the tokens from number `start` on, int64 [B, L] on the device, L the longest prompt's, or its bucket
+        where graphs are recorded."""
         longest = max(len(i) for i in ids) - start
         if self.options.captures is not None and self.options.captures.buckets:
             longest = bucket(longest)
@@ -161,7 +163,7 @@ class TextEncoder(TextStage):
         return torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=device)
 
     def _states(self, ids: Tensor, prefix: Prefix | None) -> Tensor:
-        """The model's states of whole prompts, of which ids [B, L] come after `prefix`."""
+        """Return the model's states of whole prompts, of which ids [B, L] come after `prefix`."""
 
         def run(ids: Tensor) -> Tensor:
             states: Tensor = self.network(ids) if prefix is None else self.network(ids, prefix.past)
@@ -175,8 +177,8 @@ class TextEncoder(TextStage):
         return torch.cat((prefix.states.expand(len(states), -1, -1), states), 1)
 
     def prefix(self, ids: Sequence[list[int]]) -> Prefix | None:
-        """What the template puts before every prompt, read on first use; None where it is short, or where
-        one of these token lists begins otherwise or has nothing behind it."""
+        """Return what the template puts before every prompt, read on first use; None where it is short, or where one
+        of these token lists begins otherwise or has nothing behind it."""
         fixed = self.prefix_ids
         if len(fixed) < self.least_prefix or not all(len(i) > len(fixed) and i[: len(fixed)] == fixed for i in ids):
             return None
@@ -186,7 +188,7 @@ class TextEncoder(TextStage):
         return self._prefix
 
     def shared(self, length: int) -> int:
-        """How many of a prompt's `length` tokens, instruction included, `prefix` has read before."""
+        """Return how many of a prompt's `length` tokens, instruction included, `prefix` has read before."""
         fixed = len(self.prefix_ids)
         return fixed if self.least_prefix <= fixed < length else 0
 
@@ -198,7 +200,7 @@ class TextEncoder(TextStage):
         return probes[0][: sum(1 for _ in takewhile(bool, same))]
 
     def kept(self, states: Tensor) -> Tensor:
-        """Of the model's states [B, dropped + L, width], those that are embeddings."""
+        """Return those of the model's states [B, dropped + L, width] that are embeddings."""
         return states[:, self.dropped :]
 
     def probe(self, tokens: int, networks: Sequence[Any] = ()) -> PromptEmbeds:
@@ -209,7 +211,7 @@ class TextEncoder(TextStage):
 
 
 def check_vocabulary(tokenizer: Tokenizer, encoder: Part) -> None:
-    """Raises CheckpointError if the tokenizer has more tokens than the encoder embeds."""
+    """Raise CheckpointError if the tokenizer has more tokens than the encoder embeds."""
     known, embedded = tokenizer.core.get_vocab_size(), encoder.network.config.vocab_size
     if known > embedded:
         raise CheckpointError(

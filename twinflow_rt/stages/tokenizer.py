@@ -1,6 +1,6 @@
-"""Token ids of prompts, each in the form its model was trained on.
+"""Token ids of prompts, written out as the model was trained on them.
 
-Uses the `tokenizers` library directly: importing transformers would cost seconds of start-up.
+Uses the `tokenizers` library directly: importing transformers would take seconds.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 
 
 class Tokenizer:
-    """Ids of prompts as `render` writes them out; a family's form of prompt is a subclass."""
+    """Token ids of prompts as `render` writes them out; subclasses do so as a family wants it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.core = folder, read_core(folder)
 
     def __call__(self, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Ids of each prompt, at most `max_tokens` (the tail is cut)."""
+        """Return the ids of each prompt, at most `max_tokens` (the tail is cut)."""
         texts = [self.render(prompt) for prompt in prompts]
         self.core.no_padding()
         self.core.enable_truncation(max_tokens)
@@ -43,12 +43,12 @@ class Tokenizer:
         return [encoding.ids for encoding in self.core.encode_batch(texts)]
 
     def render(self, prompt: str) -> str:
-        """What is tokenized for a prompt; here the prompt itself."""
+        """Return what is tokenized for a prompt; here the prompt itself."""
         return prompt
 
 
 class PaddingTokenizer(Tokenizer):
-    """Every prompt at one length, padded with the folder's pad token."""
+    """Token ids of prompts padded to one length with the folder's pad token."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -58,12 +58,12 @@ class PaddingTokenizer(Tokenizer):
             raise CheckpointError(f"{folder / 'tokenizer_config.json'}: pad_token {token!r} is not in the vocabulary")
 
     def __call__(self, prompts: Sequence[str], length: int) -> list[list[int]]:
-        """`length` ids of each prompt (the tail is cut, but for what ends a prompt)."""
+        """Return `length` ids of each prompt (the tail is cut, but for what ends a prompt)."""
         return [ids + [self.pad] * (length - len(ids)) for ids in super().__call__(prompts, length)]
 
 
 class ChatTokenizer(Tokenizer):
-    """One user turn of the folder's chat template, generation prompt added, thinking on."""
+    """Prompts as one user turn of the folder's chat template, generation prompt added, thinking on."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -81,7 +81,7 @@ class ChatTokenizer(Tokenizer):
 
 
 def read_core(folder: Path) -> Any:
-    """The `tokenizers` object of a folder: tokenizer.json, or for some kinds vocab.json and merges.txt."""
+    """Return the `tokenizers` object of a folder: of tokenizer.json, or for some kinds vocab.json and merges.txt."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -100,7 +100,7 @@ def read_core(folder: Path) -> Any:
 
 
 def _qwen2(folder: Path) -> Any:
-    """Byte-level BPE over NFC text, from the files of the slow Qwen2Tokenizer (Qwen-Image ships those)."""
+    """Return byte-level BPE over NFC text, from the files of the slow Qwen2Tokenizer, which Qwen-Image ships."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     core = _byte_pairs(folder)
@@ -113,8 +113,8 @@ def _qwen2(folder: Path) -> Any:
 
 
 def _clip(folder: Path) -> Any:
-    """Lower-case byte-level BPE between start and end token, from the files of the slow CLIPTokenizer
-    (Stable Diffusion ships those)."""
+    """Return lower-case byte-level BPE between start and end token, from the files of the slow CLIPTokenizer, which
+    Stable Diffusion ships."""
     from tokenizers import Regex, normalizers, pre_tokenizers, processors
 
     core = _byte_pairs(folder, end_of_word_suffix="</w>", unk_token=CLIP_END)
@@ -137,7 +137,7 @@ SLOW = {"Qwen2Tokenizer": _qwen2, "CLIPTokenizer": _clip}
 
 
 def _byte_pairs(folder: Path, **options: Any) -> Any:
-    """BPE of a folder's vocab.json and merges.txt."""
+    """Return BPE of a folder's vocab.json and merges.txt."""
     from tokenizers import Tokenizer, models
 
     try:
@@ -148,7 +148,7 @@ def _byte_pairs(folder: Path, **options: Any) -> Any:
 
 
 def _add_tokens(core: Any, folder: Path) -> Any:
-    """`core` with the added tokens of tokenizer_config.json, at the numbers it gives them."""
+    """Return `core` with the added tokens of tokenizer_config.json, at the numbers it gives them."""
     from tokenizers import AddedToken
 
     path = folder / "tokenizer_config.json"
@@ -168,7 +168,7 @@ def _add_tokens(core: Any, folder: Path) -> Any:
 
 
 def _chat_template(folder: Path) -> Any:
-    """The compiled chat template, in a sandbox: templates are code from the checkpoint."""
+    """Return the compiled chat template, in a sandbox, for templates are code from the checkpoint."""
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

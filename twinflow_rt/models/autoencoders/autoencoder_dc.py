@@ -36,8 +36,8 @@ class DCConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> DCConfig:
-        """Builds from config.json's content, with diffusers' defaults for what SANA's older files lack; other
-        kinds of blocks are refused."""
+        """Build from config.json's content, with diffusers' defaults for what SANA's older files lack. Raises
+        ConfigError for other kinds of blocks."""
         name = raw.get("_class_name")
         if name != "AutoencoderDC":
             raise ConfigError(f"vae/config.json says _class_name {name!r}; SANA's VAE is an AutoencoderDC")
@@ -100,7 +100,7 @@ class Norm(nn.Module):
 
 
 def conv(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of [B, H, W, C], which is a channels-last image as it lies."""
+    """Return the convolution of x [B, H, W, C], which is a channels-last image as it lies."""
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -116,7 +116,7 @@ class ResBlock(nn.Module):
 
 
 class MultiscaleProjection(nn.Module):
-    """Queries, keys and values of a neighbourhood."""
+    """Queries, keys and values [B, H, W, channels] that see their neighbours."""
 
     def __init__(self, channels: int, head_dim: int, size: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class MultiscaleProjection(nn.Module):
 
 
 class MultiscaleAttention(nn.Module):
-    """Linear attention. A head is 3 * head_dim consecutive channels of the projections, taken as q | k | v."""
+    """Linear attention. A head is 3 * head_dim consecutive channels of the projections: its q, k and v."""
 
     def __init__(self, channels: int, head_dim: int, scales: tuple[int, ...]) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class Decoder(nn.Module):
 
 
 class DCDecoder(nn.Module):
-    """Raw latents [B, latent_channels, h, w] -> images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
+    """Raw latents [B, latent_channels, h, w] to images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
 
     def __init__(self, config: DCConfig) -> None:
         super().__init__()
@@ -228,11 +228,11 @@ class DCDecoder(nn.Module):
         return (0, *(2 * depth for depth in self.config.depths[: self.config.local_levels][::-1]))
 
     def trunk(self, latents: Tensor) -> Tensor:
-        """What must see all positions, through the last attention: features at that level's resolution."""
+        """Return the features that must see all positions, through the last attention, at that level's resolution."""
         return self.decoder.trunk(latents, self.ops)
 
     def tail(self, features: Tensor) -> Tensor:
-        """The rest: a pixel depends on features nearby alone."""
+        """Return the image of these features; a pixel depends on those nearby alone."""
         return self.decoder.tail(features, self.ops)
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class AutoencoderConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> AutoencoderConfig:
-        """Builds from config.json's content, with diffusers' defaults; other block types are refused."""
+        """Build from config.json's content, with diffusers' defaults. Raises ConfigError for other block types."""
         name = raw.get("_class_name", "AutoencoderKL")
         if name != "AutoencoderKL":
             raise ConfigError(f"vae/config.json says _class_name {name!r}; this family's VAE is an AutoencoderKL")
@@ -68,6 +68,7 @@ class AutoencoderConfig:
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor, ops: OpTable) -> Tensor:
+    """Return SiLU of the norm."""
     return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
@@ -158,7 +159,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderDecoder(nn.Module):
-    """Raw latents [B, latent_channels, h, w] -> images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
+    """Raw latents [B, latent_channels, h, w] to images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -173,13 +174,13 @@ class AutoencoderDecoder(nn.Module):
         return (2 * (self.config.layers_per_block + 1),) * len(self.config.block_out_channels)
 
     def trunk(self, latents: Tensor) -> Tensor:
-        """What must see all positions, through the attention: features at the latents' resolution."""
+        """Return the features that must see all positions, through the attention, at the latents' resolution."""
         if self.post_quant_conv is not None:
             latents = self.post_quant_conv(latents)
         return self.decoder.trunk(latents, self.ops)
 
     def tail(self, features: Tensor) -> Tensor:
-        """The rest: a pixel depends on features nearby, and on all by the statistics of the group norms."""
+        """Return the image of these features; a pixel depends on those nearby, and on all by the group norms."""
         return self.decoder.tail(features, self.ops)
 
     def forward(self, latents: Tensor) -> Tensor:

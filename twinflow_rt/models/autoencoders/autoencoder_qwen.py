@@ -1,12 +1,12 @@
 """The decoder half of an AutoencoderKLQwenImage (diffusers) for one frame, in two dimensions.
 
-That VAE is made for video: its convolutions are causal in time, padded with zeros before the first
-frame. For a single frame every temporal tap but the last meets those zeros, so
+That VAE is made for video: its convolutions are causal in time, padded with zeros before the first frame. For a single
+frame every temporal tap but the last meets those zeros, so
 
     conv3d(x, W) = conv2d(x, W[:, :, -1])
 
-and upsampling in time does not happen at all (its convolutions act from the second frame on). Nothing
-is approximated; 3 x 3 x 3 kernels lose two thirds of their work.
+and upsampling in time does not happen at all (its convolutions act from the second frame on). Nothing is approximated;
+3 x 3 x 3 kernels lose two thirds of their work.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class QwenAutoencoderConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> QwenAutoencoderConfig:
-        """Builds from config.json's content, which must be complete: diffusers writes every field."""
+        """Build from config.json's content. Raises ConfigError where a field is missing: diffusers writes every one."""
         name = raw.get("_class_name")
         if name != "AutoencoderKLQwenImage":
             raise ConfigError(f"vae/config.json says _class_name {name!r}; Qwen-Image has an AutoencoderKLQwenImage")
@@ -88,11 +88,11 @@ class Norm(nn.Module):
         self.gamma, self.eps = nn.Parameter(torch.empty(channels, 1, 1)), 1e-24 / channels
 
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        rows = x.permute(0, 2, 3, 1).contiguous()  # already so where memory is channels-last
-        return ops.rms_norm(rows, self.gamma.flatten(), self.eps).permute(0, 3, 1, 2)
+        pixels = x.permute(0, 2, 3, 1).contiguous()  # already so where memory is channels-last
+        return ops.rms_norm(pixels, self.gamma.flatten(), self.eps).permute(0, 3, 1, 2)
 
     def silu(self, x: Tensor, ops: OpTable) -> Tensor:
-        """SiLU of the norm."""
+        """Return SiLU of the norm."""
         return ops.rms_norm_silu(x, self.gamma.flatten(), self.eps)
 
 
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
 
 
 class QwenAutoencoderDecoder(nn.Module):
-    """Raw latents [B, z_dim, h, w] -> images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
+    """Raw latents [B, z_dim, h, w] to images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
 
     def __init__(self, config: QwenAutoencoderConfig) -> None:
         super().__init__()
@@ -198,11 +198,11 @@ class QwenAutoencoderDecoder(nn.Module):
         return (2 * (self.config.num_res_blocks + 1),) * len(self.config.dim_mult)
 
     def trunk(self, latents: Tensor) -> Tensor:
-        """What must see all positions, through the attention: features at the latents' resolution."""
+        """Return the features that must see all positions, through the attention, at the latents' resolution."""
         return self.decoder.trunk(self.post_quant_conv(latents), self.ops)
 
     def tail(self, features: Tensor) -> Tensor:
-        """The rest: a pixel depends on features nearby alone."""
+        """Return the image of these features; a pixel depends on those nearby alone."""
         return self.decoder.tail(features, self.ops)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -210,14 +210,14 @@ class QwenAutoencoderDecoder(nn.Module):
 
 
 class OneFrame(Checkpoint):
-    """The files of a 3D VAE as one frame sees them: kernels by their last temporal tap, gammas
-    [C, 1, 1, 1] without time. Tensors that are two-dimensional already stay as they are."""
+    """The files of a 3D VAE as one frame sees them: kernels by their last temporal tap, gammas [C, 1, 1, 1] without
+    time. Tensors that are two-dimensional already stay as they are."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         return one_frame(name, super().shape(name))
 
     def nbytes(self, name: str) -> int:
-        """Bytes in the file: all taps."""
+        """Return the bytes in the file, of all taps."""
         return math.prod(super().shape(name)) * self.dtype(name).itemsize
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -228,7 +228,7 @@ class OneFrame(Checkpoint):
 
 
 def one_frame(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor without time."""
+    """Return the shape of a tensor without time."""
     return shape[:2] + shape[3:] if _in_time(name, len(shape)) else shape
 
 

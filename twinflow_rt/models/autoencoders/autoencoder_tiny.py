@@ -1,6 +1,6 @@
 """The decoder half of an AutoencoderTiny (diffusers; taesd, taesd3, taef1), under the checkpoint's names.
 
-A distilled stand-in for an AutoencoderKL's decoder, of 1.2 million parameters: for previews. It takes normalised
+A distilled stand-in for an AutoencoderKL's decoder, of 1.2 million parameters, for previews. It takes normalised
 latents, as the sampler leaves them.
 """
 
@@ -35,7 +35,7 @@ class TinyConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> TinyConfig:
-        """Builds from config.json's content, with diffusers' defaults."""
+        """Build from config.json's content, with diffusers' defaults."""
         name = raw.get("_class_name")
         if name != "AutoencoderTiny":
             raise ConfigError(f"config.json says _class_name {name!r}; a preview decoder is an AutoencoderTiny")
@@ -67,7 +67,7 @@ class TinyConfig:
 
 
 class Block(nn.Module):
-    """relu(conv(relu(conv(relu(conv(x))))) + x)."""
+    """Three convolutions with a shortcut: relu(conv(relu(conv(relu(conv(x))))) + x)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
 
 class TinyDecoder(nn.Module):
-    """Normalised latents [B, latent_channels, h, w] -> images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
+    """Normalised latents [B, latent_channels, h, w] to images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
 
     def __init__(self, config: TinyConfig) -> None:
         super().__init__()

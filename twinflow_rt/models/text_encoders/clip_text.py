@@ -1,8 +1,7 @@
 """CLIP's text tower as a prompt encoder (transformers: CLIPTextModelWithProjection).
 
-Two results: what enters the last layer, for every token, and the projected state of the first end
-token behind the closing norm. Prompts are padded to the positions the model has, and the padding
-counts, as in the reference.
+Two results: what enters the last layer, for every token, and the projected state of the first end token behind the
+closing norm. Prompts are padded to the positions the model has, and the padding counts, as in the reference.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-LEGACY_END = 2  # an end token number that old files have wrongly: there it is the highest id of a prompt
+LEGACY_END = 2  # what old files call the end token, wrongly: theirs is the highest id of a prompt
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class ClipConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ClipConfig:
-        """Builds from config.json's content; raises ConfigError for another model's."""
+        """Build from config.json's content. Raises ConfigError for another model's."""
         if raw.get("model_type") != "clip_text_model":
             raise ConfigError(f"config.json says model_type {raw.get('model_type')!r}, not 'clip_text_model'")
         config = cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
@@ -104,7 +103,7 @@ class Layer(nn.Module):
 
 
 class ClipText(nn.Module):
-    """ids [B, max_position_embeddings] int64 -> (states [B, L, hidden_size], pooled [B, projection_dim])."""
+    """Tokens [B, max_position_embeddings] int64 to states [B, L, hidden_size] and pooled states [B, projection_dim]."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Gemma 2 as a prompt encoder: its last hidden state, behind the closing norm (transformers: Gemma2Model).
 
-Sandwich norms with weights 1 + w, scores soft-capped at c (c * tanh(s / c)), a GELU-gated MLP, grouped
-keys. Sliding windows are far longer than any prompt here, so they are not built. Causal, as the
-other encoders: padding on the right changes nothing (see `language_model`).
+Sandwich norms with weights 1 + w, scores soft-capped at c (c * tanh(s / c)), a GELU-gated MLP, grouped keys. Sliding
+windows are far longer than any prompt here, so they are not built. Causal, as the other encoders: padding on the right
+changes nothing (see `language_model`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layerno
 
 @cache
 def rounded(number: float, dtype: torch.dtype) -> float:
-    """A number as `dtype` has it."""
+    """Return a number as `dtype` has it."""
     return torch.tensor(number, dtype=dtype).item()
 
 
@@ -50,7 +50,7 @@ class Gemma2Config:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Gemma2Config:
-        """Builds from config.json's content; raises ConfigError for another model's."""
+        """Build from config.json's content. Raises ConfigError for another model's."""
         if raw.get("model_type") != "gemma2":
             raise ConfigError(f"text_encoder/config.json says model_type {raw.get('model_type')!r}; SANA has 'gemma2'")
         if raw.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh" or raw.get("attention_bias"):
@@ -104,8 +104,8 @@ class Layer(Module):
         self, x: Tensor, h: Tensor, rope: tuple[Tensor, Tensor], following: Tensor, eps: float, ops: Any,
         past: tuple[Tensor, Tensor] | None, kept: list[tuple[Tensor, Tensor]] | None, reader: nn.Module | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """h: x under this layer's first norm; following: the weight of the norm that reads the output, reader: the
-        layer that reads that."""
+        """Return x after the layer, and x under the norm of weight `following` for `reader`, the layer that reads it.
+        h: x under this layer's first norm."""
         _, post_a, pre_f, post_f = (1 + getattr(self, name).weight.float() for name in NORMS)
         branch = self.self_attn(h, rope, ops, past, kept)
         x, h = ops_for(self.mlp.gate_up_proj, ops).residual_norm(x, branch, post_a, pre_f, eps)
@@ -115,7 +115,7 @@ class Layer(Module):
 
 
 class Gemma2(nn.Module):
-    """ids [B, L] int64 -> last hidden state [B, L, hidden_size]."""
+    """Tokens [B, L] int64 to the last hidden state [B, L, hidden_size]."""
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
@@ -125,16 +125,16 @@ class Gemma2(nn.Module):
         self.norm = Weight(config.hidden_size)
 
     def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        """past: of the P tokens before these, which then have positions P, P + 1, ..."""
+        """Return the states of these tokens. past: of the P before them; positions then begin at P."""
         return self._run(ids, past, None)
 
     def read(self, ids: Tensor) -> tuple[Tensor, Past]:
-        """States [1, P, hidden_size] of a beginning, ids [1, P], and what those who come after it take from it."""
+        """Return the states [1, P, hidden_size] of a beginning, ids [1, P], and its past for the tokens behind it."""
         kept: list[tuple[Tensor, Tensor]] = []
         return self._run(ids, None, kept), tuple(kept)
 
     def blank_past(self, length: int) -> Past:
-        """A past of `length` tokens without values, on the weights' device: to be counted with."""
+        """Return a past of `length` tokens without values, on the weights' device, for counting."""
         config, weight = self.config, self.embed_tokens.weight
         return tuple(
             (weight.new_empty(shape), weight.new_empty(shape))

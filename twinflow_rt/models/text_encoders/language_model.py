@@ -1,9 +1,9 @@
 """Causal language models as prompt encoders: no cache, no head, no layer that nothing reads.
 
-Prompts are padded on the right and attention is causal, so a real token never sees padding: no
-mask is needed, and a prompt's embedding does not depend on what it is batched with. For the same reason a
-beginning that all prompts share need be read once only: what later tokens take from it are its keys and
-values in every layer (`Past`). Modules have the names that transformers gives them.
+Prompts are padded on the right and attention is causal, so a real token never sees padding: no mask is needed, and a
+prompt's embedding does not depend on what it is batched with. For the same reason a beginning that all prompts share
+is read only once: later tokens take from it its keys and values in every layer (`Past`). Modules have the names that
+transformers gives them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ Past = tuple[tuple[Tensor, Tensor], ...]
 class LanguageConfig:
     """The fields of text_encoder/config.json that shape the network; `depth` counts all its layers.
 
-    qkv_bias: biases on queries, keys and values. qk_norm: RMS norms of queries and keys, per head.
-    state: which of transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what
-    leaves the closing norm.
+    qkv_bias: biases on queries, keys and values. qk_norm: RMS norms of queries and keys, per head. state: which of
+    transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what leaves the closing norm.
     """
 
     vocab_size: int
@@ -55,7 +54,7 @@ class LanguageConfig:
 
     @classmethod
     def read(cls, raw: dict[str, Any], name: str, rope: dict[str, Any], **fixed: Any) -> LanguageConfig:
-        """Builds from the fields that all such models name alike; raises ConfigError if one is absent."""
+        """Build from the fields that all such models name alike. Raises ConfigError if one is absent."""
         if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
             raise ConfigError(f"text_encoder/config.json asks for sliding windows; released {name} encoders have none")
         if raw.get("hidden_act", "silu") != "silu":
@@ -77,8 +76,8 @@ class LanguageConfig:
 
 
 def after(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values [B, H, P + L, D] with those of `past` in front, and the causal mask [L, P + L] that
-    says so (True: is seen); without a past k and v as they are, and None: the plain causal mask."""
+    """Return keys and values [B, H, P + L, D] with those of `past` in front, and their causal mask [L, P + L] (True: is
+    seen); without a past k and v as they are, and None: the plain causal mask."""
     if past is None:
         return k, v, None
     before, new = past[0].shape[2], k.shape[2]
@@ -87,9 +86,9 @@ def after(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Ten
 
 
 class Weight(nn.Module):
-    """One parameter, `weight`, to be loaded: a norm's or an embedding's, under the checkpoint's name.
+    """One parameter, `weight`: a norm's or an embedding's, under the checkpoint's name.
 
-    (nn.Embedding would initialise itself, which on the meta device imports torch's compiler: 2 s.)
+    nn.Embedding would initialise itself, which on the meta device imports torch's compiler and takes 2 s.
     """
 
     def __init__(self, *shape: int) -> None:
@@ -98,7 +97,7 @@ class Weight(nn.Module):
 
 
 class Attention(Module):
-    """Without `o_proj`, which the layer applies as it adds to the residual stream."""
+    """Attention up to `o_proj`, which the layer applies as it adds to the residual stream."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class Attention(Module):
 
 
 class FeedForward(Module):
-    """config: anything with these two sizes."""
+    """A gated MLP. config: anything with the two sizes."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -152,7 +151,7 @@ class Layer(Module):
 
 
 class LanguageModel(Module):
-    """ids [B, L] int64 -> hidden state [B, L, hidden_size] number `config.state`; nothing beyond is built."""
+    """Tokens [B, L] int64 to the hidden state [B, L, hidden_size] number `config.state`; nothing beyond is built."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
@@ -163,16 +162,16 @@ class LanguageModel(Module):
         self._ropes = TableCache()
 
     def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        """past: of the P tokens before these, which then have positions P, P + 1, ..."""
+        """Return the states of these tokens. past: of the P before them; positions then begin at P."""
         return self.encode(F.embedding(ids, self.embed_tokens.weight), past)
 
     def read(self, ids: Tensor) -> tuple[Tensor, Past]:
-        """States [1, P, hidden_size] of a beginning, ids [1, P], and what those who come after it take from it."""
+        """Return the states [1, P, hidden_size] of a beginning, ids [1, P], and its past for the tokens behind it."""
         kept: list[tuple[Tensor, Tensor]] = []
         return self.encode(F.embedding(ids, self.embed_tokens.weight), kept=kept), tuple(kept)
 
     def blank_past(self, length: int) -> Past:
-        """A past of `length` tokens without values, on the weights' device: to be counted with."""
+        """Return a past of `length` tokens without values, on the weights' device, for counting."""
         config, weight = self.config, self.embed_tokens.weight
         return tuple(
             (weight.new_empty(shape), weight.new_empty(shape))
@@ -182,7 +181,10 @@ class LanguageModel(Module):
     def encode(
         self, x: Tensor, past: Past | None = None, kept: list[tuple[Tensor, Tensor]] | None = None
     ) -> Tensor:
-        """The same from embeddings [B, L, hidden_size]: of tokens, or of anything that stands for them."""
+        """Return the states of embeddings [B, L, hidden_size], of tokens or of anything in their place.
+
+        kept: a list that each layer's keys and values are appended to.
+        """
         start = past[0][0].shape[2] if past else 0
         end = start + x.shape[1]
         rope = self._ropes((start, end), x.device, lambda: self._rope(start, end, x.device))
@@ -191,7 +193,7 @@ class LanguageModel(Module):
         return x if self.norm is None else self.ops.rms_norm(x, self.norm.weight.float(), self.config.eps)
 
     def _rope(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin of positions start to end, [1, L, head_dim/2] float32."""
+        """Return cos, sin of positions start to end, [1, L, head_dim/2] float32."""
         exponents = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
         positions = torch.arange(start, end, device=device).float()[:, None]
         angles = positions / self.config.rope_theta**exponents
@@ -199,7 +201,7 @@ class LanguageModel(Module):
 
 
 def layout(config: LanguageConfig) -> Layout:
-    """The head, a vision tower, and what comes after `config.state` feed nothing here; norms stay float32."""
+    """Return how files are read: not the head, a vision tower, or what follows `config.state`; norms stay float32."""
     beyond = () if config.state == -1 else (*(f"layers.{i}." for i in range(config.layers, config.depth)), "norm.")
     return Layout(FUSED, ("lm_head.", "visual.", *beyond), _dtype_of)
 

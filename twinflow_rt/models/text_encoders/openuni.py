@@ -1,9 +1,9 @@
-"""What stands between OpenUni's language model and SANA: learned queries, connector, projector.
+"""OpenUni's language model, and what stands between it and SANA: learned queries, connector, projector.
 
-The language model (that of InternVL3, a Qwen2) reads a prompt and then `num_queries` learned
-embeddings; its last hidden states there pass the connector, a small bidirectional encoder, and a
-linear layer to become SANA's prompt embeddings. OpenUni's own files have these tensors as
-`meta_queries`, `connector.*`, `projector.*`; here they are a folder `connector/` of the model.
+The language model (that of InternVL3, a Qwen2) reads a prompt and then `num_queries` learned embeddings; its last
+hidden states there pass the connector, a small bidirectional encoder, and a linear layer to become SANA's prompt
+embeddings. OpenUni's own files have these tensors as `meta_queries`, `connector.*`, `projector.*`; here they are a
+folder `connector/` of the model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ConnectorConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ConnectorConfig:
-        """Builds from config.json's content; raises ConfigError for another activation."""
+        """Build from config.json's content. Raises ConfigError for another activation."""
         config = cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
         if config.hidden_act != "gelu_pytorch_tanh":
             raise ConfigError(f"connector/config.json: activation {config.hidden_act!r}; OpenUni has gelu_pytorch_tanh")
@@ -46,7 +46,7 @@ class ConnectorConfig:
 
 
 class Connector(nn.Module):
-    """Hidden states at the queries [B, Q, hidden_size] -> prompt embeddings [B, Q, caption_channels]."""
+    """Hidden states at the queries [B, Q, hidden_size] to prompt embeddings [B, Q, caption_channels]."""
 
     def __init__(self, config: ConnectorConfig) -> None:
         super().__init__()

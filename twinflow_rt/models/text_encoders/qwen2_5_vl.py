@@ -21,8 +21,8 @@ class Qwen25VLConfig(LanguageConfig):
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> LanguageConfig:
-        """Builds from config.json's content: fields of the language model stand in `text_config`, or,
-        in older files, beside it. Variants that this encoder lacks are refused."""
+        """Build from config.json's content. Fields of the language model stand in `text_config`, in older files
+        beside it. Raises ConfigError for variants that this encoder lacks."""
         if raw.get("model_type") not in ("qwen2_5_vl", "qwen2_5_vl_text"):
             raise ConfigError(f"text_encoder/config.json says model_type {raw.get('model_type')!r}, not 'qwen2_5_vl'")
         raw = {**raw, **{k: v for k, v in (raw.get("text_config") or {}).items() if v is not None}}

@@ -14,7 +14,7 @@ class Qwen3Config(LanguageConfig):
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> LanguageConfig:
-        """Builds from config.json's content; variants that this encoder lacks are refused."""
+        """Build from config.json's content. Raises ConfigError for variants that this encoder lacks."""
         if raw.get("model_type", "qwen3") != "qwen3":
             raise ConfigError(f"text_encoder/config.json says model_type {raw['model_type']!r}, not 'qwen3'")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}

@@ -1,7 +1,7 @@
 """T5's encoder (version 1.1: gated GELU) as a prompt encoder (transformers: T5EncoderModel).
 
-No mask: prompts are padded to one length and the padding counts, as in the reference. Scores are not
-scaled, and get a bias by relative position, of which the first layer holds the only table.
+No mask: prompts are padded to one length and the padding counts, as in the reference. Scores are not scaled, and get a
+bias by relative position, of which the first layer holds the only table.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> T5Config:
-        """Builds from config.json's content; raises ConfigError for another model's."""
+        """Build from config.json's content. Raises ConfigError for another model's."""
         if raw.get("model_type") != "t5" or raw.get("feed_forward_proj") != "gated-gelu":
             raise ConfigError(
                 f"config.json says model_type {raw.get('model_type')!r}, feed_forward_proj "
@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
             self.relative_attention_bias = Weight(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """bias: [1, heads, L, L], added to the scores. Without `o`, which the block applies as it adds."""
+        """Return attention up to `o`, which the block applies as it adds. bias: [1, heads, L, L], added to scores."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return out.transpose(1, 2).flatten(2)
@@ -81,7 +81,7 @@ class Block(nn.Module):
         self.layer: ModuleList[ModuleDict[Any]] = ModuleList((ModuleDict(first), ModuleDict(second)))
 
     def forward(self, x: Tensor, bias: Tensor, dtype: torch.dtype, ops: OpTable) -> Tensor:
-        """dtype: what the network is stored in; x may be wider: see `_dtype_of`."""
+        """Return x after the block. dtype: what the network is stored in; x may be wider, see `_dtype_of`."""
         attention, norm = self.layer[0].values()
         out = attention(ops.rms_norm(x, norm.weight.float(), self.eps).to(dtype), bias)
         x = with_residual(x, attention.o, out, ops)
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """ids [B, L] int64 -> states [B, L, d_model] behind the closing norm."""
+    """Tokens [B, L] int64 to states [B, L, d_model] behind the closing norm."""
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ class T5Encoder(nn.Module):
         return self.ops.rms_norm(x, self.final_layer_norm.weight.float(), self.config.layer_norm_epsilon).to(dtype)
 
     def _bias(self, length: int) -> Tensor:
-        """[1, heads, length, length]. Half of the buckets are for keys ahead, half for those behind; of
-        either, half count positions one by one and half on a logarithmic scale up to the maximum."""
+        """Return the bias [1, heads, length, length] of scores. Half of the buckets are for keys ahead, half for those
+        behind; of either, half count positions one by one and half on a logarithmic scale up to the maximum."""
         table = self.block[0].layer[0]["SelfAttention"].relative_attention_bias.weight
         positions = torch.arange(length, device=table.device)
         offset = positions - positions[:, None]
@@ -125,7 +125,7 @@ class T5Encoder(nn.Module):
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Norms stay float32. So does `wo` where the others are float16, whose range its results exceed."""
+    """Return float32 for norms, and for `wo` where others are float16, whose range its results exceed; else `dtype`."""
     wide = "norm" in name or (dtype == torch.float16 and name.endswith("wo.weight"))
     return torch.float32 if wide else dtype
 

@@ -33,10 +33,10 @@ from ..context import Context as PromptContext
 from ..context import host_lengths
 from ..folding import Absorption, Resident
 from ..layers import (
+    BLOCK_CONSTANTS,
     EPS,
-    FUSED,
-    PLAIN,
-    ROWS,
+    IDENTITY,
+    JOINT_FUSED,
     Constants,
     FeedForward,
     JointAttention,
@@ -46,7 +46,7 @@ from ..layers import (
     SinusoidEmbedder,
     Stream,
     channels_first,
-    finish,
+    finish_block,
     modulation_rows,
     pack,
 )
@@ -56,6 +56,7 @@ from ..velocity_network import VelocityNetwork
 TIME_SCALE = 1000.0
 ROPE_THETA = 10000.0
 
+FUSED = JOINT_FUSED
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class QwenImageConfig(NetworkConfig):
 
 
 class TimeEmbedding(nn.Module):
-    """[B] -> [B, dim] float32 of times in [-1, 1]."""
+    """The embedding [B, dim] float32 of times [B] in [-1, 1]."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class TimeEmbedding(nn.Module):
 class Block(nn.Module):
     """One block. steps: None builds the modulation layers, N > 0 tables of N rows, 0 neither.
 
-    `prompt_output=False` leaves out what only a later block would read.
+    prompt_output=False leaves out what only a later block would read.
     """
 
     img_table: Tensor
@@ -132,13 +133,13 @@ class Block(nn.Module):
             self.txt_mlp = FeedForward(dim)
         for stream in ("img", "txt"):
             if steps is None:
-                layer = nn.Sequential(nn.SiLU(), nn.Linear(dim, ROWS * dim))
+                layer = nn.Sequential(nn.SiLU(), nn.Linear(dim, BLOCK_CONSTANTS * dim))
                 setattr(self, f"{stream}_mod", layer)
             elif steps:
-                self.register_buffer(f"{stream}_table", torch.empty(steps, ROWS, dim))
+                self.register_buffer(f"{stream}_table", torch.empty(steps, BLOCK_CONSTANTS, dim))
 
     def constants(self, stream: str, temb: Tensor) -> Tensor:
-        """Rows of `Constants` for "img" or "txt", [B, 6, dim] float32."""
+        """Return the constants of "img" or "txt", [B, 6, dim] float32."""
         return modulation_rows(getattr(self, f"{stream}_mod")[1], temb, scales=(1, 4))
 
     def forward(
@@ -146,16 +147,18 @@ class Block(nn.Module):
         after: tuple[Constants, Constants | None], rope: tuple[Tensor, Tensor],
         lengths: Tensor | None, ops: OpTable, readers: Readers = (None, None),
     ) -> tuple[Stream, Stream | None]:  # fmt: skip
-        """now: this block's constants of both streams; after: those of the layers that read its output,
-        `readers`; None for the prompt when nobody does. lengths: keys that count, of image then prompt."""
+        """Return both streams after the block, under the norms of `readers`, the layers that read them.
+
+        now: this block's constants of both streams; after: those of the readers, None for the prompt where there is
+        none. lengths: keys that count, image and prompt together.
+        """
         n = image[0].shape[1]
-        rows = n if after[1] is None else None
-        out = self.attn(image[1], prompt[1], rope, lengths, rows, ops)
-        image = finish(image[0], self.attn.to_out[0](out[:, :n]), self.img_mlp, now[0], after[0], readers[0], ops)
+        out = self.attn(image[1], prompt[1], rope, lengths, n if after[1] is None else None, ops)
+        image = finish_block(image[0], self.attn.to_out[0](out[:, :n]), self.img_mlp, now[0], after[0], readers[0], ops)
         if after[1] is None:
             return image, None
         branch = self.attn.to_add_out(out[:, n:])
-        return image, finish(prompt[0], branch, self.txt_mlp, now[1], after[1], readers[1], ops)
+        return image, finish_block(prompt[0], branch, self.txt_mlp, now[1], after[1], readers[1], ops)
 
 
 @dataclass(frozen=True)
@@ -177,23 +180,16 @@ class Context(PromptContext):
 
 
 class QwenImageTransformer(VelocityNetwork):
-    """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above.
+    """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above."""
 
-    Raises ConfigError when `absorbed` is asked for with other than one step."""
-
+    second_embedder = "time_text_embed_2"
     prompt_modules = ("txt_norm", "txt_in")
     norm_out_table: Tensor
 
     def __init__(
         self, config: QwenImageConfig, *, folded_steps: int | None = None, absorbed: bool = False
     ) -> None:
-        super().__init__(config, folded_steps)
-        if absorbed and folded_steps != 1:
-            raise ConfigError(
-                f"constants of {folded_steps} steps cannot be absorbed: weights hold those of one step; "
-                "use absorbed=False, or folded_steps=1"
-            )
-        self.absorbed = absorbed
+        super().__init__(config, folded_steps, absorbed)
         self.sequence: TokenSplit = WHOLE
         dim, folded, rows = config.dim, folded_steps is not None, 0 if absorbed else folded_steps
         heads, head_dim = config.num_attention_heads, config.attention_head_dim
@@ -215,12 +211,12 @@ class QwenImageTransformer(VelocityNetwork):
     # -- time -----------------------------------------------------------------------------------
 
     def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
-        """temb [B, dim] float32 of t, tt [B] (see the module's docstring)."""
+        """Return temb [B, dim] float32 of t, tt [B] (see the module's docstring)."""
         gap = (t.double() - tt.double()).float()[:, None]
         return self.time_text_embed(t) + gap * self.time_text_embed_2(tt)
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
-        """Constants at times t, tt ([B], in [-1, 1]), float32."""
+        """Return the constants at times t, tt ([B], in [-1, 1])."""
         temb = self.embed_time(t, tt)
         blocks = tuple(
             (Constants.of(b.constants("img", temb)), Constants.of(b.constants("txt", temb)))
@@ -229,16 +225,10 @@ class QwenImageTransformer(VelocityNetwork):
         return Modulation(blocks, Constants.of(self._final_rows(temb)))
 
     def _final_rows(self, temb: Tensor) -> Tensor:
-        """Shift and scale of the closing norm, [B, 2, dim]; the checkpoint has them the other way."""
+        """Return shift and scale of the closing norm, [B, 2, dim]; the checkpoint has them the other way."""
         return modulation_rows(self.norm_out["linear"], temb, scales=(0,)).flip(1)
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
-        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
-
-        This network may live on the meta device: `resident(*prefixes)` makes the parameters below
-        the given module names real, in float32, for as long as it is entered. At most one
-        modulation layer is resident at a time.
-        """
         with resident("time_text_embed", "time_text_embed_2"):
             temb = self.embed_time(t, tt)
         for i, block in enumerate(self.transformer_blocks):
@@ -249,7 +239,7 @@ class QwenImageTransformer(VelocityNetwork):
             yield "norm_out_table", self._final_rows(temb)
 
     def absorptions(self) -> dict[str, Absorption]:
-        """Linear layer -> the table rows that its weight and bias take in when N = 1."""
+        """Return, by linear layer, the table rows that its weight and bias take in for one step."""
         out = {"proj_out": Absorption("norm_out_table", shift=0, scale=1)}
         for i in range(self.config.num_layers):
             at = f"transformer_blocks.{i}."
@@ -263,9 +253,8 @@ class QwenImageTransformer(VelocityNetwork):
         return {name: what for name, what in out.items() if name in present}
 
     def step_modulation(self, step: int) -> Modulation:
-        """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""
         if self.absorbed:
-            return Modulation(((PLAIN, PLAIN),) * self.config.num_layers, PLAIN)
+            return Modulation(((IDENTITY, IDENTITY),) * self.config.num_layers, IDENTITY)
         row = slice(step, step + 1)
         blocks = tuple(
             (Constants.of(b.img_table[row]), Constants.of(b.txt_table[row]))
@@ -276,11 +265,7 @@ class QwenImageTransformer(VelocityNetwork):
     # -- network --------------------------------------------------------------------------------
 
     def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
-        """Prompt tokens through `txt_norm` and `txt_in`: depends on the prompt alone.
-
-        prompt_embeds: [B, L, joint_attention_dim], sample b's first lengths[b] rows count. Lengths on
-        the host shape the sequence; as int64 [B] on the device they only mask it.
-        """
+        """Return the prompts after `txt_norm` and `txt_in`."""
         counts, longest, ragged = host_lengths(prompt_embeds, lengths)
         embeds = prompt_embeds[:, :longest]
         tokens = self.txt_in(self.ops.rms_norm(embeds, self.txt_norm.weight.float(), EPS))
@@ -290,8 +275,6 @@ class QwenImageTransformer(VelocityNetwork):
         return Context(torch.where(valid[..., None], tokens, 0), counts, ragged)
 
     def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
-        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
-        the sign they take."""
         height, width = (n // 2 for n in latents.shape[2:])
         split, n, longest = self.sequence, height * width, context.tokens.shape[1]
         x, c = self.img_in(split.share(pack(latents), n)), split.share(context.tokens.to(latents.dtype), longest)
@@ -309,7 +292,7 @@ class QwenImageTransformer(VelocityNetwork):
         return channels_first(split.whole(self.proj_out(image[1]), n), height, width, 2), 1.0
 
     def _rope(self, height: int, width: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin [1, height*width + length, head_dim/2] float32.
+        """Return cos, sin [1, height*width + length, head_dim/2] float32.
 
         An image token sits at (0, row, column) counted from the centre, prompt token j at
         (p, p, p), p = max(height, width) // 2 + j. Angles are float32 as in the reference.
@@ -326,8 +309,8 @@ class QwenImageTransformer(VelocityNetwork):
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    """Return float32 for norm weights, a handful of vectors that every token passes through, else `dtype`."""
     return torch.float32 if ".norm_" in name or name.startswith("txt_norm.") else dtype
 
 
-LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "Qwen-Image"))
+LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder(QwenImageTransformer.second_embedder, "Qwen-Image"))

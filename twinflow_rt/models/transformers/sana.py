@@ -42,9 +42,9 @@ from ..context import Context as PromptContext
 from ..context import host_lengths
 from ..folding import Absorption, Resident
 from ..layers import (
+    BLOCK_CONSTANTS,
     EPS,
-    PLAIN,
-    ROWS,
+    IDENTITY,
     Constants,
     MixFeedForward,
     ModuleDict,
@@ -140,10 +140,10 @@ class SanaConfig(NetworkConfig):
 
 
 class TimeModulation(nn.Module):
-    """Time -> (constants that all blocks share [B, 6, dim], conditioning of the closing norm [B, dim]).
+    """The constants that all blocks share [B, 6, dim], and the conditioning of the closing norm [B, dim].
 
-    One embedder of the adaLN-single scheme; `guided`: with one of the guidance scale beside it
-    (SANA-Sprint), whose names in the checkpoint differ too.
+    One embedder of the adaLN-single scheme. guided: with one of the guidance scale beside it (SANA-Sprint), whose
+    names in the checkpoint differ, too.
     """
 
     def __init__(self, dim: int, guided: bool) -> None:
@@ -153,20 +153,20 @@ class TimeModulation(nn.Module):
             self.timestep_embedder, self.guidance_embedder = SinusoidEmbedder(dim), SinusoidEmbedder(dim)
         else:
             self.emb = nn.ModuleDict({"timestep_embedder": SinusoidEmbedder(dim)})
-        self.linear = nn.Linear(dim, ROWS * dim)
+        self.linear = nn.Linear(dim, BLOCK_CONSTANTS * dim)
 
     def forward(self, time: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """time: [B] as the embedder takes it; guidance: [B or 1], where `guided`."""
+        """Return both of time [B], as the embedder takes it, and guidance [B or 1], where `guided`."""
         if self.guided:
             condition = self.timestep_embedder(time) + self.guidance_embedder(guidance)
         else:
             condition = self.emb["timestep_embedder"](time)
-        return linear32(self.linear, F.silu(condition)).unflatten(-1, (ROWS, -1)), condition
+        return linear32(self.linear, F.silu(condition)).unflatten(-1, (BLOCK_CONSTANTS, -1)), condition
 
 
 class LinearAttention(nn.Module):
-    """Image tokens among themselves. normed: RMSNorm of whole query and key rows. bias: of the input
-    projection, which only absorbed constants give it."""
+    """Linear attention among image tokens. normed: with an RMSNorm of whole queries and keys. bias: whether the input
+    projection has one, which only absorbed constants give it."""
 
     def __init__(self, dim: int, heads: int, normed: bool, bias: bool) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class LinearAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Image tokens to prompt tokens, whose keys and values depend on the prompt alone."""
+    """Attention of image tokens to prompt tokens, whose keys and values depend on the prompt alone."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, normed: bool) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ class CrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, dim)])
 
     def keys_values(self, prompt: Tensor, ops: OpTable) -> Tensor:
-        """Of prompt tokens [B, L, dim]: [B, L, 2, heads, head_dim]."""
+        """Return keys and values [B, L, 2, heads, head_dim] of prompt tokens [B, L, dim]."""
         k, v = self.to_kv(prompt).chunk(2, -1)
         if self.normed:
             k = ops.rms_norm(k, self.norm_k.weight.float(), QK_EPS)
@@ -210,8 +210,8 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """One block. steps: None has the table that the shared constants are added to, N > 0 a table of N
-    rows of their sum, 0 neither (the constants are inside the weights)."""
+    """One block. steps: None has the table that the shared constants are added to, N > 0 a table of N rows of their
+    sum, 0 neither (the constants are inside the weights)."""
 
     table: Tensor
 
@@ -223,19 +223,20 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(dim, *cross, normed)
         self.ff = MixFeedForward(dim, hidden)
         if steps is None:
-            self.scale_shift_table = nn.Parameter(torch.empty(ROWS, dim))
+            self.scale_shift_table = nn.Parameter(torch.empty(BLOCK_CONSTANTS, dim))
         elif steps:
-            self.register_buffer("table", torch.empty(steps, ROWS, dim))
+            self.register_buffer("table", torch.empty(steps, BLOCK_CONSTANTS, dim))
 
     def constants(self, shared: Tensor) -> Tensor:
-        """Rows of `Constants` [B, 6, dim] float32, from those all blocks share."""
+        """Return the block's constants [B, 6, dim] float32, from those that all blocks share."""
         return effective(self.scale_shift_table, shared, scales=(1, 4))
 
     def forward(
         self, image: Stream, keys_values: Tensor, lengths: Tensor | None, now: Constants, after: Constants,
         height: int, ops: OpTable, reader: nn.Module | None = None,
     ) -> Stream:  # fmt: skip
-        """now: this block's constants; after: those of `reader`, the layer that reads its output."""
+        """Return the image after the block, under the norm of `reader`, the layer that reads it. now, after: the
+        constants of this block and of the reader. height: of the grid of tokens."""
         x = add_branch(image[0], self.attn1(image[1], ops), now.gate_a, ops)
         branch = self.attn2(x, keys_values, lengths, ops)
         x, h = ops.residual_layer_norm(x, branch, None, now.scale_f, now.shift_f, EPS)
@@ -244,7 +245,7 @@ class Block(nn.Module):
 
 
 def effective(table: Tensor, shared: Tensor, scales: tuple[int, ...]) -> Tensor:
-    """table [R, dim] + shared [B, R or 1, dim], float32; rows `scales` multiply, so get their 1."""
+    """Return table [R, dim] + shared [B, R or 1, dim], float32. scales: rows that multiply, to which 1 is added."""
     one = torch.zeros(len(table), 1, device=table.device)
     one[list(scales)] = 1
     return table.float() + shared + one
@@ -273,20 +274,13 @@ class Context(PromptContext):
 
 
 class SanaTransformer(VelocityNetwork):
-    """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above.
+    """F(x_t, t, tt, prompt), the velocity z - x, in one of the three layouts above."""
 
-    Raises ConfigError when `absorbed` is asked for with other than one step."""
-
+    second_embedder = "time_embed_2"
     table: Tensor
 
     def __init__(self, config: SanaConfig, *, folded_steps: int | None = None, absorbed: bool = False) -> None:
-        super().__init__(config, folded_steps)
-        if absorbed and folded_steps != 1:
-            raise ConfigError(
-                f"constants of {folded_steps} steps cannot be absorbed: weights hold those of one step; "
-                "use absorbed=False, or folded_steps=1"
-            )
-        self.absorbed = absorbed
+        super().__init__(config, folded_steps, absorbed)
         dim, guided, rows = config.dim, config.guidance_embeds, 0 if absorbed else folded_steps
         cross = config.num_cross_attention_heads, config.cross_attention_head_dim
         self.patch_embed = ModuleDict({"proj": nn.Conv2d(config.in_channels, dim, 1)})
@@ -316,7 +310,7 @@ class SanaTransformer(VelocityNetwork):
     # -- time -----------------------------------------------------------------------------------
 
     def embed_time(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor]:
-        """What all blocks share [B, 6, dim], and the closing norm's conditioning [B, dim], float32."""
+        """Return what all blocks share [B, 6, dim], and the closing norm's conditioning [B, dim], float32."""
         t, tt = t.double(), tt.double()
         if self.config.guidance_embeds:
             guidance = t.new_tensor([GUIDANCE * self.config.guidance_embeds_scale])
@@ -327,17 +321,16 @@ class SanaTransformer(VelocityNetwork):
         return shared + gap[..., None] * shared_2, condition + gap * condition_2
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
-        """Constants at times t, tt ([B], in [-1, 1]), float32."""
+        """Return the constants at times t, tt ([B], in [-1, 1])."""
         shared, condition = self.embed_time(t, tt)
         blocks = tuple(Constants.of(block.constants(shared)) for block in self.transformer_blocks)
         return Modulation(blocks, Constants.of(self._final_rows(condition)))
 
     def _final_rows(self, condition: Tensor) -> Tensor:
-        """Shift and scale of the closing norm, [B, 2, dim]."""
+        """Return shift and scale of the closing norm, [B, 2, dim]."""
         return effective(self.scale_shift_table, condition[:, None], scales=(1,))
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
-        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N]; see `passes.fold`."""
         with resident("time_embed", "time_embed_2"):
             shared, condition = self.embed_time(t, tt)
         for i, block in enumerate(self.transformer_blocks):
@@ -347,7 +340,7 @@ class SanaTransformer(VelocityNetwork):
             yield "table", self._final_rows(condition)
 
     def absorptions(self) -> dict[str, Absorption]:
-        """Linear layer -> the table rows that its weight and bias take in when N = 1."""
+        """Return, by linear layer, the table rows that its weight and bias take in for one step."""
         out = {"proj_out": Absorption("table", shift=0, scale=1)}
         for i in range(self.config.num_layers):
             at = f"transformer_blocks.{i}."
@@ -358,9 +351,8 @@ class SanaTransformer(VelocityNetwork):
         return out
 
     def step_modulation(self, step: int) -> Modulation:
-        """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""
         if self.absorbed:
-            return Modulation((PLAIN,) * self.config.num_layers, PLAIN)
+            return Modulation((IDENTITY,) * self.config.num_layers, IDENTITY)
         row = slice(step, step + 1)
         blocks = tuple(Constants.of(block.table[row]) for block in self.transformer_blocks)
         return Modulation(blocks, Constants.of(self.table[row]))
@@ -368,11 +360,7 @@ class SanaTransformer(VelocityNetwork):
     # -- network --------------------------------------------------------------------------------
 
     def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
-        """All that depends on the prompt alone, up to the keys and values of every block.
-
-        prompt_embeds: [B, L, caption_channels], sample b's first lengths[b] rows count. Lengths on the
-        host shape the sequence; as int64 [B] on the device they only mask it.
-        """
+        """Return the prompts after `caption_projection`, up to the keys and values of every block."""
         counts, longest, ragged = host_lengths(prompt_embeds, lengths)
         first, second = self.caption_projection.values()
         tokens = second(with_gelu(first, prompt_embeds[:, :longest], self.ops))
@@ -384,8 +372,6 @@ class SanaTransformer(VelocityNetwork):
         return Context(tokens, counts, torch.stack(keys_values, 1), ragged)
 
     def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
-        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
-        the sign they take."""
         height, proj = latents.shape[2], self.patch_embed["proj"]
         x = F.linear(latents.flatten(2).transpose(1, 2), proj.weight.flatten(1), proj.bias)
         first = modulation.blocks[0]
@@ -400,8 +386,8 @@ class SanaTransformer(VelocityNetwork):
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    """Return float32 for norm weights, a handful of vectors that every token passes through, else `dtype`."""
     return torch.float32 if ".norm_" in name or name.startswith("caption_norm.") else dtype
 
 
-LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder("time_embed_2", "SANA", ", or SANA-Sprint"))
+LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder(SanaTransformer.second_embedder, "SANA", ", or SANA-Sprint"))

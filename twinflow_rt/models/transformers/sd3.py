@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
-from .. import layers
 from ..config import NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..folding import Resident
 from ..layers import (
     EPS,
+    JOINT_FUSED,
     Constants,
     FeedForward,
     JointAttention,
@@ -39,7 +39,7 @@ from ..layers import (
     Stream,
     add_branch,
     channels_last,
-    finish,
+    finish_block,
     linear32,
     modulation_rows,
     pack,
@@ -49,7 +49,7 @@ from ..velocity_network import VelocityNetwork
 Rope = tuple[Tensor, Tensor]
 TIME_SCALE = 1000.0
 
-FUSED = layers.FUSED | {
+FUSED = JOINT_FUSED | {
     f"attn2.to_qkv.{leaf}": tuple(f"attn2.{part}.{leaf}" for part in ("to_q", "to_k", "to_v"))
     for leaf in ("weight", "bias")
 }
@@ -113,7 +113,7 @@ class SD3Config(NetworkConfig):
 
 
 class TextEmbedder(nn.Module):
-    """Pooled prompt [B, P] -> [B, dim] float32."""
+    """The embedding [B, dim] float32 of pooled prompts [B, P]."""
 
     def __init__(self, pooled_dim: int, dim: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class TextEmbedder(nn.Module):
 class TimeTextEmbedding(nn.Module):
     """One embedder of time and pooled prompt; the sum of its two parts conditions the network.
 
-    `timed=False` leaves out the time's part: a folded network has its values instead.
+    timed=False leaves out the time's part, of which a folded network has the values.
     """
 
     def __init__(self, pooled_dim: int, dim: int, timed: bool) -> None:
@@ -137,7 +137,7 @@ class TimeTextEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Image tokens among themselves."""
+    """Attention among image tokens alone."""
 
     def __init__(self, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -162,8 +162,8 @@ class Modulation(NamedTuple):
 
 
 class Block(nn.Module):
-    """One block. dual: with a second attention, of image tokens alone, that reads the same norm under
-    a modulation of its own. `prompt_output=False`: nothing after attention for the prompt."""
+    """One block. dual: with a second attention, of image tokens alone, that reads the same norm under a modulation of
+    its own. prompt_output=False leaves out what only a later block would read. rows: constants of the block."""
 
     def __init__(self, heads: int, head_dim: int, dual: bool, prompt_output: bool) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Block(nn.Module):
             self.ff_context = FeedForward(dim)
 
     def constants(self, temb: Tensor) -> Tensor:
-        """[B, dim] -> [B, `rows`, dim] float32: the rows of `read`."""
+        """Return the block's constants [B, rows, dim] float32 at temb [B, dim], in the order that `read` takes them."""
         image = modulation_rows(self.norm1["linear"], temb, (1, 4, 7) if self.dual else (1, 4))
         if self.prompt_output:
             return torch.cat((image, modulation_rows(self.norm1_context["linear"], temb, (1, 4))), 1)
@@ -188,7 +188,7 @@ class Block(nn.Module):
         return torch.cat((image, modulation_rows(self.norm1_context["linear"], temb, (0,)).flip(1)), 1)
 
     def read(self, rows: Tensor) -> Modulation:
-        """The modulation that `rows` [B or 1, R, dim] hold: image (6), its second attention (3), prompt."""
+        """Return the modulation in rows [B or 1, R, dim]: of the image (6), its second attention (3), the prompt."""
         first, rest = rows[:, :6], rows[:, 6:]
         if not self.dual:
             return Modulation(Constants.of(first), Constants.of(rest))
@@ -198,8 +198,8 @@ class Block(nn.Module):
         self, image: Stream, prompt: Stream, now: Modulation, after: tuple[Constants, Constants | None],
         rope: tuple[Rope, Rope], ops: OpTable, readers: Readers = (None, None),
     ) -> tuple[Stream, Stream | None]:  # fmt: skip
-        """after: first constants of `readers`, the layers that read the output. rope: of the joint sequence, of the
-        image's."""
+        """Return both streams after the block, under the norms of `readers`, the layers that read them. after: the
+        readers' constants. rope: of the joint sequence, and of the image's."""
         (x, h), n, own = image, image[0].shape[1], now.image
         out = self.attn(h, prompt[1], rope[0], None, None if self.prompt_output else n, ops)
         branch = self.attn.to_out[0](out[:, :n])
@@ -207,11 +207,11 @@ class Block(nn.Module):
             h = ops_for(self.attn2.to_qkv, ops).layer_norm(x, now.second.scale_a, EPS, now.second.shift_a)
             x = add_branch(x, branch, own.gate_a, ops)
             branch, own = self.attn2(h, rope[1], ops), own._replace(gate_a=now.second.gate_a)
-        image = finish(x, branch, self.ff, own, after[0], readers[0], ops)
+        image = finish_block(x, branch, self.ff, own, after[0], readers[0], ops)
         if after[1] is None:
             return image, None
         branch = self.attn.to_add_out(out[:, n:])
-        return image, finish(prompt[0], branch, self.ff_context, now.prompt, after[1], readers[1], ops)
+        return image, finish_block(prompt[0], branch, self.ff_context, now.prompt, after[1], readers[1], ops)
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class PatchEmbed(nn.Module):
         self.register_buffer("pos_embed", torch.empty(1, self.size**2, config.dim))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, H/2*W/2, dim]."""
+        """Return the tokens [B, H/2*W/2, dim] of latents [B, C, H, W]."""
         height, width = (n // 2 for n in latents.shape[2:])
         if max(height, width) > self.size:
             raise ConfigError(
@@ -252,11 +252,11 @@ class PatchEmbed(nn.Module):
 
 
 class SD3Transformer(VelocityNetwork):
-    """F(x_t, t, tt, prompt), the velocity z - x. `folded_steps=N` builds the compiled layout."""
+    """F(x_t, t, tt, prompt), the velocity z - x. folded_steps=N builds the compiled layout."""
 
+    second_embedder = "time_text_embed_2"
     time_table: Tensor
     gap_table: Tensor
-
     fixed_length = True
 
     def __init__(self, config: SD3Config, *, folded_steps: int | None = None) -> None:
@@ -288,14 +288,14 @@ class SD3Transformer(VelocityNetwork):
     # -- conditioning ---------------------------------------------------------------------------
 
     def embed_time(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor]:
-        """The time's part of temb [B, dim], and t - tt [B, 1], float32, of t, tt [B]."""
+        """Return the time's part of temb [B, dim], and t - tt [B, 1], float32, of t, tt [B]."""
         t, tt = t.double(), tt.double()
         first, second = self.time_text_embed.timestep_embedder, self.time_text_embed_2.timestep_embedder
         gap = (t - tt).float()[:, None]
         return first(TIME_SCALE * t) + gap * second(TIME_SCALE * tt), gap
 
     def modulate(self, t: Tensor, tt: Tensor, context: Context) -> Tensor:
-        """Constants [B, R, dim] float32 of the context's prompts at times t, tt ([B], in [-1, 1])."""
+        """Return the constants [B, R, dim] float32 of the context's prompts at times t, tt ([B], in [-1, 1])."""
         return self._constants(*self.embed_time(t, tt), context.pooled)
 
     def _constants(self, time: Tensor, gap: Tensor, pooled: Tensor) -> Tensor:
@@ -306,23 +306,22 @@ class SD3Transformer(VelocityNetwork):
         return torch.cat((*rows, modulation_rows(self.norm_out["linear"], temb, (0,)).flip(1)), 1)
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
-        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N]; see `passes.fold`."""
         with resident("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder"):
             time, gap = self.embed_time(t, tt)
         yield "time_table", time
         yield "gap_table", gap
 
     def step_modulation(self, step: int) -> int:
-        """Which row of a context's constants evaluation `step` reads: they depend on the prompt."""
+        """Return which row of a context's constants evaluation `step` reads: they depend on the prompt, too."""
         return step
 
     # -- network --------------------------------------------------------------------------------
 
     def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor, pooled: Tensor) -> Context:
-        """All that depends on the prompt alone.
+        """Return the prompts after `context_embedder`, and all constants that depend on them.
 
-        prompt_embeds: [B, L, joint_attention_dim], of which every row counts, as in the reference:
-        lengths must all be L (on the device, int64 [B], they are not looked at). pooled: [B, pooled_projection_dim].
+        Every row of prompt_embeds [B, L, joint_attention_dim] counts, as in the reference: lengths must all be L (on
+        the device they are not looked at). pooled: [B, pooled_projection_dim].
         """
         counts = () if isinstance(lengths, Tensor) else tuple(int(n) for n in lengths)
         if any(n != prompt_embeds.shape[1] for n in counts):
@@ -338,8 +337,6 @@ class SD3Transformer(VelocityNetwork):
         return Context(tokens, counts, pooled, constants)
 
     def patches(self, latents: Tensor, modulation: Tensor | int, context: Context) -> tuple[Tensor, float]:
-        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
-        the sign they take."""
         if isinstance(modulation, int):
             assert context.constants is not None, "a folded network's context has its constants"
             modulation = context.constants[:, modulation]
@@ -358,14 +355,14 @@ class SD3Transformer(VelocityNetwork):
         return channels_last(self.proj_out(image[1]), latents.shape[2] // 2, latents.shape[3] // 2, 2), 1.0
 
     def _no_rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin of no rotation at all: positions are in the tokens, the ops are those of rotary networks."""
+        """Return cos, sin of no rotation at all: positions are in the tokens, the ops are those of rotary networks."""
         angles = torch.zeros(1, length, self.config.attention_head_dim // 2, device=device)
         return angles + 1, angles
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    """Return float32 for norm weights, a handful of vectors that every token passes through, else `dtype`."""
     return torch.float32 if ".norm_" in name else dtype
 
 
-LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder("time_text_embed_2", "SD3.5"))
+LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder(SD3Transformer.second_embedder, "SD3.5"))

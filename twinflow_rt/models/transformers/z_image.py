@@ -64,7 +64,7 @@ FUSED = {
 
 
 def pad_length(n: int) -> int:
-    """n rounded up to the sequence multiple."""
+    """Return n rounded up to `SEQ_MULTIPLE`."""
     return -(-n // SEQ_MULTIPLE) * SEQ_MULTIPLE
 
 
@@ -115,7 +115,7 @@ class ZImageConfig(NetworkConfig):
 
 
 class TimestepEmbedder(nn.Module):
-    """[B] -> [B, out_dim] float32: MLP over the sinusoids of a scalar."""
+    """An MLP over the sinusoids of a scalar: [B] -> [B, out_dim] float32."""
 
     def __init__(self, out_dim: int) -> None:
         super().__init__()
@@ -140,13 +140,13 @@ class Attention(Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor | None, rows: int | None, ops: OpTable
+        self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor | None, queries: int | None, ops: OpTable
     ) -> Tensor:
         q, k, v = ops.qk_norm_rope(
             self.to_qkv(x), self.norm_q.weight.float(), self.norm_k.weight.float(), *rope,
             self.heads, QK_NORM_EPS,
         )  # fmt: skip
-        return self.to_out[0](ops.attention(q if rows is None else q[:, :rows], k, v, lengths))
+        return self.to_out[0](ops.attention(q if queries is None else q[:, :queries], k, v, lengths))
 
 
 class FeedForward(Module):
@@ -160,7 +160,7 @@ class FeedForward(Module):
 
 
 class Block(Module):
-    """One sandwich-norm block; `steps` = N holds N rows of folded norm weights instead of what makes them."""
+    """One sandwich-norm block. steps: N holds a table of N rows of folded norm weights instead of what makes them."""
 
     norm_table: Tensor
 
@@ -179,7 +179,7 @@ class Block(Module):
             self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, ADALN_DIM), 4 * dim))
 
     def norm_weights(self, temb: Tensor | None = None) -> Tensor:
-        """Effective norm weights [B or 1, 4, dim], float32, in the order they are used."""
+        """Return the effective norm weights [B or 1, 4, dim] float32, in the order they are used."""
         weights = torch.stack([getattr(self, name).weight.float() for name in BLOCK_NORMS])[None]
         if temb is None:
             return weights
@@ -189,14 +189,17 @@ class Block(Module):
 
     def forward(
         self, x: Tensor, h: Tensor, norms: Sequence[Tensor], next_pre: Tensor | None, rope: tuple[Tensor, Tensor],
-        lengths: Tensor | None, ops: OpTable, rows: int | None = None, reader: nn.Module | None = None,
+        lengths: Tensor | None, ops: OpTable, queries: int | None = None, reader: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """x: residual stream; h: x under this block's first norm; norms: its four weights, [B or 1, 1, dim] each.
-        Returns the first two for `reader`, the first layer of the next block. `rows` keeps only the first rows of the
-        output: where nothing reads the others."""
+        """Return the residual stream x, and x under the norm (of weight `next_pre`) of `reader`, the first layer of the
+        next block.
+
+        h: x under this block's first norm. norms: its four weights, [B or 1, 1, dim] each. queries: compute the first
+        tokens alone, where nothing reads the others.
+        """
         _, post_a, pre_f, post_f = norms
-        branch = self.attention(h, rope, lengths, rows, ops)
-        x, feed_forward = x if rows is None else x[:, :rows], self.feed_forward
+        branch = self.attention(h, rope, lengths, queries, ops)
+        x, feed_forward = x if queries is None else x[:, :queries], self.feed_forward
         x, h = ops_for(feed_forward.w13, ops).residual_norm(x, branch, post_a, pre_f, self.eps)
         return ops_for(reader, ops).residual_norm(x, feed_forward(h, ops), post_f, next_pre, self.eps)
 
@@ -221,7 +224,7 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Context(PromptContext):
-    """`ragged`: the padded lengths as int64 [B] on the device where they differ, else None: no mask is needed."""
+    """ragged: the padded lengths as int64 [B] on the device where they differ, else None: no mask is needed."""
 
     ragged: Tensor | None = None
 
@@ -229,10 +232,11 @@ class Context(PromptContext):
 class ZImageTransformer(VelocityNetwork):
     """F(x_t, t, tt, prompt), the velocity z - x of TwinFlow (diffusers' network predicts its negative).
 
-    `folded_steps=N` builds the compiled layout: no time embedders, no modulation, no norm weights,
-    but tables of N rows of effective norm weights (buffers `norm_table`, float32).
+    folded_steps=N builds the compiled layout: no time embedders, no modulation, no norm weights, but tables of N rows
+    of effective norm weights (buffers `norm_table`, float32).
     """
 
+    second_embedder = "t_embedder_2"
     prompt_modules = ("cap_embedder", "context_refiner")
     prompt_multiple = SEQ_MULTIPLE
     norm_table: Tensor
@@ -266,8 +270,8 @@ class ZImageTransformer(VelocityNetwork):
     # -- time -----------------------------------------------------------------------------------
 
     def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
-        """temb [B, min(dim, 256)] float32 of t, tt [B] (see the module's docstring). float64 until
-        the arguments of the embedders, as upstream."""
+        """Return temb [B, min(dim, 256)] float32 of t, tt [B] (see the module's docstring), in float64 up to the
+        embedders, as upstream."""
         t, tt = t.double(), tt.double()
         s, s2 = t.sign() * (1 - t.abs()), tt.sign() * (1 - tt.abs())
         scale = self.config.t_scale
@@ -275,7 +279,7 @@ class ZImageTransformer(VelocityNetwork):
         return self.t_embedder(s.abs() * scale) + (s - s2).abs().float()[:, None] * second
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
-        """Effective norm weights at times t, tt ([B], in [-1, 1]), float32."""
+        """Return the constants at times t, tt ([B], in [-1, 1])."""
         temb = self.embed_time(t, tt)
         blocks = (*self.noise_refiner, *self.layers)
         return Modulation(tuple(b.norm_weights(temb) for b in blocks), self._final_weight(temb))
@@ -285,11 +289,6 @@ class ZImageTransformer(VelocityNetwork):
         return 1 + linear32(layer, F.silu(temb))
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
-        """Yields (buffer name, table) of the folded layout for evaluations at t, tt [N].
-
-        This network may live on the meta device: `resident(*prefixes)` makes the parameters below
-        the given module names real, in float32, for as long as it is entered.
-        """
         with resident("t_embedder", "t_embedder_2"):
             temb = self.embed_time(t, tt)
         for stack, modulated in (("noise_refiner", True), ("context_refiner", False), ("layers", True)):
@@ -301,7 +300,6 @@ class ZImageTransformer(VelocityNetwork):
             yield "norm_table", self._final_weight(temb)
 
     def step_modulation(self, step: int) -> Modulation:
-        """The folded constants of evaluation `step`; only on a network built with `folded_steps`."""
         blocks = (*self.noise_refiner, *self.layers)
         tables, final = tuple(b.norm_table for b in blocks), self.norm_table
         if self.folded_steps == 1:
@@ -311,8 +309,8 @@ class ZImageTransformer(VelocityNetwork):
     # -- positions ------------------------------------------------------------------------------
 
     def _rope(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin [B, S, head_dim/2] float32 of positions ids [B, S, 3]. Angles are formed in
-        float64 and rounded to float32 before the cosine, as in the reference."""
+        """Return cos, sin [B, S, head_dim/2] float32 of positions ids [B, S, 3]. Angles are formed in float64 and
+        rounded to float32 before the cosine, as in the reference."""
         if ids.device not in self._rope_tables:
             tables = []
             for dim, length in zip(self.config.axes_dims, self.config.axes_lens, strict=True):
@@ -332,7 +330,8 @@ class ZImageTransformer(VelocityNetwork):
         return self._ropes(length, device, make)
 
     def _image_rope(self, height: int, width: int, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Image tokens sit one past the padded prompt on axis 0; padding sits at the origin."""
+        """Return cos, sin of the image's tokens, which sit one past the padded prompt on axis 0; padding sits at the
+        origin."""
         n, device = height * width, offsets.device
         ids = torch.zeros(offsets.shape[0], pad_length(n), 3, dtype=torch.int64, device=device)
         rows = torch.arange(height, device=device).repeat_interleave(width)
@@ -344,12 +343,10 @@ class ZImageTransformer(VelocityNetwork):
     # -- network --------------------------------------------------------------------------------
 
     def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
-        """Prompt tokens through `cap_embedder` and `context_refiner`: depends on the prompt alone.
+        """Return the prompts after `cap_embedder` and `context_refiner`.
 
-        prompt_embeds: [B, L, cap_feat_dim], sample b's first lengths[b] rows count. Lengths on the host
-        shape the sequence; as int64 [B] on the device they only mask it, and L must be a multiple of 32.
-        Rows up to the next multiple of 32 become the learned pad token, which attends like any other
-        (as in the reference), so the context's lengths are such.
+        Tokens up to the next multiple of 32 become the learned pad token, which attends like any other (as in the
+        reference), so the context's lengths are such multiples. Where lengths are on the device, L must be one, too.
         """
         device, ragged = prompt_embeds.device, None
         counts, rows, masked = host_lengths(prompt_embeds, lengths)
@@ -369,8 +366,6 @@ class ZImageTransformer(VelocityNetwork):
         return Context(x, padded, ragged)
 
     def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:
-        """The velocity of `forward` as the last layer leaves it: patches [B, C, H/p, p, W/p, p], a view of tokens, and
-        the sign they take."""
         x = self._patchify(latents)
         n, device, longest = x.shape[1], x.device, context.tokens.shape[1]
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
@@ -393,15 +388,15 @@ class ZImageTransformer(VelocityNetwork):
         )
         x = torch.cat((x, split.share(context.tokens.to(x.dtype), longest)), 1)
         keys = split.keys(lengths, padded, longest)
-        x = self._run(self.layers, modulation.blocks[refiners:], x, (cos, sin), keys, rows=min(n, own))
+        x = self._run(self.layers, modulation.blocks[refiners:], x, (cos, sin), keys, queries=min(n, own))
         x = self.all_final_layer["2-1"].linear(self.ops.layer_norm(x, modulation.final[:, None], FINAL_NORM_EPS))
         return channels_last(split.whole(x, n), height, width, 2), -1.0
 
     def _run(
         self, blocks: ModuleList[Block], norms: Sequence[Tensor], x: Tensor, rope: tuple[Tensor, Tensor],
-        lengths: Tensor | None, rows: int | None = None,
+        lengths: Tensor | None, queries: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """All blocks of one stack; the last one computes only its first `rows` rows."""
+        """Return x [B, S, dim] after the blocks of one stack. queries: of the last, compute the first tokens alone."""
         if not len(blocks):
             return x
         *others, last = blocks
@@ -410,19 +405,19 @@ class ZImageTransformer(VelocityNetwork):
         h = ops_for(readers[0], self.ops).rms_norm(x, each[0][0], self.config.norm_eps)
         for i, block in enumerate(others):
             x, h = block(x, h, each[i], each[i + 1][0], rope, lengths, self.ops, reader=readers[i + 1])
-        y: Tensor = last(x, h, each[-1], None, rope, lengths, self.ops, rows)[0]
+        y: Tensor = last(x, h, each[-1], None, rope, lengths, self.ops, queries)[0]
         return y
 
     def _patchify(self, latents: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, H/2*W/2, 4C], features ordered (row, column, channel)."""
+        """Return latents [B, C, H, W] as tokens [B, H/2*W/2, 4C], features ordered (row, column, channel)."""
         b, c, h, w = latents.shape
         x = latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1)
         return x.reshape(b, (h // 2) * (w // 2), 4 * c)
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Norm weights stay float32: a handful of vectors that every token passes through."""
+    """Return float32 for norm weights, a handful of vectors that every token passes through, else `dtype`."""
     return torch.float32 if name.endswith(("norm_q.weight", "norm_k.weight", "cap_embedder.0.weight")) else dtype
 
 
-LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder("t_embedder_2", "Z-Image"))
+LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder(ZImageTransformer.second_embedder, "Z-Image"))
