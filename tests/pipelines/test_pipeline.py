@@ -1,11 +1,10 @@
-"""The whole data path against diffusers' ZImagePipeline on the same files, and its own promises."""
+"""What a pipeline promises, whichever family it is of."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import threading
-import warnings
 
 import numpy as np
 import pytest
@@ -15,8 +14,6 @@ from tests.factory import make_model
 from twinflow_rt.config import SizeRule, has_native, resolve_device, resolve_dtype
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
 from twinflow_rt.loading import load
-from twinflow_rt.sampling.noise import initial_noise, step_noise
-from twinflow_rt.sampling.sampler import SamplerConfig, preset, sample, schedule
 
 PROMPTS = ["a red square", "a big blue circle above a small green triangle, twice", ""]
 CPU = torch.device("cpu")
@@ -30,88 +27,6 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipe(model):
     return load(model, device="cpu")
-
-
-@pytest.fixture(scope="module")
-def reference(model):
-    from diffusers import ZImagePipeline
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pipe = ZImagePipeline.from_pretrained(model)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def theirs(pipe, prompts, noise, output):
-    """One Euler step of flow matching from t = 1 to 0: z - F, which is TwinFlow's single evaluation
-    (at (t, tt) = (1, 0) the second embedder is multiplied by 0)."""
-    height, width = (4 * n for n in noise.shape[-2:])
-    out = pipe(
-        list(prompts), height=height, width=width, num_inference_steps=1, guidance_scale=0.0,
-        latents=noise.clone(), output_type=output,
-    )  # fmt: skip
-    return out.images
-
-
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS])
-@pytest.mark.parametrize("size", [(64, 64), (24, 80)])
-@pytest.mark.parametrize("seed", [0, 7])
-def test_equals_diffusers_pipeline(pipe, reference, prompts, size, seed):
-    height, width = size
-    args = {"height": height, "width": width, "seed": seed}
-    seeds = range(seed, seed + len(prompts))
-    noise = initial_noise(seeds, (4, height // 4, width // 4))
-    latents = theirs(reference, prompts, noise, "latent")
-    ours = pipe(prompts, output="latent", **args).images
-    assert (ours - latents).abs().max() < 1e-5 * latents.abs().max()
-
-    images = theirs(reference, prompts, noise, "np")
-    assert np.abs(pipe(prompts, output="pt", **args).images.permute(0, 2, 3, 1).numpy() - images).max() < 1e-5
-    pixels = pipe(prompts, output="np", **args).images
-    assert pixels.dtype == np.uint8 and np.abs(pixels - (images * 255).round()).max() <= 1
-    pil = pipe(prompts, **args).images
-    assert [i.size for i in pil] == [(width, height)] * len(prompts)
-    assert np.array_equal(np.stack([np.asarray(i) for i in pil]), pixels)
-
-
-def test_seeds_make_diffusers_noise(pipe, reference):
-    """Image k is what diffusers draws with a CPU generator seeded seed + k."""
-    generators = [torch.Generator().manual_seed(40 + k) for k in range(2)]
-    out = reference(
-        PROMPTS[:2], height=32, width=32, num_inference_steps=1, guidance_scale=0.0, generator=generators,
-        output_type="latent",
-    ).images  # fmt: skip
-    ours = pipe(PROMPTS[:2], height=32, width=32, seed=40, output="latent").images
-    assert (ours - out).abs().max() < 1e-5 * out.abs().max()
-
-
-@pytest.mark.parametrize("config", [preset(2), preset(4, "any"), SamplerConfig(3, sampling_order=2, mode="any")])
-def test_more_steps_equal_the_sampler_on_the_unfolded_network(pipe, model, config):
-    from twinflow_rt.checkpoint.checkpoint import Checkpoint
-    from twinflow_rt.checkpoint.reading import materialize
-    from twinflow_rt.families import family_of
-
-    checkpoint = Checkpoint(model / "transformer")
-    family = family_of(checkpoint.config)
-    with torch.device("meta"):
-        network = family.network(family.config.from_dict(checkpoint.config))
-    materialize(network, checkpoint, family.layout, CPU, torch.float32)
-    times = schedule(config, torch.float32)
-    with torch.inference_mode():
-        embeds = pipe.text(PROMPTS)
-        context = network.encode_context(embeds.embeds, embeds.lengths)
-
-        def velocity(latents, step):
-            t, tt = (torch.tensor([x], dtype=torch.float64) for x in times[step])
-            return network(latents, network.modulate(t, tt), context)
-
-        shape = (4, 6, 10)
-        expected = sample(
-            velocity, initial_noise([3, 4, 5], shape), config, noise_fn=lambda i: step_noise([3, 4, 5], i, shape)
-        )
-    ours = pipe(PROMPTS, height=24, width=40, seed=3, sampler=config, output="latent").images
-    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_images_are_prompt_major_and_seeded_one_by_one(pipe):

@@ -83,6 +83,7 @@ def pipe():
 @pytest.mark.parametrize("moment", ["recording", "playing"])
 def test_cpu_graphs_keep_nothing_of_a_call_that_fails(monkeypatch, failure, moment):
     pipe, lost, failing = load("demo", device="cpu", dtype="float32"), [], []
+    monkeypatch.setattr(pipe.captures, "longest", 10)  # on a busy machine, too
     run, want = pipe.vae.ops.group_norm_silu, None
 
     def group_norm_silu(x, *args):
