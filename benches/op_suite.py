@@ -14,10 +14,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benches.ops.case import SIZES, judge
+from benches.ops.eight_bit_cases import eight_bit_cases, implementations
+from benches.ops.op_cases import cases
 from twinflow_rt import ops as references
-from twinflow_rt.bench.case import SIZES, judge
-from twinflow_rt.bench.eight_bit_cases import eight_bit_cases, implementations
-from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.ops.selection import Target
 from twinflow_rt.runtime.timer import synchronize
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from benches.gpu import rivals
+from benches.ops.case import SIZES, Case, judge, outputs
+from benches.ops.eight_bit_cases import aimed, eight_bit_cases
+from benches.ops.layer_cases import LAYERS
+from benches.ops.op_cases import cases
 from twinflow_rt import ops
 from twinflow_rt.bench import ceilings, facts
-from twinflow_rt.bench.case import SIZES, Case, judge, outputs
-from twinflow_rt.bench.eight_bit_cases import aimed, eight_bit_cases
-from twinflow_rt.bench.layer_cases import LAYERS
-from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.bench.timing import interleave
 from twinflow_rt.config import dtype_name
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, choose

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benches.ops.case import Case
+from benches.ops.eight_bit_cases import implementations
 from twinflow_rt import ops
-from twinflow_rt.bench.case import Case
-from twinflow_rt.bench.eight_bit_cases import implementations
 from twinflow_rt.ops.optional import find
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from benches.gpu import build, kernels, kit, report
-from twinflow_rt.bench.case import SIZES
-from twinflow_rt.bench.eight_bit_cases import eight_bit_cases
-from twinflow_rt.bench.layer_cases import LAYERS
-from twinflow_rt.bench.op_cases import cases
+from benches.ops.case import SIZES
+from benches.ops.eight_bit_cases import eight_bit_cases
+from benches.ops.layer_cases import LAYERS
+from benches.ops.op_cases import cases
 from twinflow_rt.ops import EAGER, OpTable
 
 

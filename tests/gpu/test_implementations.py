@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benches.ops.case import SIZES, judge
+from benches.ops.eight_bit_cases import QUANTIZED, aimed, dequantized, eight_bit_cases
+from benches.ops.op_cases import cases
 from twinflow_rt import ops
-from twinflow_rt.bench.case import SIZES, judge
-from twinflow_rt.bench.eight_bit_cases import QUANTIZED, aimed, dequantized, eight_bit_cases
-from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.ops.backends import BACKENDS
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target
 

@@ -20,6 +20,6 @@ def pytest_configure() -> None:
     assert spec is not None and spec.loader is not None
     sys.modules[NAME] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[NAME])
-    from twinflow_rt.bench import case
+    from benches.ops import case
 
     case.judge = lambda got, eager, exact: None

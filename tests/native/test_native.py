@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benches.ops.case import SIZES, Sizes, exact_layer, exact_rms, exact_rope, exact_rope_of_halves, judge
+from benches.ops.eight_bit_cases import QUANTIZED
+from benches.ops.op_cases import cases
 from tests.registered import NATIVE, registered
 from twinflow_rt import ops
-from twinflow_rt.bench.case import SIZES, Sizes, exact_layer, exact_rms, exact_rope, exact_rope_of_halves, judge
-from twinflow_rt.bench.eight_bit_cases import QUANTIZED
-from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.errors import DeviceError
 from twinflow_rt.ops.native import decode, library, linear, mlp, norm, rope, sample
 from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, select

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benches.ops.case import SIZES
+from benches.ops.eight_bit_cases import eight_bit_cases
 from tests.native.test_native import DTYPES, EPS, ODD, check, draw, formats, native
 from twinflow_rt import ops
-from twinflow_rt.bench.case import SIZES
-from twinflow_rt.bench.eight_bit_cases import eight_bit_cases
 from twinflow_rt.ops.native import library, linear, mlp
 from twinflow_rt.ops.selection import QUANTIZED_OPS
 

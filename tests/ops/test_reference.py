@@ -7,9 +7,9 @@ from dataclasses import fields
 import pytest
 import torch
 
-from twinflow_rt.bench.case import SIZES, Sizes, outputs
-from twinflow_rt.bench.eight_bit_cases import eight_bit_cases
-from twinflow_rt.bench.op_cases import cases
+from benches.ops.case import SIZES, Sizes, outputs
+from benches.ops.eight_bit_cases import eight_bit_cases
+from benches.ops.op_cases import cases
 from twinflow_rt.ops import EAGER, OpTable
 from twinflow_rt.ops.selection import IMPLEMENTATIONS
 

@@ -17,13 +17,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
 from benches.gpu import kernels, kit, rivals
+from benches.ops.case import SIZES, judge
+from benches.ops.eight_bit_cases import aimed, eight_bit_cases
+from benches.ops.op_cases import cases
 from tests.gpu import test_implementations as gpu
 from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from tests.registered import registered
 from twinflow_rt import ops
-from twinflow_rt.bench.case import SIZES, judge
-from twinflow_rt.bench.eight_bit_cases import aimed, eight_bit_cases
-from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.selection import FP8, IMPLEMENTATIONS, RAGGED, OpTable, QuantizedOps, Target
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benches.ops.case import SIZES, judge
+from benches.ops.eight_bit_cases import QUANTIZED, eight_bit_cases
+from benches.ops.op_cases import cases
 from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from tests.registered import registered
 from twinflow_rt import ops
-from twinflow_rt.bench.case import SIZES, judge
-from twinflow_rt.bench.eight_bit_cases import QUANTIZED, eight_bit_cases
-from twinflow_rt.bench.op_cases import cases
 from twinflow_rt.ops.selection import IMPLEMENTATIONS
 from twinflow_rt.ops.table import EAGER_QUANTIZED, quantizing
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .case import (
+from benches.ops.case import (
     EPS,
     Case,
     Draw,
@@ -29,7 +29,7 @@ from .case import (
     exact_rope_of_halves,
     exact_swiglu,
 )
-from .layer_cases import decoding, products
+from benches.ops.layer_cases import decoding, products
 
 
 def cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str, batch: int = 1) -> list[Case]:

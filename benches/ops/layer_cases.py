@@ -9,8 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import fold_upsample
-from .case import EPS, Case, Draw, Drawing, Sizes, exact_gelu, exact_rms, exact_swiglu
+from benches.ops.case import EPS, Case, Draw, Drawing, Sizes, exact_gelu, exact_rms, exact_swiglu
+from twinflow_rt.ops import fold_upsample
 
 # the ops of these cases
 LAYERS = (

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..ops.declaration import Op
-from ..ops.selection import IMPLEMENTATIONS, QUANTIZED_OPS, Target
-from .case import Case, Draw, Sizes, exact_attention
-from .op_cases import cases
+from benches.ops.case import Case, Draw, Sizes, exact_attention
+from benches.ops.op_cases import cases
+from twinflow_rt import ops
+from twinflow_rt.ops.declaration import Op
+from twinflow_rt.ops.selection import IMPLEMENTATIONS, QUANTIZED_OPS, Target
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 # ops whose results a linear layer multiplies
