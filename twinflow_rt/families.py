@@ -5,7 +5,7 @@ A family is found by the `_class_name` of its transformer's config.json, and onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,9 +33,10 @@ class Family:
     """A family of models.
 
     config, network, layout: the velocity network's config class, class, and how its files are read.
-    autoencoder: of the VAE. text(folder, config): opens the text stage of a model folder whose transformer has this
-    config, unread. sizes(config, text, vae): the image sizes that the three make together; raises CheckpointError
-    where they belong to different models.
+    autoencoder: of the VAE. parts: it and the text encoders, by _class_name or model_type of their config.json.
+    text(folder, config): opens the text stage of a model folder whose transformer has this config, unread.
+    sizes(config, text, vae): the image sizes that the three make together; raises CheckpointError where they belong
+    to different models.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Family:
     network: Any  # a subclass of VelocityNetwork
     layout: Layout
     autoencoder: Architecture
+    parts: Mapping[str, Architecture]
     text: Callable[[Path, Any], TextStage]
     sizes: Callable[[Any, Any, VaeDecoder], SizeRule]
 
@@ -93,7 +95,8 @@ def z_image() -> Family:
         default = max(vae.config.sample_size // multiple, 1) * multiple
         return SizeRule(multiple, *most, default=min(default, *most))
 
-    return Family("z-image", ZImageConfig, ZImageTransformer, LAYOUT, autoencoder_kl.MODEL, text, sizes)
+    parts = {"qwen3": qwen3.MODEL, "AutoencoderKL": autoencoder_kl.MODEL}
+    return Family("z-image", ZImageConfig, ZImageTransformer, LAYOUT, autoencoder_kl.MODEL, parts, text, sizes)
 
 
 @cache
@@ -117,7 +120,9 @@ def qwen_image() -> Family:
         most = QWEN_IMAGE_LARGEST * multiple
         return SizeRule(multiple, most, most, default=QWEN_IMAGE_DEFAULT * multiple)
 
-    return Family("qwen-image", QwenImageConfig, QwenImageTransformer, LAYOUT, autoencoder_qwen.MODEL, text, sizes)
+    vae = autoencoder_qwen.MODEL
+    parts = {"qwen2_5_vl": qwen2_5_vl.MODEL, "AutoencoderKLQwenImage": vae}
+    return Family("qwen-image", QwenImageConfig, QwenImageTransformer, LAYOUT, vae, parts, text, sizes)
 
 
 @cache
@@ -148,7 +153,8 @@ def sd3() -> Family:
         most = config.pos_embed_max_size * 2 * vae.scale
         return SizeRule(2 * vae.scale, most, most, default=min(config.sample_size * vae.scale, most))
 
-    return Family("sd3.5", SD3Config, SD3Transformer, LAYOUT, autoencoder_kl.MODEL, text, sizes)
+    parts = {"clip_text_model": clip_text.MODEL, "t5": t5.MODEL, "AutoencoderKL": autoencoder_kl.MODEL}
+    return Family("sd3.5", SD3Config, SD3Transformer, LAYOUT, autoencoder_kl.MODEL, parts, text, sizes)
 
 
 @cache
@@ -172,7 +178,8 @@ def sana() -> Family:
         )
         return SizeRule(vae.scale, SANA_LARGEST, SANA_LARGEST, default=config.sample_size * vae.scale)
 
-    return Family("sana", SanaConfig, SanaTransformer, LAYOUT, autoencoder_dc.MODEL, text, sizes)
+    parts = {"gemma2": gemma2.MODEL, "AutoencoderDC": autoencoder_dc.MODEL}
+    return Family("sana", SanaConfig, SanaTransformer, LAYOUT, autoencoder_dc.MODEL, parts, text, sizes)
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {
@@ -192,3 +199,8 @@ def family_of(config: dict[str, Any]) -> Family:
             + ", ".join(FAMILIES)
         )
     return FAMILIES[name]()
+
+
+def parts_by_kind() -> dict[str, Architecture]:
+    """Return the text encoders and autoencoders of all families, by _class_name or model_type of their config.json."""
+    return {kind: part for family in FAMILIES.values() for kind, part in family().parts.items()}

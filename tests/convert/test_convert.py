@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import factory, qwen_image_factory
-from twinflow_rt import cli, convert
-from twinflow_rt.checkpoint import names, shards
+from twinflow_rt import cli
+from twinflow_rt.checkpoint import shards
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.convert import files
+from twinflow_rt.convert import convert, files, names
+from twinflow_rt.convert.networks import Converted
+from twinflow_rt.convert.report import Key
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 
@@ -116,7 +118,7 @@ def test_z_image_from_comfyui_files(z_image, tmp_path):
         to_file(tmp_path / "net.safetensors", comfy_z_image(network)),
         to_file(tmp_path / "ae.safetensors", ldm_vae(vae)),
     ]
-    done = convert.convert(sources, z_image, tmp_path / "out")
+    done = convert(sources, z_image, tmp_path / "out")
     for part, tensors in (("transformer", network), ("vae", vae)):
         same(written(tmp_path / "out", part), tensors)
     assert done.copied == ("model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -136,7 +138,7 @@ def test_qwen_image_from_comfyui_files(qwen, tmp_path):
         to_file(tmp_path / "text.safetensors", text),
     ]
     assert "decoder.upsamples.2.resample.1.weight" in wan_vae(vae)
-    done = convert.convert(sources, qwen, tmp_path / "out")
+    done = convert(sources, qwen, tmp_path / "out")
     assert [p.part for p in done.parts] == ["transformer", "vae", "text_encoder"]
     same(written(tmp_path / "out", "vae"), vae)
     same_images(qwen, tmp_path / "out")
@@ -149,7 +151,7 @@ def test_one_file_with_everything(z_image, tmp_path):
         **{"vae." + k: v for k, v in ldm_vae(written(z_image, "vae")).items()},
         **{"text_encoders.qwen3_4b.transformer." + k: v for k, v in text.items()},
     }
-    done = convert.convert([to_file(tmp_path / "all.safetensors", whole)], z_image, tmp_path / "out")
+    done = convert([to_file(tmp_path / "all.safetensors", whole)], z_image, tmp_path / "out")
     assert {p.part for p in done.parts} == {"transformer", "vae", "text_encoder"}
     same_images(z_image, tmp_path / "out")
 
@@ -164,7 +166,7 @@ def test_several_text_encoders_are_told_apart(tmp_path):
         tensors = load_file(base / part / "model.safetensors")
         whole |= {f"text_encoders.{name}.transformer.{k}": v for k, v in tensors.items()}
         whole |= {f"text_encoders.{name}.logit_scale": torch.ones(1)} if "clip" in name else {}
-    done = convert.convert([to_file(tmp_path / "all.safetensors", whole)], base, tmp_path / "out")
+    done = convert([to_file(tmp_path / "all.safetensors", whole)], base, tmp_path / "out")
     assert sorted(p.part for p in done.parts) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
     for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         same(*(load_file(f / part / "model.safetensors") for f in (tmp_path / "out", base)))
@@ -174,13 +176,13 @@ def test_large_networks_are_written_in_shards(z_image, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
     network = written(z_image, "transformer")
     file = to_file(tmp_path / "net.safetensors", comfy_z_image(network))
-    convert.convert([file], z_image, tmp_path / "out")
+    convert([file], z_image, tmp_path / "out")
     folder = tmp_path / "out" / "transformer"
     assert len(list(folder.glob("*.safetensors"))) > 2
     checkpoint = Checkpoint(folder)
     assert all(torch.equal(checkpoint.get(k), v) for k, v in network.items())
     # and shards are read as one network, below a folder
-    again = convert.convert([tmp_path / "out" / "transformer"], z_image, tmp_path / "again")
+    again = convert([tmp_path / "out" / "transformer"], z_image, tmp_path / "again")
     assert [p.part for p in again.parts] == ["transformer"]
     assert {k.action for k in again.parts[0].keys} == {"kept"}
 
@@ -278,8 +280,8 @@ def test_halves_are_swapped_in_the_file_written(tmp_path):
     file = to_file(tmp_path / "f.safetensors", shapes(SD3))
     slot = SimpleNamespace(rules=names.sd3({"num_layers": 2}), bare=lambda name: name)
     stored = "final_layer.adaLN_modulation.1.weight"
-    key = convert.Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
-    network = convert.Converted(files.Source(file, [file]), slot, [key])
+    key = Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
+    network = Converted(files.Source(file, [file]), slot, [key])
     shift, scale = shapes(SD3)[stored].chunk(2)
     assert key.action == "swapped"
     assert torch.equal(network.get("norm_out.linear.weight"), torch.cat((scale, shift)))
@@ -329,26 +331,26 @@ def without_second(tensors):
 def test_files_of_other_models_are_refused(z_image, tmp_path, change, message):
     file = to_file(tmp_path / "net.safetensors", change(comfy_z_image(written(z_image, "transformer"))))
     with pytest.raises(CheckpointError, match=message):
-        convert.convert([file], z_image, tmp_path / "out")
+        convert([file], z_image, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.safetensors"]
 
 
 def test_impossible_arguments(z_image, tmp_path):
     file = to_file(tmp_path / "net.safetensors", comfy_z_image(written(z_image, "transformer")))
     with pytest.raises(ConfigError, match="a second transformer"):
-        convert.convert([file, file], z_image, tmp_path / "out")
+        convert([file, file], z_image, tmp_path / "out")
     with pytest.raises(ConfigError, match="exists; choose another name"):
-        convert.convert([file], z_image, tmp_path)
+        convert([file], z_image, tmp_path)
     with pytest.raises(CheckpointError, match="needs model_index"):
-        convert.convert([file], tmp_path, tmp_path / "out")
+        convert([file], tmp_path, tmp_path / "out")
     (tmp_path / "net.ckpt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a pickle"):
-        convert.convert([tmp_path / "net.ckpt"], z_image, tmp_path / "out")
+        convert([tmp_path / "net.ckpt"], z_image, tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"holds no \.safetensors"):
-        convert.convert([tmp_path / "empty"], z_image, tmp_path / "out")
+        convert([tmp_path / "empty"], z_image, tmp_path / "out")
     with pytest.raises(CheckpointError, match="is missing"):
-        convert.convert([tmp_path / "absent.safetensors"], z_image, tmp_path / "out")
+        convert([tmp_path / "absent.safetensors"], z_image, tmp_path / "out")
 
 
 def test_a_failure_leaves_nothing(z_image, tmp_path, monkeypatch):
@@ -359,7 +361,7 @@ def test_a_failure_leaves_nothing(z_image, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "write_shards", full)
     with pytest.raises(OSError, match="No space"):
-        convert.convert([file], z_image, tmp_path / "out")
+        convert([file], z_image, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.safetensors"]
 
 

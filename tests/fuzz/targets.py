@@ -12,9 +12,8 @@ import torch
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.files import open_tensors, read_json
 from twinflow_rt.checkpoint.typed_json import typed
-from twinflow_rt.convert import MODELS
 from twinflow_rt.errors import TwinFlowError
-from twinflow_rt.families import FAMILIES, family_of
+from twinflow_rt.families import FAMILIES, family_of, parts_by_kind
 from twinflow_rt.plan import Plan
 from twinflow_rt.sampling.schedule import SamplerConfig
 
@@ -44,8 +43,8 @@ def config(file: Path) -> None:
     """A network's config.json: what builds, builds on the meta device."""
     content = read_json(file)
     kind = content.get("_class_name") or content.get("model_type")
-    if isinstance(kind, str) and kind in MODELS:
-        MODELS[kind].declare(content)
+    if isinstance(kind, str) and (part := parts_by_kind().get(kind)):
+        part.declare(content)
         return
     family = family_of(content)
     network = family.build(family.config.from_dict(content))
@@ -68,7 +67,7 @@ def index(file: Path) -> None:
 
 
 TARGETS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (tensors, plan, config, index)}
-KINDS = (*FAMILIES, *MODELS)
+KINDS = (*FAMILIES, *parts_by_kind())
 
 
 class Runner:

@@ -164,11 +164,11 @@ def _measured(found: Mapping[str, Any], dtype: torch.dtype) -> Ceiling:
 
 
 def resident_bytes(
-    network: nn.Module, layout: Layout, dtype: torch.dtype, precision: str | None = None, exempt: Sequence[str] = ()
+    network: nn.Module, layout: Layout, dtype: torch.dtype, precision: str | None = None, skip_layers: Sequence[str] = ()
 ) -> int:
     """Bytes of a folded network's weights and tables on its device; the network may be on the meta device.
 
-    precision, exempt: "int8" or "fp8", and groups of layers kept out of it (`quantize.layer_groups`).
+    precision, skip_layers: "int8" or "fp8", and groups of layers kept out of it (`quantize.layer_groups`).
     """
     tables = {name for name, _ in network.named_buffers()}
     total: int = sum(
@@ -176,7 +176,7 @@ def resident_bytes(
         for name, tensor in network.state_dict().items()
     )
     groups = {} if precision is None else quantize.layer_groups(network, precision)
-    for layer in (layer for name, some in groups.items() if name not in exempt for layer in some.values()):
+    for layer in (layer for name, some in groups.items() if name not in skip_layers for layer in some.values()):
         total -= layer.weight.numel() * (dtype.itemsize - 1) - 4 * layer.out_features  # a byte each, and a scale a row
     return total
 

@@ -170,12 +170,7 @@ def clip(config: dict[str, Any]) -> Names:
     return Names(drops=(r"^logit_scale$",))
 
 
-def unchanged(config: dict[str, Any]) -> Names:
-    """Files whose names are diffusers' or transformers' own."""
-    return Names()
-
-
-# by _class_name or model_type of config.json
+# by _class_name or model_type of config.json; of others the names are diffusers' or transformers' own
 RULES: dict[str, Callable[[dict[str, Any]], Names]] = {
     "ZImageTransformer2DModel": z_image,
     "SD3Transformer2DModel": sd3,
