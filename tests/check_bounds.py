@@ -37,7 +37,7 @@ RUNTIME = (
 )
 # with them: networks and text encoders against theirs, scipy, Triton's kernels in its interpreter
 OPTIONAL = (
-    "tests/models/test_z_image.py",
+    "tests/models/test_transformers.py",
     "tests/stages/test_text.py",
     "tests/stages/test_vae.py",
     "tests/checkpoint/test_artifact.py",
