@@ -14,7 +14,7 @@ from twinflow_rt.checkpoint.layout import check
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.families import family_of
-from twinflow_rt.ops.selection import Target, select
+from twinflow_rt.ops import Target, select
 from twinflow_rt.passes.fold import fold
 from twinflow_rt.sampling.schedule import preset, schedule
 

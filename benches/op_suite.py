@@ -18,7 +18,7 @@ from benches.ops.case import SIZES, judge
 from benches.ops.eight_bit_cases import eight_bit_cases, implementations
 from benches.ops.op_cases import cases
 from twinflow_rt import ops as references
-from twinflow_rt.ops.selection import Target
+from twinflow_rt.ops import Target
 from twinflow_rt.runtime.timer import synchronize
 
 GPU = torch.cuda.is_available()

@@ -31,7 +31,7 @@ assert not {"torch", "transformers", "triton"} & set(sys.modules)
 import torch
 from twinflow_rt import ops
 from twinflow_rt.ops.native import library
-from twinflow_rt.ops.selection import IMPLEMENTATIONS
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS
 assert library.unavailable_reason() is None, library.unavailable_reason()
 assert (library.unavailable_reason("cuda") is None) == gpu, library.unavailable_reason("cuda")
 x, w = torch.randn(2, 37, 199), torch.randn(199)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, QUANTIZED_OPS
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS, QUANTIZED_OPS
 
 # the ops of networks that csrc/ has for either device
 NATIVE = tuple(

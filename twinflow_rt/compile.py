@@ -31,7 +31,8 @@ from .checkpoint.reading import Progress, Reader, assign, materialize, read_into
 from .config import dtype_name
 from .errors import ConfigError
 from .families import Family
-from .ops.selection import Choice, Target, select
+from .ops import Target, select
+from .ops.selection import Choice
 from .passes import fold as folding
 from .passes import quantize
 from .passes.fold import Schedule, fold, folded_away

@@ -26,7 +26,9 @@ from twinflow_rt import ops
 from twinflow_rt.bench import ceilings, facts
 from twinflow_rt.bench.timing import interleave
 from twinflow_rt.config import dtype_name
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, choose
+from twinflow_rt.ops import Target
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS
+from twinflow_rt.ops.selection import choose
 
 COPY_SHARE = 0.8  # of the copy bandwidth, what an op that moves data should reach
 FASTEST_SHARE = 0.95  # of the fastest implementation of an op with products, what the chosen one should reach

@@ -12,8 +12,9 @@ from torch import Tensor
 from benches.ops.case import Case
 from benches.ops.eight_bit_cases import implementations
 from twinflow_rt import ops
+from twinflow_rt.ops import Target
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS, RAGGED
 from twinflow_rt.ops.optional import find
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target
 
 NAMES = ("eager", "compile", "torch", "liger")
 LIGER = "liger_kernel.transformers.functional"

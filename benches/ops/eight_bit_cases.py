@@ -11,8 +11,9 @@ from torch import Tensor
 from benches.ops.case import Case, Draw, Sizes, exact_attention
 from benches.ops.op_cases import cases
 from twinflow_rt import ops
+from twinflow_rt.ops import Target
 from twinflow_rt.ops.declaration import Op
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, QUANTIZED_OPS, Target
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS, QUANTIZED_OPS
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 # ops whose results a linear layer multiplies

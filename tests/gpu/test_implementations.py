@@ -14,8 +14,9 @@ from benches.ops.case import SIZES, judge
 from benches.ops.eight_bit_cases import QUANTIZED, aimed, dequantized, eight_bit_cases
 from benches.ops.op_cases import cases
 from twinflow_rt import ops
+from twinflow_rt.ops import Target
 from twinflow_rt.ops.backends import BACKENDS
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, RAGGED, Target
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS, RAGGED
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -10,8 +10,7 @@ import torch
 from tests import qwen_image_factory, sana_factory, sd3_factory
 from tests.factory import randomize
 from tests.networks import family, inputs, run_step
-from twinflow_rt.ops import QuantizedRows
-from twinflow_rt.ops.selection import Target, select
+from twinflow_rt.ops import QuantizedRows, Target, select
 from twinflow_rt.passes import quantize
 from twinflow_rt.passes.layers import QuantizedLinear
 

@@ -19,8 +19,9 @@ from benches.ops.op_cases import cases
 from tests.registered import NATIVE, registered
 from twinflow_rt import ops
 from twinflow_rt.errors import DeviceError
+from twinflow_rt.ops import Target, select
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS
 from twinflow_rt.ops.native import decode, library, linear, mlp, norm, rope, sample
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, select
 
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
@@ -282,7 +283,8 @@ def test_selection_states_its_refusals(monkeypatch):
         choice = next(c for c in choices if c.op == "rms_norm")
         assert (choice.chosen, table.rms_norm) == ("eager", ops.rms_norm)
         assert reason in dict(choice.refused)["native"]
-    assert "head dims up to 256" in library.cuda_rope_refuses(Target("cuda", torch.float32, head_dim=320))
+    rope_refuses = IMPLEMENTATIONS["qk_norm_rope"]["cuda"].refuses
+    assert "head dims up to 256" in rope_refuses(Target("cuda", torch.float32, head_dim=320))
     monkeypatch.setattr(library, "load", lambda device: "the native extension is not built here (test)")
     _, choices = select(Target("cpu", torch.float32))
     assert "not built" in str(choices)

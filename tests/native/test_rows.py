@@ -9,8 +9,8 @@ from benches.ops.case import SIZES
 from benches.ops.eight_bit_cases import eight_bit_cases
 from tests.native.test_native import DTYPES, EPS, ODD, check, draw, formats, native
 from twinflow_rt import ops
+from twinflow_rt.ops.implementations import QUANTIZED_OPS
 from twinflow_rt.ops.native import library, linear, mlp
-from twinflow_rt.ops.selection import QUANTIZED_OPS
 
 ROWS = [c.name for c in eight_bit_cases(SIZES["tiny"], torch.float32, "cpu") if c.op in QUANTIZED_OPS]
 

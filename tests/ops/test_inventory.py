@@ -10,8 +10,9 @@ import torch
 
 from twinflow_rt.cli import kernels as inventory
 from twinflow_rt.cli import main
-from twinflow_rt.ops import optional
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, Target, select, select_quantized
+from twinflow_rt.ops import Target, optional, select
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS
+from twinflow_rt.ops.selection import select_quantized
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from benches.ops.case import SIZES, Sizes, outputs
 from benches.ops.eight_bit_cases import eight_bit_cases
 from benches.ops.op_cases import cases
 from twinflow_rt.ops import EAGER, OpTable
-from twinflow_rt.ops.selection import IMPLEMENTATIONS
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS
 
 ODD = Sizes(image=199, text=1, heads=1, head_dim=26, hidden=37, latents=(3, 2, 2), pixels=7)
 NAMES = [c.name for c in cases(SIZES["tiny"], torch.float32, "cpu")]

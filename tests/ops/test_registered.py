@@ -24,8 +24,10 @@ from tests.gpu import test_implementations as gpu
 from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from tests.registered import registered
 from twinflow_rt import ops
+from twinflow_rt.ops import OpTable, Target
+from twinflow_rt.ops.implementations import FP8, IMPLEMENTATIONS, RAGGED
 from twinflow_rt.ops.native import library
-from twinflow_rt.ops.selection import FP8, IMPLEMENTATIONS, RAGGED, OpTable, QuantizedOps, Target
+from twinflow_rt.ops.table import QuantizedOps
 
 TINY = SIZES["tiny"]
 OPS = {f.name for table in (OpTable, QuantizedOps) for f in fields(table)} | {RAGGED, FP8}

@@ -16,7 +16,7 @@ from benches.ops.op_cases import cases
 from tests.kernels.conftest import interpreted, poisoned  # noqa: F401
 from tests.registered import registered
 from twinflow_rt import ops
-from twinflow_rt.ops.selection import IMPLEMENTATIONS
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS
 from twinflow_rt.ops.table import EAGER_QUANTIZED, quantizing
 
 CASES = [

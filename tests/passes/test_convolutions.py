@@ -12,8 +12,8 @@ from tests.factory import read
 from tests.stages.test_vae import WIDE, saved
 from twinflow_rt.models.autoencoders.autoencoder_kl import MODEL, AutoencoderDecoder
 from twinflow_rt.models.layers import UpsampleConv, conv_residual
+from twinflow_rt.ops import Target
 from twinflow_rt.ops.native import library
-from twinflow_rt.ops.selection import Target
 from twinflow_rt.passes.convolutions import (
     NARROWEST,
     ConvertedConv2d,

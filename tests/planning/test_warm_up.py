@@ -8,7 +8,8 @@ from twinflow_rt import ops
 from twinflow_rt.bench.random_weights import temporary
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.ops.selection import IMPLEMENTATIONS, Choice, Implementation
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS, Implementation
+from twinflow_rt.ops.selection import Choice
 from twinflow_rt.planning import warm_up as warm
 
 

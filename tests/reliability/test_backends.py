@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from twinflow_rt.cli import kernels as inventory
-from twinflow_rt.ops import optional
-from twinflow_rt.ops.selection import Target, select
+from twinflow_rt.ops import Target, optional, select
 
 BREAKS = {
     "ImportError": "raise ImportError('libcudart.so.11: cannot open shared object file')",

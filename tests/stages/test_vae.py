@@ -75,7 +75,7 @@ def test_bfloat16_is_as_exact_as_diffusers(tmp_path):
 
 
 def test_runs_on_the_ops_selected_for_its_device(tmp_path):
-    from twinflow_rt.ops.selection import Target, select
+    from twinflow_rt.ops import Target, select
 
     _, folder = saved(tmp_path)
     decoder = read(VaeDecoder(folder / "vae", MODEL), torch.float32)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from ..ops.selection import Choice, Target, select
+from ..ops import Target, select
+from ..ops.selection import Choice
 from ..pipeline import Pipeline
 from ..planning.parameters import parameter_bytes
 from ..planning.work import predict_stages

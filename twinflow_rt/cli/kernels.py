@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from ..ops.selection import Target
+    from ..ops import Target
 
     try:  # a device this machine lacks is welcome: the refusals say so
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 def inventory(target: Any) -> list[Row]:
     """Return all implementations of all ops: first the ranked ones in order, then `eager`, then the rest."""
-    from ..ops.selection import IMPLEMENTATIONS, choose, rank
+    from ..ops.implementations import IMPLEMENTATIONS
+    from ..ops.selection import choose, rank
 
     rows = []
     for op, implementations in IMPLEMENTATIONS.items():

@@ -35,7 +35,7 @@ from ..compile import Recipe, compile_network
 from ..errors import CheckpointError, ConfigError
 from ..families import FAMILIES, Family, family_of
 from ..models.architecture import Architecture
-from ..ops.selection import Target, select
+from ..ops import Target, select
 from ..passes.convolutions import convert_convolutions
 from ..passes.upsample import fold_upsampling
 from ..plan import Plan

@@ -11,54 +11,51 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from ..config import dtype_name
-from .optional import find, older
-from .target import Target
+from .optional import absent
+from .target import Target, no_gpu, off_gpu, other_dtype
 
 Attention = Callable[..., Tensor]
 
-DTYPES = (torch.bfloat16, torch.float16)
+other_than_half = other_dtype("takes bfloat16 or float16", torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """module: what must import (None: torch alone); archs: (least, first that is too new); head_dim:
+    """module, function: what is called (None: torch's own); archs: (least, first that is too new); head_dim:
     the largest; multiple: what head dims must be a multiple of."""
 
     name: str
-    load: Callable[[], Attention]
     module: str | None = None
+    function: str = "flash_attn_func"
     archs: tuple[int, int] = (80, 1000)
     head_dim: int = 256
     multiple: int = 8
     least: tuple[int, ...] = ()
 
+    def load(self) -> Attention:
+        """The backend as a function of q, k and v."""
+        if self.module is None:
+            return _torch({"cudnn": "cudnn", "torch-flash": "flash"}[self.name])
+        return _package(self.module, self.function)
+
     def refuses(self, target: Target) -> str | None:
         """Why this backend cannot serve `target` on this machine, or None."""
-        if target.device != "cuda":
-            return f"runs on NVIDIA GPUs, not on {target.device}"
-        if target.dtype not in DTYPES:
-            return f"takes bfloat16 or float16, not {dtype_name(target.dtype)}"
+        if reason := off_gpu(target) or other_than_half(target):
+            return reason
         if target.arch is not None and not self.archs[0] <= target.arch < self.archs[1]:
             newest = "and newer" if self.archs[1] >= 1000 else f"to {(self.archs[1] - 1) / 10:.1f}"
             return f"needs compute capability {self.archs[0] / 10:.1f} {newest}, this GPU has {target.arch / 10:.1f}"
         if target.head_dim is not None and (target.head_dim > self.head_dim or target.head_dim % self.multiple):
             return f"takes head dims up to {self.head_dim}, multiples of {self.multiple}, not {target.head_dim}"
-        return self._absent()
-
-    def _absent(self) -> str | None:
         if self.module is not None:
-            package = find(self.module)
-            if package.problem is None and older(package.version, self.least):
-                return f"{self.module} {package.version} is older than {'.'.join(map(str, self.least))}"
-            return package.problem
-        if not torch.cuda.is_available():
-            return "torch finds no CUDA device"
+            return absent(self.module, self.least)
+        if reason := no_gpu():
+            return reason
         if self.name == "cudnn" and not torch.backends.cudnn.is_available():
             return "this torch has no cuDNN"
         if self.name == "torch-flash" and not torch.backends.cuda.is_flash_attention_available():
@@ -66,72 +63,40 @@ class Backend:
         return None
 
 
-def _cudnn() -> Attention:
-    op = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+def _torch(name: str) -> Attention:
+    """One of torch's own; "cudnn" also takes a bias and whether the log-sum-exp is wanted."""
+    op = getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention").default
+    more = (None, False) if name == "cudnn" else ()
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = op(q, k, v, None, False)[0]
+        out: Tensor = op(q, k, v, *more)[0]
         return out.transpose(1, 2).flatten(2)
 
     return attention
 
 
-def _torch_flash() -> Attention:
-    op = torch.ops.aten._scaled_dot_product_flash_attention.default
+def _package(module: str, function: str) -> Attention:
+    """function(q, k, v) of a package, whose versions return out or (out, log-sum-exp)."""
+    call = getattr(import_module(module), function)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out: Tensor = op(q, k, v)[0]
-        return out.transpose(1, 2).flatten(2)
-
-    return attention
-
-
-def _first(function: Callable[..., Any]) -> Attention:
-    """Adapts flash_attn_func(q, k, v), whose versions return out or (out, log-sum-exp)."""
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v)
+        out = call(q, k, v)
         first: Tensor = out[0] if isinstance(out, tuple) else out
         return first.flatten(2)
 
     return attention
 
 
-def _flash2() -> Attention:
-    from flash_attn import flash_attn_func
-
-    return _first(flash_attn_func)
-
-
-def _flash3() -> Attention:
-    from flash_attn_interface import flash_attn_func
-
-    return _first(flash_attn_func)
-
-
-def _flash4() -> Attention:
-    from flash_attn.cute import flash_attn_func
-
-    return _first(flash_attn_func)
-
-
-def _xformers() -> Attention:
-    from xformers.ops import memory_efficient_attention
-
-    return _first(memory_efficient_attention)
-
-
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("cudnn", _cudnn, head_dim=128),
-        Backend("torch-flash", _torch_flash),
-        Backend("flash-attn-2", _flash2, "flash_attn", least=(2, 7)),
-        Backend("flash-attn-3", _flash3, "flash_attn_interface", archs=(90, 100)),
-        Backend("flash-attn-4", _flash4, "flash_attn.cute", archs=(90, 120), head_dim=128),
-        Backend("xformers", _xformers, "xformers.ops", least=(0, 0, 30)),
+        Backend("cudnn", head_dim=128),
+        Backend("torch-flash"),
+        Backend("flash-attn-2", "flash_attn", least=(2, 7)),
+        Backend("flash-attn-3", "flash_attn_interface", archs=(90, 100)),
+        Backend("flash-attn-4", "flash_attn.cute", archs=(90, 120), head_dim=128),
+        Backend("xformers", "xformers.ops", "memory_efficient_attention", least=(0, 0, 30)),
     )
 }
 PLANS_PER_SHAPE = ("cudnn",)

@@ -11,12 +11,12 @@ from importlib import import_module
 
 import torch
 
-from ..config import dtype_name
 from . import backends, optional
 from .attention import attention_fp8
 from .declaration import Op
+from .native import library
 from .table import EAGER, EAGER_QUANTIZED, OpTable, QuantizedOps
-from .target import Target
+from .target import Refusal, Target, either, in_training, larger_heads, no_gpu, off_gpu, other_dtype
 
 TRITON = (3, 6)
 OLDEST_ARCH = 80
@@ -26,7 +26,6 @@ RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of s
 FP8 = "attention_fp8"  # attention with float8 scores, where the target asks for it
 QUANTIZED_OPS = tuple(f.name for f in fields(EAGER_QUANTIZED))
 CPU, GPU = ("cpu",), ("cuda",)
-_MULTIPLIES_INT8 = "multiplies int8, not float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -36,100 +35,8 @@ class Implementation:
 
     name: str
     load: Callable[[], Op]
-    refuses: Callable[[Target], str | None] = lambda target: None
+    refuses: Refusal = lambda target: None
     devices: tuple[str, ...] = (*CPU, *GPU)
-
-
-def _cublas_refuses(target: Target) -> str | None:
-    if target.device != "cuda":
-        return f"runs on NVIDIA GPUs, not on {target.device}"
-    return None if torch.cuda.is_available() else "torch finds no CUDA device"
-
-
-def _folded_refuses(target: Target) -> str | None:
-    return "its weights are sums of the trained ones" if target.training else None
-
-
-def _triton_linear_refuses(target: Target) -> str | None:
-    if target.dtype not in backends.DTYPES:
-        return f"takes bfloat16 or float16, not {dtype_name(target.dtype)}"
-    return triton_refuses(target)
-
-
-def triton_refuses(target: Target) -> str | None:
-    """Why the Triton kernels cannot serve `target` on this machine, or None."""
-    if target.device != "cuda":
-        return f"runs on NVIDIA GPUs, not on {target.device}"
-    if target.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"stores bfloat16, float16 or float32, not {dtype_name(target.dtype)}"
-    if target.training:
-        return "has no gradient"
-    if target.arch is not None and target.arch < OLDEST_ARCH:
-        return f"needs compute capability 8.0 or newer, this GPU has {target.arch / 10:.1f}"
-    package = optional.find("triton")
-    if package.problem is None and optional.older(package.version, TRITON):
-        return f"triton {package.version} is older than {'.'.join(map(str, TRITON))}"
-    if package.problem is None and not torch.cuda.is_available():
-        return "torch finds no CUDA device"
-    return package.problem
-
-
-def _triton_attention_refuses(target: Target) -> str | None:
-    if target.dtype not in backends.DTYPES:
-        return f"takes bfloat16 or float16, not {dtype_name(target.dtype)}"
-    if target.head_dim is not None and target.head_dim > 256:
-        return f"takes head dims up to 256, not {target.head_dim}"
-    return triton_refuses(target)
-
-
-def _triton_fp8_refuses(target: Target) -> str | None:
-    return _float8_refuses(target.arch) or _triton_attention_refuses(target)
-
-
-def _triton_linear_attention_refuses(target: Target) -> str | None:
-    if target.linear_head_dim is not None and target.linear_head_dim > 32:
-        return f"takes head dims up to 32, not {target.linear_head_dim}"
-    return triton_refuses(target)
-
-
-def _float8_refuses(arch: int | None) -> str | None:
-    return _older_refuses("float8", FLOAT8_ARCH, arch)
-
-
-def _older_refuses(what: str, least: int, arch: int | None) -> str | None:
-    if arch is not None and arch < least:
-        return f"{what} needs compute capability {least / 10:.1f}, this GPU has {arch / 10:.1f}"
-    return None
-
-
-def _int8_mm_refuses(target: Target) -> str | None:
-    if target.device not in ("cpu", "cuda"):
-        return f"runs on a CPU or an NVIDIA GPU, not on {target.device}"
-    if reason := _older_refuses("int8", INT8_ARCH, target.arch):
-        return reason
-    return _MULTIPLIES_INT8 if target.quantized == torch.float8_e4m3fn else None
-
-
-def _native_quantized_refuses(target: Target) -> str | None:
-    if target.device == "cpu" and target.quantized == torch.float8_e4m3fn:
-        return "makes int8 rows, not float8_e4m3fn"
-    return _library("refuses")(target)
-
-
-def _cuda_product_refuses(target: Target) -> str | None:
-    return _MULTIPLIES_INT8 if target.quantized == torch.float8_e4m3fn else _library("cuda_refuses")(target)
-
-
-def _scaled_mm_refuses(target: Target) -> str | None:
-    if target.device != "cuda":
-        return f"runs on NVIDIA GPUs, not on {target.device}"
-    if target.quantized == torch.int8:
-        return "multiplies float8_e4m3fn, not int8"
-    if target.dtype != torch.bfloat16:
-        return f"gives bfloat16, not {dtype_name(target.dtype)}"
-    if reason := _float8_refuses(target.arch):
-        return reason
-    return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
 def _from(module: str, function: str) -> Callable[[], Op]:
@@ -137,44 +44,74 @@ def _from(module: str, function: str) -> Callable[[], Op]:
     return lambda: getattr(import_module(f"twinflow_rt.{module}"), function)
 
 
-def _library(function: str) -> Callable[[Target], str | None]:
-    return lambda target: _from("ops.native.library", function)()(target)
+def _older(words: str, least: int) -> Refusal:
+    """`words` say what needs the compute capability `least`."""
+    return lambda target: (
+        f"{words}, this GPU has {target.arch / 10:.1f}" if target.arch is not None and target.arch < least else None
+    )
 
 
-def _quantizing_refuses(refuses: Callable[[Target], str | None]) -> Callable[[Target], str | None]:
-    """`refuses` of kernels on a GPU that quantize: float8 needs a chip that stores it."""
+def _given(quantized: torch.dtype, refuses: Refusal | str, device: str | None = None) -> Refusal:
+    """What speaks against targets whose layers multiply `quantized`, on `device` or any: a refusal or a sentence."""
 
-    def refuses_float8(target: Target) -> str | None:
-        reason = _float8_refuses(target.arch) if target.quantized == torch.float8_e4m3fn else None
-        return reason or refuses(target)
+    def refusal(target: Target) -> str | None:
+        if target.quantized != quantized or device not in (None, target.device):
+            return None
+        return refuses if isinstance(refuses, str) else refuses(target)
 
-    return refuses_float8
+    return refusal
 
 
+def _off_cpu_and_gpu(target: Target) -> str | None:
+    known = target.device in ("cpu", "cuda")
+    return None if known else f"runs on a CPU or an NVIDIA GPU, not on {target.device}"
+
+
+_FLOAT8 = torch.float8_e4m3fn
+_older_than_float8 = _older("float8 needs compute capability 8.9", FLOAT8_ARCH)
+_int8_only = _given(_FLOAT8, "multiplies int8, not float8_e4m3fn")
+_triton = either(
+    off_gpu,
+    other_dtype("stores bfloat16, float16 or float32", torch.bfloat16, torch.float16, torch.float32),
+    in_training,
+    _older("needs compute capability 8.0 or newer", OLDEST_ARCH),
+    lambda target: optional.absent("triton", TRITON),
+    no_gpu,
+)
+_triton_attention = either(backends.other_than_half, larger_heads(256), _triton)
+_triton_float8_attention = either(_older_than_float8, _triton_attention)
+_cuda_rope = either(larger_heads(256), library.cuda_refuses)
 # what speaks against our kernels, of each kind; against those that quantize; and against those that take less
-_REFUSES = {"cuda": _library("cuda_refuses"), "triton": triton_refuses, "native": _library("refuses")}
+_REFUSES = {"cuda": library.cuda_refuses, "triton": _triton, "native": library.refuses}
 _QUANTIZING_REFUSES = {
-    "cuda": _quantizing_refuses(_library("cuda_refuses")),
-    "triton": _quantizing_refuses(triton_refuses),
-    "native": _native_quantized_refuses,
+    "cuda": either(_given(_FLOAT8, _older_than_float8), library.cuda_refuses),
+    "triton": either(_given(_FLOAT8, _older_than_float8), _triton),
+    "native": either(_given(_FLOAT8, "makes int8 rows, not float8_e4m3fn", "cpu"), library.refuses),
 }
-_OWN_REFUSES: dict[tuple[str, str], Callable[[Target], str | None]] = {
-    ("attention", "triton"): _triton_attention_refuses,
-    ("linear_attention", "triton"): _triton_linear_attention_refuses,
-    ("linear_swiglu", "triton"): _triton_linear_refuses,
-    ("qk_norm_rope", "cuda"): _library("cuda_rope_refuses"),
-    ("joint_qk_norm_rope", "cuda"): _library("cuda_rope_refuses"),
-    ("linear_quantized", "cuda"): _cuda_product_refuses,
+_OWN_REFUSES: dict[tuple[str, str], Refusal] = {
+    ("attention", "triton"): _triton_attention,
+    ("linear_attention", "triton"): either(larger_heads(32, "linear_head_dim"), _triton),
+    ("linear_swiglu", "triton"): either(backends.other_than_half, _triton),
+    ("qk_norm_rope", "cuda"): _cuda_rope,
+    ("joint_qk_norm_rope", "cuda"): _cuda_rope,
+    ("linear_quantized", "cuda"): either(_int8_only, library.cuda_refuses),
 }
+_cublas = either(off_gpu, no_gpu)
+_folded = lambda target: "its weights are sums of the trained ones" if target.training else None
+_int8_mm = either(_off_cpu_and_gpu, _older("int8 needs compute capability 8.0", INT8_ARCH), _int8_only)
+_scaled_mm = either(
+    off_gpu, _given(torch.int8, "multiplies float8_e4m3fn, not int8"),
+    other_dtype("gives bfloat16", torch.bfloat16), _older_than_float8, no_gpu,
+)  # fmt: skip
 # what is none of our kernels: ops of torch, of cuBLAS, of other packages
 _OTHERS = {
     i.name: i
     for i in (
-        Implementation("cublaslt", _from("ops.mlp", "linear_gelu_epilogue"), _cublas_refuses),
-        Implementation("cublas", _from("ops.mlp", "linear_residual_epilogue"), _cublas_refuses),
-        Implementation("folded", _from("ops.conv", "upsample_conv"), _folded_refuses),
-        Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm_refuses),
-        Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm_refuses, GPU),
+        Implementation("cublaslt", _from("ops.mlp", "linear_gelu_epilogue"), _cublas),
+        Implementation("cublas", _from("ops.mlp", "linear_residual_epilogue"), _cublas),
+        Implementation("folded", _from("ops.conv", "upsample_conv"), _folded),
+        Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm),
+        Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm, GPU),
         *(Implementation(b.name, b.load, b.refuses, GPU) for b in backends.BACKENDS.values()),
     )
 }
@@ -184,12 +121,9 @@ def _implementation(name: str, op: str, stem: str, eager: Op) -> Implementation:
     """The implementation `name` of `op`, whose declaration names it."""
     if name in _OTHERS:
         return _OTHERS[name]
-    if name == "separate":
-        return Implementation(name, lambda: eager)
-    if name == "eager":
-        return Implementation(name, lambda: eager, devices=())
-    quantizes = op in QUANTIZED_OPS
-    refuses = _OWN_REFUSES.get((op, name)) or (_QUANTIZING_REFUSES if quantizes else _REFUSES)[name]
+    if name in ("separate", "eager"):  # eager is tried nowhere: it remains
+        return Implementation(name, lambda: eager, devices=() if name == "eager" else (*CPU, *GPU))
+    refuses = _OWN_REFUSES.get((op, name)) or (_QUANTIZING_REFUSES if op in QUANTIZED_OPS else _REFUSES)[name]
     package = "kernels" if name == "triton" else "ops.native"
     return Implementation(name, _from(f"{package}.{stem}", op), refuses, CPU if name == "native" else GPU)
 
@@ -209,7 +143,7 @@ def _declared(table: OpTable | QuantizedOps) -> dict[str, dict[str, Implementati
 IMPLEMENTATIONS = _declared(EAGER)
 IMPLEMENTATIONS[RAGGED] = {name: IMPLEMENTATIONS["attention"][name] for name in ("triton", "eager")}
 IMPLEMENTATIONS[FP8] = {
-    "triton": Implementation("triton", _from("kernels.attention_fp8", FP8), _triton_fp8_refuses, GPU),
+    "triton": Implementation("triton", _from("kernels.attention_fp8", FP8), _triton_float8_attention, GPU),
     "eager": Implementation("eager", lambda: attention_fp8, devices=()),
 }
 IMPLEMENTATIONS |= _declared(EAGER_QUANTIZED)

@@ -39,6 +39,14 @@ def find(module: str, distribution: str | None = None) -> Package:
     return Package(module, version)
 
 
+def absent(module: str, least: tuple[int, ...]) -> str | None:
+    """Why `module`, of version `least` or newer, cannot be used, or None."""
+    package = find(module)
+    if package.problem is None and older(package.version, least):
+        return f"{module} {package.version} is older than {'.'.join(map(str, least))}"
+    return package.problem
+
+
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)

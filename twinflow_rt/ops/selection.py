@@ -17,22 +17,9 @@ from torch import Tensor
 
 from . import backends
 from .declaration import Op
-from .implementations import (
-    FLOAT8_ARCH,
-    FP8,
-    IMPLEMENTATIONS,
-    INT8_ARCH,
-    QUANTIZED_OPS,
-    RAGGED,
-    Implementation,
-)
+from .implementations import FP8, IMPLEMENTATIONS, QUANTIZED_OPS, RAGGED
 from .table import OpTable, QuantizedOps
 from .target import Target
-
-__all__ = [
-    "FLOAT8_ARCH", "FP8", "IMPLEMENTATIONS", "INT8_ARCH", "QUANTIZED_OPS", "RAGGED", "SEPARATE", "Choice",
-    "Implementation", "OpTable", "QuantizedOps", "Target", "choose", "rank", "select", "select_quantized",
-]  # fmt: skip
 
 # a product and what follows it -> the op that follows: "separate" is torch's product, then that op as chosen
 SEPARATE = {"linear_swiglu": "swiglu", "linear_gelu": "gelu_tanh"}
@@ -50,16 +37,12 @@ def rank(op: str, target: Target) -> tuple[str, ...]:
     return tuple(i.name for i in IMPLEMENTATIONS[op].values() if target.device in i.devices)
 
 
-def _rank_linear_swiglu(arch: int | None) -> tuple[str, ...]:
-    """The pass that the fused product saves is a small part of the product's own time. Where products go through
-    mma.sync (8.x, 12.x) Triton's are about level with cuBLAS's, so the pass decides; on 9.0 and 10.x the vendor's
-    library feeds the tensor cores better than that. Judged, not measured: `benches/gpu.sh OUT layers-z-image`."""
-    return ("triton", "separate") if arch is not None and not 90 <= arch < 120 else ("separate",)
-
-
+# linear_swiglu: the pass that the fused product saves is a small part of the product's own time. Where products go
+# through mma.sync (8.x, 12.x) Triton's are about level with cuBLAS's, so the pass decides; on 9.0 and 10.x the vendor's
+# library feeds the tensor cores better than that. Judged, not measured: `benches/gpu.sh OUT layers-z-image`.
 _GPU_RANKS: dict[str, Callable[[int | None], tuple[str, ...]]] = {
     "attention": backends.order,
-    "linear_swiglu": _rank_linear_swiglu,
+    "linear_swiglu": lambda arch: ("separate",) if arch is None or 90 <= arch < 120 else ("triton", "separate"),
 }
 
 

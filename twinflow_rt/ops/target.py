@@ -1,11 +1,17 @@
-"""What a program is compiled for, as implementations of ops need to know it."""
+"""What a program is compiled for, as implementations of ops need to know it, and why one cannot serve it.
+
+A refusal is a function of the target that returns a sentence, or None where nothing speaks against it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from ..config import dtype_name
 
 
 @dataclass(frozen=True)
@@ -38,3 +44,37 @@ class Target:
             major, minor = torch.cuda.get_device_capability(device)
             arch = 10 * major + minor
         return cls(device.type, dtype, arch=arch, head_dim=head_dim)
+
+
+Refusal = Callable[[Target], str | None]
+
+
+def either(*refusals: Refusal) -> Refusal:
+    """The first reason that any of these gives, in this order."""
+    return lambda target: next((reason for refuses in refusals if (reason := refuses(target))), None)
+
+
+def off_gpu(target: Target) -> str | None:
+    return None if target.device == "cuda" else f"runs on NVIDIA GPUs, not on {target.device}"
+
+
+def no_gpu(target: Target | None = None) -> str | None:
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def in_training(target: Target) -> str | None:
+    return "has no gradient" if target.training else None
+
+
+def other_dtype(words: str, *dtypes: torch.dtype) -> Refusal:
+    """`words` say which dtypes of storage there are: "takes float32"."""
+    return lambda target: None if target.dtype in dtypes else f"{words}, not {dtype_name(target.dtype)}"
+
+
+def larger_heads(most: int, name: str = "head_dim") -> Refusal:
+    """Heads of more than `most` elements; name: the field of the target that has their size."""
+    def refusal(target: Target) -> str | None:
+        dim = getattr(target, name)
+        return f"takes head dims up to {most}, not {dim}" if dim is not None and dim > most else None
+
+    return refusal

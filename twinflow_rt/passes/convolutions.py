@@ -22,11 +22,10 @@ from ..checkpoint.load_report import TRIM_EVERY
 from ..config import dtype_name, has_native
 from ..host_memory import release_free_memory
 from ..models.layers import UpsampleConv
-from ..ops import OpTable, linear
+from ..ops import OpTable, Target, linear
 from ..ops.conv import conv_packed, pack_conv, pack_folded, upsample_conv_packed, winograd_points, winograd_weight
 from ..ops.native import library
 from ..ops.native.conv import conv_winograd
-from ..ops.selection import Target
 from .layer_groups import Layers
 from .replace import replace_module, take_over
 

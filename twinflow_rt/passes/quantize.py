@@ -20,8 +20,10 @@ from ..checkpoint.load_report import TRIM_EVERY
 from ..config import dtype_name, has_native
 from ..errors import CheckpointError, ConfigError
 from ..host_memory import release_free_memory
+from ..ops import Target
+from ..ops.implementations import FLOAT8_ARCH, INT8_ARCH
 from ..ops.linear import packing_refuses
-from ..ops.selection import FLOAT8_ARCH, INT8_ARCH, Choice, Target, select_quantized
+from ..ops.selection import Choice, select_quantized
 from ..ops.table import quantizing
 from .blocks import group_of, in_block
 from .layer_groups import Group, Layers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fuse import sources
 from ..checkpoint.layout import Layout
-from ..ops.selection import Target, select
+from ..ops import Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of
 from ..passes.convolutions import refuses, winograd_bytes

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..models.context import Context
-from ..ops import EAGER
-from ..ops.selection import Choice, OpTable
+from ..ops import EAGER, OpTable
+from ..ops.selection import Choice
 from ..passes.upsample import fold_upsampling
 from ..stages.text import PromptEmbeds, TextStage
 from ..stages.vae import VaeDecoder

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..ops.selection import Target
+from ..ops import Target
 from ..passes.layer_groups import Group
 from ..passes.layers import quantized_layers
 from ..passes.quantize import bind_quantized, layer_groups, require

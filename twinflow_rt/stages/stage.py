@@ -17,8 +17,7 @@ from ..checkpoint.load_report import LoadReport
 from ..checkpoint.reading import Progress
 from ..errors import ConfigError
 from ..models.architecture import Architecture
-from ..ops import EAGER
-from ..ops.selection import OpTable, Target, select
+from ..ops import EAGER, OpTable, Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names
 from ..passes.layer_groups import Layers

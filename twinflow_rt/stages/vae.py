@@ -12,7 +12,7 @@ from ..checkpoint.reading import Progress
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
 from ..models.autoencoders import autoencoder_tiny
-from ..ops.selection import Target
+from ..ops import Target
 from ..passes.convolutions import convert_convolutions
 from ..passes.layer_groups import Layers
 from . import tiles

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from ...config import dtype_name
-from ..target import Target
+from ..target import Target, either, in_training, no_gpu, off_gpu, other_dtype
 
 ABI_VERSION = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
@@ -102,36 +101,22 @@ def threads_apart(device: torch.device) -> Iterator[None]:
 
 def unusable_reason() -> str | None:
     """Why the GPU kernels of this installation cannot run on this machine, or None."""
-    if reason := unavailable_reason("cuda"):
+    if reason := unavailable_reason("cuda") or no_gpu():
         return reason
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device"
     problem = load("cuda").problem()
     return f"the driver refuses the GPU kernels: {problem}" if problem else None
+
+
+_other_dtype = either(other_dtype("stores float32 or bfloat16", *DTYPES), in_training)
 
 
 def refuses(target: Target) -> str | None:
     """Why the CPU kernels cannot serve `target`, or None."""
     if target.device != "cpu":
         return f"runs on the CPU, not on {target.device}"
-    return _refuses_dtype(target) or unavailable_reason()
+    return _other_dtype(target) or unavailable_reason()
 
 
 def cuda_refuses(target: Target) -> str | None:
     """Why the GPU kernels cannot serve `target`, or None."""
-    if target.device != "cuda":
-        return f"runs on NVIDIA GPUs, not on {target.device}"
-    return _refuses_dtype(target) or unusable_reason()
-
-
-def cuda_rope_refuses(target: Target) -> str | None:
-    """`cuda_refuses` for the rotation kernel, which takes head dims up to 256."""
-    if target.head_dim is not None and target.head_dim > 256:
-        return f"takes head dims up to 256, not {target.head_dim}"
-    return cuda_refuses(target)
-
-
-def _refuses_dtype(target: Target) -> str | None:
-    if target.dtype not in DTYPES:
-        return f"stores float32 or bfloat16, not {dtype_name(target.dtype)}"
-    return "has no gradient" if target.training else None
+    return off_gpu(target) or _other_dtype(target) or unusable_reason()

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ..linear import int8_sums
-from .register import Pair, address, op, quantized, quantized_like, rows_of, run
+from .register import Pair, address, op, quantized_like, results, rows_of, run
 
 
 @op("quantize_rows(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", quantized_like)
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> Pair:
-    (made, out), (rows, shape) = quantized(x, dtype), rows_of(x)
+    made: Pair
+    (made, out), (rows, shape) = results(x, dtype), rows_of(x)
     run("quantize_rows", x, rows, out, shape)
     return made
 

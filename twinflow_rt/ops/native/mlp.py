@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .register import Pair, fresh, like, op, quantized, quantized_like, run, stored
+from .register import like, op_and_quantized, quantized_like, results, run
 
 
-def _halves(x: Tensor) -> tuple[Tensor, int]:
-    """x, contiguous, and the size of the halves of its last axis."""
+def _swiglu(x: Tensor, dtype: torch.dtype | None = None) -> Any:
     hidden = x.shape[-1] // 2
     if hidden * 2 != x.shape[-1] or not hidden:
         raise ValueError(f"swiglu halves the last axis, which has {x.shape[-1]} elements")
-    return x.contiguous(), hidden
-
-
-def _halved(x: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
-
-
-@op("swiglu(Tensor x) -> Tensor", _halved)
-def swiglu(x: Tensor) -> Tensor:
-    x, hidden = _halves(x)
-    out = x.new_empty((*x.shape[:-1], hidden))
-    run("swiglu", x, x.data_ptr(), stored(out), out.numel() // hidden, hidden)
-    return out
-
-
-def _halved_quantized(x: Tensor, dtype: torch.dtype) -> Pair:
-    return quantized_like(x, dtype, width=x.shape[-1] // 2)
-
-
-@op("swiglu_quantized(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", _halved_quantized)
-def swiglu_quantized(x: Tensor, dtype: torch.dtype) -> Pair:
-    x, hidden = _halves(x)
-    made, out = quantized(x, dtype, hidden)
-    run("swiglu", x, x.data_ptr(), out, made[1].numel(), hidden)
+    x, (made, out) = x.contiguous(), results(x, dtype, hidden)
+    run("swiglu", x, x.data_ptr(), out, x.numel() // (2 * hidden), hidden)
     return made
 
 
-@op("gelu_tanh(Tensor x) -> Tensor", like)
-def gelu_tanh(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    out, width = fresh(x), max(x.shape[-1], 1)
-    run("gelu_tanh", x, x.data_ptr(), stored(out), out.numel() // width, width)
-    return out
+swiglu, swiglu_quantized = op_and_quantized(
+    "swiglu(Tensor x) -> Tensor",
+    lambda x: x.new_empty((*x.shape[:-1], x.shape[-1] // 2)),
+    lambda x, dtype: quantized_like(x, dtype, width=x.shape[-1] // 2),
+)(_swiglu)
 
 
-@op("gelu_tanh_quantized(Tensor x, ScalarType dtype) -> (Tensor, Tensor)", quantized_like)
-def gelu_tanh_quantized(x: Tensor, dtype: torch.dtype) -> Pair:
-    x, (made, out) = x.contiguous(), quantized(x, dtype)
-    run("gelu_tanh", x, x.data_ptr(), out, made[1].numel(), x.shape[-1])
+def _gelu_tanh(x: Tensor, dtype: torch.dtype | None = None) -> Any:
+    x, (made, out), width = x.contiguous(), results(x, dtype), max(x.shape[-1], 1)
+    run("gelu_tanh", x, x.data_ptr(), out, x.numel() // width, width)
     return made
+
+
+gelu_tanh, gelu_tanh_quantized = op_and_quantized("gelu_tanh(Tensor x) -> Tensor", like, quantized_like)(_gelu_tanh)

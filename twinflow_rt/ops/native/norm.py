@@ -8,122 +8,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .register import Pair, check_like, fresh, like, op, quantized, quantized_like, roomy, rows_of, run, stored
+from .register import check_like, fresh, like, op, op_and_quantized, quantized_like, results, roomy, rows_of, run
 from .register import weights_of as weights
-
-
-@op("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", like)
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out, (rows, shape) = fresh(x), rows_of(x)
-    run("rms_norm", x, rows, weights(weight, x), stored(out), shape, eps)
-    return out
-
-
-@op("rms_norm_quantized(Tensor x, Tensor weight, float eps, ScalarType dtype) -> (Tensor, Tensor)", quantized_like)
-def rms_norm_quantized(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Pair:
-    (made, out), (rows, shape) = quantized(x, dtype), rows_of(x)
-    run("rms_norm", x, rows, weights(weight, x), out, shape, eps)
-    return made
-
-
-@op("layer_norm(Tensor x, Tensor? weight, float eps, Tensor? bias=None) -> Tensor", like)
-def layer_norm(x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None) -> Tensor:
-    out, (rows, shape) = fresh(x), rows_of(x)
-    run("layer_norm", x, rows, weights(weight, x), weights(bias, x), stored(out), shape, eps)
-    return out
-
-
-@op(
-    "layer_norm_quantized(Tensor x, Tensor? weight, float eps, Tensor? bias, ScalarType dtype) -> (Tensor, Tensor)",
-    quantized_like,
-)
-def layer_norm_quantized(
-    x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None, dtype: torch.dtype
-) -> Pair:  # fmt: skip
-    (made, out), (rows, shape) = quantized(x, dtype), rows_of(x)
-    run("layer_norm", x, rows, weights(weight, x), weights(bias, x), out, shape, eps)
-    return made
-
-
-def _one_or_two_like(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
-    return [like(x) for _ in range(1 if pre is None else 2)]
-
-
-@op(
-    "residual_norm(Tensor x, Tensor branch, Tensor post, Tensor? pre, float eps) -> Tensor[]",
-    _one_or_two_like,
-)
-def _residual_norm(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
-    check_like("branch", x, branch)
-    total, normed = fresh(x), None if pre is None else fresh(x)
-    (rows, shape), (added, _) = rows_of(x), rows_of(branch)
-    after, before = weights(post, x), weights(pre, x)
-    run("residual_norm", x, rows, added, after, before, total.data_ptr(), stored(normed), shape, eps)
-    return [total] if normed is None else [total, normed]
-
-
-def residual_norm(
-    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    """See ops/norm.py; a registered op cannot return None."""
-    out = _residual_norm(x, branch, post, pre, eps)
-    return out[0], None if pre is None else out[1]
 
 
 def _sum_and_quantized_like(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return like(x), *quantized_like(x, *rest)
 
 
-@op(
-    "residual_norm_quantized(Tensor x, Tensor branch, Tensor post, Tensor pre, float eps, ScalarType dtype)"
-    " -> (Tensor, Tensor, Tensor)",
-    _sum_and_quantized_like,
-)
-def residual_norm_quantized(
-    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Any:
+    (made, out), (rows, shape) = results(x, dtype), rows_of(x)
+    run("rms_norm", x, rows, weights(weight, x), out, shape, eps)
+    return made
+
+
+rms_norm, rms_norm_quantized = op_and_quantized(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", like, quantized_like
+)(_rms_norm)
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor | None, eps: float, bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Any:
+    (made, out), (rows, shape) = results(x, dtype), rows_of(x)
+    run("layer_norm", x, rows, weights(weight, x), weights(bias, x), out, shape, eps)
+    return made
+
+
+layer_norm, layer_norm_quantized = op_and_quantized(
+    "layer_norm(Tensor x, Tensor? weight, float eps, Tensor? bias=None) -> Tensor", like, quantized_like
+)(_layer_norm)
+
+
+def _one_or_two_like(x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float) -> list[Tensor]:
+    return [like(x) for _ in range(1 if pre is None else 2)]
+
+
+def _residual_norm(
+    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float, dtype: torch.dtype | None = None
+) -> Any:
     check_like("branch", x, branch)
-    total, (made, out) = fresh(x), quantized(x, dtype)
+    made: Any
+    total, (made, out) = fresh(x), (None, (0, 0, 0)) if pre is None else results(x, dtype)
     (rows, shape), (added, _) = rows_of(x), rows_of(branch)
     run("residual_norm", x, rows, added, weights(post, x), weights(pre, x), total.data_ptr(), out, shape, eps)
-    return total, *made
+    if dtype is not None:
+        return total, *made
+    return [total] if made is None else [total, made]
 
 
-def _two_like(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return like(x), like(x)
+_residual_norm_plain, residual_norm_quantized = op_and_quantized(
+    "residual_norm(Tensor x, Tensor branch, Tensor post, Tensor? pre, float eps) -> Tensor[]",
+    _one_or_two_like, _sum_and_quantized_like,
+)(_residual_norm)  # fmt: skip
 
 
-@op(
-    "residual_layer_norm(Tensor x, Tensor branch, Tensor? gate, Tensor? weight, Tensor? bias, float eps)"
-    " -> (Tensor, Tensor)",
-    _two_like,
-)
-def residual_layer_norm(
-    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def residual_norm(
+    x: Tensor, branch: Tensor, post: Tensor, pre: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """See ops/norm.py; a registered op cannot return None."""
+    out = _residual_norm_plain(x, branch, post, pre, eps)
+    return out[0], None if pre is None else out[1]
+
+
+def _residual_layer_norm(
+    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+    dtype: torch.dtype | None = None,
+) -> Any:  # fmt: skip
     check_like("branch", x, branch)
-    total, normed = fresh(x), fresh(x)
-    (rows, shape), (added, _) = rows_of(x), rows_of(branch)
-    affine = weights(gate, x), weights(weight, x), weights(bias, x)
-    run("residual_layer_norm", x, rows, added, *affine, total.data_ptr(), stored(normed), shape, eps)
-    return total, normed
-
-
-@op(
-    "residual_layer_norm_quantized(Tensor x, Tensor branch, Tensor? gate, Tensor? weight, Tensor? bias, float eps,"
-    " ScalarType dtype) -> (Tensor, Tensor, Tensor)",
-    _sum_and_quantized_like,
-)
-def residual_layer_norm_quantized(
-    x: Tensor, branch: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    eps: float, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_like("branch", x, branch)
-    total, (made, out) = fresh(x), quantized(x, dtype)
+    total, (made, out) = fresh(x), results(x, dtype)
     (rows, shape), (added, _) = rows_of(x), rows_of(branch)
     affine = weights(gate, x), weights(weight, x), weights(bias, x)
     run("residual_layer_norm", x, rows, added, *affine, total.data_ptr(), out, shape, eps)
-    return total, *made
+    return (total, made) if dtype is None else (total, *made)
+
+
+residual_layer_norm, residual_layer_norm_quantized = op_and_quantized(
+    "residual_layer_norm(Tensor x, Tensor branch, Tensor? gate, Tensor? weight, Tensor? bias, float eps)"
+    " -> (Tensor, Tensor)",
+    lambda x, *_: (like(x), like(x)), _sum_and_quantized_like,
+)(_residual_layer_norm)  # fmt: skip
 
 
 def _like_channels_last(x: Tensor, *_: Any) -> Tensor:

@@ -58,6 +58,17 @@ def op(schema: str, result: Function) -> Callable[[Function], Function]:
     return register
 
 
+def op_and_quantized(signature: str, result: Function, quantized_result: Function) -> Callable[[Function], Any]:
+    """`op` twice: of `signature`, "name(arguments) -> results", and of name_quantized, which has one argument more,
+    `dtype`, and gives 8-bit values and scales in place of the last tensor. The function's `dtype` is None for the
+    former."""
+    name, _, rest = signature.partition("(")
+    arguments, _, results = rest.partition(") -> ")
+    values = "(Tensor, Tensor)" if results == "Tensor" else "(Tensor, Tensor, Tensor)"
+    other = f"{name}_quantized({arguments.replace('=None', '')}, ScalarType dtype) -> {values}"
+    return lambda function: (op(signature, result)(function), op(other, quantized_result)(function))
+
+
 def run(name: str, x: Tensor, *arguments: Any) -> None:
     """Run a kernel where x lives, in x's dtype, on torch's threads or current stream."""
     kernels = kernels_of(x)
@@ -133,14 +144,13 @@ def roomy(fresh: Tensor) -> Tensor:
     return fresh
 
 
-def stored(out: Tensor | None) -> Out:
-    """`out`, contiguous, as what a kernel writes in its storage's dtype; None where it writes nothing."""
-    return address(out), 0, 0
-
-
-def quantized(x: Tensor, dtype: torch.dtype, width: int | None = None) -> tuple[Pair, Out]:
-    """Room for x's rows, or for others of `width`, as 8-bit values and scales; and as what a kernel writes. A GPU's
-    kernels make int8 and float8_e4m3fn, a CPU's int8. Raises TypeError for another dtype."""
+def results(x: Tensor, dtype: torch.dtype | None, width: int | None = None) -> tuple[Any, Out]:
+    """Room for a tensor like x, or one with rows of `width`, and how a kernel is told to write there. Where dtype is
+    not None, for 8-bit values and scales: a GPU's kernels make int8 and float8_e4m3fn, a CPU's int8. Raises TypeError
+    for another dtype."""
+    if dtype is None:
+        out = fresh(x) if width is None else x.new_empty((*x.shape[:-1], width))
+        return out, (out.data_ptr(), 0, 0)
     values, scales = quantized_like(x, dtype, width=width)
     if dtype != torch.int8 and not isinstance(kernels_of(x), library.CudaKernels):
         raise TypeError(f"native rows of a CPU are int8, not {dtype}")
