@@ -10,6 +10,6 @@ trap 'rm -r "$folder"' EXIT
 cp "$folder/demo-grid.png" docs/demo.png
 "$run" eval --nfe 1 --per-kind 8 --sheet docs/sheet.png
 records=benches/records
-.venv/bin/python -m twinflow_rt.evaluate.plot docs/scores.svg TwinFlow=$records/eval-twinflow.json \
+.venv/bin/python -m benches.score_plot docs/scores.svg TwinFlow=$records/eval-twinflow.json \
     RCGM=$records/eval-rcgm.json "flow matching=$records/eval-flow.json" "flow matching=$records/eval-flow-50.json"
 "$run" bench show $records/demo-cpu.json --html docs/benchmark.html >/dev/null

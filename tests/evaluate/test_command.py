@@ -8,10 +8,10 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from benches import score_plot as plot
 from tests.factory import make_model
 from twinflow_rt import cli
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.evaluate import plot
 from twinflow_rt.training.scenes import KINDS
 
 pytest.importorskip("scipy")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benches import score_plot as plot
 from twinflow_rt.bench import record, schema
 from twinflow_rt.checkpoint import artifact
 from twinflow_rt.checkpoint.versions import refusal
 from twinflow_rt.errors import TwinFlowError
-from twinflow_rt.evaluate import plot
 from twinflow_rt.export import archive
 from twinflow_rt.plan import SCHEMA as PLAN_SCHEMA
 from twinflow_rt.plan import Plan

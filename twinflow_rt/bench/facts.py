@@ -17,13 +17,9 @@ from ..runtime.machine import cpu_lines, cpu_model
 PACKAGES = ("torch", "triton", "numpy", "diffusers", "transformers", "torchao")
 # nvidia-smi's field -> the record's
 GPU_FIELDS = {
-    "driver_version": "driver",
-    "power.limit": "power_limit_w",
-    "clocks.max.sm": "max_sm_clock_mhz",
-    "clocks.sm": "sm_clock_mhz",
-    "clocks.mem": "memory_clock_mhz",
-    "temperature.gpu": "temperature_c",
-}
+    "driver_version": "driver", "power.limit": "power_limit_w", "clocks.max.sm": "max_sm_clock_mhz",
+    "clocks.sm": "sm_clock_mhz", "clocks.mem": "memory_clock_mhz", "temperature.gpu": "temperature_c",
+}  # fmt: skip
 # what makes two records comparable: the hardware, not its state or the software being compared
 IDENTITY = ("cpu", "cores", "gpu")
 
@@ -31,21 +27,17 @@ IDENTITY = ("cpu", "cores", "gpu")
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Return the facts of this machine as JSON can hold them; `gpu` is None where `device` is a CPU."""
     device = torch.device(device)
-    gpu = gpu_facts(device) if device.type == "cuda" else None
+    clock = next((line for line in cpu_lines() if line.startswith("cpu MHz")), None)  # the first core's
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_clock_mhz": cpu_clock(),
+        "threads": torch.get_num_threads(), "cpu_clock_mhz": clock and float(clock.partition(":")[2]),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "memory_bytes": _memory(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "packages": versions(),
-        "commit": commit(),
-    }
+        "gpu": gpu_facts(device) if device.type == "cuda" else None, "python": platform.python_version(),
+        "cuda": torch.version.cuda, "packages": versions(), "commit": commit(),
+    }  # fmt: skip
 
 
 def same_machine(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -60,18 +52,6 @@ def same_machine(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     if a["threads"] != b["threads"]:
         differing.append(f"threads: {a['threads']} against {b['threads']}")
     return differing
-
-
-def cpu_clock() -> float | None:
-    """Return the MHz of the first core as the system reports it, None where it does not."""
-    for line in cpu_lines():
-        if line.startswith("cpu MHz"):
-            return float(line.partition(":")[2])
-    return None
-
-
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any]:

@@ -7,7 +7,6 @@ checkpoint meets. `scale` narrows every network and `layers` shortens the deep o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -18,19 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.atomic import write_json
 from ..checkpoint.fuse import sources
 from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..families import FAMILIES, family_of
+from ..training.text import CHAT_TEMPLATE, SPECIAL
 from . import random_file as random
 from .blueprints import BLUEPRINTS, Blueprint
 
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
-)
 # one token a word, number, mark or line end, which is about what large vocabularies reach on English
 TOKENS = r"<\|[a-z_]+\|>|\w+|[^\w\s]|\n"
 WORDS = (
@@ -58,7 +54,7 @@ def skeleton(
         _write_part(folder / part, config, network, layout, dtype)
         if part.startswith("text_encoder"):
             _write_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
-    _write_json(folder / "model_index.json", {"_class_name": "random weights", "_name": name})
+    write_json(folder / "model_index.json", {"_class_name": "random weights", "_name": name})
     return folder
 
 
@@ -83,7 +79,7 @@ def _blueprint(name: str, scale: float, layers: int | None) -> Blueprint:
 
 def _write_part(folder: Path, config: dict[str, Any], network: nn.Module, layout: Layout, dtype: str) -> None:
     folder.mkdir(parents=True)
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     random.write(folder, checkpoint_shapes(network, layout, config), CODES[dtype])
 
 
@@ -113,8 +109,4 @@ def _write_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True)
     core.save(str(folder / "tokenizer.json"))
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": SPECIAL[0], "eos_token": SPECIAL[2]}
-    _write_json(folder / "tokenizer_config.json", {**kind, "chat_template": CHAT_TEMPLATE})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1))
+    write_json(folder / "tokenizer_config.json", {**kind, "chat_template": CHAT_TEMPLATE})

@@ -13,7 +13,6 @@ from ..evaluate.check import Scores, examine
 from ..evaluate.data import score_data
 from ..evaluate.diversity import diversity
 from ..evaluate.generator import BATCH, Generator
-from ..evaluate.plot import SCHEMA
 from ..evaluate.sheet import contact_sheet
 from ..options import LoadOptions
 from ..options import add_arguments as add_options
@@ -21,6 +20,7 @@ from ..sampling.schedule import preset
 from ..training.scenes import KINDS, Split, prompts
 from .options import add_mode, add_model, load_model
 
+SCHEMA = 1  # of the report
 SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 

@@ -187,7 +187,7 @@ def image_inputs(
     """Return example inputs of `Generate` (random prompts of two lengths) and, for torch.export, the axes of each
     that may have any size."""
     generator = torch.Generator().manual_seed(seed)
-    batch, multiple = torch.export.Dim("batch", min=1), prompt_multiple(pipe)
+    batch, multiple = torch.export.Dim("batch", min=1), int(pipe.program.network.prompt_multiple)
     most = max(pipe.text.max_tokens // multiple, 2)
     blocks = min(2, most) if multiple > 1 else min(7, most)
     if has_lengths(pipe):
@@ -220,11 +220,6 @@ def text_inputs(pipe: Pipeline) -> tuple[tuple[Tensor, ...], Any]:
     tokens = torch.export.Dim("tokens", min=dropped + LEAST_TOKENS, max=dropped + text.max_tokens)
     ids = torch.arange(2 * (dropped + 5), device=pipe.device).view(2, -1) % text.network.config.vocab_size
     return (ids,), ({0: torch.export.Dim("batch", min=1), 1: tokens},)
-
-
-def prompt_multiple(pipe: Pipeline) -> int:
-    """Return what the number of rows of prompt embeddings must be a multiple of."""
-    return int(pipe.program.network.prompt_multiple)
 
 
 def has_lengths(pipe: Pipeline) -> bool:
@@ -261,7 +256,7 @@ def constants_of(weights: Any) -> Iterator[tuple[str, Tensor]]:
 def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], text_encoder: bool) -> dict[str, Any]:
     """Return the manifest's entries (docs/embedding.md) but for those that the archive's writer adds."""
     text = pipe.text
-    multiple = prompt_multiple(pipe)
+    multiple = int(pipe.program.network.prompt_multiple)
     fixed = None if has_lengths(pipe) else text.probe(1).embeds.shape[1]
     return {
         "twinflow_rt": __version__,

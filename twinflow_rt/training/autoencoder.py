@@ -54,14 +54,9 @@ def _draw(batch: int, device: torch.device | str = "cpu") -> Tensor:
 
 
 def train_autoencoder(
-    out: Path,
-    *,
-    steps: int = 1200,
-    batch: int = 16,
-    seed: int = 0,
-    log: Callable[[str], None] = print,
+    out: Path, *, steps: int = 1200, batch: int = 16, seed: int = 0, log: Callable[[str], None] = print,
     device: torch.device | str = "cpu",
-) -> Path:
+) -> Path:  # fmt: skip
     """Train or resume in folder `out`; return `out`/final, for AutoencoderKL.from_pretrained.
 
     A folder already finished is returned as it is. shift_factor and scaling_factor normalise

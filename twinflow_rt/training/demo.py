@@ -144,42 +144,15 @@ def encode_scenes(
     return LatentData(**torch.load(cache, weights_only=True), empty=captions.tokenize([""]), device=device)
 
 
-def _run(trainer: Trainer, compile: bool) -> DemoModel:
+def _stage(
+    name: str, model: DemoModel, loss: Loss, config: TrainerConfig, folder: Path, log: Callable, compile: bool
+) -> DemoModel:  # fmt: skip
+    """Run or resume one stage; return its EMA model, whose parameters are trainable again."""
+    trainer = Trainer(name, model, loss, config, folder, log)
     if compile:
-        for model in (trainer.model, trainer.ema):
-            model.network.compile(dynamic=False)
-    return trainer.run()
-
-
-def flow_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
-    """Return the trainer of flow-matching pretraining, learning rates high to the end: another stage follows."""
-    config = TrainerConfig(
-        steps=recipe.flow_steps, lr=3e-3, muon=0.03, floor=0.3, ema=0.999, seed=recipe.seed
-    )  # fmt: skip
-    return Trainer("flow", model, _flow_loss(data, recipe, recipe.flow_batch), config, out, log)
-
-
-def settle_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
-    """Return the trainer of flow matching at rates that fall to nearly nothing, on what the pretraining saw."""
-    model.requires_grad_(True)
-    config = _falling(recipe.settle_steps, recipe.seed + 1)
-    return Trainer("settle", model, _flow_loss(data, recipe, recipe.settle_batch), config, out, log)
-
-
-def last_trainer(model: DemoModel, data: LatentData, recipe: Recipe, out: Path, log: Callable) -> Trainer:
-    """Return the trainer of the recipe's objective from the settled flow; TwinFlow and RCGM leave the text encoder
-    frozen."""
-    model.requires_grad_(True)
-    if recipe.objective:
-        model.text_encoder.requires_grad_(False)
-        loss = _objective_loss(model, data, recipe.objective, recipe.last_batch)
-    else:
-        loss = _flow_loss(data, recipe, recipe.last_batch)
-    return Trainer(recipe.name, model, loss, _falling(recipe.last_steps, recipe.seed + 2), out, log)
-
-
-def _falling(steps: int, seed: int) -> TrainerConfig:
-    return TrainerConfig(steps=steps, lr=1e-3, muon=0.01, ema=0.995, seed=seed)
+        for each in (trainer.model, trainer.ema):
+            each.network.compile(dynamic=False)
+    return trainer.run().requires_grad_(True)
 
 
 def _flow_loss(data: LatentData, recipe: Recipe, batch: int) -> Loss:
@@ -242,11 +215,21 @@ def train(
     torch.manual_seed(recipe.seed)
     fresh = DemoModel(len(tokenizer)).to(device)
     pretrain_text_encoder(fresh.text_encoder, tokenizer, out / "text", recipe.text_steps, recipe.seed, log)
-    model = _run(flow_trainer(fresh, data, recipe, out / "pretrained", log), compile)
+    # rates stay high to the end of the pretraining, as another stage follows, and then fall to nearly nothing
+    config = TrainerConfig(steps=recipe.flow_steps, lr=3e-3, muon=0.03, floor=0.3, ema=0.999, seed=recipe.seed)
+    falling = lambda steps, seed: TrainerConfig(steps=steps, lr=1e-3, muon=0.01, ema=0.995, seed=recipe.seed + seed)
+    loss = _flow_loss(data, recipe, recipe.flow_batch)
+    model = _stage("flow", fresh, loss, config, out / "pretrained", log, compile)
     if recipe.settle_steps:
-        model = _run(settle_trainer(model, data, recipe, out / "settled", log), compile)
+        loss, config = _flow_loss(data, recipe, recipe.settle_batch), falling(recipe.settle_steps, 1)
+        model = _stage("settle", model, loss, config, out / "settled", log, compile)
     if recipe.last_steps:
-        model = _run(last_trainer(model, data, recipe, out / recipe.name, log), compile)
+        loss = _flow_loss(data, recipe, recipe.last_batch)
+        if recipe.objective:  # TwinFlow and RCGM leave the text encoder frozen
+            model.text_encoder.requires_grad_(False)
+            loss = _objective_loss(model, data, recipe.objective, recipe.last_batch)
+        config = falling(recipe.last_steps, 2)
+        model = _stage(recipe.name, model, loss, config, out / recipe.name, log, compile)
     return save_model(out / recipe.name / "model", model.network, model.text_encoder, tokenizer, vae_dir)
 
 

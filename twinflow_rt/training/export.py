@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..checkpoint.atomic import new_folder, write_json
@@ -41,16 +41,10 @@ def save_model(
         weights = split(network.state_dict(), FUSED)
         _write_weights(partial / "transformer", weights, dtype)
         shutil.copy(vae_dir / "config.json", partial / "vae" / "config.json")
-        _write_weights(partial / "vae", _read_weights(vae_dir), dtype)
+        _write_weights(partial / "vae", load_file(vae_dir / "diffusion_pytorch_model.safetensors"), dtype)
         text_encoder.to(dtype).save_pretrained(partial / "text_encoder")
         tokenizer.save_pretrained(partial / "tokenizer")
     return folder
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
 def _write_weights(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -1,6 +1,6 @@
 """Score against evaluations, from the JSON of `twinflow-rt eval`, as one SVG picture:
 
-    python -m twinflow_rt.evaluate.plot scores.svg TwinFlow=twinflow.json "flow matching=flow.json" ...
+    python -m benches.score_plot scores.svg TwinFlow=twinflow.json "flow matching=flow.json" ...
 
 A name may be given several files; their evaluations form one line. Held-out captions are drawn.
 """
@@ -15,15 +15,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.atomic import write_text
-from ..checkpoint.files import parse_json
-from ..checkpoint.versions import refusal
-from ..errors import ConfigError
+from twinflow_rt.checkpoint.atomic import write_text
+from twinflow_rt.checkpoint.files import parse_json
+from twinflow_rt.checkpoint.versions import refusal
+from twinflow_rt.cli.eval import SCHEMA
+from twinflow_rt.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCHEMA = 1  # of the report of `twinflow-rt eval --json`
 Series = dict[str, list[tuple[int, float]]]
 COLORS = ("#2563c9", "#b4541a", "#2f7d4f", "#8a4fa3", "#66655f")
 PAGE, INK, GRID = "#fcfcfb", "#1c1c1a", "#e6e5e0"  # the page is drawn, too: GitHub shows pictures on dark and on light
