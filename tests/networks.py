@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.factory import WEIGHTS
-from twinflow_rt.checkpoint.fuse import merge
+from twinflow_rt.errors import CheckpointError
 from twinflow_rt.families import Family, family_of
 from twinflow_rt.passes.fold import absorb, fold
 
@@ -79,6 +79,25 @@ class Reference(nn.Module):
 
 def family(config: Any) -> Family:
     return family_of({"_class_name": config.class_name})
+
+
+def merge(tensors: Mapping[str, Tensor], fused: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Return tensors under checkpoint names as the module has them. Raises CheckpointError for a missing part."""
+    owner = {part: (merged, parts) for merged, parts in fused.items() for part in parts}
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        suffix = next((p for p in owner if name == p or name.endswith("." + p)), None)
+        if suffix is None:
+            out[name] = tensor
+            continue
+        prefix, (merged, parts) = name[: len(name) - len(suffix)], owner[suffix]
+        if prefix + merged in out:
+            continue
+        missing = [prefix + p for p in parts if prefix + p not in tensors]
+        if missing:
+            raise CheckpointError(f"cannot merge {prefix}{merged}: missing {', '.join(missing)}")
+        out[prefix + merged] = torch.cat([tensors[prefix + p] for p in parts])
+    return out
 
 
 def ours(tensors: dict[str, Tensor], config: Any) -> Any:

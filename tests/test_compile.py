@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.factory import TRANSFORMER, make_model, randomize
+from tests.networks import merge
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError

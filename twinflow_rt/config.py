@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -124,7 +125,7 @@ class SizeRule:
     def _axis(self, name: str, value: int | None, most: int) -> int:
         if value is None:
             return self.default
-        if isinstance(value, bool) or not isinstance(value, int):
+        if not is_integer(value):
             raise ConfigError(f"{name} must be an integer number of pixels, not {value!r}")
         if value % self.multiple or not 0 < value <= most:
             nearest = min(max(round(value / self.multiple), 1) * self.multiple, most)
@@ -135,13 +136,22 @@ class SizeRule:
         return value
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether `value` is a finite float or an integer."""
+    return (is_integer(value) or isinstance(value, float)) and math.isfinite(value)
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
 def check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_integer(value) or value < 1:
         raise ConfigError(f"{name} must be a positive integer; got {value!r}")
 
 
@@ -157,6 +167,6 @@ def parse_bytes(value: int | str | None, what: str = "memory_budget") -> int | N
             value = round(float(number) * UNITS[unit])
         except (ValueError, KeyError, OverflowError):
             raise ConfigError(f"{what} {value!r} is no size; give bytes, or text like '12GB' or '900MiB'") from None
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+    if not is_integer(value) or value <= 0:
         raise ConfigError(f"{what} must be a positive number of bytes, or text like '12GB'; got {value!r}")
     return value

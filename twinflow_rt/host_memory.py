@@ -29,7 +29,8 @@ def peak_bytes() -> int:
 
     Not getrusage's where Linux tells better: a new process inherits its parent's there.
     """
-    return status_bytes("VmHWM") or _usage()
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return status_bytes("VmHWM") or (usage if sys.platform == "darwin" else usage * 1024)
 
 
 def status_bytes(key: str) -> int | None:
@@ -109,8 +110,3 @@ def _set_thresholds(mapped: int, trim: int) -> bool:
 def _of_linux(name: str) -> Any:
     """A function of the C library, or None where there is none or the system is another."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
-
-
-def _usage() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

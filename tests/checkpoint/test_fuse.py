@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.factory import TRANSFORMER
+from tests.networks import merge
 from tests.qwen_image_factory import SMALL
-from twinflow_rt.checkpoint.fuse import merge, sources, split, stack
+from twinflow_rt.checkpoint.fuse import sources, split, stack
 from twinflow_rt.errors import CheckpointError
 from twinflow_rt.models.transformers.qwen_image import QwenImageTransformer
 from twinflow_rt.models.transformers.z_image import ZImageConfig, ZImageTransformer

@@ -41,10 +41,7 @@ def factors(checkpoint, modules=TARGETS, rank=3, seed=0, size=0.5):
     g = torch.Generator().manual_seed(seed)
     shapes = {m: checkpoint.shape(m + ".weight") for m in modules}
     return {
-        m: (
-            torch.randn(rank, columns, generator=g) * size * columns**-0.5,
-            torch.randn(rows, rank, generator=g) * size,
-        )
+        m: (torch.randn(rank, columns, generator=g) * size * columns**-0.5, torch.randn(rows, rank, generator=g) * size)
         for m, (rows, columns) in shapes.items()
     }
 

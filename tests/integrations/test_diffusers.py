@@ -16,7 +16,7 @@ from tests.factory import TEXT_DIM, WEIGHTS, make_model
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.sampling.noise import initial_noise
-from twinflow_rt.sampling.sampler import SamplerConfig
+from twinflow_rt.sampling.schedule import SamplerConfig
 
 PROMPTS = ["a red circle", "a blue square above a much longer sentence"]
 FAMILIES = {  # name -> the pipeline's class, arguments that switch guidance on and off

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import open_text, read
-from tests.networks import relative
+from tests.networks import merge, relative
 from tests.qwen_image_factory import make_model
-from twinflow_rt.checkpoint.fuse import merge, sources
+from twinflow_rt.checkpoint.fuse import sources
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.text_encoders.language_model import FUSED
 from twinflow_rt.models.text_encoders.qwen2_5_vl import MODEL, Qwen25VLConfig

@@ -11,9 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import qwen_image_factory, sana_factory, sd3_factory, z_image_factory
-from tests.networks import FOUR, ONE, Inputs, context_of, family, folded, inputs, ours, relative, run, run_step, save
+from tests.networks import (
+    FOUR,
+    ONE,
+    Inputs,
+    context_of,
+    family,
+    folded,
+    inputs,
+    merge,
+    ours,
+    relative,
+    run,
+    run_step,
+    save,
+)
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.checkpoint.fuse import merge, split
+from twinflow_rt.checkpoint.fuse import split
 from twinflow_rt.checkpoint.reading import materialize
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import CheckpointError, ConfigError

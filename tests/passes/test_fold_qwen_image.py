@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.factory import randomize
-from tests.networks import FOUR, ONE, inputs, ours, relative, run, run_step, save
+from tests.networks import FOUR, ONE, inputs, merge, ours, relative, run, run_step, save
 from tests.qwen_image_factory import SHAPES, SMALL, TwinFlowReference
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.checkpoint.fuse import merge
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.families import qwen_image

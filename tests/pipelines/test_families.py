@@ -26,7 +26,8 @@ from twinflow_rt.loading import load
 from twinflow_rt.planning.description import describe
 from twinflow_rt.planning.work import PROMPT_TOKENS
 from twinflow_rt.sampling.noise import initial_noise, step_noise
-from twinflow_rt.sampling.sampler import SamplerConfig, preset, sample, schedule
+from twinflow_rt.sampling.sampler import sample
+from twinflow_rt.sampling.schedule import SamplerConfig, preset, schedule
 
 CPU = torch.device("cpu")
 LATER = ["qwen-image", "sd3", "sana"]

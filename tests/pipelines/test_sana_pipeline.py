@@ -19,7 +19,8 @@ from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.planning.description import describe
 from twinflow_rt.sampling.noise import initial_noise
-from twinflow_rt.sampling.sampler import SamplerConfig, sample, schedule
+from twinflow_rt.sampling.sampler import sample
+from twinflow_rt.sampling.schedule import SamplerConfig, schedule
 from twinflow_rt.stages.text_encoders import INSTRUCTION
 
 

@@ -9,18 +9,8 @@ import torch
 
 from twinflow_rt.errors import CancelledError, ConfigError
 from twinflow_rt.sampling.noise import initial_noise, step_noise
-from twinflow_rt.sampling.sampler import (
-    PRESETS,
-    SamplerConfig,
-    _integrate,
-    _Network,
-    from_function,
-    preset,
-    sample,
-    schedule,
-    time_grid,
-)
-from twinflow_rt.sampling.schedule import steps
+from twinflow_rt.sampling.sampler import _integrate, _Network, from_function, sample
+from twinflow_rt.sampling.schedule import PRESETS, SamplerConfig, preset, schedule, steps, time_grid
 
 SHAPE = (2, 3, 2, 2)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -185,9 +175,7 @@ def test_nothing_waits_for_the_device():
 def test_callback_sees_every_evaluation():
     config = SamplerConfig(7, sampling_order=2, rfba_gap_steps=(0.05, 0.0), mode="multi")
     noise, seen = initial_noise([1, 2], SHAPE[1:], torch.bfloat16), []
-    out = sample(
-        from_function(network, config), noise, config, callback=lambda *args: seen.append(args)
-    )
+    out = sample(from_function(network, config), noise, config, callback=lambda *args: seen.append(args))
     assert [s[:2] for s in seen] == [(k, 7) for k in range(1, 8)]
     assert torch.equal(seen[-1][2], out)
     one = PRESETS["1"]

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinflow_rt.sampling.noise import initial_noise, step_noise
-from twinflow_rt.sampling.sampler import SamplerConfig, from_function, sample, schedule, time_grid
+from twinflow_rt.sampling.sampler import from_function, sample
+from twinflow_rt.sampling.schedule import SamplerConfig, schedule, time_grid
 
 SHAPE = (2, 3, 2, 2)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

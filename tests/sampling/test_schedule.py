@@ -40,9 +40,7 @@ def test_presets_are_the_released_settings():
     assert PRESETS["2"] == SamplerConfig(2, 1.0, 0.0, 1, flat, (0.001, 0.6), "few")
     assert PRESETS["4"] == SamplerConfig(4, 1.0, 0.0, 1, flat, (0.001, 0.5), "few")
     assert PRESETS["any"] == SamplerConfig(4, 0.0, 0.0, 1, flat, (0.001, 0.5), "any")
-    assert PRESETS["multi"] == SamplerConfig(
-        30, 0.0, 0.0, 1, (1.17, 0.8, 1.1), (0.001, 0.0), "multi"
-    )
+    assert PRESETS["multi"] == SamplerConfig(30, 0.0, 0.0, 1, (1.17, 0.8, 1.1), (0.001, 0.0), "multi")
     for dtype in DTYPES:
         assert schedule(PRESETS["1"], dtype) == ((1.0, 0.0),)
 
@@ -83,9 +81,7 @@ def test_bad_settings_are_refused_by_name(field, value):
         SamplerConfig(**{field: value})
 
 
-@pytest.mark.parametrize(
-    ("nfe", "mode"), [(0, None), (101, None), (9, "few"), (2.0, None), (True, None), ("2", None)]
-)
+@pytest.mark.parametrize(("nfe", "mode"), [(0, None), (101, None), (9, "few"), (2.0, None), (True, None), ("2", None)])
 def test_bad_nfe_is_refused(nfe, mode):
     with pytest.raises(ConfigError, match="nfe"):
         preset(nfe, mode)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from twinflow_rt.config import SizeRule
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
-from twinflow_rt.sampling.sampler import preset
+from twinflow_rt.sampling.schedule import preset
 
 
 class FakePipe:

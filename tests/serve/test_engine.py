@@ -10,7 +10,7 @@ import pytest
 
 from tests.serve.fake import FakePipe
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
-from twinflow_rt.sampling.sampler import preset
+from twinflow_rt.sampling.schedule import preset
 from twinflow_rt.serve.engine import DrainingError, Engine, QueueFullError
 from twinflow_rt.serve.settings import Limits
 

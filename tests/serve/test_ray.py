@@ -38,7 +38,7 @@ from twinflow_rt.cli.prompt_file import read_rows
 from twinflow_rt.config import SizeRule
 from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
 from twinflow_rt.loading import LoadOptions, load
-from twinflow_rt.sampling.sampler import preset
+from twinflow_rt.sampling.schedule import preset
 from twinflow_rt.serve import batch, ray_data, server
 from twinflow_rt.serve import cluster as cluster_module
 from twinflow_rt.serve import ray as on_ray

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ..pipeline import Pipeline, deliver
 from ..sampling.noise import initial_noise, step_noise
-from ..sampling.sampler import sample, schedule
-from ..sampling.schedule import preset
+from ..sampling.sampler import sample
+from ..sampling.schedule import preset, schedule
 
 STAGES = ("text", "context", "noise", "velocity", "decode", "output")
 PROMPTS = ("a photograph of a lighthouse in a storm at dusk", "two red squares above a green triangle")

@@ -1,9 +1,8 @@
 """What may be read: plain files of a sane size inside their folder; anything else is refused by name.
 
-A model folder comes from someone else. So before any of it is read, every entry must be a plain file
-or folder (a pipe would never end), and no link may lead out of the folder, except to the blobs of the
-Hugging Face cache that the folder is a snapshot in. JSON and safetensors headers have a bounded size
-and no key twice.
+A model folder comes from someone else. So before any of it is read, every entry must be a plain file or folder (a pipe
+would never end), and no link may lead out of the folder, except to the blobs of the Hugging Face cache that the folder
+is a snapshot in. JSON and safetensors headers have a bounded size and no key twice.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -43,25 +42,6 @@ def stack(parts: Iterable[Tensor], rows: int) -> Tensor:
         del part
     if out is None or start != rows:
         raise CheckpointError(f"merged weight of {rows} rows got {start}: the parts do not add up")
-    return out
-
-
-def merge(tensors: Mapping[str, Tensor], fused: Fused) -> dict[str, Tensor]:
-    """Return tensors under checkpoint names as the module has them. Raises CheckpointError for a missing part."""
-    owner = {part: (merged, parts) for merged, parts in fused.items() for part in parts}
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        suffix = next((p for p in owner if name == p or name.endswith("." + p)), None)
-        if suffix is None:
-            out[name] = tensor
-            continue
-        prefix, (merged, parts) = name[: len(name) - len(suffix)], owner[suffix]
-        if prefix + merged in out:
-            continue
-        missing = [prefix + p for p in parts if prefix + p not in tensors]
-        if missing:
-            raise CheckpointError(f"cannot merge {prefix}{merged}: missing {', '.join(missing)}")
-        out[prefix + merged] = torch.cat([tensors[prefix + p] for p in parts])
     return out
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import is_number
 from ..errors import CheckpointError, ConfigError
 from .artifact import sha256
 from .checkpoint import Checkpoint
@@ -61,7 +62,7 @@ def resolve_loras(loras: Loras) -> tuple[tuple[Path, float], ...]:
     pairs = [(entry, 1.0) if isinstance(entry, (str, Path)) else entry for entry in entries]
     for pair in pairs:
         whole = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not whole or not isinstance(pair[0], (str, Path)) or not _is_number(pair[1]):
+        if not whole or not isinstance(pair[0], (str, Path)) or not is_number(pair[1]):
             raise ConfigError(f"loras holds {pair!r}; each must be a path, or a path and a finite weight")
     return tuple((Path(path), float(weight)) for path, weight in pairs)
 
@@ -126,7 +127,7 @@ class Adapter:
             if "alpha" in keys:
                 stored = self._tensors.get_tensor(keys["alpha"])
                 alpha = stored.item() if stored.numel() == 1 else f"of shape {tuple(stored.shape)}"
-            if not (alpha is None or _is_number(alpha)):
+            if not (alpha is None or is_number(alpha)):
                 raise CheckpointError(
                     f"{self.path}: the alpha of {module} is {alpha!r:.40}, not a finite number; save it again"
                 )
@@ -240,7 +241,3 @@ def _file(path: Path) -> Path:
         raise CheckpointError(f"{path} does not exist; give a LoRA file (.safetensors) or the folder that holds it")
     require_file(path)
     return path
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..config import is_integer
+
 
 def refusal(what: object, found: Any, reads: int, remedy: str) -> str:
     """Return why `what`, which states schema `found`, is not read by a version that reads `reads`.
 
     remedy: what to do about an older file; a newer one wants a newer twinflow_rt.
     """
-    newer = isinstance(found, int) and not isinstance(found, bool) and found > reads
+    newer = is_integer(found) and found > reads
     return (
         f"{what} has schema {found!r:.40}{', newer than this version' if newer else ''}, which reads {reads}: "
         + ("upgrade twinflow_rt" if newer else remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from ..checkpoint.atomic import check_target
@@ -21,9 +21,8 @@ from .report import Conversion, Key, PartReport
 def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = False) -> Conversion:
     """Write `target`, the model of `base` with the networks found in `files` in place of its own.
 
-    files: safetensors files, or folders of them. dry_run: only say what would be written, keys unknown or
-    missing included. Raises CheckpointError for files that are not this model's, ConfigError if `target`
-    exists.
+    files: safetensors files, or folders of them. dry_run: only say what would be written, keys unknown or missing
+    included. Raises CheckpointError for files that are not this model's, ConfigError if `target` exists.
     """
     if not is_folder(base) or not (base / "model_index.json").is_file():
         raise CheckpointError(f"{base} is no model folder in diffusers' layout (it needs model_index.json)")
@@ -40,7 +39,7 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
                 raise ConfigError(f"{source.path}: a second {network.slot.name}; give each network once")
             networks[network.slot.name] = network
             reports.append(report)
-    copied = sorted(_base_files(base, set(networks)))
+    copied = [path for path in sorted(base.rglob("*")) if path.is_file() and _stays(path.relative_to(base), networks)]
     names = sorted({p.relative_to(base).parts[0] for p in copied})
     result = Conversion(str(base), str(target), tuple(reports), tuple(names))
     if dry_run:
@@ -96,11 +95,7 @@ def _account(network: Converted, keys: tuple[Key, ...]) -> PartReport:
     return PartReport(slot.name, str(network.folder), keys, tuple(sorted(unknown)), tuple(sorted(missing)), hint)
 
 
-def _base_files(base: Path, replaced: set[str]) -> Iterator[Path]:
-    """Yield what is taken from the base: all but weights and indices of the networks that are replaced."""
-    for path in base.rglob("*"):
-        part = path.relative_to(base).parts[0]
-        if path.is_dir() or part.startswith("."):
-            continue
-        if part not in replaced or path.name == "config.json":
-            yield path
+def _stays(path: Path, replaced: Container[str]) -> bool:
+    """Return whether a file of the base is taken: all but weights and indices of the networks that are replaced."""
+    part = path.parts[0]
+    return not part.startswith(".") and (part not in replaced or path.name == "config.json")

@@ -1,9 +1,8 @@
 """How files that are not in diffusers' layout name a network's tensors.
 
-The rules are facts about released files: the single files of ComfyUI and of the models' authors (for
-networks), LDM's names (for the VAE of Stable Diffusion 3 and Z-Image), Wan's (for Qwen-Image's VAE).
-Names that no rule changes stay, so files that already have diffusers' names pass through. Qwen-Image's
-network has the same names everywhere.
+The rules are facts about released files: the single files of ComfyUI and of the models' authors (for networks), LDM's
+names (for the VAE of Stable Diffusion 3 and Z-Image), Wan's (for Qwen-Image's VAE). Names that no rule changes stay, so
+files that already have diffusers' names pass through. Qwen-Image's network has the same names everywhere.
 """
 
 from __future__ import annotations

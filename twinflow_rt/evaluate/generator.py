@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from ..sampling.noise import initial_noise, step_noise
-from ..sampling.sampler import sample, schedule
+from ..sampling.sampler import sample
+from ..sampling.schedule import schedule
 
 BATCH = 32
 

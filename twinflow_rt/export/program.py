@@ -27,8 +27,8 @@ from ..ops import EAGER
 from ..passes.layers import unpack
 from ..passes.upsample import fold_upsampling
 from ..pipeline import Pipeline
-from ..sampling.sampler import SamplerConfig, sample, schedule
-from ..sampling.schedule import steps
+from ..sampling.sampler import sample
+from ..sampling.schedule import SamplerConfig, schedule, steps
 from ..stages.stage import StageOptions
 from ..stages.text import TextEncoder
 from . import archive

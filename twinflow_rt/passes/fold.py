@@ -74,10 +74,9 @@ def absorb(
 
         W' = diag(gate) W diag(scale)        b' = gate * (b + W shift)
 
-    tables: of one step each, [1, rows, dim]. read(name): a layer's tensor, on the device to compute
-    on; a weight may be a 1x1 convolution's. The caller rounds, once. At most two copies of one weight
-    exist at a time, if the caller lets go of what it got before it asks for more. Raises ConfigError
-    when a table has more than one step.
+    tables: of one step each, [1, rows, dim]. read(name): a layer's tensor, on the device to compute on; a weight may be
+    a 1x1 convolution's. The caller rounds, once. At most two copies of one weight exist at a time, if the caller lets
+    go of what it got before it asks for more. Raises ConfigError when a table has more than one step.
     """
     for name, what in layers.items():
         table = tables[what.table]

@@ -164,8 +164,9 @@ def _measured(found: Mapping[str, Any], dtype: torch.dtype) -> Ceiling:
 
 
 def resident_bytes(
-    network: nn.Module, layout: Layout, dtype: torch.dtype, precision: str | None = None, skip_layers: Sequence[str] = ()
-) -> int:
+    network: nn.Module, layout: Layout, dtype: torch.dtype, precision: str | None = None,
+    skip_layers: Sequence[str] = (),
+) -> int:  # fmt: skip
     """Bytes of a folded network's weights and tables on its device; the network may be on the meta device.
 
     precision, skip_layers: "int8" or "fp8", and groups of layers kept out of it (`quantize.layer_groups`).

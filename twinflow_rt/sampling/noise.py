@@ -3,12 +3,11 @@
 Values are drawn in float32 on the CPU, one generator per image, then cast and moved. So neither
 batch size, nor an image's place in the batch, nor dtype, nor device changes what a seed means.
 
-Stream 0 is the initial latents and seeds the generator with the seed itself: for seeds below 2^32
-the values are those of torch.randn(shape, generator=torch.Generator().manual_seed(seed)). Given a
-list of seeds, TwinFlow's scripts draw the same in bfloat16 (for multiples of 16 values, as all real
-latents have; with torch 2.13: torch 2.11 draws other values in that dtype). Stream i > 0, the noise
-that a stochastic sampler injects on reaching its i-th time, seeds with splitmix64's i-th output for
-the state `seed`.
+Stream 0 is the initial latents and seeds the generator with the seed itself: for seeds below 2^32 the values are those
+of torch.randn(shape, generator=torch.Generator().manual_seed(seed)). Given a list of seeds, TwinFlow's scripts draw the
+same in bfloat16 (for multiples of 16 values, as all real latents have; with torch 2.13: torch 2.11 draws other values
+in that dtype). Stream i > 0, the noise that a stochastic sampler injects on reaching its i-th time, seeds with
+splitmix64's i-th output for the state `seed`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..config import is_integer
 from ..errors import ConfigError
 
 MAX_SEED = 2**63 - 1
@@ -35,7 +35,7 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     s, s + 1, ..., s + count - 1; a sequence is taken as it is and must hold `count` seeds.
     Seeds are integers in 0..2^63 - 1; anything else (bool, float, negative, ...) is a ConfigError.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not is_integer(count) or count < 1:
         raise ConfigError(f"seed count must be a positive integer, got {count!r}")
     if count > MAX_SEEDS:
         raise ConfigError(f"seeds for {count} images; at most {MAX_SEEDS} are made: ask for fewer")
@@ -43,9 +43,7 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         return _consecutive(secrets.randbelow(2**32 - count), count)
     if isinstance(seed, (list, tuple)):
         if len(seed) != count:
-            raise ConfigError(
-                f"got {len(seed)} seeds for {count} images; pass one per image, or a single integer"
-            )
+            raise ConfigError(f"got {len(seed)} seeds for {count} images; pass one per image, or a single integer")
         return [_checked(s) for s in seed]
     return _consecutive(_checked(seed), count)
 
@@ -57,22 +55,17 @@ def check_batch(count: int) -> None:
 
 
 def initial_noise(
-    seeds: Sequence[int],
-    shape_chw: Sequence[int],
-    dtype: torch.dtype = torch.float32,
+    seeds: Sequence[int], shape_chw: Sequence[int], dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Standard normal latents [len(seeds), *shape_chw], the state at t = 1 (stream 0)."""
     return step_noise(seeds, 0, shape_chw, dtype, device)
 
 
 def step_noise(
-    seeds: Sequence[int],
-    step: int,
-    shape_chw: Sequence[int],
-    dtype: torch.dtype = torch.float32,
+    seeds: Sequence[int], step: int, shape_chw: Sequence[int], dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Standard normal noise [len(seeds), *shape_chw] of stream `step`: see the module docstring.
 
     For CUDA the draw is pinned and its copy asynchronous, so the caller does not wait.

@@ -9,9 +9,8 @@ One step is x0 = z - F(z, 1, 0). More steps walk a grid t_0 > ... > t_{N-1} > t_
 
     x <- (1-t') x_hat + t' (sqrt(1-s) z_hat + sqrt(s) noise)        s: `stochast_ratio`
 
-and the result is x_hat of the last step. Precision: the grid and every coefficient are rounded to
-the model dtype (so is each operation that forms them), x_hat and z_hat are formed in it, the state
-is float64.
+and the result is x_hat of the last step. Precision: the grid and every coefficient are rounded to the model dtype (so
+is each operation that forms them), x_hat and z_hat are formed in it, the state is float64.
 
 Where the published code is undefined or contradicts itself, this is what happens here:
 
@@ -32,25 +31,20 @@ Where the published code is undefined or contradicts itself, this is what happen
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import CancelledError, ConfigError
 from ..ops import x0_project
-from .schedule import PRESETS, SamplerConfig, Step, preset, schedule, steps, time_grid
-
-__all__ = [
-    "PRESETS", "SamplerConfig", "from_function", "preset", "sample", "schedule", "time_grid",
-]  # fmt: skip
+from .schedule import SamplerConfig, Step, schedule, steps
 
 Velocity = Callable[[Tensor, int], Tensor]
 NoiseFn = Callable[[int], Tensor]
 
 
-def from_function(
-    fn: Callable[[Tensor, Tensor, Tensor], Tensor], config: SamplerConfig
-) -> Velocity:
+def from_function(fn: Callable[[Tensor, Tensor, Tensor], Tensor], config: SamplerConfig) -> Velocity:
     """Adapts fn(latents, t, tt) -> F, with t and tt float32 tensors [B], to the indexed signature
     that `sample` calls with `config`. (float64 latents get float64 times.)"""
 
@@ -67,15 +61,10 @@ def from_function(
 
 @torch.no_grad()
 def sample(
-    velocity: Velocity,
-    noise: Tensor,
-    config: SamplerConfig,
-    *,
-    noise_fn: NoiseFn | None = None,
-    callback: Callable[[int, int, Tensor], None] | None = None,
-    cancel: Callable[[], bool] | None = None,
+    velocity: Velocity, noise: Tensor, config: SamplerConfig, *, noise_fn: NoiseFn | None = None,
+    callback: Callable[[int, int, Tensor], None] | None = None, cancel: Callable[[], bool] | None = None,
     project: Callable[[Tensor, Tensor, float], Tensor] = x0_project,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Clean latents from `noise`, both [B, ...] in the model dtype.
 
     velocity(latents, i) -> F: the network at entry i of `schedule(config, noise.dtype)`; latents
@@ -87,9 +76,8 @@ def sample(
     cancel(): asked before each evaluation; True raises CancelledError.
     project(noise, F, t): the op that ends the one-step path (float32 inside, one rounding).
 
-    A single step touches no float64 and no elementwise op but `project`. Nothing here waits for the
-    device, if noise_fn answers on it. Raises ConfigError for an unusable dtype, a missing noise_fn,
-    a velocity of another shape.
+    A single step touches no float64 and no elementwise op but `project`. Nothing here waits for the device, if noise_fn
+    answers on it. Raises ConfigError for an unusable dtype, a missing noise_fn, a velocity of another shape.
     """
     plan = steps(config, noise.dtype)
     if noise_fn is None and any(step.inject for step in plan[:-1]):
@@ -106,11 +94,7 @@ def sample(
 
 
 def _integrate(
-    network: _Network,
-    noise: Tensor,
-    plan: tuple[Step, ...],
-    extrapolation: float,
-    noise_fn: NoiseFn | None,
+    network: _Network, noise: Tensor, plan: tuple[Step, ...], extrapolation: float, noise_fn: NoiseFn | None
 ) -> Tensor:
     """The general path. The order of operations is the published one, to the last bit."""
     wide = torch.float32 if noise.device.type == "mps" else torch.float64  # mps has no float64
@@ -135,24 +119,19 @@ def _integrate(
     return x_hat.to(noise.dtype)
 
 
+@dataclass
 class _Network:
     """The velocity function with its evaluation counter, cancellation and progress."""
 
-    def __init__(
-        self,
-        velocity: Velocity,
-        total: int,
-        cancel: Callable[[], bool] | None,
-        callback: Callable[[int, int, Tensor], None] | None,
-    ) -> None:
-        self.velocity, self.total, self.cancel, self.callback = velocity, total, cancel, callback
-        self.done = 0
+    velocity: Velocity
+    total: int
+    cancel: Callable[[], bool] | None
+    callback: Callable[[int, int, Tensor], None] | None
+    done: int = 0
 
     def __call__(self, latents: Tensor) -> Tensor:
         if self.cancel is not None and self.cancel():
-            raise CancelledError(
-                f"sampling was cancelled after {self.done} of {self.total} network evaluations"
-            )
+            raise CancelledError(f"sampling was cancelled after {self.done} of {self.total} network evaluations")
         flow = self.velocity(latents, self.done)
         if flow.shape != latents.shape:
             raise ConfigError(

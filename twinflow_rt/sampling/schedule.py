@@ -6,7 +6,6 @@ model's modulation at exactly those times. `sample.py` holds the rules these set
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..config import is_integer, is_number
 from ..errors import ConfigError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -48,13 +48,13 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         n, wanted = self.sampling_steps, f"an integer 1..{MAX_STEPS}"
-        _require(_is_int(n) and 1 <= n <= MAX_STEPS, "sampling_steps", n, wanted)
+        _require(is_integer(n) and 1 <= n <= MAX_STEPS, "sampling_steps", n, wanted)
         ratio = self.stochast_ratio
-        _require(ratio == "SDE" or _within(ratio, 0, 1), "stochast_ratio", ratio, "0..1 or 'SDE'")
+        _require(ratio == "SDE" or (is_number(ratio) and 0 <= ratio <= 1), "stochast_ratio", ratio, "0..1 or 'SDE'")
         extra = self.extrapol_ratio
-        _require(_within(extra, 0, 1), "extrapol_ratio", extra, "a number 0..1")
+        _require(is_number(extra) and 0 <= extra <= 1, "extrapol_ratio", extra, "a number 0..1")
         order = self.sampling_order
-        _require(_is_int(order) and order in (1, 2), "sampling_order", order, "1 or 2")
+        _require(is_integer(order) and order in (1, 2), "sampling_order", order, "1 or 2")
         _require(self.mode in MODES, "mode", self.mode, "one of 'few', 'any', 'multi'")
         object.__setattr__(self, "time_dist_ctrl", _numbers(self, "time_dist_ctrl", 3))
         object.__setattr__(self, "rfba_gap_steps", _numbers(self, "rfba_gap_steps", 2))
@@ -114,8 +114,7 @@ def steps(config: SamplerConfig, dtype: torch.dtype) -> tuple[Step, ...]:
     grid = _grid(config, dtype)
     heun = config.sampling_order == 2
     return tuple(
-        _step(config, grid[i], grid[i + 1], heun and i + 1 < config.intervals)
-        for i in range(config.intervals)
+        _step(config, grid[i], grid[i + 1], heun and i + 1 < config.intervals) for i in range(config.intervals)
     )
 
 
@@ -130,11 +129,11 @@ def preset(nfe: int, mode: Literal["few", "any", "multi"] | None = None) -> Samp
         Above 60, bfloat16 has too few values near 1 and may repeat a time (harmless, but wasted).
     """
     if mode is None:
-        mode = "few" if _is_int(nfe) and nfe <= 8 else "multi"
+        mode = "few" if is_integer(nfe) and nfe <= 8 else "multi"
     _require(mode in MODES, "mode", mode, "one of 'few', 'any', 'multi'")
     most = 8 if mode == "few" else 100
     hint = f"an integer 1..{most} in mode '{mode}'; mode 'multi' goes up to 100"
-    _require(_is_int(nfe) and 1 <= nfe <= most, "nfe", nfe, hint)
+    _require(is_integer(nfe) and 1 <= nfe <= most, "nfe", nfe, hint)
     if nfe == 1 and mode != "multi":
         return PRESETS["1"]
     if mode == "few":
@@ -142,9 +141,7 @@ def preset(nfe: int, mode: Literal["few", "any", "multi"] | None = None) -> Samp
         return SamplerConfig(nfe, stochast_ratio=1.0, rfba_gap_steps=(0.001, end))
     if mode == "any":
         return SamplerConfig(nfe, rfba_gap_steps=(0.001, 0.5), mode="any")
-    return SamplerConfig(
-        nfe, time_dist_ctrl=(1.17, 0.8, 1.1), rfba_gap_steps=(0.001, 0.0), mode="multi"
-    )
+    return SamplerConfig(nfe, time_dist_ctrl=(1.17, 0.8, 1.1), rfba_gap_steps=(0.001, 0.0), mode="multi")
 
 
 def resolve_sampler(nfe: int | None, sampler: SamplerConfig | str | None) -> SamplerConfig | None:
@@ -180,9 +177,7 @@ def _step(config: SamplerConfig, t: Tensor, t_next: Tensor, correct: bool) -> St
     heun = float(t_next - gamma_next * t / gamma) if correct and gamma != 0 else None
     tt = {"few": 0.0, "any": float(t_next), "multi": float(t)}[config.mode]
     heun_tt = 0.0 if config.mode == "few" else float(t_next)
-    return Step(
-        float(t), tt, float(gamma), float(t_next), float(gamma_next), keep, inject, heun, heun_tt
-    )
+    return Step(float(t), tt, float(gamma), float(t_next), float(gamma_next), keep, inject, heun, heun_tt)
 
 
 def _noise_weights(config: SamplerConfig, t: Tensor, t_next: Tensor) -> tuple[float, float]:
@@ -201,22 +196,10 @@ def _require(ok: bool, name: str, value: object, wanted: str) -> None:
         raise ConfigError(f"{name} must be {wanted}; got {value!r}")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore
-
-
-def _within(value: object, low: float, high: float) -> bool:
-    return _is_number(value) and low <= value <= high  # type: ignore[operator]
-
-
 def _numbers(config: SamplerConfig, name: str, count: int) -> tuple[float, ...]:
     """A list or tuple of `count` finite numbers as a tuple of floats."""
     values = getattr(config, name)
-    ok = isinstance(values, (list, tuple)) and len(values) == count and all(map(_is_number, values))
+    ok = isinstance(values, (list, tuple)) and len(values) == count and all(map(is_number, values))
     _require(ok, name, values, f"{count} finite numbers")
     return tuple(float(v) for v in values)
 
@@ -230,8 +213,6 @@ PRESETS: Mapping[str, SamplerConfig] = MappingProxyType(
         "4": SamplerConfig(4, stochast_ratio=1.0, rfba_gap_steps=(0.001, 0.5)),
         # the published any-step and multi-step settings
         "any": SamplerConfig(4, rfba_gap_steps=(0.001, 0.5), mode="any"),
-        "multi": SamplerConfig(
-            30, time_dist_ctrl=(1.17, 0.8, 1.1), rfba_gap_steps=(0.001, 0.0), mode="multi"
-        ),
+        "multi": SamplerConfig(30, time_dist_ctrl=(1.17, 0.8, 1.1), rfba_gap_steps=(0.001, 0.0), mode="multi"),
     }
 )

@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from ..config import SizeRule
 from ..errors import CancelledError, DeviceError, TwinFlowError
-from ..sampling.sampler import SamplerConfig
+from ..sampling.schedule import SamplerConfig
 from .engine import SMOOTHING, Batch, Engine, Job
 from .settings import Limits
 
