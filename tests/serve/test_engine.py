@@ -212,18 +212,14 @@ def test_a_batch_too_large_for_the_device_runs_one_by_one(pipe, start):
 
 def test_drain_finishes_what_was_accepted(pipe, start):
     engine = start(max_wait=PATIENCE)
-    first = hold_waiting(pipe, engine)
+    pipe.gate.clear()
+    first = engine.submit("a", num_images=3)
     engine.close()
     with pytest.raises(DrainingError):
         engine.submit("late")
     pipe.gate.set()
     assert engine.drain(PATIENCE) and not engine.accepting
     assert len(results(first)) == 3 and engine.waiting == engine.running == 0
-
-
-def hold_waiting(pipe, engine):
-    pipe.gate.clear()
-    return engine.submit("a", num_images=3)
 
 
 def test_drain_gives_up_after_its_time(pipe, start):

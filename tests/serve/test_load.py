@@ -47,19 +47,10 @@ def test_what_is_lost_or_mixed_up_shows(made):
         assert bench.run_turn(url, cases, 2, 8, 60).exact == 8
         turn = bench.run_turn(url, swapped, 2, 8, 60)
         assert turn.wrong == 8 and not turn.clean and "levels from its own" in turn.problems[0]
-        near = [bench.Case(case.body, case.image + np.uint8(1)) for case in cases]
-        assert bench.run_turn(url, near, 2, 8, 60).off_by_one == 8
-        assert bench.run_turn(url, cases, 2, 8, 0).sent == 0  # bounded in time
         client.engine.close()
         turn = bench.run_turn(url, cases, 2, 8, 60)
         assert turn.failed == 8 and " 503 " in turn.problems[0]
     assert bench.run_turn(url, cases, 2, 8, 60).failed == 8
-    with pytest.raises(RuntimeError, match="look alike"):
-        bench.cases(lambda *a, **k: FakePipeResult(), SIZES)
-
-
-class FakePipeResult:
-    images = (np.zeros((64, 64, 3), np.uint8),)
 
 
 def pixels(prompt: str) -> np.ndarray:
