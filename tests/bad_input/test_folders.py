@@ -79,11 +79,10 @@ def test_huge_json_is_not_read(model, capsys):
 
 CONFIGS = {
     "dim of text": (T, {"dim": "48"}, "dim"), "dim of nothing": (T, {"dim": None}, "dim"),
-    "no heads": (T, {"n_heads": 0}, "ZeroDiv"),
-    "dim of a fraction": (T, {"dim": 48.5}, "dim"), "dim of truth": (T, {"qk_norm": 1}, "qk_norm"),
+    "no heads": (T, {"n_heads": 0}, "ZeroDiv"), "dim of a fraction": (T, {"dim": 48.5}, "dim"),
+    "dim of truth": (T, {"qk_norm": 1}, "qk_norm"),
     "a billion layers": (T, {"n_layers": 10**9}, "n_layers is 1000000000, beyond"),
-    "layers of a list": (T, {"n_layers": [2]}, "n_layers"),
-    "negative layers": (T, {"n_layers": -1}, "unknown"),
+    "layers of a list": (T, {"n_layers": [2]}, "n_layers"), "negative layers": (T, {"n_layers": -1}, "unknown"),
     "dim of 2^62": (T, {"dim": 2**62}, "dim is 4611686018427387904, beyond"),
     "channels of 2^40": (T, {"in_channels": 2**40}, "in_channels is 1099511627776, beyond"),
     "axes of text": (T, {"axes_dims": ["8", 8, 8]}, r"axes_dims\[0\] must be an integer"),
@@ -145,11 +144,9 @@ def test_tokenizers(model, capsys, file, content, message):
 TEMPLATES = {
     "no such name": "{{ nothing.at.all }}", "private attributes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "a module": "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "too long a range": "{% for i in range(10**9) %}{% endfor %}",
-    "division by zero": "{{ 1 // 0 }}", "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "an index": "{{ messages[9].content }}", "changing the messages": "{{ messages.append(1) }}",
-    "a call of text": "{{ 'a'() }}",
-    "nothing at all": "",
+    "too long a range": "{% for i in range(10**9) %}{% endfor %}", "division by zero": "{{ 1 // 0 }}",
+    "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "an index": "{{ messages[9].content }}",
+    "changing the messages": "{{ messages.append(1) }}", "a call of text": "{{ 'a'() }}", "nothing at all": "",
 }  # fmt: skip
 
 
@@ -337,8 +334,7 @@ def test_shards_that_are_links_out(source, model, capsys):
 
 KEY = "layers.0.attention.to_q.weight"
 TENSORS = {
-    "missing": (lambda t: t.pop(KEY), f"missing {KEY}"),
-    "all missing": (lambda t: t.clear(), "without any tensor"),
+    "missing": (lambda t: t.pop(KEY), f"missing {KEY}"), "all missing": (lambda t: t.clear(), "without any tensor"),
     "extra": (lambda t: t.update({"x\0y": torch.ones(1)}), "unknown"),
     "many extra": (lambda t: t.update({f"x{i}": torch.ones(1) for i in range(1000)}), "and 992 more"),
     "int64": (lambda t: t.update({KEY: t[KEY].long()}), "stored as I64"),
@@ -350,7 +346,7 @@ TENSORS = {
     "scalar": (lambda t: t.update({KEY: torch.tensor(1.0)}), "has shape"),
     "empty": (lambda t: t.update({KEY: torch.ones(0, 48)}), "has shape"),
     "of a thousand axes": (lambda t: t.update({KEY: t[KEY].view(48, *[1] * 60, 48)}), "has shape"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "message"), TENSORS.values(), ids=TENSORS)

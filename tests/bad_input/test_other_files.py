@@ -104,20 +104,15 @@ def edit_plan(artifact: Path, **changes: object) -> None:
 
 PLANS = [
     {"schema": 1}, {"schema": None}, {"schema": "3"}, {"schema": [3]}, {"surprise": 1}, {"family": ...}, {"family": 3},
-    {"family": None},
-    {"dtype": "float33"}, {"dtype": "nn"}, {"dtype": "__class__"}, {"dtype": 16}, {"precision": "int2"},
-    {"precision": 8},
-    {"schedule": []}, {"schedule": [[1.0]]}, {"schedule": [[1.0, 0.0, 0.0]]}, {"schedule": [["1", "0"]]},
-    {"schedule": {}},
-    {"schedule": [[True, False]]}, {"schedule": None}, {"choices": [{}]}, {"choices": [1]},
-    {"choices": [{"op": 1, "chosen": "a", "refused": []}]},
+    {"family": None}, {"dtype": "float33"}, {"dtype": "nn"}, {"dtype": "__class__"}, {"dtype": 16},
+    {"precision": "int2"}, {"precision": 8}, {"schedule": []}, {"schedule": [[1.0]]}, {"schedule": [[1.0, 0.0, 0.0]]},
+    {"schedule": [["1", "0"]]}, {"schedule": {}}, {"schedule": [[True, False]]}, {"schedule": None}, {"choices": [{}]},
+    {"choices": [1]}, {"choices": [{"op": 1, "chosen": "a", "refused": []}]},
     {"choices": [{"op": "a", "chosen": "b", "refused": ["c"]}]}, {"loras": [{"name": "a"}]},
     {"loras": [{"name": "a", "weight": "1", "sha256": ""}]},
     {"stages": [{"name": "a", "flops": 1.5, "weight_bytes": 1}]}, {"layers": [3]}, {"notes": [1]}, {"notes": "text"},
-    {"exempt": [1]}, {"exempt": "q"},
-    {"absorbed": 1}, {"absorbed": "no"}, {"folded": [1]}, {"folded": {"a": "b"}}, {"parameters_before": "many"},
-    {"bytes_after": 1.5},
-    {"bytes_after": None}, {"device": 3}, {"source": {}},
+    {"exempt": [1]}, {"exempt": "q"}, {"absorbed": 1}, {"absorbed": "no"}, {"folded": [1]}, {"folded": {"a": "b"}},
+    {"parameters_before": "many"}, {"bytes_after": 1.5}, {"bytes_after": None}, {"device": 3}, {"source": {}},
 ]  # fmt: skip
 
 
@@ -130,13 +125,11 @@ def test_plans(artifact, changes):
 
 MANIFESTS = {
     "no schema": ({"schema": ...}, "schema None"), "schema of text": ({"schema": "1"}, "schema '1'"),
-    "another schema": ({"schema": 2}, "schema 2"),
-    "no plan": ({"plan": ...}, "lacks plan"), "plan of a list": ({"plan": [1]}, "plan"),
-    "no files": ({"files": {}}, "not part of the artifact"),
+    "another schema": ({"schema": 2}, "schema 2"), "no plan": ({"plan": ...}, "lacks plan"),
+    "plan of a list": ({"plan": [1]}, "plan"), "no files": ({"files": {}}, "not part of the artifact"),
     "files of a list": ({"files": ["a"]}, "file list"), "files of nothing": ({"files": None}, "file list"),
-    "source of a number": ({"source": 3}, "save it again"),
-    "no sampler": ({"sampler": ...}, "lacks sampler"), "sampler of a list": ({"sampler": []}, "sampler"),
-    "sampler of less": ({"sampler": {}}, "sampler lacks"),
+    "source of a number": ({"source": 3}, "save it again"), "no sampler": ({"sampler": ...}, "lacks sampler"),
+    "sampler of a list": ({"sampler": []}, "sampler"), "sampler of less": ({"sampler": {}}, "sampler lacks"),
     "deep": ({"sampler": {"a": {"b": {}}}}, "sampler lacks"),
 }  # fmt: skip
 
@@ -148,10 +141,8 @@ def test_manifests(artifact, changes, message):
 
 
 SAMPLERS = [
-    {"sampling_steps": 0}, {"sampling_steps": "1"}, {"stochast_ratio": None},
-    {"mode": "x"},
-    {"rfba_gap_steps": [1]},
-]
+    {"sampling_steps": 0}, {"sampling_steps": "1"}, {"stochast_ratio": None}, {"mode": "x"}, {"rfba_gap_steps": [1]},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", SAMPLERS, ids=str)

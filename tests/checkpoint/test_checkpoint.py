@@ -160,19 +160,15 @@ def config(part, **changes):
 
 KEY = "layers.1.attention.to_k.weight"
 DAMAGES = [
-    (remove_second_embedder, "second time embedder"),
-    (bytes_of(lambda data: data[:-1000]), "truncated"),
-    (bytes_of(lambda data: b"\xff" * 64), "truncated or no safetensors"),
-    (only_pickle, "only pickles .*can run code"),
+    (remove_second_embedder, "second time embedder"), (bytes_of(lambda data: data[:-1000]), "truncated"),
+    (bytes_of(lambda data: b"\xff" * 64), "truncated or no safetensors"), (only_pickle, "only pickles .*can run code"),
     (index(lambda names: dict.fromkeys(names, "../vae/" + WEIGHTS)), "not a .safetensors file of its own folder"),
-    (lose_shard, "00002-of-00003.safetensors is missing"),
-    (index(first_moved), "which lacks it"),
+    (lose_shard, "00002-of-00003.safetensors is missing"), (index(first_moved), "which lacks it"),
     (index(lambda names: ["a"]), "no weight_map"),
     (two_variants, r"several weight files \(a.fp16.safetensors, b.safetensors\)"),
     (weights(x_pad_token=lambda t: t["x_pad_token"].double()), "stored as F64"),
     (weights(**{KEY: lambda t: t[KEY][:-1].clone()}), r"to_q.* \+ .*to_k.* has shape .*asks for \(144, 48\)"),
-    (weights(x_pad_token=None), "missing x_pad_token"),
-    (weights(more=torch.ones(2)), "unknown more"),
+    (weights(x_pad_token=None), "missing x_pad_token"), (weights(more=torch.ones(2)), "unknown more"),
     (weights(x_pad_token=torch.ones(1, 4)), r"\(1, 4\).*asks for \(1, 48\)"),
     (lambda m: (m / "transformer" / WEIGHTS).unlink(), "no .safetensors file"),
     (lambda m: shutil.rmtree(m / "vae"), "no vae/ folder"),
@@ -180,11 +176,9 @@ DAMAGES = [
     (lambda m: (m / "model_index.json").write_text("[1]"), "must hold a JSON object"),
     (lambda m: (m / "transformer" / "config.json").write_text("{"), "not readable JSON"),
     (lambda m: (m / "vae" / "config.json").write_bytes(b"\xff\xfe"), "not UTF-8 text"),
-    (config("transformer", _class_name="FluxX"), "FluxX"),
-    (config("transformer", axes_dims=[8, 8]), "add up"),
+    (config("transformer", _class_name="FluxX"), "FluxX"), (config("transformer", axes_dims=[8, 8]), "add up"),
     (config("vae", _class_name="AutoencoderDC"), "AutoencoderDC"),
-    (config("vae", latents_mean=[0.0]), "another family"),
-    (config("text_encoder", model_type="t5"), "'t5'"),
+    (config("vae", latents_mean=[0.0]), "another family"), (config("text_encoder", model_type="t5"), "'t5'"),
 ]  # fmt: skip
 
 

@@ -93,12 +93,11 @@ def test_reading_leaves_the_mapped_file_alone(checkpoint, tmp_path):
 
 
 NAMINGS = {
-    "diffusers": "transformer.{}.lora_{}.weight",
-    "bare": "{}.lora_{}.weight",
+    "diffusers": "transformer.{}.lora_{}.weight", "bare": "{}.lora_{}.weight",
     "peft": "base_model.model.{}.lora_{}.weight",
     "peft with its adapter's name": "base_model.model.{}.lora_{}.default.weight",
     "original": "diffusion_model.{}.lora_{}.weight",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMINGS.values(), ids=NAMINGS.keys())
@@ -127,12 +126,11 @@ def test_older_names_with_alphas(checkpoint, tmp_path, suffixes, flat):
 
 
 CONFIGS = [
-    ({"r": 3, "lora_alpha": 6}, {}, 2.0),
-    ({"r": 3, "lora_alpha": 6, "use_rslora": True}, {}, 6 / math.sqrt(3)),
+    ({"r": 3, "lora_alpha": 6}, {}, 2.0), ({"r": 3, "lora_alpha": 6, "use_rslora": True}, {}, 6 / math.sqrt(3)),
     ({"r": 3, "lora_alpha": 6, "alpha_pattern": {TARGETS[0]: 1.5}}, {TARGETS[0]: 0.5}, 2.0),
     ({"r": 3, "lora_alpha": 6, "alpha_pattern": {"^" + TARGETS[1]: 9, "w2": 1}}, {TARGETS[1]: 3.0}, 2.0),
     ({"r": 3, "lora_alpha": 6, "alpha_pattern": {"attention.to_k": 3}}, {TARGETS[0]: 1.0}, 2.0),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("config", "special", "scale"), CONFIGS)
