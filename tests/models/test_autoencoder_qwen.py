@@ -18,8 +18,8 @@ from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.models.autoencoders.autoencoder_qwen import MODEL, QwenAutoencoderConfig
 from twinflow_rt.ops import EAGER
 from twinflow_rt.ops.selection import Choice
+from twinflow_rt.passes.convolutions import fold_upsampling
 from twinflow_rt.passes.layers import unpack
-from twinflow_rt.passes.upsample import fold_upsampling
 from twinflow_rt.planning.footprint import work_of
 from twinflow_rt.stages.vae import VaeDecoder
 

@@ -22,13 +22,14 @@ from twinflow_rt.passes.convolutions import (
     WinogradConv2d,
     WinogradUpsampleConv,
     convert_convolutions,
+    fold_upsampling,
+    folded_bytes,
     packing_refuses,
     refuses,
     suited,
     winograd_bytes,
 )
 from twinflow_rt.passes.layers import unpack
-from twinflow_rt.passes.upsample import fold_upsampling, folded_bytes
 from twinflow_rt.planning.meta_model import FOLDED
 from twinflow_rt.stages.vae import VaeDecoder
 

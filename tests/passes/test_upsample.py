@@ -9,7 +9,7 @@ from torch import nn
 from twinflow_rt.models.layers import UpsampleConv
 from twinflow_rt.ops import EAGER, Target, fold_upsample
 from twinflow_rt.ops.selection import Choice, choose
-from twinflow_rt.passes.upsample import fold_upsampling, folded_bytes
+from twinflow_rt.passes.convolutions import fold_upsampling, folded_bytes
 
 FOLDED, PLAIN = (Choice("upsample_conv", "folded"),), (Choice("upsample_conv", "eager"),)
 

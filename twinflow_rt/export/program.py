@@ -24,8 +24,8 @@ from ..config import dtype_name
 from ..errors import ConfigError, TwinFlowError
 from ..loading import load
 from ..ops import EAGER
+from ..passes.convolutions import fold_upsampling
 from ..passes.layers import unpack
-from ..passes.upsample import fold_upsampling
 from ..pipeline import Pipeline
 from ..sampling.sampler import sample
 from ..sampling.schedule import SamplerConfig, schedule, steps

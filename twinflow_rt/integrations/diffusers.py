@@ -36,8 +36,7 @@ from ..errors import CheckpointError, ConfigError
 from ..families import FAMILIES, Family, family_of
 from ..models.architecture import Architecture
 from ..ops import Target, select
-from ..passes.convolutions import convert_convolutions
-from ..passes.upsample import fold_upsampling
+from ..passes.convolutions import convert_convolutions, fold_upsampling
 from ..plan import Plan
 from .diffusers_modules import CALLS, Compiled, CompiledDecoder
 

@@ -69,7 +69,7 @@ class Module(nn.Module):
 class UpsampleConv(nn.Conv2d):
     """A nearest enlargement by 2 and the 3x3 convolution behind it, under the convolution's name in the checkpoint.
 
-    folded: the kernel of one transposed convolution that does both (`passes.upsample`), or None. It is not saved, so
+    folded: the kernel of one transposed convolution that does both (`convolutions`), or None. It is not saved, so
     that what is saved are the weights as they were loaded.
     """
 

@@ -7,11 +7,14 @@
 Another kind is another module, set on the parent as for linear layers (`layers`). What is saved, and what tracers get,
 are the weights as they were loaded. Transformed ones are larger, so the others are not kept beside them, but read anew
 where wanted.
+
+Before that, on any device, a nearest enlargement by 2 and the 3x3 convolution behind it may become one transposed
+convolution: `fold_upsampling`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,16 +25,31 @@ from ..checkpoint.load_report import TRIM_EVERY
 from ..config import dtype_name, has_native
 from ..host_memory import release_free_memory
 from ..models.layers import UpsampleConv
-from ..ops import OpTable, Target, linear
+from ..ops import OpTable, Target, fold_upsample, linear
 from ..ops.conv import conv_packed, pack_conv, pack_folded, upsample_conv_packed, winograd_points, winograd_weight
 from ..ops.native import library
 from ..ops.native.conv import conv_winograd
+from ..ops.selection import Choice
 from .layer_groups import Layers
 from .replace import replace_module, take_over
 
 NARROWEST = 96  # channels: with fewer the transforms take about as long as the products they save
 KINDS = (nn.Conv2d, UpsampleConv)  # that are replaced; other classes have ways of their own
 WHY = {"packed": "laid out once, not per call", "winograd": "16 products in place of 36, 9 behind an enlargement"}
+
+
+def folded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
+    """Return the bytes that `fold_upsampling` adds to a network in `dtype`."""
+    convs = [m for m in network.modules() if isinstance(m, UpsampleConv)]
+    return sum(16 * m.in_channels * m.out_channels * dtype.itemsize for m in convs)
+
+
+def fold_upsampling(network: nn.Module, choices: Sequence[Choice]) -> None:
+    """Fold the kernels of a loaded `network` if that is what `choices` say of `upsample_conv`; else unfold them."""
+    folded = any(choice.op == "upsample_conv" and choice.chosen == "folded" for choice in choices)
+    for module in network.modules():
+        if isinstance(module, UpsampleConv):
+            module.folded = fold_upsample(module.weight.detach()) if folded else None
 
 
 class ConvertedConv2d(nn.Conv2d):

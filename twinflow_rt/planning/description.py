@@ -18,8 +18,8 @@ from ..config import dtype_name
 from ..errors import ConfigError
 from ..families import family_of
 from ..passes import quantize
+from ..passes.convolutions import fold_upsampling, folded_bytes
 from ..passes.fold import folded_away
-from ..passes.upsample import fold_upsampling, folded_bytes
 from ..stages import stage
 from .meta_model import FOLDED
 from .parameters import group_parameters

@@ -17,9 +17,8 @@ from ..checkpoint.layout import Layout
 from ..ops import Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of
-from ..passes.convolutions import refuses, winograd_bytes
+from ..passes.convolutions import folded_bytes, refuses, winograd_bytes
 from ..passes.layers import WEIGHT_DTYPES, quantized_values
-from ..passes.upsample import folded_bytes
 from ..stages import tiles
 from ..stages.prompt_cache import context_bytes
 from ..stages.stage import DEFAULTS, StageOptions

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.context import Context
 from ..ops import EAGER, OpTable
 from ..ops.selection import Choice
-from ..passes.upsample import fold_upsampling
+from ..passes.convolutions import fold_upsampling
 from ..stages.text import PromptEmbeds, TextStage
 from ..stages.vae import VaeDecoder
 

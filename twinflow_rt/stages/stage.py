@@ -20,9 +20,9 @@ from ..models.architecture import Architecture
 from ..ops import EAGER, OpTable, Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names
+from ..passes.convolutions import fold_upsampling
 from ..passes.layer_groups import Layers
 from ..passes.layers import WEIGHT_DTYPES
-from ..passes.upsample import fold_upsampling
 from ..runtime.capture import Captures
 from ..runtime.streaming import NOT_RECORDED, load_part
 from ..runtime.timing import StageTimer
