@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from oracle import draw, judge
 
+from benches.ops.case import exact_attention, exact_linear_attention
 from twinflow_rt import ops
 from twinflow_rt.kernels import attention as module
 from twinflow_rt.kernels.attention import attention, config, linear_attention, linear_config
@@ -22,12 +21,13 @@ def operands(b, queries, keys, h, d, dtype):
     return 2 * q[:, :queries], k, v
 
 
-def exact(q, k, v, lengths=None):
-    scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / math.sqrt(q.shape[-1])
-    if lengths is not None:
-        live = (torch.arange(k.shape[1]) < lengths[:, None])[:, None, None]
-        scores = scores.masked_fill(~live, -math.inf)
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1).nan_to_num(0.0), v.double()).flatten(2)
+def ragged(lengths, dtype):
+    """q, k and v, of which what lies beyond a length must not matter, not even NaN; k and v without it; the lengths."""
+    q, k, v = operands(2, 37, 199, 2, 64, dtype)
+    k, v = k.clone(), v.clone()
+    for b, n in enumerate(lengths):
+        k[b, n:], v[b, n:] = torch.nan, torch.nan
+    return (q, k, v), (k.nan_to_num(0.0), v.nan_to_num(0.0)), torch.tensor(lengths)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,7 +38,7 @@ def exact(q, k, v, lengths=None):
 )  # fmt: skip
 def test_attention(shape, dtype):
     q, k, v = operands(*shape, dtype)
-    judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
+    judge(attention(q, k, v), ops.attention(q, k, v), exact_attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +51,7 @@ def test_specialized(monkeypatch, shape, lengths, dtype):
     q, _, _ = operands(b, queries, queries, h, d, dtype)
     _, k, v = operands(b, keys, keys, h, d, dtype)
     count = None if lengths is None else torch.tensor(lengths)
-    judge(attention(q, k, v, count), ops.attention(q, k, v, count).nan_to_num(0.0), exact(q, k, v, count))
+    judge(attention(q, k, v, count), ops.attention(q, k, v, count).nan_to_num(0.0), exact_attention(q, k, v, count))
 
 
 @pytest.mark.parametrize("what", ["base", "stride", "head dim"])
@@ -62,7 +62,7 @@ def test_what_the_memory_accelerator_cannot_address_goes_to_the_plain_kernel(mon
     buffer = draw(1, 70, 3 * 2 * d + (3 if what == "stride" else 8), dtype=torch.float16)
     qkv = buffer[..., 1 if what == "base" else 0 :][..., : 3 * 2 * d]
     q, k, v = qkv.unflatten(-1, (3, 2, d)).unbind(2)
-    judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
+    judge(attention(q, k, v), ops.attention(q, k, v), exact_attention(q, k, v))
 
 
 @pytest.mark.full
@@ -75,32 +75,21 @@ def test_attention_of_long_sequences(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [(1, 199), (64, 65), (128, 37), (0, 130), (500, 1)])
 def test_lengths(lengths, dtype):
-    q, k, v = operands(2, 37, 199, 2, 64, dtype)
-    count = torch.tensor(lengths)
-    k, v = k.clone(), v.clone()
-    for b, n in enumerate(lengths):  # what lies beyond the length must not matter, not even NaN
-        k[b, n:], v[b, n:] = torch.nan, torch.nan
-    clean = k.nan_to_num(0.0), v.nan_to_num(0.0)
-    judge(attention(q, k, v, count), ops.attention(q, *clean, count), exact(q, *clean, count))
+    (q, k, v), clean, count = ragged(lengths, dtype)
+    judge(attention(q, k, v, count), ops.attention(q, *clean, count), exact_attention(q, *clean, count))
 
 
 def test_scores_far_from_zero():
     q, k, v = operands(1, 37, 70, 1, 64, torch.float16)
     q, k = 40 * q, 40 * k
-    judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
+    judge(attention(q, k, v), ops.attention(q, k, v), exact_attention(q, k, v))
 
 
 @pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
 def test_every_tile_gives_the_same_answer(monkeypatch, arch):
     monkeypatch.setattr(module.launch, "arch", lambda x: arch)
     q, k, v = operands(1, 130, 199, 1, 128, torch.float16)
-    judge(attention(q, k, v), ops.attention(q, k, v), exact(q, k, v))
-
-
-def exact_linear(q, k, v):
-    q, k, v = (x.double().transpose(1, 2) for x in (q.relu(), k.relu(), v))
-    total = q @ k.sum(2).unsqueeze(-1) + 1e-15
-    return (q @ (k.transpose(2, 3) @ v) / total).transpose(1, 2).flatten(2)
+    judge(attention(q, k, v), ops.attention(q, k, v), exact_attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
@@ -110,7 +99,7 @@ def exact_linear(q, k, v):
 )  # fmt: skip
 def test_linear_attention(shape, dtype):
     q, k, v = operands(*shape, dtype)
-    judge(linear_attention(q, k, v), ops.linear_attention(q, k, v), exact_linear(q, k, v))
+    judge(linear_attention(q, k, v), ops.linear_attention(q, k, v), exact_linear_attention(q, k, v))
 
 
 def test_a_query_that_meets_nothing_gives_zero():

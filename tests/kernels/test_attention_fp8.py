@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import judge
-from test_attention import DTYPES, exact, operands
+from test_attention import DTYPES, operands, ragged
 
+from benches.ops.case import exact_attention
 from twinflow_rt import ops
 from twinflow_rt.kernels import attention_fp8 as module
 from twinflow_rt.kernels.attention_fp8 import FP8, attention_fp8, config
@@ -15,7 +16,7 @@ from twinflow_rt.kernels.attention_fp8 import FP8, attention_fp8, config
 def defined(q, k, v, lengths=None):
     """The definition in float64: what is quantized is what is multiplied."""
     q, k = (values.double() * scales.double() for values, scales in (ops.quantize_rows(x, FP8) for x in (q, k)))
-    return exact(q, k, v, lengths)
+    return exact_attention(q, k, v, lengths)
 
 
 def test_heads_are_quantized_as_rows():
@@ -43,12 +44,7 @@ def test_attention_fp8(shape, dtype):
 
 @pytest.mark.parametrize("lengths", [(1, 199), (128, 37), (0, 130), (500, 1)])
 def test_lengths(lengths):
-    q, k, v = operands(2, 37, 199, 2, 64, torch.bfloat16)
-    count = torch.tensor(lengths)
-    k, v = k.clone(), v.clone()
-    for b, n in enumerate(lengths):  # what lies beyond the length must not matter, not even NaN
-        k[b, n:], v[b, n:] = torch.nan, torch.nan
-    clean = k.nan_to_num(0.0), v.nan_to_num(0.0)
+    (q, k, v), clean, count = ragged(lengths, torch.bfloat16)
     eager = ops.attention_fp8(q, *clean, count)
     judge(attention_fp8(q, k, v, count), eager, defined(q, *clean, count))
 
@@ -56,7 +52,7 @@ def test_lengths(lengths):
 def test_error_of_the_scores_is_that_of_4_significant_bits():
     """Against what was given: scores of unit variance are off by about 2^-4 / sqrt(3) * sqrt(2), so outputs too."""
     q, k, v = operands(1, 130, 199, 2, 64, torch.bfloat16)
-    truth = exact(q / 2, k, v)
+    truth = exact_attention(q / 2, k, v)
     error = float((attention_fp8(q / 2, k, v).double() - truth).norm() / truth.norm())
     assert 1e-3 < error < 0.06, error
 

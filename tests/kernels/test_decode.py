@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import draw, judge
+from oracle import DTYPES, draw, judge
 
 from twinflow_rt import ops
 from twinflow_rt.kernels import decode, launch
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import draw, judge_quantized, strided
+from oracle import DTYPES, QUANTIZED, draw, judge_quantized, strided
 
 from twinflow_rt import ops
 from twinflow_rt.kernels import launch, linear
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-QUANTIZED = (torch.float8_e4m3fn, torch.int8)
 
 
 @pytest.mark.parametrize("quantized", QUANTIZED)

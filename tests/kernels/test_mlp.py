@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from oracle import draw, judge, judge_quantized, strided
+from oracle import DTYPES, QUANTIZED, draw, judge, judge_quantized, strided
 
+from benches.ops.case import exact_gelu, exact_swiglu
 from twinflow_rt import ops
 from twinflow_rt.kernels import launch, mlp
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def exact_swiglu(x):
-    a, b = x.double().chunk(2, -1)
-    return a * a.sigmoid() * b
-
-
-def exact_gelu(x):
-    v = x.double()
-    return v / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,33 +25,27 @@ def test_gelu_tanh(dtype, width):
     judge(mlp.gelu_tanh(strided(x)), ops.gelu_tanh(x), exact_gelu(x))
 
 
-@pytest.mark.parametrize("quantized", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("quantized", QUANTIZED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [2, 74, 760])
 def test_quantized(dtype, width, quantized):
     x = 4 * draw(2, 3, width, dtype=dtype)
-    judge_quantized(
-        mlp.swiglu_quantized(strided(x), quantized), ops.swiglu_quantized(x, quantized), exact_swiglu(x)
-    )
-    judge_quantized(
-        mlp.gelu_tanh_quantized(strided(x), quantized), ops.gelu_tanh_quantized(x, quantized), exact_gelu(x)
-    )
+    judge_quantized(mlp.swiglu_quantized(strided(x), quantized), ops.swiglu_quantized(x, quantized), exact_swiglu(x))
+    got = mlp.gelu_tanh_quantized(strided(x), quantized)
+    judge_quantized(got, ops.gelu_tanh_quantized(x, quantized), exact_gelu(x))
 
 
-@pytest.mark.parametrize("quantized", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("quantized", QUANTIZED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantized_wide(dtype, quantized):
     """Rows that one program does not hold, as Qwen2.5-VL's MLP has."""
     x = 4 * draw(1, 2, 2 * 18944, dtype=dtype)
     x[0, 1, ::2] = 0
     x[0, 0, 18943], x[0, 0, -1] = 100, 100  # the largest of its row is the last
-    judge_quantized(
-        mlp.swiglu_quantized(strided(x), quantized), ops.swiglu_quantized(x, quantized), exact_swiglu(x)
-    )
+    judge_quantized(mlp.swiglu_quantized(strided(x), quantized), ops.swiglu_quantized(x, quantized), exact_swiglu(x))
     x = x[..., : launch.MAX_WIDTH + 1]
-    judge_quantized(
-        mlp.gelu_tanh_quantized(strided(x), quantized), ops.gelu_tanh_quantized(x, quantized), exact_gelu(x)
-    )
+    got = mlp.gelu_tanh_quantized(strided(x), quantized)
+    judge_quantized(got, ops.gelu_tanh_quantized(x, quantized), exact_gelu(x))
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 3, 8), (5, 6), (2, 3, 4, 10)])

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import draw, judge, strided
+from oracle import DTYPES, draw, judge, strided
 
 from twinflow_rt import ops
 from twinflow_rt.kernels import rope
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 1, 1, 2), (2, 5, 3, 48), (1, 37, 2, 36), (2, 3, 30, 128), (1, 4, 5, 96), (2, 0, 2, 8))  # B, S, H, D
 EPS = 1e-5
 

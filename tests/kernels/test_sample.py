@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import draw, judge
+from oracle import DTYPES, draw, judge
 
 from twinflow_rt import ops
 from twinflow_rt.kernels import launch, sample
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("t", [1.0, 0.4, 0])

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from benches.ops.case import SIZES, Sizes, exact_layer, exact_rms, exact_rope, exact_rope_of_halves, judge
 from benches.ops.eight_bit_cases import QUANTIZED
 from benches.ops.op_cases import cases
+from tests.kernels.oracle import draw
 from tests.registered import NATIVE, registered
 from twinflow_rt import ops
 from twinflow_rt.errors import DeviceError
@@ -27,10 +28,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
 EPS = 1e-5
 ONLY_CPU = {"group_norm_silu", "grouped_qk_norm_rope_"}  # Triton's and the reference's on a GPU
-
-
-def draw(*shape, dtype=torch.float32, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
 def native(op):

@@ -7,7 +7,8 @@ import torch
 
 from benches.ops.case import SIZES
 from benches.ops.eight_bit_cases import eight_bit_cases
-from tests.native.test_native import DTYPES, EPS, ODD, check, draw, formats, native
+from tests.kernels.oracle import draw
+from tests.native.test_native import DTYPES, EPS, ODD, check, formats, native
 from twinflow_rt import ops
 from twinflow_rt.ops.implementations import QUANTIZED_OPS
 from twinflow_rt.ops.native import library, linear, mlp

@@ -129,15 +129,18 @@ def test_rope(monkeypatch, tmp_path, arch, network, dtype):
     assert list(check(monkeypatch, tmp_path, rope, arch, call))
 
 
-def _attention_cases():
-    for arch in ARCHS:
-        for d in (128, 64, 96, 48, 256):
-            for queries, lengths in ((4224, True), (4224, False), (64, True)):
-                shown = d == 128 and queries == 4224 and (arch == 90 or lengths)
-                yield pytest.param(arch, d, queries, lengths, marks=() if shown else pytest.mark.full)
+def attention_cases(archs, shown):
+    """arch, head dim, queries, whether there are lengths: all under `-m full`, else what `shown` has of (arch, lengths)
+    at the size of an image."""
+    calls = (4224, True), (4224, False), (64, True)
+    for arch, d, (queries, lengths) in product(archs, (128, 64, 96, 48, 256), calls):
+        quick = d == 128 and queries == 4224 and shown(arch, lengths)
+        yield pytest.param(arch, d, queries, lengths, marks=() if quick else pytest.mark.full)
 
 
-@pytest.mark.parametrize("arch, d, queries, lengths", list(_attention_cases()))
+@pytest.mark.parametrize(
+    "arch, d, queries, lengths", list(attention_cases(ARCHS, lambda arch, lengths: arch == 90 or lengths))
+)
 def test_attention(monkeypatch, tmp_path, arch, d, queries, lengths):
     q, k, v = meta(2, 4224, 3, 30, d, dtype=torch.bfloat16).unbind(2)
     count = meta(2, dtype=torch.int64) if lengths else None
@@ -155,15 +158,9 @@ FP8_UNIT = {  # of the scores; the probabilities meet v in bfloat16
 }  # fmt: skip
 
 
-def _fp8_cases():
-    for arch in FP8_UNIT:
-        for d in (128, 64, 96, 48, 256):
-            for queries, lengths in ((4224, False), (4224, True), (64, True)):
-                shown = d == 128 and queries == 4224 and not lengths and arch in (89, 90)
-                yield pytest.param(arch, d, queries, lengths, marks=() if shown else pytest.mark.full)
-
-
-@pytest.mark.parametrize("arch, d, queries, lengths", list(_fp8_cases()))
+@pytest.mark.parametrize(
+    "arch, d, queries, lengths", list(attention_cases(FP8_UNIT, lambda arch, lengths: arch in (89, 90) and not lengths))
+)
 def test_attention_fp8(monkeypatch, tmp_path, arch, d, queries, lengths):
     q, k, v = meta(2, 4224, 3, 30, d, dtype=torch.bfloat16).unbind(2)
     count = meta(2, dtype=torch.int64) if lengths else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.kernels.oracle import draw
 from twinflow_rt import ops
 from twinflow_rt.ops.conv import LEAST, STRIP, conv3x3, winograd_points, winograd_weight
 from twinflow_rt.ops.native import library
@@ -15,10 +16,6 @@ native = pytest.mark.skipif(
 )
 # tiles: one, fewer than LEAST, of odd sizes, several strips of which the last is short; channels beyond a register
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 5, 7), (1, 16, 130, 9, 4), (3, 130, 17, 12, 34), (1, 40, 24, 33, 63)]
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
 @native

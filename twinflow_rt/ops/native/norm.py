@@ -90,13 +90,9 @@ residual_layer_norm, residual_layer_norm_quantized = op_and_quantized(
 )(_residual_layer_norm)  # fmt: skip
 
 
-def _like_channels_last(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
 @op(
     "group_norm_silu(Tensor x, int groups, Tensor weight, Tensor bias, float eps) -> Tensor",
-    _like_channels_last,
+    lambda x, *_: torch.empty_like(x, memory_format=torch.channels_last),
 )
 def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
