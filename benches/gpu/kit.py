@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"  # kept between calls; OUT may be empty every time
 LIMIT_S = 470
-ALONE = ("--batches", "", "--callers", "", "--evaluations", "")  # no sweeps
+ALONE = ("--batches", "", "--evaluations", "")  # no sweeps
 TINY_MODEL = (
     "--scale", "0.05", "--layers", "1", "--size", "64", "--repeats", "2", "--warmup", "1", "--cold-runs", "0", *ALONE,
 )  # fmt: skip

@@ -30,7 +30,7 @@ def measured(tiny, small_ceilings):
     said: list[str] = []
     record = bench.run(
         tiny, device="cpu", size=(32, 24), peers=("eager", "diffusers"), repeats=5, warmup=1, cold_runs=1,
-        batches=(1, 2), callers=(2,), evaluations=(1, 2), command="twinflow-rt bench tiny", say=said.append,
+        batches=(1, 2), evaluations=(1, 2), command="twinflow-rt bench tiny", say=said.append,
     )  # fmt: skip
     return record, said
 

@@ -14,7 +14,7 @@ import pytest
 from twinflow_rt.bench import html, plots
 from twinflow_rt.errors import ConfigError
 
-FIGURES = ("waterfall", "roofline", "evaluations", "throughput", "memory", "cold")
+FIGURES = ("waterfall", "roofline", "evaluations", "throughput", "cold")
 FETCHING = ("src", "href", "srcset", "data", "action", "xlink:href")
 VOID = {"meta", "br", "img", "link", "input"}
 
@@ -68,7 +68,7 @@ def test_names_are_escaped(record):
 
 
 def test_what_was_not_measured_is_left_out(record):
-    record["cold_start"], record["evaluations"], record["batches"], record["concurrency"] = None, [], [], []
+    record["cold_start"], record["evaluations"], record["batches"] = None, [], []
     page = html.render(record)
     assert re.findall(r'<svg id="([a-z]+)"', page) == ["waterfall", "roofline"]
 
@@ -96,13 +96,8 @@ def test_plots_show_the_records_figures(record):
     assert stages[0] == [pytest.approx((stage["flops"] / stage["weight_bytes"], stage["flops_per_second"]))]
     (line,) = _lines(plots.evaluations(record))
     assert line == [(row["nfe"], pytest.approx(row["seconds"]["median"])) for row in record["evaluations"]]
-    batches, callers = _lines(plots.throughput(record))
+    (batches,) = _lines(plots.throughput(record))
     assert batches == [(row["batch"], row["images_per_second"]) for row in record["batches"]]
-    assert callers == [(row["threads"], row["images_per_second"]) for row in record["concurrency"]]
-    timeline = record["cold_start"]["timeline"]
-    resident, *ends = _lines(plots.memory_timeline(record))
-    assert resident == [*zip(timeline["seconds"], timeline["host_resident"], strict=True)]
-    assert [end[0][0] for end in ends] == [mark["seconds"] for mark in timeline["marks"][1:]]
 
 
 def _lines(figure):

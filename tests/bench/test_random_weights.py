@@ -56,7 +56,7 @@ def test_measured_by_the_same_path(name):
     """Small, a published model runs the whole bench on a CPU, its outputs correct."""
     record = bench.run(
         random_weights=name, scale=0.02, layers=1, size=(32, 32), device="cpu", dtype="float32", peers=("eager",),
-        repeats=3, warmup=0, cold_runs=0, batches=(), callers=(), evaluations=(),
+        repeats=3, warmup=0, cold_runs=0, batches=(), evaluations=(),
     )  # fmt: skip
     assert record["settings"]["model"] == f"random-{name}"
     assert record["correctness"]["passed"], record["correctness"]

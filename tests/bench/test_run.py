@@ -16,7 +16,7 @@ from twinflow_rt.bench.schema import RecordFields, validate
 from twinflow_rt.bench.workload import STAGES
 from twinflow_rt.errors import ConfigError, TwinFlowError
 
-QUICK = {"repeats": 3, "warmup": 0, "cold_runs": 0, "batches": (), "callers": (), "evaluations": ()}
+QUICK = {"repeats": 3, "warmup": 0, "cold_runs": 0, "batches": (), "evaluations": ()}
 
 
 def test_every_figure_is_there(record):
@@ -29,15 +29,12 @@ def test_every_figure_is_there(record):
     assert set(phases) == {"start", "import", "load", "compile", "first_image", "warm_image", "total"}
     assert phases["import"]["median"] > phases["compile"]["median"] > 0
     assert phases["total"]["median"] > 5 * record["stages"]["total"]["median"]
-    assert [m["phase"] for m in record["cold_start"]["timeline"]["marks"]] == [
-        "start", "import", "load", "compile", "load", "first_image", "warm_image",
-    ]  # fmt: skip
+    assert min(samples["min"] for samples in phases.values()) > 0
     assert [row["batch"] for row in record["batches"]] == [1, 2]
     assert record["batches"][1]["images_per_second"] == pytest.approx(2 / record["batches"][1]["seconds"]["median"])
-    assert len(record["concurrency"][0]["seconds"]["samples"]) == 2 * 3
     assert [row["nfe"] for row in record["evaluations"]] == [1, 2]
     names = {name for name, _ in records.timings(record)}
-    assert {"stage total", "cold import", "batch 2", "threads 2", "nfe 2", "peer diffusers"} <= names
+    assert {"stage total", "cold import", "batch 2", "nfe 2", "peer diffusers"} <= names
 
 
 def test_stages_are_parts_of_the_call(record):
@@ -165,14 +162,14 @@ def test_a_failing_process_says_why(tiny):
 
 def test_command_line(tiny, tmp_path, capsys):
     a, b, page = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "a.html"
-    common = ["--device", "cpu", "--size", "16", "--repeats", "5", "--cold-runs", "0", "--batches", "", "--callers", "",
+    common = ["--device", "cpu", "--size", "16", "--repeats", "5", "--cold-runs", "0", "--batches", "",
               "--evaluations", "", "--peers", "eager"]  # fmt: skip
     assert cli.main(["bench", str(tiny), *common, "--json", str(a), "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "velocity" in out and "speed-up" in out and page.read_text().startswith("<!doctype html>")
     command = records.load(a)["command"]
     assert command == (
-        "twinflow-rt bench tiny --size 16x16 --device cpu --peers eager --repeats 5 --batches '' --callers '' "
+        "twinflow-rt bench tiny --size 16x16 --device cpu --peers eager --repeats 5 --batches '' "
         "--evaluations '' --cold-runs 0"
     )
     shutil.copy(a, b)

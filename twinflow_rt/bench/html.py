@@ -39,8 +39,7 @@ PLOTS = (
      "Limits are this run's own measured matrix products and copies."),
     ("evaluations", plots.evaluations, "Time against evaluations",
      "Medians; bars span the middle half of the samples."),
-    ("throughput", plots.throughput, "Images per second", "Larger batches, and several callers at once."),
-    ("memory", plots.memory_timeline, "Memory of a cold start", "One fresh process, until its second image."),
+    ("throughput", plots.throughput, "Images per second", "Larger batches."),
     ("cold", plots.cold_waterfall, "Time to the first image",
      "Medians over fresh processes; files were in the page cache."),
 )  # fmt: skip

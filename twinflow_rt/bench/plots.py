@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .record import Record
-from .terminal import rate, seconds, size
+from .terminal import rate, seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -156,42 +156,15 @@ def evaluations(record: Record) -> Figure | None:
     return figure
 
 
-def memory_timeline(record: Record) -> Figure | None:
-    """Draw resident and device memory of a cold start over time, with the ends of its phases."""
-    if record["cold_start"] is None:
-        return None
-    timeline = record["cold_start"]["timeline"]
-    figure, axes = _axes(x="seconds since the process started", y="bytes")
-    for label, colour in (("host resident", ONE), ("device allocated", TWO)):
-        values = timeline[label.replace(" ", "_")]
-        if any(values):
-            axes.plot(timeline["seconds"], values, color=colour, label=f"{label}, at most {size(max(values))}")
-    for i, mark in enumerate(mark for mark in timeline["marks"] if mark["phase"] != "start"):
-        axes.axvline(mark["seconds"], color=MUTE, linewidth=1)
-        text = f"{mark['seconds']:.2f} s {mark['phase'].replace('_', ' ')}"
-        axes.annotate(text, (1.02, 0.95 - 0.07 * i), xycoords="axes fraction", color=SOFT)
-    axes.set_xlim(0, max(timeline["seconds"]))
-    axes.set_ylim(0)
-    axes.yaxis.set_major_formatter(lambda v, _: size(v) if v else "0")
-    axes.legend(loc="upper left")
-    return figure
-
-
 def throughput(record: Record) -> Figure | None:
-    """Draw images per second against batch size and against concurrent callers."""
-    figure, axes = _axes(x="images per batch, or callers", y="images per second")
-    counts: set[int] = set()
-    series = (("batch size", ONE, "batches", "batch"), ("callers", TWO, "concurrency", "threads"))
-    for label, colour, field, key in series:
-        rows = [row for row in record[field] if "images_per_second" in row]
-        if rows:
-            counts |= {row[key] for row in rows}
-            rates = [row["images_per_second"] for row in rows]
-            axes.plot([row[key] for row in rows], rates, color=colour, marker="o", label=label)
-    if not counts:
+    """Draw images per second against batch size."""
+    rows = [row for row in record["batches"] if "images_per_second" in row]
+    if not rows:
         return None
-    _from_zero(axes, sorted(counts))
-    axes.legend(loc="lower right")
+    figure, axes = _axes(x="images per batch", y="images per second")
+    sizes = [row["batch"] for row in rows]
+    axes.plot(sizes, [row["images_per_second"] for row in rows], color=ONE, marker="o")
+    _from_zero(axes, sizes)
     return figure
 
 

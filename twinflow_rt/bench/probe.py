@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import TwinFlowError
-from .timeline import Timeline
 
 PHASES = ("start", "import", "load", "compile", "first_image")
 
@@ -54,44 +53,48 @@ def run(task: Task, wrapper: tuple[str, ...] = (), timeout: float = 1800) -> dic
 
 
 def cold(task: Task, origin: float) -> dict[str, Any]:
-    """Return the seconds from the start of the process by phase, and its memory over time.
+    """Return the seconds of each phase of a process until its second image, by phase.
 
     origin: time.monotonic() when the process was started. load: opening the model, reading text encoder and decoder;
     compile: from the network's first tensor until the decoder's, the passes between them. A second image follows,
     for comparison.
     """
-    with Timeline(origin) as timeline:
-        timeline.mark("start")
-        import torch
+    seconds, before = dict.fromkeys((*PHASES, "warm_image"), 0.0), origin
 
-        from ..loading import load
-        from ..runtime.timer import synchronize
-        from . import random_file  # noqa: F401  the model may be made of random weights
+    def end(phase: str) -> None:
+        """Add the seconds since the last phase ended to `phase`."""
+        nonlocal before
+        now = time.monotonic()
+        seconds[phase] += now - before
+        before = now
 
-        timeline.mark("import")
-        torch.set_num_threads(task.threads)
-        seen = "text encoder"
+    end("start")
+    import torch
 
-        def progress(part: str, _: int) -> None:
-            """End a phase where `load` goes on to another network."""
-            nonlocal seen
-            if part != seen:
-                synchronize(task.device)
-                timeline.mark("compile" if seen == "transformer" else "load")
-                seen = part
+    from ..loading import load
+    from ..runtime.timer import synchronize
+    from . import random_file  # noqa: F401  the model may be made of random weights
 
-        options: dict[str, Any] = {"dtype": task.dtype, "precision": task.precision, "nfe": task.nfe}
-        pipe = load(task.model, device=task.device, progress=progress, **options)
-        synchronize(task.device)
-        timeline.mark("load")
-        for phase in ("first_image", "warm_image"):
-            pipe(task.prompt, seed=task.seed, width=task.width, height=task.height)
-            timeline.mark(phase)
-    seconds, before = dict.fromkeys((*PHASES, "warm_image"), 0.0), 0.0
-    for end, phase in timeline.marks:
-        seconds[phase] += end - before
-        before = end
-    return {"phases": seconds, "timeline": timeline.to_dict()}
+    end("import")
+    torch.set_num_threads(task.threads)
+    seen = "text encoder"
+
+    def progress(part: str, _: int) -> None:
+        """End a phase where `load` goes on to another network."""
+        nonlocal seen
+        if part != seen:
+            synchronize(task.device)
+            end("compile" if seen == "transformer" else "load")
+            seen = part
+
+    options: dict[str, Any] = {"dtype": task.dtype, "precision": task.precision, "nfe": task.nfe}
+    pipe = load(task.model, device=task.device, progress=progress, **options)
+    synchronize(task.device)
+    end("load")
+    for phase in ("first_image", "warm_image"):
+        pipe(task.prompt, seed=task.seed, width=task.width, height=task.height)
+        end(phase)
+    return {"phases": seconds}
 
 
 if __name__ == "__main__":

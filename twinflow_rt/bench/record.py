@@ -44,7 +44,7 @@ def timings(record: Record) -> Iterator[tuple[str, dict[str, Any]]]:
     for name, samples in (record["cold_start"] or {"phases": {}})["phases"].items():
         yield f"cold {name}", samples
     for key, label in (("batches", "batch"), ("concurrency", "threads"), ("evaluations", "nfe")):
-        for entry in record[key]:
+        for entry in record.get(key, []):
             if "seconds" in entry:
                 yield f"{label} {entry[label]}", entry["seconds"]
     for peer in record["peers"]:

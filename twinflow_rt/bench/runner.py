@@ -4,7 +4,7 @@
     reference outputs                     float32, unfolded; its memory is freed again
     memory per stage                      with nothing loaded but the model
     stages, whole calls and peers         in turns, between two measurements of the machine's ceilings
-    batch sizes, callers, evaluations     in turns
+    batch sizes, evaluations     in turns
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _Run:
         phases = {name: [r["phases"][name] for r in results] for name in results[0]["phases"]}
         phases["total"] = [sum(r["phases"][name] for name in PHASES) for r in results]
         summary = {name: Samples(tuple(seconds)).to_dict() for name, seconds in phases.items()}
-        return {"runs": runs, "phases": summary, "timeline": results[-1]["timeline"]}
+        return {"runs": runs, "phases": summary}
 
     # -- outputs ----------------------------------------------------------------------------------
 
@@ -228,11 +228,9 @@ class _Run:
         settings, few = self.settings, max(3, self.settings.repeats // 2)
         self.say(f"batches of {settings.batches or 'no size'}")
         batches = sweeps.batches(pipe, work, settings.batches, few, settings.max_seconds)
-        self.say(f"{settings.callers or 'no'} concurrent callers")
-        concurrency = sweeps.concurrency(pipe, work, settings.callers, few)
         self.say(f"{settings.evaluations or 'no'} evaluations")
         evaluations = sweeps.evaluations(pipe, work, settings.evaluations, few, settings.max_seconds)
-        return {"batches": batches, "concurrency": concurrency, "evaluations": evaluations}
+        return {"batches": batches, "evaluations": evaluations}
 
     def _settings(self, work: Workload) -> dict[str, Any]:
         kept = (

@@ -27,7 +27,7 @@ Mark = TypedDict("Mark", {"seconds": Positive, "phase": str})
 Timeline = TypedDict("Timeline", {
     "seconds": list[Positive], "host_resident": list[Count], "device_allocated": list[Count], "marks": list[Mark],
 })  # fmt: skip
-ColdStart = TypedDict("ColdStart", {"runs": Count, "phases": dict[str, Samples], "timeline": Timeline})
+ColdStart = TypedDict("ColdStart", {"runs": Count, "phases": dict[str, Samples], "timeline": NotRequired[Timeline]})
 Memory = TypedDict("Memory", {"loaded": Peaks, "stages": dict[str, Peaks]})
 Gpu = TypedDict("Gpu", {
     "name": str, "capability": str, "multiprocessors": Count, "memory_bytes": Count, "l2_bytes": Count | None,
@@ -82,11 +82,11 @@ class Evaluations(Row):
     nfe: Count
 
 
-# energy and instructions stand in records of before; they are read and no longer written
+# what is NotRequired stands in records of before: it is read and no longer written
 RecordFields = TypedDict("RecordFields", {
     "schema": int, "created": str, "command": str, "machine": Machine, "settings": Settings, "model": Model,
     "ceilings": Ceilings, "correctness": Verdict, "stages": dict[str, Samples], "efficiency": dict[str, Efficiency],
-    "memory": Memory, "cold_start": ColdStart | None, "batches": list[Batch], "concurrency": list[Callers],
+    "memory": Memory, "cold_start": ColdStart | None, "batches": list[Batch], "concurrency": NotRequired[list[Callers]],
     "evaluations": list[Evaluations], "energy": NotRequired[dict[str, float | str]],
     "instructions": NotRequired[dict[str, float | str]], "peers": list[Peer], "notes": list[str],
 })  # fmt: skip

@@ -15,7 +15,7 @@ class Settings:
     """What to measure. size: (width, height), None for the model's default. random_weights: the name of a
     published model instead of `model`, with `scale` and `layers` as `random_weights.skeleton` takes them.
     precision, dtype: as `twinflow_rt.load` takes them. backend: an implementation to prefer (`figures.prefer`).
-    batches, callers, evaluations: the sweeps; empty ones are left out. cold_runs: 0 leaves out cold starts.
+    batches, evaluations: the sweeps; empty ones are left out. cold_runs: 0 leaves out cold starts.
     check: compare outputs with the float32 reference; without it no speed-up is stated. tolerance:
     replaces the error rule by an rms bound. max_seconds: per figure group, after which no round begins.
     """
@@ -37,7 +37,6 @@ class Settings:
     repeats: int = 20
     warmup: int = 3
     batches: tuple[int, ...] = (1, 2, 4)
-    callers: tuple[int, ...] = (1, 2, 4)
     evaluations: tuple[int, ...] = (1, 2, 4)
     cold_runs: int = 3
     check: bool = True

@@ -1,9 +1,7 @@
-"""How time changes with batch size, with concurrent callers, and with evaluations per image."""
+"""How time changes with batch size and with evaluations per image."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -11,9 +9,8 @@ from typing import Any
 
 from ..errors import ConfigError, DeviceError
 from ..pipeline import Pipeline
-from ..runtime.timer import synchronize
 from .memory import stage_peaks
-from .timing import Samples, interleave, measure
+from .timing import interleave, measure
 from .workload import Workload, batch_of
 
 Row = dict[str, Any]
@@ -39,45 +36,6 @@ def batches(pipe: Pipeline, work: Workload, sizes: Iterable[int], repeats: int, 
         size = int(name)
         rows[size] |= {"seconds": samples.to_dict(), "images_per_second": size / samples.median}
     return list(rows.values())
-
-
-def concurrency(pipe: Pipeline, work: Workload, callers: Iterable[int], repeats: int) -> list[Row]:
-    """Measure the latency that each of n simultaneous callers sees, and images per second of all together.
-
-    Each caller makes `repeats` calls, one after the other; all begin at once.
-    """
-    return [_callers(pipe, work, n, repeats) for n in callers]
-
-
-def _callers(pipe: Pipeline, work: Workload, count: int, repeats: int) -> Row:
-    seconds: list[float] = []
-    failures: list[BaseException] = []
-    barrier = threading.Barrier(count + 1)
-
-    def caller() -> None:
-        barrier.wait()
-        try:
-            for _ in range(repeats):
-                start = time.perf_counter()
-                work.call(pipe)
-                synchronize(pipe.device)
-                seconds.append(time.perf_counter() - start)
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=caller) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    barrier.wait()
-    start = time.perf_counter()
-    for thread in threads:
-        thread.join()
-    elapsed = time.perf_counter() - start
-    if failures:
-        raise failures[0]
-    samples = Samples(tuple(seconds))
-    images = count * repeats * len(work.prompts)
-    return {"threads": count, "seconds": samples.to_dict(), "images_per_second": images / elapsed}
 
 
 def evaluations(pipe: Pipeline, work: Workload, counts: Iterable[int], repeats: int, max_seconds: float) -> list[Row]:

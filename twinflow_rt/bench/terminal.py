@@ -104,14 +104,14 @@ def _cold(record: Record) -> Table | None:
 def _sweeps(record: Record) -> Table | None:
     table = _table("Throughput", "", "median", "p90", "p99", "MAD", "images/s", "peak")
     for key, label in (("batches", "batch"), ("concurrency", "threads"), ("evaluations", "nfe")):
-        for row in record[key]:
+        for row in record.get(key, []):
             name = {"threads": "callers", "nfe": "evaluations"}.get(label, label) + f" {row[label]}"
             if "seconds" not in row:
                 table.add_row(name, row["reason"])
                 continue
             peak = _peak(row["memory"]) if "memory" in row else ""
             table.add_row(name, *_times(row["seconds"]), f"{row['images_per_second']:.3g}", peak)
-        if record[key]:
+        if record.get(key):
             table.add_section()
     return table if table.row_count else None
 

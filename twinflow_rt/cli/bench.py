@@ -57,7 +57,6 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "repeats": {"type": int, "help": "rounds (default 20)"},
         "warmup": {"type": int, "help": "unmeasured rounds before (default 3)"},
         "batches": {"type": counts, "metavar": "LIST", "help": "batch sizes to time (default 1,2,4; '' for none)"},
-        "callers": {"type": counts, "metavar": "LIST", "help": "simultaneous callers (default 1,2,4; '' for none)"},
         "evaluations": {"type": counts, "metavar": "LIST", "help": "per image, to time (default 1,2,4; '' for none)"},
         "cold-runs": {"type": int, "metavar": "N", "help": "fresh processes for the cold start (default 3; 0: none)"},
         "tolerance": {"type": float, "help": "accept outputs of at most this rms error instead of the error rule"},
