@@ -37,7 +37,9 @@ from .stages.velocity import Callback, Prompts, VelocityStage
 
 @dataclass(frozen=True)
 class Result:
-    """images: one per (prompt, repeat), prompt-major. seeds: image k's own. timings: seconds per
+    """What a call made.
+
+    images: one per (prompt, repeat), prompt-major. seeds: image k's own. timings: seconds per
     stage and in total. memory: peak bytes per stage (see `runtime.timing.StageTimer`). at_once: the most images
     that went through a network together."""
 
@@ -108,14 +110,14 @@ class Pipeline:
         return replace(self.program.plan, stages=self._work, notes=self.program.plan.notes + loads + graphs)
 
     def read_embeds(self, path: str | Path) -> PromptEmbeds:
-        """Prompt embeddings that `twinflow-rt encode` wrote, for a call of this pipeline.
+        """Return prompt embeddings that `twinflow-rt encode` wrote, for a call of this pipeline.
 
         Raises CheckpointError for another file, ConfigError for one of another model or text encoder.
         """
         return self.accept(embeds_file.read(path), path)
 
     def accept(self, saved: embeds_file.Saved, where: str | Path) -> PromptEmbeds:
-        """The embeddings of a file read from `where`, if they are this model's; see `read_embeds`."""
+        """Return the embeddings of a file read from `where`, if they are this model's; see `read_embeds`."""
         saved.require(self.program.plan.family, self.text, where)
         return saved.embeds
 
@@ -126,7 +128,7 @@ class Pipeline:
         callback: Callback | None = None, cancel: Callable[[], bool] | None = None,
         on_oom: str = "raise", preview: bool = False,
     ) -> Result:  # fmt: skip
-        """Generates num_images images per prompt, all in one batch, prompt-major.
+        """Generate num_images images per prompt, all in one batch, prompt-major.
 
         prompt: text, several, or embeddings from `self.text`. height, width: pixels, multiples of
             `self.sizes.multiple`. seed: image k of the batch gets seed + k; or one seed per image;
@@ -219,8 +221,8 @@ class Pipeline:
             self.captures.clear()
 
     def parallelize(self, group: Any = None) -> None:
-        """Spreads the velocity network of each image over the processes of a torch.distributed group (None: all),
-        see `parallel`: for a GPU each, under torchrun. Every process loads the model and makes the same calls,
+        """Spread the velocity network of each image over the processes of a torch.distributed group (None: all),
+        see `runtime.parallel`: for a GPU each, under torchrun. Every process loads the model and makes the same calls,
         which then all return the same images; seeds left open are the first process's.
 
         Raises ConfigError without a process group, for SD3.5 and SANA, and for heads that do not divide.
@@ -230,7 +232,7 @@ class Pipeline:
 
     @out_of_memory.named("compiling with these adapters")
     def set_loras(self, loras: Loras = ()) -> None:
-        """Replaces the merged adapters by `loras` (as for `load`; none by default): the network is
+        """Replace the merged adapters by `loras` (as for `load`; none by default): the network is
         compiled again from the checkpoint, so nothing of the old ones remains.
 
         Raises ConfigError on a saved artifact, whose weights hold theirs for good; CheckpointError for
@@ -242,10 +244,10 @@ class Pipeline:
     def warm_up(
         self, height: int | None = None, width: int | None = None, num_images: int = 1, tokens: int | None = None
     ) -> int:
-        """Prepares for calls of this size, and prompts of up to `tokens` tokens, what an attention backend prepares
-        per shape (see `warm`); `load` does for one image of the default size. Returns how many shapes there were,
-        0 for backends that need no such thing. Qwen-Image's and SANA's prompts keep their own lengths, each of which
-        is a shape, for up to 400 ms of planning: they are prepared for only where `tokens` is given."""
+        """Prepare for calls of this size, and prompts of up to `tokens` tokens, what an attention backend prepares per
+        shape (see `planning.warm_up`); `load` does for one image of the default size. Returns how many shapes there
+        were, 0 for backends that need no such thing. Qwen-Image's and SANA's prompts keep their own lengths, each of
+        which is a shape, for up to 400 ms of planning: they are prepared for only where `tokens` is given."""
         check_count("num_images", num_images)
         if tokens is not None:
             check_count("tokens", tokens)
@@ -261,7 +263,7 @@ class Pipeline:
 
     @out_of_memory.named("saving")
     def save(self, path: str | Path) -> Path:
-        """Writes the compiled program and the other parts as an artifact (passes/artifact.py), which
+        """Write the compiled program and the other parts as an artifact (checkpoint/artifact.py), which
         `load` takes like a model folder, skipping the passes. It holds this pipeline's schedule only.
         Raises ConfigError where weights stream, and where the text encoder has 8 bits: those are made as it is
         read, of a saved program too."""

@@ -60,12 +60,13 @@ class Plan:
         return self.skip_layers
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; `from_dict` reads it back."""
+        """Return what JSON can hold; `from_dict` reads it back."""
         return {"schema": SCHEMA, **json.loads(json.dumps(asdict(self)))}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Plan:
-        """Raises CheckpointError for another schema, other fields, or a field that is not what it should be."""
+        """Return the plan that `to_dict` made this of. Raises CheckpointError for another schema, other fields, or a
+        field that is not what it should be."""
         schema = raw.get("schema") if isinstance(raw, dict) else None
         if schema != SCHEMA:
             raise CheckpointError(refusal("the plan", schema, SCHEMA, "compile again"))

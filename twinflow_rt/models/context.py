@@ -20,8 +20,8 @@ def bucket(length: int) -> int:
 
 
 def host_lengths(embeds: Tensor, lengths: Sequence[int] | Tensor) -> tuple[tuple[int, ...], int, Tensor | None]:
-    """Of prompts embeds [B, L, D] that count up to `lengths`: (lengths on the host, rows to compute, lengths on
-    the device where a mask is needed). Lengths that are on the device already stay there, and all L rows are
+    """Return (lengths on the host, rows to compute, lengths on the device or None where no mask is needed) of prompts
+    embeds [B, L, D] that count up to `lengths`. Lengths that are on the device already stay there, and all L rows are
     computed under the mask: no shape depends on a value, as an exported program wants it."""
     if isinstance(lengths, Tensor):
         return (), embeds.shape[1], lengths
@@ -45,8 +45,9 @@ class Context:
     lengths: tuple[int, ...]
 
     def in_bucket(self) -> Self:
-        """For a recorded network: prompts padded to bucket(L) tokens under the mask `ragged`, and no length left
-        on the host, so that shapes alone tell two contexts apart. A family without `ragged` has one length."""
+        """Return the context for a recorded network: prompts padded to bucket(L) tokens under the mask `ragged`, and no
+        length left on the host, so that shapes alone tell two contexts apart. A family without `ragged` has one
+        length."""
         length, names = self.tokens.shape[1], {f.name for f in fields(self)}
         changed: dict[str, Any] = {"lengths": ()}
         if "ragged" in names and (more := bucket(length) - length):
@@ -58,7 +59,8 @@ class Context:
         return replace(self, **changed)
 
     def within(self, lengths: Sequence[int]) -> Self:
-        """`in_bucket` undone: of prompts of these lengths, no longer than the longest, unmasked where all are equal."""
+        """Return what `in_bucket` was called on, of prompts of these lengths: no longer than the longest, unmasked
+        where all are equal."""
         longest, names = max(lengths), {f.name for f in fields(self)}
         changed: dict[str, Any] = {"lengths": tuple(lengths)}
         for name, axis in self.prompt_axes.items():
@@ -68,15 +70,15 @@ class Context:
             changed["ragged"] = None
         return replace(self, **changed)
 
-    def select(self, rows: Sequence[int]) -> Self:
-        """The context of prompts `rows`, in that order and repeated as often as named: one per image."""
-        if list(rows) == list(range(len(self.lengths))):
+    def select(self, numbers: Sequence[int]) -> Self:
+        """Return the context of the prompts with these numbers, repeated as often as named: one per image."""
+        if list(numbers) == list(range(len(self.lengths))):
             return self
-        index = torch.tensor(rows, device=self.tokens.device)
+        index = torch.tensor(numbers, device=self.tokens.device)
 
         def pick(value: Any) -> Any:
             if isinstance(value, tuple):
-                return tuple(value[row] for row in rows)
+                return tuple(value[number] for number in numbers)
             return value if value is None or value.shape[0] == 1 < len(self.lengths) else value[index]
 
         return replace(self, **{f.name: pick(getattr(self, f.name)) for f in fields(self)})
@@ -85,8 +87,8 @@ class Context:
 def recorded_context(
     network: Any, call: Callable[..., Any], embeds: Tensor, lengths: Sequence[int], **extras: Tensor
 ) -> Context:
-    """network.encode_context(embeds, lengths, **extras) where `call(function, *args)` records a graph per shape of
-    args: prompts are padded to a bucket, and their lengths mask them on the device. A network that reads every row
+    """Return network.encode_context(embeds, lengths, **extras) where `call(function, *args)` records a graph per shape
+    of args: prompts are padded to a bucket, and their lengths mask them on the device. A network that reads every row
     (`fixed_length`) has prompts of one length."""
     if not network.fixed_length:
         longest = bucket(max(lengths))

@@ -11,13 +11,14 @@ class TokenSplit(Protocol):
     """How the tokens of a network are spread over processes."""
 
     def share(self, x: Tensor, *counts: int) -> Tensor:
-        """This process's tokens of x [B, sum(counts), ...], streams of `counts` tokens one after the other."""
+        """Return this process's tokens of x [B, sum(counts), ...], streams of `counts` tokens one after the other."""
 
     def whole(self, x: Tensor, count: int) -> Tensor:
-        """The first `count` tokens of the one stream that x [B, S_local, ...] is a share of, on every process."""
+        """Return the first `count` tokens of the one stream that x [B, S_local, ...] is a share of, on every
+        process."""
 
     def keys(self, lengths: Tensor | None, *counts: int) -> Any:
-        """What attention takes as `lengths` where it sees streams of `counts` tokens."""
+        """Return what attention takes as `lengths` where it sees streams of `counts` tokens."""
 
 
 class Whole:

@@ -70,7 +70,7 @@ def peak_of(run: Callable[[], T]) -> tuple[T, int]:
 
 @dataclass(frozen=True)
 class Work:
-    """Of a computation's matrix products, convolutions and attention:
+    """What a computation's matrix products, convolutions and attention take.
 
     flops: multiply and add counted apart (2 m n k of a product, 4 s_q s_k d per head of attention, causal or not).
     eight_bit_flops: those of them with a weight of 8 bits. moved: bytes that they read and write but for weights,

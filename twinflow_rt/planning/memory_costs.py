@@ -58,7 +58,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Costs:
-    """weights: per stage (text, network, vae). text, velocity: bytes that a call of the stage works in;
+    """What a model takes.
+
+    weights: per stage (text, network, vae). text, velocity: bytes that a call of the stage works in;
     decode(tile): likewise, in tiles of that side or (None) whole. context: what is kept of the prompts meanwhile.
     least_tile: the VAE's, in pixels. slots: blocks in memory while blocks stream."""
 
@@ -157,7 +159,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     eight_bit = network.eight_bit(linears, device)
 
     def held_in(name: str) -> tuple[torch.dtype, bool]:
-        """The dtype of a tensor when read, and whether it is another then than in its file."""
+        """Return the dtype of a tensor when read, and whether it is another then than in its file."""
         parts = sources(name, layout.fused)
         if name in known and checkpoint.dtype(name) in WEIGHT_DTYPES.values():
             return checkpoint.dtype(name), False
@@ -176,7 +178,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
         return nbytes if moved or not cpu else 0
 
     def making(name: str) -> int:
-        """Bytes beside its 8-bit form while a weight is quantized."""
+        """Return the bytes beside its 8-bit form while a weight is quantized."""
         wanted, moved = held_in(name)
         weight = torch.empty_like(tensors[name], dtype=wanted, device="meta")
         peak = peak_of(lambda: quantized_values(weight, eight_bit[name]))[1] - size(name)

@@ -48,7 +48,7 @@ class MemoryPlan:
     stages: Mapping[str, int] = field(default_factory=dict)
 
     def require(self, height: int, width: int, images: int) -> None:
-        """Raises ConfigError for a call that is larger than what was planned for."""
+        """Raise ConfigError for a call that is larger than what was planned for."""
         if self.budget is not None and height * width * images > (most := math.prod(self.largest)):
             raise ConfigError(
                 f"{images} x {width}x{height} exceeds the {self.largest[2]} x {self.largest[1]}x{self.largest[0]} "
@@ -62,7 +62,7 @@ class MemoryPlan:
         return max(self.stages.values())
 
     def notes(self) -> tuple[str, ...]:
-        """Lines for a plan."""
+        """Return lines for a plan."""
         height, width, images = self.largest
         limit = "no limit" if self.budget is None else f"budget {_mega(self.budget)}"
         held = ", ".join(f"{name} {_mega(size)}" for name, size in self.weights.items())
@@ -96,7 +96,7 @@ def choose(
 
 
 def _candidates(costs: Costs, tile: int | None) -> Iterator[tuple[bool, int, int | None]]:
-    """(text streams, network blocks streamed, tile), least slowdown first."""
+    """Yield (text streams, network blocks streamed, tile), least slowdown first."""
     sides: list[int | None] = [None, *(t for t in TILES if t > costs.least_tile), costs.least_tile]
     sides = sides if tile is None else [tile]
     texts = [False, True] if costs.weights["text"].blocks else [False]

@@ -6,13 +6,14 @@ from torch import nn
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
+    """Return the bytes of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def group_parameters(sizes: dict[str, int]) -> dict[str, int]:
-    """Sums parameters by what they were: layer numbers dropped from their names, norm weights together."""
+    """Return the sums of parameters by what they were: layer numbers dropped from their names, norm weights
+    together."""
     groups: dict[str, int] = {}
     for name, n in sizes.items():
         key = ".".join(part for part in name.split(".") if not part.isdigit() and part not in ("weight", "bias"))

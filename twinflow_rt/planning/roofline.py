@@ -47,7 +47,7 @@ class StageWork:
     eight_bit_flops: int = 0
 
     def seconds(self, ceiling: Ceiling) -> float | None:
-        """Least time the roofline allows; None where it has products of 8 bits, whose rate is not known."""
+        """Return the least time the roofline allows, None where it has products of 8 bits, whose rate is not known."""
         seconds = 0.0
         if self.eight_bit_flops:
             if ceiling.eight_bit is None:
@@ -57,12 +57,12 @@ class StageWork:
         return max(compute, (self.weight_bytes + self.activation_bytes) / ceiling.bandwidth)
 
     def floors(self, ceilings: Mapping[str, Ceiling]) -> dict[str, float | None]:
-        """`seconds` for each of several."""
+        """Return `seconds` for each of several machines."""
         return {name: self.seconds(ceiling) for name, ceiling in ceilings.items()}
 
 
 def duration(seconds: float | None) -> str:
-    """A floor as text."""
+    """Return a least time as text."""
     if seconds is None:
         return "unknown"
     return f"{seconds:,.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

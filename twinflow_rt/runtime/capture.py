@@ -47,28 +47,28 @@ AUTO_POSITIONS = 128 * 128
 
 
 class Backend(Protocol):
-    """Records and replays on one kind of device. Calls come one at a time, under the lock of `Captures`."""
+    """Record and replay on one kind of device. Calls come one at a time, under the lock of `Captures`."""
 
     def record(self, run: Callable[[], Any], inputs: list[Tensor]) -> tuple[Any, Any, int]:
-        """A graph of `run`, what run returned (tensors that every replay writes), bytes the pool grew by. inputs: what
-        run reads whose values differ from replay to replay."""
+        """Return a graph of `run`, what run returned (tensors that every replay writes), bytes the pool grew by.
+        inputs: what run reads whose values differ from replay to replay."""
 
     def enter(self) -> None:
-        """Called before inputs are copied in: the caller's stream waits for the last replay."""
+        """Have the caller's stream wait for the last replay; called before inputs are copied in."""
 
     def replay(self, graph: Any) -> None:
-        """Runs the graph on the caller's stream."""
+        """Run the graph on the caller's stream."""
 
     def leave(self) -> None:
-        """Called after outputs are copied out."""
+        """Note that the replay is done with; called after outputs are copied out."""
 
     def reset(self) -> None:
-        """Gives the pool back; its graphs are gone."""
+        """Give the pool back; its graphs are gone."""
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Of one stage: graphs kept, calls they served, recordings made, graphs given up for room,
+    """What happened to one stage: graphs kept, calls they served, recordings made, graphs given up for room,
     bytes of static inputs; refused: why calls run without a graph, or None."""
 
     kept: int = 0
@@ -95,7 +95,7 @@ class _Entry:
 
 
 class Captures:
-    """Calls functions of tensors by recorded graphs; see the module's docstring.
+    """Call functions of tensors by recorded graphs; see the module's docstring.
 
     strict: raise DeviceError where recording fails; else that shape runs without a graph, and `stats` says why.
     kind: what a plan calls them. buckets: whether prompts are padded so that more of them have the same shape: where
@@ -118,7 +118,7 @@ class Captures:
         self._stats: dict[str, Stats] = {}
 
     def __call__(self, stage: str, owner: Any, function: Callable[..., Any], *args: Any) -> Any:
-        """function(*args), by a graph. args: tensors, also in tuples, dicts and dataclasses; everything else in
+        """Return function(*args), by a graph. args: tensors, also in tuples, dicts and dataclasses; everything else in
         them must be hashable and decides, with shapes and dtypes, which graph it is. The result's tensors are
         the caller's own. function may read other tensors if they live as long as `owner` and never move."""
         leaves: list[Tensor] = []
@@ -143,7 +143,7 @@ class Captures:
             return result
 
     def _first(self, key: Any, function: Callable[..., Any], args: Any) -> Any:
-        """A call of a shape that may never come again."""
+        """Return a call's result whose shape may never come again, so it is not recorded."""
         begin = time.perf_counter()
         result = function(*args)
         if self.longest is not None and (taken := time.perf_counter() - begin) > self.longest:
@@ -154,17 +154,17 @@ class Captures:
         return result
 
     def refuse(self, stage: str, why: str) -> None:
-        """Notes why calls of a stage do not come here."""
+        """Note why calls of a stage do not come here."""
         with self._lock:
             self._refuse((stage, None), why)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that graphs hold: their pool and their inputs."""
+        """Return the bytes that graphs hold: their pool and their inputs."""
         return self.pool_bytes + sum(entry.nbytes for entry in self._kept.values())
 
     def stats(self) -> dict[str, Stats]:
-        """What has happened so far, per stage."""
+        """Return what has happened so far, per stage."""
         out = {}
         for stage, stats in self._stats.items():
             entries = [entry for key, entry in self._kept.items() if key[0] == stage]  # type: ignore[index]
@@ -173,19 +173,19 @@ class Captures:
         return out
 
     def notes(self) -> tuple[str, ...]:
-        """Lines for a plan."""
+        """Return lines for a plan."""
         if not self._stats:
             return (f"{self.kind}: none recorded yet",)
         held = f"{self.kind} hold {self.nbytes / 1e6:,.1f} MB of at most {self.budget / 1e6:,.1f} MB"
         return (held, *(f"{self.kind} of {stage}: {stats}" for stage, stats in self.stats().items()))
 
     def clear(self) -> None:
-        """Gives up all graphs and their memory."""
+        """Give up all graphs and their memory."""
         with self._lock:
             self._clear()
 
     def forget(self, stage: str) -> None:
-        """Drops the graphs of one stage; for `__call__`."""
+        """Drop the graphs of one stage; for `__call__`."""
         for held in (self._kept, self._plain, self._met):
             for key in [key for key in held if key[0] == stage]:  # type: ignore[index]
                 del held[key]
@@ -200,7 +200,7 @@ class Captures:
         self.backend.reset()
 
     def _record(self, key: Any, function: Callable[..., Any], args: Any, leaves: list[Tensor]) -> _Entry | None:
-        """Records and keeps a graph; None: this call and those like it run without one."""
+        """Record and keep a graph; return None where this call and those like it run without one."""
         stage = key[0]
         while len(self._kept) >= self.entries:
             old, _ = self._kept.popitem(last=False)
@@ -247,7 +247,7 @@ def _taken(supply: Iterator[Tensor], _: Tensor) -> Tensor:
 
 
 def open_captures(mode: str, device: torch.device) -> Captures | None:
-    """The captures that `load(capture=mode)` asks for; None: none. "auto" has CUDA graphs on a GPU, CPU
+    """Return the captures that `load(capture=mode)` asks for, or None. "auto" has CUDA graphs on a GPU, CPU
     graphs on a CPU.
 
     Raises DeviceError for "graphs" where there are none.

@@ -60,7 +60,8 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Else torch wraps the method below by its compiler, the import of which takes a second and 150 MB."""
+        """Return False, else torch wraps the method below by its compiler, the import of which takes a second and 150
+        MB."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,7 +85,7 @@ class Recorder(TorchDispatchMode):
         return result
 
     def register_of(self, x: Tensor) -> int:
-        """Where a tensor is that a step made, or that was there before: a constant."""
+        """Return the register of a tensor that a step made, or that was there before: a constant."""
         alive, place = self._known.get(id(x), (lambda: None, -1))
         if alive() is x:
             return place
@@ -102,7 +103,7 @@ class Recorder(TorchDispatchMode):
         return self._new(value)
 
     def _new(self, value: Any = None) -> int:
-        """A register more, of a constant or (None) of what a step will make."""
+        """Return another register, of a constant or (None) of what a step will make."""
         self.registers.append(value)
         return len(self.registers) - 1
 

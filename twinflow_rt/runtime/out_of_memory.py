@@ -32,7 +32,7 @@ _thread = threading.local()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out, whoever raised it."""
+    """Return whether `error` says that memory ran out, whoever raised it."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     message = str(error)
@@ -43,7 +43,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
-    """(work(), None), or (None, why) where memory ran out.
+    """Return (work(), None), or (None, why) where memory ran out.
 
     Then nothing refers to the failed work any more (an exception would, through its traceback), and its
     memory is given back to the system. Other exceptions pass.
@@ -83,7 +83,7 @@ def halving(
 
 
 def named(doing: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates a function that never returns None: out of memory, it raises OutOfMemoryError, which says
+    """Decorate a function that never returns None: out of memory, it raises OutOfMemoryError, which says
     that `doing` it did not fit, and leaves nothing behind."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:

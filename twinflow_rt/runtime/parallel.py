@@ -23,7 +23,9 @@ from ..ops.declaration import Op
 
 @dataclass(frozen=True)
 class Keys:
-    """order: where the joint sequence's tokens lie in the shares of all processes, one after the other; padding lies
+    """Where attention finds its keys.
+
+    order: where the joint sequence's tokens lie in the shares of all processes, one after the other; padding lies
     elsewhere. lengths: as for `ops.attention`, of the joint sequence."""
 
     order: Tensor
@@ -45,13 +47,13 @@ class Ulysses:
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
     def require(self, heads: int) -> None:
-        """ConfigError unless the processes can share `heads` attention heads equally."""
+        """Raise ConfigError unless the processes can share `heads` attention heads equally."""
         if heads % self.size:
             fitting = [n for n in range(1, heads + 1) if heads % n == 0]
             raise ConfigError(f"{self.size} processes cannot share {heads} attention heads; use one of {fitting}")
 
     def agree(self, seeds: list[int]) -> list[int]:
-        """The first process's seeds, so that all draw the same noise where none were given."""
+        """Return the first process's seeds, so that all draw the same noise where none were given."""
         box = [seeds]
         dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0) if self.group else 0, group=self.group)
         return box[0]
@@ -82,8 +84,8 @@ class Ulysses:
         return Keys(torch.cat(parts), lengths)
 
     def attention(self, inner: Op) -> Op:
-        """`ops.attention` of shares: q [B, Sq_local, H, D], k, v [B, S_local, H, D] -> [B, Sq_local, H*D]. `inner`
-        sees H/P heads of the whole joint sequence, its keys in order and without padding."""
+        """Return `ops.attention` of shares: q [B, Sq_local, H, D], k, v [B, S_local, H, D] -> [B, Sq_local, H*D].
+        `inner` sees H/P heads of the whole joint sequence, its keys in order and without padding."""
 
         def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Keys | Tensor | None = None) -> Any:
             if not isinstance(lengths, Keys):  # of prompts, which every process has whole
@@ -95,15 +97,15 @@ class Ulysses:
         return attention
 
     def _exchange(self, parts: Tensor) -> Tensor:
-        """parts [P, ...], the p-th for process p -> [P, ...], the p-th from process p."""
+        """Send parts [P, ...], the p-th to process p; return [P, ...], the p-th from process p."""
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, parts.contiguous(), group=self.group)
         return received
 
     def _to_heads(self, x: Tensor) -> Tensor:
-        """[B, S_local, H, D] -> [B, P S_local, H/P, D]."""
+        """Trade tokens for heads: [B, S_local, H, D] -> [B, P S_local, H/P, D]."""
         return self._exchange(x.unflatten(2, (self.size, -1)).movedim(2, 0)).movedim(0, 1).flatten(1, 2)
 
     def _to_tokens(self, y: Tensor) -> Tensor:
-        """[B, P S_local, H/P D] -> [B, S_local, H D]."""
+        """Trade heads for tokens: [B, P S_local, H/P D] -> [B, S_local, H D]."""
         return self._exchange(y.unflatten(1, (self.size, -1)).movedim(1, 0)).movedim(0, 2).flatten(2)

@@ -29,13 +29,13 @@ NOT_RECORDED = "its blocks stream: copying them takes the time, behind which lau
 
 
 class Store(Protocol):
-    """Where blocks come from. Blocks have numbers, in the order they run."""
+    """A source of blocks. Blocks have numbers, in the order they run."""
 
     def bring(self, block: int) -> dict[str, Tensor]:
-        """The parameters of a block on the device, good until `done`."""
+        """Return the parameters of a block on the device, good until `done`."""
 
     def done(self, block: int) -> None:
-        """Work with them has been queued on the caller's stream; nothing queued later reads them."""
+        """Note that work with them has been queued on the caller's stream: nothing queued later reads them."""
 
 
 class Files:
@@ -55,13 +55,13 @@ class Lane(Protocol):
     """A stream of copies into two buffers, and who may touch which when."""
 
     def copy(self, slot: int, target: Tensor, source: Tensor) -> None:
-        """Queues a copy that waits until `slot` was freed, and marks it filled."""
+        """Queue a copy that waits until `slot` was freed, and mark it filled."""
 
     def filled(self, slot: int) -> None:
-        """The caller's stream waits until the last copy into `slot` is there."""
+        """Have the caller's stream wait until the last copy into `slot` is there."""
 
     def free(self, slot: int) -> None:
-        """Marks that what the caller's stream has queued so far is the last to read `slot`."""
+        """Mark that what the caller's stream has queued so far is the last to read `slot`."""
 
 
 class CudaLane:
@@ -96,7 +96,7 @@ class Buffers:
         self._current = 1
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Takes the next block."""
+        """Take the next block."""
         places, end = {}, 0
         for name, tensor in tensors.items():
             places[name] = (end, tensor.dtype, tensor.shape)
@@ -108,7 +108,7 @@ class Buffers:
             view.copy_(tensors[name])
 
     def ready(self) -> None:
-        """All blocks are there: makes the buffers."""
+        """Make the buffers, when all blocks are there."""
         size = max(len(host) for host in self._host)
         self._slots = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
 
@@ -145,7 +145,7 @@ class Buffers:
 
 
 class Stream:
-    """Brings the parameters of `blocks` (names) before each runs and takes them away after it.
+    """Bring the parameters of `blocks` (names) before each runs and take them away after it.
 
     Hooks on the blocks do it; a block that raises loses its parameters all the same.
     """
@@ -175,7 +175,7 @@ class Stream:
 
 
 class Streaming:
-    """Takes the weights of a network that is being loaded, of which the last `count` blocks will stream.
+    """Take the weights of a network that is being loaded, of which the last `count` blocks will stream.
 
     read(name): reads one tensor as `take` gets it. precision, skip_layers: see `passes.quantize.convert_layers`.
     names: the parameters that stream. in_files: those of them that are not to be read while loading, because on a CPU
@@ -212,7 +212,7 @@ class Streaming:
         quantize.quantize_on_arrival(self.network, name, self.device, self.precision, self.skip_layers)
 
     def start(self) -> None:
-        """All parameters have come: from now on blocks stream."""
+        """Have blocks stream from now on, when all parameters have come."""
         if not self.blocks:
             return
         if self.mapped:

@@ -38,12 +38,12 @@ class StageTimer:
         self.memory[name] = self._peak()
 
     def check(self, where: str) -> None:
-        """Raises CancelledError, which says where, if the caller has asked to stop."""
+        """Raise CancelledError, which says where, if the caller has asked to stop."""
         if self.cancel is not None and self.cancel():
             raise CancelledError(f"generation was cancelled {where}")
 
     def timings(self) -> dict[str, float]:
-        """Seconds per stage, and `total` in wall time. Waits for the device."""
+        """Return seconds per stage, and `total` in wall time. Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             seconds = {name: a.elapsed_time(b) / 1e3 for name, (a, b) in self._marks.items()}

@@ -45,11 +45,11 @@ class Saved:
     prompts: tuple[str, ...]
 
     def names(self) -> tuple[str, ...]:
-        """What to call each prompt: its text, where the file has it."""
+        """Return what to call each prompt: its text, where the file has it."""
         return self.prompts or tuple(f"prompt {k}" for k in range(len(self.embeds)))
 
     def require(self, family: str, text: TextStage, where: str | Path) -> None:
-        """Raises ConfigError unless these are embeddings that the text stage `text` of a `family` model makes."""
+        """Raise ConfigError unless these are embeddings that the text stage `text` of a `family` model makes."""
         if self.family != family:
             raise ConfigError(f"{where} holds embeddings for {self.family}, not for {family}; encode them anew")
         if self.text_encoder != (own := fingerprint(text)):
@@ -60,7 +60,7 @@ class Saved:
 
 
 def fingerprint(text: TextStage) -> str:
-    """A hash that tells text encoders apart without reading them: names and shapes of the tensors in use, and
+    """Return a hash that tells text encoders apart without reading them: names and shapes of the tensors in use, and
     the values of those of at most `SMALL` numbers. The same for a model and for a program saved from it."""
     digest = hashlib.sha256()
     for part in text.parts:
@@ -79,7 +79,7 @@ def fingerprint(text: TextStage) -> str:
 def write(
     path: str | Path, embeds: PromptEmbeds, *, model: str, family: str, text: TextStage, prompts: Sequence[str] = ()
 ) -> Path:  # fmt: skip
-    """Writes embeddings made by the stage `text` of a model; whole or not at all. Raises ConfigError where
+    """Write embeddings made by the stage `text` of a model; whole or not at all. Raises ConfigError where
     nothing can be written."""
     from safetensors.torch import save_file
 
@@ -97,7 +97,7 @@ def write(
 
 
 def read(path: str | Path) -> Saved:
-    """Reads such a file. Raises CheckpointError for any other."""
+    """Read such a file. Raises CheckpointError for any other."""
     file = open_tensors(Path(path))
     facts = file.metadata() or {}
     if facts.get("format") != FORMAT:

@@ -13,7 +13,7 @@ from ..models.context import Context
 
 
 class PromptCache:
-    """Holds at most `budget` bytes of contexts on the device; the least recently used go first, and all
+    """Keep at most `budget` bytes of contexts on the device; the least recently used go first, and all
     of them when another network asks.
 
     hits, misses: how often an entry was there or had to be made.
@@ -29,7 +29,7 @@ class PromptCache:
         return f"prompt cache: {len(self._entries)} entries, {held}; {self.hits} hits, {self.misses} misses"
 
     def get(self, key: Hashable, network: object, make: Callable[[], Context]) -> Context:
-        """The context that `network` has for `key`, made if absent; one larger than the budget is not kept."""
+        """Return the context that `network` has for `key`, made if absent; one larger than the budget is not kept."""
         if self._network() is not network:  # compiled anew, with other adapters perhaps
             self.clear()
             self._network = weakref.ref(network)
@@ -46,12 +46,12 @@ class PromptCache:
         return context
 
     def clear(self) -> None:
-        """Forgets all contexts; the counts stay."""
+        """Forget all contexts; the counts stay."""
         self._entries.clear()
         self.bytes = 0
 
 
 def context_bytes(context: Context) -> int:
-    """Bytes of the tensors in a context."""
+    """Return the bytes of the tensors in a context."""
     values = (getattr(context, field.name) for field in fields(context))
     return sum(value.nbytes for value in values if isinstance(value, Tensor))

@@ -36,7 +36,7 @@ SMALLEST = 4  # cells: a smaller tile is nearly all margin
 
 
 def reach(convs: Sequence[int]) -> int:
-    """Cells, on every side, that a pixel of a tail depends on beyond its own.
+    """Return the cells, on every side, that a pixel of a tail depends on beyond its own.
 
     convs: 3x3 convolutions on each level, coarsest first. Between levels the size doubles, by one more
     convolution before or behind the doubling; one more closes the last level. Never too small, at most
@@ -49,27 +49,27 @@ def reach(convs: Sequence[int]) -> int:
 
 
 def cell(network: Any) -> int:
-    """Pixels along each axis that one cell of a network's features becomes."""
+    """Return the pixels along each axis that one cell of a network's features becomes."""
     return 1 << (len(network.tail_convs) - 1)
 
 
 def margin(network: Any) -> int:
-    """Cells computed on every side of a tile beyond it."""
+    """Return the cells computed on every side of a tile beyond it."""
     return BLEND if blends(network) else reach(network.tail_convs)
 
 
 def blends(network: nn.Module) -> bool:
-    """Whether tiles of this network differ from the whole image where they meet: it has group norms."""
+    """Return whether tiles of this network differ from the whole image where they meet: it has group norms."""
     return any(isinstance(module, nn.GroupNorm) for module in network.modules())
 
 
 def smallest(network: Any) -> int:
-    """The least side of a tile in pixels."""
+    """Return the least side of a tile in pixels."""
     return cell(network) * max(SMALLEST, 2 * BLEND if blends(network) else 0)
 
 
 def check_tile(network: Any, tile: int) -> None:
-    """Raises ConfigError for a tile size that cannot work."""
+    """Raise ConfigError for a tile size that cannot work."""
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < smallest(network):
         raise ConfigError(f"tile must be a number of pixels, at least {smallest(network)} for this VAE; got {tile!r}")
 
@@ -82,7 +82,7 @@ def decode(
     network: Any, latents: Tensor, tile: int, check: Callable[[], None] = lambda: None,
     call: Callable[[str, Callable[[Tensor], Tensor], Tensor], Tensor] = plainly,
 ) -> Tensor:  # fmt: skip
-    """`network(latents)` for raw latents [B, C, h, w], with the tail run on one tile of one image at a time.
+    """Return `network(latents)` for raw latents [B, C, h, w], with the tail run on one tile of one image at a time.
 
     tile: its side in pixels without margins, at least `smallest`; tiles of one image have equal sizes up to
     a cell. check(): called before every tile; it may raise to give up. call(name, function, x): runs the trunk and
@@ -129,7 +129,7 @@ def _decode_one(
 
 
 def cuts(length: int, core: int) -> list[tuple[int, int]]:
-    """(start, end) of the parts that `length` cells are cut into: as few as have at most `core` cells, and of
+    """Return (start, end) of the parts that `length` cells are cut into: as few as have at most `core` cells, and of
     equal sizes up to one."""
     count = -(-length // core)
     edges = [length * i // count for i in range(count + 1)]
@@ -137,20 +137,21 @@ def cuts(length: int, core: int) -> list[tuple[int, int]]:
 
 
 def window_side(length: int, core: int, far: int) -> int:
-    """Cells along an axis of `length` that every tile of up to `core` cells is computed from, `far` more on each side
-    among them where the image has them."""
+    """Return the cells along an axis of `length` that every tile of up to `core` cells is computed from, `far` more on
+    each side among them where the image has them."""
     count = -(-length // core)
     return min(-(-length // count) + 2 * far, length)
 
 
 def window(start: int, side: int, length: int, far: int) -> slice:
-    """The `side` cells that a tile beginning at `start` is computed from: from `far` before it on, within the image."""
+    """Return the `side` cells that a tile beginning at `start` is computed from: from `far` before it on, within the
+    image."""
     first = min(max(start - far, 0), length - side)
     return slice(first, first + side)
 
 
 def around(start: int, end: int, length: int, beyond: int) -> slice:
-    """The cells from `beyond` before start to `beyond` behind end, within the image."""
+    """Return the cells from `beyond` before start to `beyond` behind end, within the image."""
     return slice(max(start - beyond, 0), min(end + beyond, length))
 
 
@@ -159,12 +160,12 @@ def pixels(cells: slice, size: int) -> slice:
 
 
 def inside(part: slice, whole: slice, size: int) -> slice:
-    """Where the pixels of cells `part` lie in a decoded `whole`."""
+    """Return where the pixels of cells `part` lie in a decoded `whole`."""
     return slice((part.start - whole.start) * size, (part.stop - whole.start) * size)
 
 
 def ramp(core: tuple[int, int], span: slice, length: int, blend: int, size: int) -> Tensor:
-    """Weights of a tile's pixels along one axis, float32: 1 inside, falling to 0 over the `2 * blend` cells
+    """Return the weights of a tile's pixels along one axis, float32: 1 inside, falling to 0 over the `2 * blend` cells
     around an edge shared with a neighbour, whose weights rise to 1 there."""
     at = torch.arange(span.start * size, span.stop * size) + 0.5
     weight = torch.ones(len(at))

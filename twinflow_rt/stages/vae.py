@@ -20,7 +20,7 @@ from .stage import DEFAULTS, Stage, StageOptions, open_part
 
 
 class VaeDecoder(Stage):
-    """Decodes x0, normalised as z = (raw - offset) * divisor, by the autoencoder `model` in `folder`.
+    """Decode x0, normalised as z = (raw - offset) * divisor, by the autoencoder `model` in `folder`.
 
     Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
     `divisor` (numbers, or one per channel). Its network maps raw latents to images.
@@ -41,7 +41,8 @@ class VaeDecoder(Stage):
         self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
-        """As every stage's; convolutions are kept in channels-last order, or become Winograd's (`convolutions`)."""
+        """Read the weights, as every stage does; convolutions are kept in channels-last order, or become Winograd's
+        (`convolutions`)."""
         super().materialize(device, dtype, options, progress)
         self.network.to(memory_format=torch.channels_last)
         part = self.parts[0]
@@ -68,7 +69,7 @@ class VaeDecoder(Stage):
         return self.config.latent_channels
 
     def decode(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
-        """Normalised latents [B, C, h, w] -> float images [B, 3, h*scale, w*scale], nominally in [-1, 1].
+        """Return the images of normalised latents [B, C, h, w]: float [B, 3, h*scale, w*scale], nominally in [-1, 1].
 
         Denormalised in float32, unless they are raw already, then computed in the weights' dtype, which the
         result has. check(): called before each tile, if there are tiles; it may raise.
@@ -82,11 +83,11 @@ class VaeDecoder(Stage):
         return tiles.decode(self.network, latents, tile, check, call)
 
     def decode_uint8(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
-        """Normalised latents -> uint8 pixels [B, H, W, 3]."""
+        """Return the images of normalised latents [B, C, h, w]: uint8 [B, H, W, 3]."""
         return self.ops.to_uint8(self.decode(latents, raw=raw, check=check))
 
     def probe(self, height: int, width: int) -> Tensor:
-        """The stage's work for one image, on the meta device: to be counted."""
+        """Do the stage's work for one image on the meta device, to be counted."""
         shape = (1, self.channels, height // self.scale, width // self.scale)
         return self.parts[0].meta_network()(torch.zeros(shape, device="meta"))
 
