@@ -53,7 +53,7 @@ class Family:
         with reading("transformer/config.json"), torch.device("meta"):
             return self.network(config, **options)
 
-    def open(self, folder: Path, raw: dict[str, Any]) -> tuple[Any, VaeDecoder, SizeRule]:
+    def open(self, folder: Path, raw: dict[str, Any]) -> tuple[TextStage, VaeDecoder, SizeRule]:
         """Return text stage, VAE and sizes of a model folder whose transformer/config.json holds `raw`. Reads file
         headers, no weights. Raises CheckpointError, ConfigError."""
         config = self.config.from_dict(raw)
