@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import EAGER, OpTable
+from ...ops import OpTable
 from ..architecture import Architecture
 from ..layers import MixFeedForward, ModuleList, UpsampleConv
+from .decoder import HalvedDecoder
 
 EPS = 1e-5
 FFN_RATIO = 4
@@ -214,29 +215,12 @@ class Decoder(nn.Module):
         return x
 
 
-class DCDecoder(nn.Module):
-    """Raw latents [B, latent_channels, h, w] to images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
+class DCDecoder(HalvedDecoder):
+    """The decoder of an AutoencoderDC."""
 
     def __init__(self, config: DCConfig) -> None:
-        super().__init__()
-        self.config, self.ops = config, EAGER
-        self.decoder = Decoder(config)
-
-    @property
-    def tail_convs(self) -> tuple[int, ...]:
-        """3x3 convolutions that follow each other on every level of `tail`, coarsest first (see `tiles`)."""
-        return (0, *(2 * depth for depth in self.config.depths[: self.config.local_levels][::-1]))
-
-    def trunk(self, latents: Tensor) -> Tensor:
-        """Return the features that must see all positions, through the last attention, at that level's resolution."""
-        return self.decoder.trunk(latents, self.ops)
-
-    def tail(self, features: Tensor) -> Tensor:
-        """Return the image of these features; a pixel depends on those nearby alone."""
-        return self.decoder.tail(features, self.ops)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.tail(self.trunk(latents))
+        convs = (0, *(2 * depth for depth in config.depths[: config.local_levels][::-1]))
+        super().__init__(config, Decoder(config), convs, None)
 
 
 def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:

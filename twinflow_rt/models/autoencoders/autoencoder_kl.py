@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import EAGER, OpTable
+from ...ops import OpTable
 from ..architecture import Architecture
-from ..layers import UpsampleConv, conv_residual
+from ..layers import UpsampleConv
+from .decoder import HalvedDecoder, LevelsDecoder
 
 EPS = 1e-6
 
@@ -67,24 +68,10 @@ class AutoencoderConfig:
         return self.scaling_factor
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, ops: OpTable) -> Tensor:
-    """Return SiLU of the norm."""
-    return ops.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-
-
-class Resnet(nn.Module):
-    def __init__(self, inner: int, outer: int, groups: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inner, EPS)
-        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, outer, EPS)
-        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
-
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x, ops))
-        h = norm_silu(self.norm2, h, ops)
-        return conv_residual(x if self.conv_shortcut is None else self.conv_shortcut(x), self.conv2, h)
+class Norm(nn.GroupNorm):
+    def silu(self, x: Tensor, ops: OpTable) -> Tensor:
+        """Return SiLU of the norm."""
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class SpatialAttention(nn.Module):
@@ -96,23 +83,10 @@ class SpatialAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-class MidBlock(nn.Module):
-    def __init__(self, channels: int, groups: int, attention: bool) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(channels, channels, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialAttention(channels, groups)] if attention else [])
-
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        x = self.resnets[0](x, ops)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x, ops)
 
 
 class Upsample(nn.Module):
@@ -124,67 +98,21 @@ class Upsample(nn.Module):
         return self.conv.enlarged(x, ops)
 
 
-class UpBlock(nn.Module):
-    def __init__(self, inner: int, outer: int, depth: int, groups: int, upsample: bool) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(inner if i == 0 else outer, outer, groups) for i in range(depth))
-        self.upsamplers = nn.ModuleList([Upsample(outer)] if upsample else [])
+class AutoencoderDecoder(HalvedDecoder):
+    """The decoder of an AutoencoderKL."""
 
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x, ops)
-        return x
-
-
-class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__()
-        channels, groups = config.block_out_channels[::-1], config.groups
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
-        self.mid_block = MidBlock(channels[0], groups, config.mid_attention)
-        self.up_blocks = nn.ModuleList(
-            UpBlock(inner, outer, config.layers_per_block + 1, groups, upsample=i + 1 < len(channels))
-            for i, (inner, outer) in enumerate(zip((channels[0], *channels), channels, strict=False))
+        channels, groups, depth = config.block_out_channels[::-1], config.groups, config.layers_per_block + 1
+        decoder = LevelsDecoder(
+            config.latent_channels, list(zip((channels[0], *channels), channels, strict=False)), depth,
+            lambda width: Norm(groups, width, EPS),
+            SpatialAttention(channels[0], groups) if config.mid_attention else None,
+            Upsample, "conv_norm_out", config.out_channels,
+        )  # fmt: skip
+        latents = config.latent_channels
+        super().__init__(
+            config, decoder, (2 * depth,) * len(channels), nn.Conv2d(latents, latents, 1) if config.post_quant else None
         )
-        self.conv_norm_out = nn.GroupNorm(groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
-
-    def trunk(self, x: Tensor, ops: OpTable) -> Tensor:
-        return self.mid_block(self.conv_in(x), ops)
-
-    def tail(self, x: Tensor, ops: OpTable) -> Tensor:
-        for block in self.up_blocks:
-            x = block(x, ops)
-        return self.conv_out(norm_silu(self.conv_norm_out, x, ops))
-
-
-class AutoencoderDecoder(nn.Module):
-    """Raw latents [B, latent_channels, h, w] to images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
-
-    def __init__(self, config: AutoencoderConfig) -> None:
-        super().__init__()
-        self.config, self.ops = config, EAGER
-        channels = config.latent_channels
-        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.post_quant else None
-        self.decoder = Decoder(config)
-
-    @property
-    def tail_convs(self) -> tuple[int, ...]:
-        """3x3 convolutions that follow each other on every level of `tail`, coarsest first (see `tiles`)."""
-        return (2 * (self.config.layers_per_block + 1),) * len(self.config.block_out_channels)
-
-    def trunk(self, latents: Tensor) -> Tensor:
-        """Return the features that must see all positions, through the attention, at the latents' resolution."""
-        if self.post_quant_conv is not None:
-            latents = self.post_quant_conv(latents)
-        return self.decoder.trunk(latents, self.ops)
-
-    def tail(self, features: Tensor) -> Tensor:
-        """Return the image of these features; a pixel depends on those nearby, and on all by the group norms."""
-        return self.decoder.tail(features, self.ops)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.tail(self.trunk(latents))
 
 
 MODEL = Architecture(AutoencoderConfig, AutoencoderDecoder, lambda config: Layout(unused=("encoder.", "quant_conv.")))

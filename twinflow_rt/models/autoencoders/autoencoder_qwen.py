@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.layout import Layout
 from ...errors import ConfigError
-from ...ops import EAGER, OpTable
+from ...ops import OpTable
 from ..architecture import Architecture
-from ..layers import ModuleDict, UpsampleConv, conv_residual
+from ..layers import ModuleDict, UpsampleConv
+from .decoder import HalvedDecoder, LevelsDecoder
 
 
 @dataclass(frozen=True)
@@ -96,20 +97,6 @@ class Norm(nn.Module):
         return ops.rms_norm_silu(x, self.gamma.flatten(), self.eps)
 
 
-class Resnet(nn.Module):
-    def __init__(self, inner: int, outer: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = Norm(inner), Norm(outer)
-        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
-        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
-
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        h = self.conv1(self.norm1.silu(x, ops))
-        h = self.norm2.silu(h, ops)
-        return conv_residual(x if self.conv_shortcut is None else self.conv_shortcut(x), self.conv2, h)
-
-
 class SpatialAttention(nn.Module):
     """One head over all positions."""
 
@@ -125,16 +112,6 @@ class SpatialAttention(nn.Module):
         return self.proj(out).add_(x)
 
 
-class MidBlock(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([SpatialAttention(channels)])
-
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, ops), ops), ops)
-
-
 class Upsample(nn.Module):
     """Twice the size, half the channels; the convolution is number 1 of a sequence in the checkpoint."""
 
@@ -146,67 +123,17 @@ class Upsample(nn.Module):
         return self.resample["1"].enlarged(x, ops)
 
 
-class UpBlock(nn.Module):
-    def __init__(self, inner: int, outer: int, depth: int, upsample: bool) -> None:
-        super().__init__()
-        self.resnets = nn.ModuleList(Resnet(inner if i == 0 else outer, outer) for i in range(depth))
-        self.upsamplers = nn.ModuleList([Upsample(outer)] if upsample else [])
+class QwenAutoencoderDecoder(HalvedDecoder):
+    """The decoder of an AutoencoderKLQwenImage, for one frame."""
 
-    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x, ops)
-        for upsampler in self.upsamplers:
-            x = upsampler(x, ops)
-        return x
-
-
-class Decoder(nn.Module):
     def __init__(self, config: QwenAutoencoderConfig) -> None:
-        super().__init__()
-        outer = [config.base_dim * m for m in config.dim_mult[::-1]]
+        outer, depth = [config.base_dim * m for m in config.dim_mult[::-1]], config.num_res_blocks + 1
         inner = [outer[0], *(channels // 2 for channels in outer[:-1])]
-        self.conv_in = nn.Conv2d(config.z_dim, outer[0], 3, padding=1)
-        self.mid_block = MidBlock(outer[0])
-        self.up_blocks = nn.ModuleList(
-            UpBlock(a, b, config.num_res_blocks + 1, upsample=i + 1 < len(outer))
-            for i, (a, b) in enumerate(zip(inner, outer, strict=True))
-        )
-        self.norm_out = Norm(outer[-1])
-        self.conv_out = nn.Conv2d(outer[-1], 3, 3, padding=1)
-
-    def trunk(self, x: Tensor, ops: OpTable) -> Tensor:
-        return self.mid_block(self.conv_in(x), ops)
-
-    def tail(self, x: Tensor, ops: OpTable) -> Tensor:
-        for block in self.up_blocks:
-            x = block(x, ops)
-        return self.conv_out(self.norm_out.silu(x, ops))
-
-
-class QwenAutoencoderDecoder(nn.Module):
-    """Raw latents [B, z_dim, h, w] to images [B, 3, h*scale, w*scale], nominally in [-1, 1]."""
-
-    def __init__(self, config: QwenAutoencoderConfig) -> None:
-        super().__init__()
-        self.config, self.ops = config, EAGER
-        self.post_quant_conv = nn.Conv2d(config.z_dim, config.z_dim, 1)
-        self.decoder = Decoder(config)
-
-    @property
-    def tail_convs(self) -> tuple[int, ...]:
-        """3x3 convolutions that follow each other on every level of `tail`, coarsest first (see `tiles`)."""
-        return (2 * (self.config.num_res_blocks + 1),) * len(self.config.dim_mult)
-
-    def trunk(self, latents: Tensor) -> Tensor:
-        """Return the features that must see all positions, through the attention, at the latents' resolution."""
-        return self.decoder.trunk(self.post_quant_conv(latents), self.ops)
-
-    def tail(self, features: Tensor) -> Tensor:
-        """Return the image of these features; a pixel depends on those nearby alone."""
-        return self.decoder.tail(features, self.ops)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.tail(self.trunk(latents))
+        decoder = LevelsDecoder(
+            config.z_dim, list(zip(inner, outer, strict=True)), depth, Norm, SpatialAttention(outer[0]), Upsample,
+            "norm_out", 3,
+        )  # fmt: skip
+        super().__init__(config, decoder, (2 * depth,) * len(outer), nn.Conv2d(config.z_dim, config.z_dim, 1))
 
 
 class OneFrame(Checkpoint):
