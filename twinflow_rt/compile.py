@@ -49,13 +49,12 @@ MAX_EVALUATIONS = 100
 class Recipe:
     """What a program is compiled from, and how.
 
-    source: an open checkpoint, or one with adapters merged in (`checkpoint.lora.Merged`). absorb: whether the
-    constants of a single evaluation go into the weights, where the family declares that they can (`absorptions`):
-    exact in float32, and in bfloat16 within 1.1x of the unfolded network's error.
-    precision, skip_layers: of the linear layers, see `quantize.convert_layers`. fp8_attention: whether attention's
-    scores are float8 products (`ops.attention_fp8`). sensitivity: what `skip_layers` was measured by, if it was.
-    notes: on the choice of all this, for the plan. streamed: how many of the last blocks come and go as they run
-    (see `runtime.streaming`)."""
+    source: an open checkpoint, or one with adapters merged in (`checkpoint.lora.Merged`). absorb: whether the constants
+    of a single evaluation go into the weights, where the family declares that they can (`absorptions`): exact in
+    float32, and in bfloat16 within 1.1x of the unfolded network's error. precision, skip_layers: of the linear layers,
+    see `quantize.convert_layers`. fp8_attention: whether attention's scores are float8 products (`ops.attention_fp8`).
+    sensitivity: what `skip_layers` was measured by, if it was. notes: on the choice of all this, for the plan.
+    streamed: how many of the last blocks come and go as they run (see `runtime.streaming`)."""
 
     source: Checkpoint
     family: Family
@@ -120,9 +119,8 @@ class Program:
     def refold(self, schedule: Schedule) -> None:
         """Switches to another schedule: tables are folded anew, absorbed weights read anew.
 
-        A program that has left one absorbed evaluation keeps tables from then on, so going back and
-        forth reads the weights once. Raises ConfigError if the program came from a saved artifact,
-        which holds one schedule only.
+        A program that has left one absorbed evaluation keeps tables from then on, so going back and forth reads the
+        weights once. Raises ConfigError if the program came from a saved artifact, which holds one schedule only.
         """
         schedule = _checked(schedule)
         if schedule == self.schedule:

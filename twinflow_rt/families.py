@@ -32,11 +32,10 @@ SANA_LARGEST = 4096  # pixels per axis: the largest that SANA was published for
 class Family:
     """A family of models.
 
-    config, network, layout: the velocity network's config class, class, and how its files are read.
-    autoencoder: of the VAE. parts: it and the text encoders, by _class_name or model_type of their config.json.
-    text(folder, config): opens the text stage of a model folder whose transformer has this config, unread.
-    sizes(config, text, vae): the image sizes that the three make together; raises CheckpointError where they belong
-    to different models.
+    config, network, layout: the velocity network's config class, class, and how its files are read. autoencoder: of the
+    VAE. parts: it and the text encoders, by _class_name or model_type of their config.json. text(folder, config): opens
+    the text stage of a model folder whose transformer has this config, unread. sizes(config, text, vae): the image
+    sizes that the three make together; raises CheckpointError where they belong to different models.
     """
 
     name: str

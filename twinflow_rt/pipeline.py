@@ -263,10 +263,9 @@ class Pipeline:
 
     @out_of_memory.named("saving")
     def save(self, path: str | Path) -> Path:
-        """Write the compiled program and the other parts as an artifact (checkpoint/artifact.py), which
-        `load` takes like a model folder, skipping the passes. It holds this pipeline's schedule only.
-        Raises ConfigError where weights stream, and where the text encoder has 8 bits: those are made as it is
-        read, of a saved program too."""
+        """Write the compiled program and the other parts as an artifact (checkpoint/artifact.py), which `load` takes
+        like a model folder, skipping the passes. It holds this pipeline's schedule only. Raises ConfigError where
+        weights stream, and where the text encoder has 8 bits: those are made as it is read, of a saved program too."""
         if self.memory is not None and (self.memory.streamed or self.memory.text_streams):
             raise ConfigError("this pipeline's weights stream: load it without memory_budget to save it")
         if self.text.options.precision is not None:

@@ -1,8 +1,7 @@
 """Times of callables that can be compared: interleaved, warmed up, synchronised, with all samples kept.
 
-Callables compared with one another run in rounds, each once per round and in a new order, so that a
-machine that slows down or heats up slows all of them. On a GPU a sample ends when the device has
-finished: a launch never passes for time.
+Callables compared with one another run in rounds, each once per round and in a new order, so that a machine that slows
+down or heats up slows all of them. On a GPU a sample ends when the device has finished: a launch never passes for time.
 """
 
 from __future__ import annotations

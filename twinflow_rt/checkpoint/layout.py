@@ -30,6 +30,12 @@ class Layout:
     absent: Callable[[set[str]], str | None] = lambda missing: None
 
 
+def float32_where(*parts: str) -> Callable[[str, torch.dtype], torch.dtype]:
+    """Return a `Layout.dtype_of` that is float32 for names with one of these parts: norm weights, a handful of vectors
+    that every token passes through."""
+    return lambda name, dtype: torch.float32 if any(part in name for part in parts) else dtype
+
+
 class Described(Protocol):
     """Names and shapes of tensors, and where they come from."""
 

@@ -108,10 +108,9 @@ def export_model(
     pixels, one program each; default: the model's own size. text_encoder: whether to export that, too.
     options: settings of torch._inductor. progress(doing) is called before each slow part.
 
-    The code is for the kind of processor it is compiled on. Each program is run beside the model itself and must
-    agree with it (at most 1 of 255 levels). The file is there whole or not at all.
-    Raises ConfigError for arguments that cannot work, what `load` raises, TwinFlowError where torch cannot
-    compile the model or compiles it wrongly.
+    The code is for the kind of processor it is compiled on. Each program is run beside the model itself and must agree
+    with it (at most 1 of 255 levels). The file is there whole or not at all. Raises ConfigError for arguments that
+    cannot work, what `load` raises, TwinFlowError where torch cannot compile the model or compiles it wrongly.
     """
     output = check_output(output)
     progress("loading")

@@ -16,9 +16,8 @@ from .linear import SMALLEST, quantize_rows
 def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v per head.
 
-    q: [B, Sq, H, D]; k, v: [B, S, H, D]; lengths: int64 [B], the keys of sample b that count are the
-    first lengths[b] (None: all). Returns [B, Sq, H*D] in q's dtype. No mask means no mask: an
-    all-true one costs up to 40 % on a GPU.
+    q: [B, Sq, H, D]; k, v: [B, S, H, D]; lengths: int64 [B], the keys of sample b that count are the first lengths[b]
+    (None: all). Returns [B, Sq, H*D] in q's dtype. No mask means no mask: an all-true one costs up to 40 % on a GPU.
     """
     mask = None
     if lengths is not None:

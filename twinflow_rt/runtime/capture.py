@@ -11,10 +11,9 @@ copied into the buffers that were recorded with, outputs out of theirs, so calle
 was compiled anew, a schedule folded anew), the stage's graphs are forgotten. One lock holds copy-in, replay and
 copy-out together, and each replay waits on the device for the one before: any thread and stream may call.
 
-Memory. All graphs share one pool, so their intermediate results lie in the same memory: together they need
-what the largest needs. The pool's bytes are counted as it grows; it shrinks only as a whole, so where it
-exceeds `budget` all graphs go and what is needed is recorded again. At most `entries` graphs are kept, the
-least recently used goes first.
+Memory. All graphs share one pool, so their intermediate results lie in the same memory: together they need what the
+largest needs. The pool's bytes are counted as it grows; it shrinks only as a whole, so where it exceeds `budget` all
+graphs go and what is needed is recorded again. At most `entries` graphs are kept, the least recently used goes first.
 """
 
 from __future__ import annotations

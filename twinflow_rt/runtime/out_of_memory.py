@@ -1,8 +1,7 @@
 """Running out of memory: told apart from other failures, and nothing of the failed work kept alive.
 
-torch reports it as `torch.OutOfMemoryError` on a GPU, as a plain RuntimeError of its allocator on a CPU;
-Python as MemoryError; oneDNN, when there is no room for the code it generates for a new shape, as
-"could not create a primitive".
+torch reports it as `torch.OutOfMemoryError` on a GPU, as a plain RuntimeError of its allocator on a CPU; Python as
+MemoryError; oneDNN, when there is no room for the code it generates for a new shape, as "could not create a primitive".
 
 oneDNN's code generator keeps that failure as a state of the thread it happened on: from then on every
 shape new to the process is refused there, however much memory is free (oneDNN 3.12). So whatever runs

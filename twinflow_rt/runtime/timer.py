@@ -41,10 +41,9 @@ class L2Flush:
 class Timer:
     """Measure the seconds of one call on `device`.
 
-    clock: "wall" is host time from the call until the device is idle, launches included, which is what a user
-    waits. "device" is the time between CUDA events around the call's work, for single kernels: launches overlap
-    with the L2 flush before them. A CPU has the wall clock only and uses it for both. Raises ConfigError for
-    another clock.
+    clock: "wall" is host time from the call until the device is idle, launches included, which is what a user waits.
+    "device" is the time between CUDA events around the call's work, for single kernels: launches overlap with the L2
+    flush before them. A CPU has the wall clock only and uses it for both. Raises ConfigError for another clock.
     """
 
     def __init__(self, device: torch.device | str, clock: str = "wall", flush_l2: bool = False) -> None:

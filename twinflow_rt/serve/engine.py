@@ -1,9 +1,8 @@
 """One pipeline shared by many callers: a bounded queue and a worker thread that batches it.
 
-The unit is an image, a `Job`. Jobs of one size and one sampler run together, oldest first, up to
-`Limits.max_batch`. Every job carries its own seed, and noise depends on that alone, so what runs
-beside an image changes nothing of it but the last bits of its arithmetic. Plain Python: HTTP
-(`serve.app`) or anything else that has callers goes on top.
+The unit is an image, a `Job`. Jobs of one size and one sampler run together, oldest first, up to `Limits.max_batch`.
+Every job carries its own seed, and noise depends on that alone, so what runs beside an image changes nothing of it but
+the last bits of its arithmetic. Plain Python: HTTP (`serve.app`) or anything else that has callers goes on top.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """`twinflow-rt train demo`: the shipped miniature from nothing, on two CPU cores.
 
-Stages, each resumable: tokenizer -> autoencoder -> latents -> text (the encoder learns to say what a
-caption asks for, as a big model's comes pretrained) -> pretrained (flow matching, network and text encoder
-together) -> settled (more of it, at falling rates) -> the recipe's own objective: TwinFlow, RCGM, or yet more
-flow matching for comparison. The result is written in the Z-Image diffusers layout. Everything drawn at random
-follows from `seed`.
+Stages, each resumable: tokenizer -> autoencoder -> latents -> text (the encoder learns to say what a caption asks for,
+as a big model's comes pretrained) -> pretrained (flow matching, network and text encoder together) -> settled (more of
+it, at falling rates) -> the recipe's own objective: TwinFlow, RCGM, or yet more flow matching for comparison. The
+result is written in the Z-Image diffusers layout. Everything drawn at random follows from `seed`.
 """
 
 from __future__ import annotations

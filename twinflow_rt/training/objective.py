@@ -7,10 +7,9 @@ Every batch is split in four parts, all evaluated in one forward pass at (x_t, t
     any  tt uniform in [0, t]      any-step jumps, consistent with two shorter ones (RCGM)
     twin x = the model's own one-step samples, times flagged as the twin (fake) trajectory
 
-The base loss regresses F on z - x, for jumps replaced by the RCGM target (arXiv 2505.07447's
-continuous limit by finite differences of `delta`, residual clamped to +-1). The rectification term
-moves one-step samples along clamp(v_twin - v_real, +-1): where the velocities of the model's own
-distribution and of the data agree, nothing pulls.
+The base loss regresses F on z - x, for jumps replaced by the RCGM target (arXiv 2505.07447's continuous limit by finite
+differences of `delta`, residual clamped to +-1). The rectification term moves one-step samples along clamp(v_twin -
+v_real, +-1): where the velocities of the model's own distribution and of the data agree, nothing pulls.
 
 How the twin is flagged. The paper uses (-t, -t). Z-Image's two-time embedding depends on |s| and
 s - s2 only (see models/z_image.py), for which (-t, -t) and (t, t) are the same input; (t, -t) is

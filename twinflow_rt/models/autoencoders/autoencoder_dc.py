@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable
 from ..architecture import Architecture
@@ -223,8 +223,4 @@ class DCDecoder(HalvedDecoder):
         super().__init__(config, Decoder(config), convs, None)
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if ".norm" in name else dtype
-
-
-MODEL = Architecture(DCConfig, DCDecoder, lambda config: Layout(FUSED, ("encoder.",), _dtype_of))
+MODEL = Architecture(DCConfig, DCDecoder, lambda config: Layout(FUSED, ("encoder.",), float32_where(".norm")))

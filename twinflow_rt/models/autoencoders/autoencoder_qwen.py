@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoint.checkpoint import Checkpoint
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable
 from ..architecture import Architecture
@@ -165,11 +165,7 @@ def _in_time(name: str, ndim: int) -> bool:
 
 def _layout(config: QwenAutoencoderConfig) -> Layout:
     time = (f"decoder.up_blocks.{i}.upsamplers.0.time_conv." for i, up in enumerate(config.temporal_upsample) if up)
-    return Layout(unused=("encoder.", "quant_conv.", *time), dtype_of=_dtype_of)
-
-
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if name.endswith(".gamma") else dtype
+    return Layout(unused=("encoder.", "quant_conv.", *time), dtype_of=float32_where(".gamma"))
 
 
 MODEL = Architecture(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame, shape=one_frame)

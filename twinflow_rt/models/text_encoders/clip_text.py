@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable, ops_for
 from ..architecture import Architecture
@@ -131,11 +131,7 @@ class ClipText(nn.Module):
         return x, self.text_projection(pooled)
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if "norm" in name else dtype
-
-
 MODEL = Architecture(
-    ClipConfig, ClipText, lambda config: Layout(FUSED, ("embeddings.position_ids",), _dtype_of),
+    ClipConfig, ClipText, lambda config: Layout(FUSED, ("embeddings.position_ids",), float32_where("norm")),
     ("text_model.",),
 )  # fmt: skip

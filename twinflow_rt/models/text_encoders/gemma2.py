@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable, ops_for
 from ..architecture import Architecture
@@ -162,12 +162,8 @@ class Gemma2(nn.Module):
         return h
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if "norm" in name else dtype
-
-
 # Gemma2ForCausalLM stores Gemma2Model under `model.`
 MODEL = Architecture(
-    Gemma2Config, Gemma2, lambda config: Layout(FUSED, ("lm_head.",), _dtype_of),
+    Gemma2Config, Gemma2, lambda config: Layout(FUSED, ("lm_head.",), float32_where("norm")),
     ("model.",),
 )  # fmt: skip

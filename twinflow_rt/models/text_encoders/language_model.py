@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable, ops_for
 from ...ops.tracing import TableCache
@@ -203,8 +203,4 @@ class LanguageModel(Module):
 def layout(config: LanguageConfig) -> Layout:
     """Return how files are read: not the head, a vision tower, or what follows `config.state`; norms stay float32."""
     beyond = () if config.state == -1 else (*(f"layers.{i}." for i in range(config.layers, config.depth)), "norm.")
-    return Layout(FUSED, ("lm_head.", "visual.", *beyond), _dtype_of)
-
-
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if "norm" in name else dtype
+    return Layout(FUSED, ("lm_head.", "visual.", *beyond), float32_where("norm"))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import EAGER
 from ..architecture import Architecture
@@ -87,9 +87,5 @@ def _language_layout(config: LanguageConfig) -> Layout:
     return Layout(base.fused, base.unused + others, base.dtype_of)
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if "norm" in name else dtype
-
-
 LANGUAGE = Architecture(InternVLConfig, LanguageModel, _language_layout, ("language_model.model.", "model."))
-CONNECTOR = Architecture(ConnectorConfig, Connector, lambda config: Layout(FUSED, (), _dtype_of))
+CONNECTOR = Architecture(ConnectorConfig, Connector, lambda config: Layout(FUSED, (), float32_where("norm")))

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
 from ..config import NetworkConfig, second_embedder
@@ -308,9 +308,7 @@ class QwenImageTransformer(VelocityNetwork):
         return joint.cos(), joint.sin()
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for norm weights, a handful of vectors that every token passes through, else `dtype`."""
-    return torch.float32 if ".norm_" in name or name.startswith("txt_norm.") else dtype
-
-
-LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder(QwenImageTransformer.second_embedder, "Qwen-Image"))
+LAYOUT = Layout(
+    FUSED, (), float32_where(".norm_", "txt_norm."),
+    second_embedder(QwenImageTransformer.second_embedder, "Qwen-Image"),
+)  # fmt: skip

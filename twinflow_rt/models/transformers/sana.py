@@ -17,11 +17,10 @@ TwinFlow's time (its OpenUni model), m and e being what `time_embed` gives block
 
 The output is the velocity z - x itself.
 
-SANA-Sprint (`guidance_embeds`) has no second embedder but one of the guidance scale. Its TrigFlow
-state cos(s) x + sin(s) z is the linear (1-t) x + t z at t = sin(s) / (sin(s) + cos(s)), but for the
-factor 1 / (sin(s) + cos(s)), and so is its published sampler: the network is a velocity of that
-linear flow, x = x_t - t F, embeds t itself (not 1000 t), and UCGM's "few" mode with fresh noise
-(stochast_ratio 1) is its sampler. tt is not read.
+SANA-Sprint (`guidance_embeds`) has no second embedder but one of the guidance scale. Its TrigFlow state cos(s) x +
+sin(s) z is the linear (1-t) x + t z at t = sin(s) / (sin(s) + cos(s)), but for the factor 1 / (sin(s) + cos(s)), and so
+is its published sampler: the network is a velocity of that linear flow, x = x_t - t F, embeds t itself (not 1000 t),
+and UCGM's "few" mode with fresh noise (stochast_ratio 1) is its sampler. tt is not read.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
 from ..config import NetworkConfig, second_embedder
@@ -385,9 +384,7 @@ class SanaTransformer(VelocityNetwork):
         return channels_last(self.proj_out(image[1]), height, latents.shape[3], 1), 1.0
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for norm weights, a handful of vectors that every token passes through, else `dtype`."""
-    return torch.float32 if ".norm_" in name or name.startswith("caption_norm.") else dtype
-
-
-LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder(SanaTransformer.second_embedder, "SANA", ", or SANA-Sprint"))
+LAYOUT = Layout(
+    FUSED, (), float32_where(".norm_", "caption_norm."),
+    second_embedder(SanaTransformer.second_embedder, "SANA", ", or SANA-Sprint"),
+)  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
 from ..config import NetworkConfig, second_embedder
@@ -360,9 +360,4 @@ class SD3Transformer(VelocityNetwork):
         return angles + 1, angles
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for norm weights, a handful of vectors that every token passes through, else `dtype`."""
-    return torch.float32 if ".norm_" in name else dtype
-
-
-LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder(SD3Transformer.second_embedder, "SD3.5"))
+LAYOUT = Layout(FUSED, (), float32_where(".norm_"), second_embedder(SD3Transformer.second_embedder, "SD3.5"))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...checkpoint.layout import Layout
+from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
 from ...ops.tracing import TableCache
@@ -415,9 +415,7 @@ class ZImageTransformer(VelocityNetwork):
         return x.reshape(b, (h // 2) * (w // 2), 4 * c)
 
 
-def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return float32 for norm weights, a handful of vectors that every token passes through, else `dtype`."""
-    return torch.float32 if name.endswith(("norm_q.weight", "norm_k.weight", "cap_embedder.0.weight")) else dtype
-
-
-LAYOUT = Layout(FUSED, (), _dtype_of, second_embedder(ZImageTransformer.second_embedder, "Z-Image"))
+LAYOUT = Layout(
+    FUSED, (), float32_where("norm_q.weight", "norm_k.weight", "cap_embedder.0.weight"),
+    second_embedder(ZImageTransformer.second_embedder, "Z-Image"),
+)  # fmt: skip
