@@ -43,6 +43,22 @@ def check_fields(kind: Any, given: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: {name} is {value!r:.80}, beyond any network's {most:,}; download it again")
 
 
+class Heads:
+    """Of configs that state heads as diffusers does: the width is theirs together."""
+
+    num_attention_heads: int
+    attention_head_dim: int
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head of softmax attention."""
+        return self.attention_head_dim
+
+
 class NetworkConfig:
     """Base of the transformers' config dataclasses: fields are config.json's keys, defaults the release's.
 

@@ -14,7 +14,7 @@ from ...errors import ConfigError
 from ...ops import OpTable
 from ..architecture import Architecture
 from ..layers import MixFeedForward, ModuleList, UpsampleConv
-from .decoder import HalvedDecoder
+from .decoder import HalvedDecoder, ScaledLatents
 
 EPS = 1e-5
 FFN_RATIO = 4
@@ -22,7 +22,7 @@ FUSED = {"attn.to_qkv.weight": ("attn.to_q.weight", "attn.to_k.weight", "attn.to
 
 
 @dataclass(frozen=True)
-class DCConfig:
+class DCConfig(ScaledLatents):
     """The fields of vae/config.json that the decoder needs; per level, finest first."""
 
     latent_channels: int
@@ -78,15 +78,6 @@ class DCConfig:
     def local_levels(self) -> int:
         """Levels, finest first, that follow all attention (at most all but the coarsest)."""
         return (*self.attentive[:-1], True).index(True)
-
-    @property
-    def offset(self) -> float:
-        """Normalised latents are (raw - offset) * divisor."""
-        return 0.0
-
-    @property
-    def divisor(self) -> float:
-        return self.scaling_factor
 
 
 class Norm(nn.Module):

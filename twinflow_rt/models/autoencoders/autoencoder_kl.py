@@ -13,13 +13,13 @@ from ...errors import ConfigError
 from ...ops import OpTable
 from ..architecture import Architecture
 from ..layers import UpsampleConv
-from .decoder import HalvedDecoder, LevelsDecoder
+from .decoder import HalvedDecoder, LevelsDecoder, ScaledLatents
 
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(ScaledLatents):
     """The fields of vae/config.json that the decoder needs."""
 
     latent_channels: int
@@ -57,15 +57,6 @@ class AutoencoderConfig:
     def scale(self) -> int:
         """Pixels per latent, along each axis."""
         return 1 << (len(self.block_out_channels) - 1)
-
-    @property
-    def offset(self) -> float:
-        """Normalised latents are (raw - offset) * divisor."""
-        return self.shift_factor
-
-    @property
-    def divisor(self) -> float:
-        return self.scaling_factor
 
 
 class Norm(nn.GroupNorm):

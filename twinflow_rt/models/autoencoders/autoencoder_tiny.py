@@ -17,12 +17,13 @@ from ...checkpoint.layout import Layout
 from ...errors import ConfigError
 from ...ops import EAGER
 from ..architecture import Architecture
+from .decoder import ScaledLatents
 
 REACH = 3.0  # latents are softly limited to +-3
 
 
 @dataclass(frozen=True)
-class TinyConfig:
+class TinyConfig(ScaledLatents):
     """The fields of config.json that the decoder needs; channels and blocks per level, coarsest first."""
 
     latent_channels: int
@@ -55,15 +56,6 @@ class TinyConfig:
     def scale(self) -> int:
         """Pixels per latent, along each axis."""
         return int(self.scaling ** (len(self.blocks) - 1))
-
-    @property
-    def offset(self) -> float:
-        """Its input is (raw - offset) * divisor of normalised latents: 0 and 1 in all that are published."""
-        return self.shift_factor
-
-    @property
-    def divisor(self) -> float:
-        return self.scaling_factor
 
 
 class Block(nn.Module):

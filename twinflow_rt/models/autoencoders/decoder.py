@@ -11,6 +11,21 @@ from ...ops import EAGER, OpTable
 from ..layers import conv_residual
 
 
+class ScaledLatents:
+    """Of configs: normalised latents are (raw - offset) * divisor."""
+
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+    @property
+    def offset(self) -> float:
+        return self.shift_factor
+
+    @property
+    def divisor(self) -> float:
+        return self.scaling_factor
+
+
 class HalvedDecoder(nn.Module):
     """Raw latents [B, C, h, w] to images [B, 3, h*scale, w*scale], nominally in [-1, 1], by way of features.
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
-from ..config import NetworkConfig, second_embedder
+from ..config import Heads, NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
 from ..folding import Absorption, Resident
@@ -60,7 +60,7 @@ FUSED = JOINT_FUSED
 
 
 @dataclass(frozen=True)
-class QwenImageConfig(NetworkConfig):
+class QwenImageConfig(Heads, NetworkConfig):
     """transformer/config.json, field for field; defaults are the 20B release."""
 
     class_name = "QwenImageTransformer2DModel"
@@ -94,14 +94,6 @@ class QwenImageConfig(NetworkConfig):
             )
         if self.num_layers < 1:
             raise ConfigError(f"num_layers is {self.num_layers}; check transformer/config.json")
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def head_dim(self) -> int:
-        return self.attention_head_dim
 
 
 class TimeEmbedding(nn.Module):

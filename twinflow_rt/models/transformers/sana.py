@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
-from ..config import NetworkConfig, second_embedder
+from ..config import Heads, NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..context import host_lengths
 from ..folding import Absorption, Resident
@@ -67,7 +67,7 @@ FUSED = {"attn1.to_qkv.weight": ("attn1.to_q.weight", "attn1.to_k.weight", "attn
 
 
 @dataclass(frozen=True)
-class SanaConfig(NetworkConfig):
+class SanaConfig(Heads, NetworkConfig):
     """transformer/config.json, field for field; defaults are the 1.6B release."""
 
     class_name = "SanaTransformer2DModel"
@@ -117,10 +117,6 @@ class SanaConfig(NetworkConfig):
         if raw.get("out_channels", 0) is None:
             raw = {**raw, "out_channels": raw.get("in_channels", cls.in_channels)}
         return super().from_dict(raw)
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
     @property
     def head_dim(self) -> int:

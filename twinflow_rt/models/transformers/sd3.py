@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
-from ..config import NetworkConfig, second_embedder
+from ..config import Heads, NetworkConfig, second_embedder
 from ..context import Context as PromptContext
 from ..folding import Resident
 from ..layers import (
@@ -56,7 +56,7 @@ FUSED = JOINT_FUSED | {
 
 
 @dataclass(frozen=True)
-class SD3Config(NetworkConfig):
+class SD3Config(Heads, NetworkConfig):
     """transformer/config.json, field for field; defaults are the 3.5 Medium release."""
 
     class_name = "SD3Transformer2DModel"
@@ -102,14 +102,6 @@ class SD3Config(NetworkConfig):
     def from_dict(cls, raw: dict[str, Any]) -> Self:
         """As `NetworkConfig.from_dict`; SD3's own files leave out what SD3.5 added."""
         return super().from_dict({"qk_norm": None, "dual_attention_layers": (), **raw})
-
-    @property
-    def dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def head_dim(self) -> int:
-        return self.attention_head_dim
 
 
 class TextEmbedder(nn.Module):
