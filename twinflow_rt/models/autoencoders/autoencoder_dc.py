@@ -34,6 +34,7 @@ class DCConfig(ScaledLatents):
     scales: tuple[tuple[int, ...], ...]
     interpolate: bool
     scaling_factor: float
+    shift_factor: float = 0.0
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> DCConfig:

@@ -15,7 +15,7 @@ class ScaledLatents:
     """Of configs: normalised latents are (raw - offset) * divisor."""
 
     scaling_factor: float
-    shift_factor: float = 0.0
+    shift_factor: float
 
     @property
     def offset(self) -> float:
