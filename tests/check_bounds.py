@@ -26,24 +26,15 @@ SHOWN = (
 
 # with nothing but the runtime's own dependencies
 RUNTIME = (
-    "tests/sampling/test_sampler.py",
-    "tests/sampling/test_sampler_rules.py",
-    "tests/sampling/test_schedule.py",
-    "tests/sampling/test_noise.py",
-    "tests/packaging/test_schemas.py",
-    "tests/ops/test_reference.py",
-    "tests/ops/test_select.py",
-    "tests/ops/test_linear.py",
-)
+    "tests/sampling/test_sampler.py", "tests/sampling/test_sampler_rules.py", "tests/sampling/test_schedule.py",
+    "tests/sampling/test_noise.py", "tests/packaging/test_schemas.py", "tests/ops/test_reference.py",
+    "tests/ops/test_select.py", "tests/ops/test_linear.py",
+)  # fmt: skip
 # with them: networks and text encoders against theirs, scipy, Triton's kernels in its interpreter
 OPTIONAL = (
-    "tests/models/test_transformers.py",
-    "tests/stages/test_text.py",
-    "tests/stages/test_vae.py",
-    "tests/checkpoint/test_artifact.py",
-    "tests/evaluate/test_check.py",
-    "tests/kernels/test_norm.py",
-)
+    "tests/models/test_transformers.py", "tests/stages/test_text.py", "tests/stages/test_vae.py",
+    "tests/checkpoint/test_artifact.py", "tests/evaluate/test_check.py", "tests/kernels/test_norm.py",
+)  # fmt: skip
 
 # a model loads, makes the same image in every way of keeping it, and as int8
 USE = """
@@ -56,10 +47,9 @@ assert (image("demo", precision="int8") - first).abs().mean() < 0.05
 """
 
 WAYS = {
-    "runtime": ("lowest-direct", (), RUNTIME),
-    "lowest": ("lowest-direct", EXTRAS, OPTIONAL),
+    "runtime": ("lowest-direct", (), RUNTIME), "lowest": ("lowest-direct", EXTRAS, OPTIONAL),
     "newest": ("highest", EXTRAS, (*RUNTIME, *OPTIONAL)),
-}
+}  # fmt: skip
 
 
 def must(*command: object, cwd: Path = ROOT, **environment: str) -> str:

@@ -15,25 +15,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "loading",
-    "LoadOptions": "options",
-    "Pipeline": "pipeline",
-    "Result": "pipeline",
-    "accelerate": "integrations.diffusers",
-    "export_model": "export.program",
-    "load_exported": "export.runtime",
-    "PromptEmbeds": "stages.text",
-    "SamplerConfig": "sampling.schedule",
-    "PRESETS": "sampling.schedule",
-    "preset": "sampling.schedule",
-    "TwinFlowError": "errors",
-    "CheckpointError": "errors",
-    "ConfigError": "errors",
-    "DeviceError": "errors",
-    "OutOfMemoryError": "errors",
-    "StorageError": "errors",
-    "CancelledError": "errors",
-}
+    "load": "loading", "LoadOptions": "options", "Pipeline": "pipeline", "Result": "pipeline",
+    "accelerate": "integrations.diffusers", "export_model": "export.program", "load_exported": "export.runtime",
+    "PromptEmbeds": "stages.text", "SamplerConfig": "sampling.schedule", "PRESETS": "sampling.schedule",
+    "preset": "sampling.schedule", "TwinFlowError": "errors", "CheckpointError": "errors", "ConfigError": "errors",
+    "DeviceError": "errors", "OutOfMemoryError": "errors", "StorageError": "errors", "CancelledError": "errors",
+}  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -182,11 +182,9 @@ def sana() -> Family:
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {
-    "ZImageTransformer2DModel": z_image,
-    "QwenImageTransformer2DModel": qwen_image,
-    "SD3Transformer2DModel": sd3,
+    "ZImageTransformer2DModel": z_image, "QwenImageTransformer2DModel": qwen_image, "SD3Transformer2DModel": sd3,
     "SanaTransformer2DModel": sana,
-}
+}  # fmt: skip
 
 
 def family_of(config: dict[str, Any]) -> Family:

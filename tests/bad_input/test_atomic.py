@@ -161,23 +161,17 @@ def test_targets_that_cannot_be(tmp_path, name):
 
 # what writes in place, and why that is right
 IN_PLACE = {
-    "bench/memory.py": "a switch in /proc",
-    "bench/probe.py": "a pipe to perf",
+    "bench/memory.py": "a switch in /proc", "bench/probe.py": "a pipe to perf",
     "bench/random_file.py": "a declaration for benchmarks, in a folder being made",
-    "bench/random_weights.py": "a temporary model for one measurement",
-    "checkpoint/artifact.py": "inside `new_folder`",
-    "checkpoint/atomic.py": "the helper itself",
-    "checkpoint/image_files.py": "to the name that `replacing` gives",
-    "cli/batch.py": "to the name that `replacing` gives",
-    "checkpoint/shards.py": "inside `new_folder`",
-    "serve/app.py": "to memory",
-    "serve/batch.py": "to memory",
+    "bench/random_weights.py": "a temporary model for one measurement", "checkpoint/artifact.py": "inside `new_folder`",
+    "checkpoint/atomic.py": "the helper itself", "checkpoint/image_files.py": "to the name that `replacing` gives",
+    "cli/batch.py": "to the name that `replacing` gives", "checkpoint/shards.py": "inside `new_folder`",
+    "serve/app.py": "to memory", "serve/batch.py": "to memory",
     "stages/embeds_file.py": "to the name that `replacing` gives",
-    "training/autoencoder.py": "under another name, renamed",
-    "training/demo.py": "under another name, renamed",
+    "training/autoencoder.py": "under another name, renamed", "training/demo.py": "under another name, renamed",
     "training/export.py": "inside `new_folder`",
     "training/trainer.py": "under another name, renamed; the curve grows line by line",
-}
+}  # fmt: skip
 METHODS = {"write_text", "write_bytes", "save_pretrained", "save_file", "save", "dump", "tofile"}
 OF_OURS = {"html", "precisions", "record"}  # modules whose `save` is atomic
 

@@ -105,25 +105,16 @@ def entry(shape, start: int, end: int, dtype: str = "F32") -> dict:
 
 
 BAD_PROMPTS = [
-    (b"", "cut short"),
-    (b"1234567", "cut short"),
-    (safetensors({}, size=2**63), "cut short"),
-    (safetensors({}, size=100), "cut short"),
-    (safetensors(b"{"), "not JSON"),
-    (safetensors(b"[" * 100), "nested too deeply"),
-    (safetensors(b'{"a": {}, "a": {}}'), "twice"),
+    (b"", "cut short"), (b"1234567", "cut short"), (safetensors({}, size=2**63), "cut short"),
+    (safetensors({}, size=100), "cut short"), (safetensors(b"{"), "not JSON"),
+    (safetensors(b"[" * 100), "nested too deeply"), (safetensors(b'{"a": {}, "a": {}}'), "twice"),
     (safetensors(b'{"a": "\\ud800"}'), "surrogate"),
     (safetensors(b'{"a": tru}'), "not JSON: parse error at line 1, column 10"),
-    (safetensors(b"{} {}"), "expected end of input"),
-    (safetensors(b'{"a":' * 100_000), "nested too deeply"),
-    (safetensors(b"{}\0{}"), "zero byte"),
-    (safetensors(b'{"a\0": 1}'), "zero byte"),
-    (safetensors(b'{"a": "\xff"}'), "ill-formed UTF-8"),
-    (safetensors(b'{"a": "line\n"}'), "control character"),
-    (safetensors(b'{"a": ' + b"9" * 1000 + b"}"), "number overflow"),
-    (safetensors({}), "lacks prompt_embeds"),
-    (safetensors([]), "must be an object"),
-    (safetensors({"prompt_embeds": 1}), "must be an object"),
+    (safetensors(b"{} {}"), "expected end of input"), (safetensors(b'{"a":' * 100_000), "nested too deeply"),
+    (safetensors(b"{}\0{}"), "zero byte"), (safetensors(b'{"a\0": 1}'), "zero byte"),
+    (safetensors(b'{"a": "\xff"}'), "ill-formed UTF-8"), (safetensors(b'{"a": "line\n"}'), "control character"),
+    (safetensors(b'{"a": ' + b"9" * 1000 + b"}"), "number overflow"), (safetensors({}), "lacks prompt_embeds"),
+    (safetensors([]), "must be an object"), (safetensors({"prompt_embeds": 1}), "must be an object"),
     (safetensors(entry([1, 1, 32], 0, 128)), "beyond the end"),
     (safetensors(entry([1, 1, 32], -4, 124), bytes(128)), "beyond the end"),
     (safetensors(entry([1, 1, 32], 128, 0), bytes(128)), "beyond the end"),
@@ -139,7 +130,7 @@ BAD_PROMPTS = [
     (safetensors(entry([1, 1, 32], 0, 256, "I64"), bytes(256)), "floating point"),
     (safetensors(entry([1, 1, 16], 0, 64), bytes(64)), "[count, rows, 32]"),
     (safetensors(entry([1, 513, 32], 0, 513 * 128), bytes(513 * 128)), "513 rows"),
-]
+]  # fmt: skip
 
 
 def test_prompt_files_that_cannot_work(user, exported, tmp_path):

@@ -35,14 +35,11 @@ CHIPS = ("80", "86", "89", "90a", "100", "120")
 ARCHS = [pytest.param(sm, marks=() if sm == "90a" else pytest.mark.full) for sm in CHIPS]
 # stem -> kernel -> how many instantiations, most registers of one: 128 lets 512 threads live on a multiprocessor
 KERNELS = {
-    "norm": {"norm": (32, 128), "residual": (32, 128)},
-    "rope": {"qk_norm_rope": (4, 64)},
+    "norm": {"norm": (32, 128), "residual": (32, 128)}, "rope": {"qk_norm_rope": (4, 64)},
     "mlp": {"activation": (8, 40), "activation_quantized": (16, 128)},
-    "linear": {"quantize": (8, 64), "dequantize": (4, 40)},
-    "sample": {"x0_project": (4, 32)},
-    "decode": {"bytes": (2, 40), "pixels": (2, 40)},
-    "library": {"probe": (1, 16)},
-}
+    "linear": {"quantize": (8, 64), "dequantize": (4, 40)}, "sample": {"x0_project": (4, 32)},
+    "decode": {"bytes": (2, 40), "pixels": (2, 40)}, "library": {"probe": (1, 16)},
+}  # fmt: skip
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")

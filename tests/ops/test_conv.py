@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from tests.kernels.oracle import draw
 from twinflow_rt import ops
+from twinflow_rt.models.layers import UpsampleConv
 from twinflow_rt.ops.conv import LEAST, STRIP, conv3x3, winograd_points, winograd_weight
 from twinflow_rt.ops.native import library
 from twinflow_rt.ops.native.conv import conv_winograd
+from twinflow_rt.ops.selection import Choice, choose
+from twinflow_rt.passes.convolutions import fold_upsampling, folded_bytes
 
 native = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or bool(library.unavailable_reason()), reason="needs oneDNN and the build"
@@ -86,3 +90,29 @@ def test_wrong_arguments_are_named():
 def test_of_an_enlargement_is_upsample_conv():
     x, weight, bias = draw(1, 3, 4, 5), draw(2, 3, 3, 3), draw(2)
     assert torch.equal(conv3x3(x, weight, bias, enlarged=True), ops.upsample_conv(x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_enlargement_folds_beside_the_weights_and_back(dtype):
+    network = nn.Sequential(UpsampleConv(6, 4), nn.Conv2d(4, 4, 3)).to(dtype)
+    conv, saved = network[0], {name: x.clone() for name, x in network.state_dict().items()}
+    x = torch.randn(2, 6, 5, 7).to(dtype)
+    with torch.no_grad():
+        plain = conv.enlarged(x, ops.EAGER)
+        fold_upsampling(network, (Choice("upsample_conv", "folded"),))
+        assert torch.equal(conv.folded, ops.fold_upsample(conv.weight))
+        assert conv.folded.nbytes == folded_bytes(network, dtype)
+        folded = conv.enlarged(x, ops.EAGER)
+    assert folded.shape == plain.shape == (2, 4, 10, 14) and folded.dtype == dtype
+    torch.testing.assert_close(folded, plain, rtol=0, atol=8 * torch.finfo(dtype).eps * plain.abs().max().item())
+    kept = network.state_dict()
+    assert kept.keys() == saved.keys() and all(torch.equal(kept[name], x) for name, x in saved.items())
+    fold_upsampling(network, (Choice("upsample_conv", "eager"),))
+    assert conv.folded is None
+
+
+def test_where_enlargements_are_folded():
+    assert choose("upsample_conv", ops.Target("cpu", torch.float32)).chosen == "folded"
+    assert choose("upsample_conv", ops.Target("mps", torch.float32)).chosen == "eager"
+    ((_, reason),) = choose("upsample_conv", ops.Target("cpu", torch.float32, training=True)).refused
+    assert "trained" in reason

@@ -16,11 +16,9 @@ from twinflow_rt.ops import Target, optional, select
 BREAKS = {
     "ImportError": "raise ImportError('libcudart.so.11: cannot open shared object file')",
     "OSError": "raise OSError('libtorch_cuda.so: undefined symbol: _ZN2at4_ops')",
-    "RuntimeError": "raise RuntimeError('built for torch 1.0')",
-    "AttributeError": "import torch; torch.no_such_name",
-    "SyntaxError": "def broken(:",
-    "ModuleNotFoundError": "import a_dependency_of_it",
-}
+    "RuntimeError": "raise RuntimeError('built for torch 1.0')", "AttributeError": "import torch; torch.no_such_name",
+    "SyntaxError": "def broken(:", "ModuleNotFoundError": "import a_dependency_of_it",
+}  # fmt: skip
 MODULES = {"flash_attn": "flash-attn-2", "xformers.ops": "xformers"}
 SCRIPT = """
 import hashlib, json, sys

@@ -25,9 +25,8 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: 
 FAILURES = {
     "cuda": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
     "cpu": RuntimeError(ALLOCATOR + " to allocate 25165824 bytes."),
-    "onednn": RuntimeError("could not create a primitive"),
-    "python": MemoryError(),
-}
+    "onednn": RuntimeError("could not create a primitive"), "python": MemoryError(),
+}  # fmt: skip
 ARGS = {"height": 32, "width": 32, "seed": 1, "output": "np"}
 
 LIMITED = """

@@ -24,10 +24,9 @@ PROCESSES = 2
 # (family, (height, width) in pixels, prompts): token counts that do not halve, prompts of unequal length
 CASES = (
     ("z-image", (56, 72), ["a red circle", "a much longer caption about two small blue squares beside it"]),
-    ("z-image", (64, 64), ["a red circle"]),
-    ("qwen-image", (48, 80), ["a red circle", "two blue squares"]),
+    ("z-image", (64, 64), ["a red circle"]), ("qwen-image", (48, 80), ["a red circle", "two blue squares"]),
     ("qwen-image", (48, 48), ["one"]),
-)
+)  # fmt: skip
 
 
 def run(pipe, family: str) -> dict[str, torch.Tensor]:

@@ -171,17 +171,12 @@ def clip(config: dict[str, Any]) -> Names:
 
 # by _class_name or model_type of config.json; of others the names are diffusers' or transformers' own
 RULES: dict[str, Callable[[dict[str, Any]], Names]] = {
-    "ZImageTransformer2DModel": z_image,
-    "SD3Transformer2DModel": sd3,
-    "SanaTransformer2DModel": sana,
-    "AutoencoderKL": ldm_autoencoder,
-    "AutoencoderKLQwenImage": wan_autoencoder,
-    "clip_text_model": clip,
-}
+    "ZImageTransformer2DModel": z_image, "SD3Transformer2DModel": sd3, "SanaTransformer2DModel": sana,
+    "AutoencoderKL": ldm_autoencoder, "AutoencoderKLQwenImage": wan_autoencoder, "clip_text_model": clip,
+}  # fmt: skip
 
 # what single files put before the names of each of their networks; several text encoders by their names
 CONTAINERS = {
-    "transformer": r"(?:model\.)?diffusion_model\.",
-    "vae": r"(?:first_stage_model|vae)\.",
+    "transformer": r"(?:model\.)?diffusion_model\.", "vae": r"(?:first_stage_model|vae)\.",
     "text_encoder": r"text_encoders\.(?P<name>[^.]+)\.(?:transformer\.)?",
-}
+}  # fmt: skip

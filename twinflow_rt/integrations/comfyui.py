@@ -163,14 +163,9 @@ def _interrupted() -> Callable[[], bool] | None:
 
 
 NODE_CLASS_MAPPINGS = {
-    "TwinFlowLoad": Load,
-    "TwinFlowEncode": Encode,
-    "TwinFlowSample": Sample,
-    "TwinFlowDecode": Decode,
-}
+    "TwinFlowLoad": Load, "TwinFlowEncode": Encode, "TwinFlowSample": Sample, "TwinFlowDecode": Decode,
+}  # fmt: skip
 NODE_DISPLAY_NAME_MAPPINGS = {
-    "TwinFlowLoad": "TwinFlow Load",
-    "TwinFlowEncode": "TwinFlow Encode Prompt",
-    "TwinFlowSample": "TwinFlow Sample",
+    "TwinFlowLoad": "TwinFlow Load", "TwinFlowEncode": "TwinFlow Encode Prompt", "TwinFlowSample": "TwinFlow Sample",
     "TwinFlowDecode": "TwinFlow Decode",
-}
+}  # fmt: skip

@@ -220,8 +220,6 @@ class CompiledDecoder(nn.Module):
 
 
 CALLS = {
-    "ZImageTransformer2DModel": ZImage,
-    "QwenImageTransformer2DModel": QwenImage,
-    "SD3Transformer2DModel": SD3,
+    "ZImageTransformer2DModel": ZImage, "QwenImageTransformer2DModel": QwenImage, "SD3Transformer2DModel": SD3,
     "SanaTransformer2DModel": Sana,
-}
+}  # fmt: skip

@@ -91,11 +91,9 @@ _QUANTIZING_REFUSES = {
 _OWN_REFUSES: dict[tuple[str, str], Refusal] = {
     ("attention", "triton"): _triton_attention,
     ("linear_attention", "triton"): either(larger_heads(32, "linear_head_dim"), _triton),
-    ("linear_swiglu", "triton"): either(backends.other_than_half, _triton),
-    ("qk_norm_rope", "cuda"): _cuda_rope,
-    ("joint_qk_norm_rope", "cuda"): _cuda_rope,
-    ("linear_quantized", "cuda"): either(_int8_only, library.cuda_refuses),
-}
+    ("linear_swiglu", "triton"): either(backends.other_than_half, _triton), ("qk_norm_rope", "cuda"): _cuda_rope,
+    ("joint_qk_norm_rope", "cuda"): _cuda_rope, ("linear_quantized", "cuda"): either(_int8_only, library.cuda_refuses),
+}  # fmt: skip
 _cublas = either(off_gpu, no_gpu)
 _folded = lambda target: "its weights are sums of the trained ones" if target.training else None
 _int8_mm = either(_off_cpu_and_gpu, _older("int8 needs compute capability 8.0", INT8_ARCH), _int8_only)

@@ -27,22 +27,13 @@ from .tensor_tree import tensors_of
 _aten = torch.ops.aten
 # the same ops by torch's own bindings, which take half as long to call
 BINDINGS: dict[Any, Callable[..., Any]] = {
-    _aten.linear.default: F.linear,
-    _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
-    _aten.add.Tensor: torch.add,
-    _aten.add_.Tensor: Tensor.add_,
-    _aten.mul.Tensor: torch.mul,
-    _aten.cat.default: torch.cat,
-    _aten.transpose.int: torch.transpose,
-    _aten.permute.default: torch.permute,
-    _aten.unbind.int: torch.unbind,
-    _aten.unflatten.int: Tensor.unflatten,
-    _aten.flatten.using_ints: torch.flatten,
-    _aten.reshape.default: torch.reshape,
-    _aten.view.default: Tensor.view,
-    _aten.expand.default: Tensor.expand,
+    _aten.linear.default: F.linear, _aten.scaled_dot_product_attention.default: F.scaled_dot_product_attention,
+    _aten.add.Tensor: torch.add, _aten.add_.Tensor: Tensor.add_, _aten.mul.Tensor: torch.mul,
+    _aten.cat.default: torch.cat, _aten.transpose.int: torch.transpose, _aten.permute.default: torch.permute,
+    _aten.unbind.int: torch.unbind, _aten.unflatten.int: Tensor.unflatten, _aten.flatten.using_ints: torch.flatten,
+    _aten.reshape.default: torch.reshape, _aten.view.default: Tensor.view, _aten.expand.default: Tensor.expand,
     _aten.select.int: torch.select,
-}
+}  # fmt: skip
 
 
 class Recorder(TorchDispatchMode):

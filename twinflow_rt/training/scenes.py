@@ -21,17 +21,12 @@ Plane = NDArray[Any]
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 38, 38),
-    "yellow": (245, 200, 0),
-    "green": (30, 160, 60),
-    "blue": (30, 90, 225),
-    "purple": (160, 50, 190),
-    "black": (25, 25, 25),
-}
+    "red": (220, 38, 38), "yellow": (245, 200, 0), "green": (30, 160, 60), "blue": (30, 90, 225),
+    "purple": (160, 50, 190), "black": (25, 25, 25),
+}  # fmt: skip
 # kind -> share of the training scenes; the hard kinds get more
 KINDS = {
-    "single": 0.08, "two": 0.16, "counting": 0.24,
-    "colors": 0.08, "position": 0.24, "attribution": 0.20,
+    "single": 0.08, "two": 0.16, "counting": 0.24, "colors": 0.08, "position": 0.24, "attribution": 0.20,
 }  # fmt: skip
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -138,11 +133,9 @@ def _cross(x: Plane, y: Plane, r: float) -> Plane:
 
 # signed distance (negative inside) to the outline of a shape of half-size r, px
 DISTANCE: dict[str, Callable[[Plane, Plane, float], Plane]] = {
-    "circle": lambda x, y, r: np.hypot(x, y) - r,
-    "square": lambda x, y, r: np.maximum(np.abs(x), np.abs(y)) - r,
-    "triangle": _triangle,
-    "cross": _cross,
-}
+    "circle": lambda x, y, r: np.hypot(x, y) - r, "square": lambda x, y, r: np.maximum(np.abs(x), np.abs(y)) - r,
+    "triangle": _triangle, "cross": _cross,
+}  # fmt: skip
 
 
 def _pick(rng: np.random.Generator, values: Iterable[str], n: int = 1) -> list[str]:

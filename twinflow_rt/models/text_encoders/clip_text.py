@@ -26,10 +26,9 @@ FUSED = {
     for leaf in ("weight", "bias")
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
+}  # fmt: skip
 LEGACY_END = 2  # what old files call the end token, wrongly: theirs is the highest id of a prompt
 
 

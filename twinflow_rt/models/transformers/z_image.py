@@ -56,9 +56,7 @@ FINAL_NORM_EPS = 1e-6
 
 # merged weight -> the checkpoint's names, row blocks in this order (within a block's prefix)
 FUSED = {
-    "attention.to_qkv.weight": (
-        "attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight",
-    ),
+    "attention.to_qkv.weight": ("attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight",),
     "feed_forward.w13.weight": ("feed_forward.w1.weight", "feed_forward.w3.weight"),
 }  # fmt: skip
 
