@@ -16,7 +16,7 @@ from .compile import Program
 from .config import ON_OOM, OUTPUTS, SizeRule, check_choice, check_count, resolve_prompts
 from .errors import ConfigError, DeviceError
 from .plan import Plan
-from .planning import warm_up as warm
+from .planning import warm_up
 from .planning.memory_plan import MemoryPlan
 from .planning.roofline import StageWork
 from .planning.work import predict_stages
@@ -253,7 +253,7 @@ class Pipeline:
             check_count("tokens", tokens)
         size, network = self.sizes.resolve(height, width), self.program.network
         with self._lock, torch.inference_mode():
-            return warm.warm(
+            return warm_up.warm(
                 self.text, network, self.vae, self.program.plan.choices, size, num_images, tokens, self.dtype,
                 self.device,
             )  # fmt: skip

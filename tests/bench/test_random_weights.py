@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from twinflow_rt import bench, load
-from twinflow_rt.bench import random_file as random
+from twinflow_rt.bench import random_file
 from twinflow_rt.bench.random_weights import BLUEPRINTS, skeleton, temporary
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
@@ -23,7 +23,7 @@ PUBLISHED = {
 
 
 def billions(folder, part):
-    files = folder.glob(f"{part}*/{random.FILE}")
+    files = folder.glob(f"{part}*/{random_file.FILE}")
     return sum(math.prod(s) for f in files for s in json.loads(f.read_text())["tensors"].values()) / 1e9
 
 
@@ -64,20 +64,20 @@ def test_measured_by_the_same_path(name):
 
 
 def test_a_tensor_is_its_names_and_the_seeds():
-    one = random.random_tensor("a.weight", (7, 5), torch.float32)
-    assert torch.equal(one, random.random_tensor("a.weight", (7, 5), torch.float32))
-    assert not torch.equal(one, random.random_tensor("b.weight", (7, 5), torch.float32))
-    assert not torch.equal(one, random.random_tensor("a.weight", (7, 5), torch.float32, seed=1))
+    one = random_file.random_tensor("a.weight", (7, 5), torch.float32)
+    assert torch.equal(one, random_file.random_tensor("a.weight", (7, 5), torch.float32))
+    assert not torch.equal(one, random_file.random_tensor("b.weight", (7, 5), torch.float32))
+    assert not torch.equal(one, random_file.random_tensor("a.weight", (7, 5), torch.float32, seed=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_have_a_trained_networks_size(dtype):
-    matrix = random.random_tensor("x.weight", (1500, 1000), dtype).float()
+    matrix = random_file.random_tensor("x.weight", (1500, 1000), dtype).float()
     assert matrix.std() == pytest.approx(1000**-0.5, rel=0.01) and matrix.mean().abs() < 1e-3
     assert len({row.tobytes() for row in matrix.numpy()}) == 1500  # longer than the block, yet no row repeats
-    norm = random.random_tensor("norm1.weight", (999,), dtype).float()
+    norm = random_file.random_tensor("norm1.weight", (999,), dtype).float()
     assert norm.mean() == pytest.approx(1, abs=0.05) and norm.std() == pytest.approx(0.2, rel=0.1)
-    assert random.random_tensor("norm1.bias", (999,), dtype).float().std() == pytest.approx(0.1, rel=0.1)
+    assert random_file.random_tensor("norm1.bias", (999,), dtype).float().std() == pytest.approx(0.1, rel=0.1)
 
 
 def test_impossible_models():
@@ -102,7 +102,7 @@ def test_damaged_declarations_are_named(tmp_path):
     folder = skeleton("z-image", tmp_path / "m", scale=0.02, layers=1, dtype="float32")
     other, shapeless = '{"dtype": "F8", "seed": 0, "tensors": {}}', '{"dtype": "F32", "seed": 0, "tensors": {"a": "x"}}'
     for content in ("{", "[]", other, shapeless):
-        (folder / "transformer" / random.FILE).write_text(content)
+        (folder / "transformer" / random_file.FILE).write_text(content)
         with pytest.raises(CheckpointError, match=r"declares no random weights|is not readable JSON|JSON object"):
             load(folder, device="cpu")
     shutil.rmtree(folder / "vae")

@@ -142,7 +142,7 @@ def test_pipelines_give_the_same_bits(family, tmp_path):
     assert "CPU graphs of velocity" in str(replayed.plan)
 
 
-def test_a_changed_network_has_new_tapes(tmp_path):
+def test_a_changed_network_has_new_graphs(tmp_path):
     folder = factory.make_model(tmp_path / "m")
     plain, replayed = load(folder, device="cpu", capture="off"), load(folder, device="cpu")
     for pipe in (plain, replayed):

@@ -23,7 +23,7 @@ from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..families import FAMILIES, family_of
 from ..training.text import CHAT_TEMPLATE, SPECIAL
-from . import random_file as random
+from . import random_file
 from .blueprints import BLUEPRINTS, Blueprint
 
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -80,7 +80,7 @@ def _blueprint(name: str, scale: float, layers: int | None) -> Blueprint:
 def _write_part(folder: Path, config: dict[str, Any], network: nn.Module, layout: Layout, dtype: str) -> None:
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config)
-    random.write(folder, checkpoint_shapes(network, layout, config), CODES[dtype])
+    random_file.write(folder, checkpoint_shapes(network, layout, config), CODES[dtype])
 
 
 def checkpoint_shapes(network: nn.Module, layout: Layout, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

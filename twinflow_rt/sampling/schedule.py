@@ -1,7 +1,7 @@
 """Sampler settings, and what they come to: the time grid, and every (t, tt) the network will see.
 
 Nothing here touches a network or a device, so the compile pass can ask for a schedule and fold the
-model's modulation at exactly those times. `sample.py` holds the rules these settings steer.
+model's modulation at exactly those times. `sampler.py` holds the rules these settings steer.
 """
 
 from __future__ import annotations
