@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from PIL import Image
 
 from twinflow_rt.config import SizeRule
-from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
+from twinflow_rt.errors import CancelledError, CheckpointError, ConfigError, DeviceError, TwinFlowError
 from twinflow_rt.sampling.schedule import preset
 
 
@@ -31,6 +31,12 @@ class FakePipe:
         for prompt in prompts:
             if prompt == "bad":
                 raise ConfigError("a bad prompt")
+            if prompt == "nan":
+                raise TwinFlowError("the image is not finite")
+            if prompt == "file":
+                raise CheckpointError("/a/secret/path is damaged")
+            if prompt == "shapeless":
+                return SimpleNamespace(images=[object()] * len(prompts), timings={})
             if prompt == "crash":
                 raise ZeroDivisionError("a secret")
             if prompt == "big" or (prompt == "wide" and len(prompts) > 1):

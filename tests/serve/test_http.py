@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+import socket
 import threading
 
 import httpx
@@ -13,7 +15,7 @@ from PIL import Image
 
 from tests.serve.conftest import PATIENCE, eventually
 from tests.serve.fake import FakePipe
-from twinflow_rt.serve.app import PAGE
+from twinflow_rt.serve.app import PAGE, ImageRequest, encode
 from twinflow_rt.serve.gate import MAX_BODY
 
 ROUTE = "/v1/images/generations"
@@ -79,6 +81,29 @@ def test_formats(start, kind):
     assert image_of(body["data"][0]).format == kind.upper() and body["output_format"] == kind
 
 
+NEUTRAL = [
+    {"quality": "auto", "style": "vivid", "background": "auto", "moderation": "auto", "stream": False},
+    {"quality": "standard", "style": "natural", "background": "opaque", "moderation": "low", "partial_images": 0},
+    {"output_format": "png", "output_compression": 100, "response_format": "b64_json", "safety_identifier": "x"},
+    dict.fromkeys(set(ImageRequest.model_fields) - {"prompt"} | {"complexity", "svg"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", NEUTRAL, ids=range(len(NEUTRAL)))
+def test_neutral_values_change_nothing(start, fields):
+    client = start()
+    plain, answer = ask(client, "abc", seed=3), ask(client, "abc", **{**fields, "seed": 3})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"] == plain.json()["data"] and answer.json()["output_format"] == "png"
+
+
+def test_compression_is_the_quality_of_lossy_formats(pipe):
+    noisy = Image.effect_noise((32, 32), 80).convert("RGB")
+    for kind in ("jpeg", "webp"):
+        poor, plain, best = (len(encode(noisy, kind, quality)) for quality in (0, None, 100))
+        assert poor < plain < best
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -95,7 +120,15 @@ def test_formats(start, kind):
         ({"seed": 1.5}, "seed", "valid integer"),
         ({"nfe": 9}, None, "nfe"),
         ({"response_format": "url"}, "response_format", "b64_json"),
-        ({"quality": "hd"}, "quality", "not permitted"),
+        ({"quality": "hd"}, "quality", "'auto' or 'standard' (nfe is what"),
+        ({"style": "cubist"}, "style", "'vivid' or 'natural'"),
+        ({"background": "transparent"}, "background", "no transparency"),
+        ({"moderation": "high"}, "moderation", "nothing is filtered"),
+        ({"stream": True}, "stream", "False (an image is sent when it is done)"),
+        ({"partial_images": 2}, "partial_images", "0 ("),
+        ({"output_compression": 80}, "output_compression", "jpeg or webp"),
+        ({"output_compression": 101, "output_format": "jpeg"}, "output_compression", "100"),
+        ({"guidance": 7.5}, "guidance", "no such field; there are prompt, model, n, size, seed, nfe"),
     ],
 )
 def test_what_cannot_work_is_400(start, pipe, fields, param, message):
@@ -111,8 +144,42 @@ def test_bodies_that_are_no_request(start):
         assert "JSON object" in error_of(client.post(ROUTE, content=content, headers=headers), 400)["message"]
     assert error_of(client.post(ROUTE, json={}), 400)["param"] == "prompt"
     error_of(client.post(ROUTE, content=b" " * (MAX_BODY + 1), headers=json_type), 413, "body_too_large")
-    error_of(client.post(ROUTE, content=iter([b"{}"]), headers=json_type), 411, "length_required")
+    error_of(client.post(ROUTE, content=iter([b" " * 200_000] * 2), headers=json_type), 413, "body_too_large")
     assert ask(client).status_code == 200
+
+
+def sent(client, text: bytes) -> bytes:
+    """What a server answers to these bytes before it closes the connection."""
+    with socket.create_connection((client.base_url.host, client.base_url.port), PATIENCE) as connection:
+        connection.sendall(text)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def test_chunked_bodies(start):
+    client, json_type = start(), {"Content-Type": "application/json"}
+    head = f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    body = json.dumps({"prompt": "abc", "seed": 3}).encode()
+    streamed = client.post(ROUTE, content=iter([body[:5], body[5:]]), headers=json_type)
+    assert streamed.json()["data"] == ask(client, "abc", seed=3).json()["data"]
+    chunks = b"5;a=b\r\n%b\r\n%x\r\n%b\r\n0\r\nTrailer: x\r\n\r\n" % (body[:5], len(body) - 5, body[5:])
+    for length in (b"", b"Content-Length: 3\r\n"):  # which chunks override, for the limit on size too
+        answer = sent(client, head.encode() + length + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+        assert answer.startswith(b"HTTP/1.1 200") and streamed.json()["data"][0]["b64_json"].encode() in answer
+        large = b"%x\r\n" % (MAX_BODY + 1) + b" " * (MAX_BODY + 1)
+        answer = sent(client, head.encode() + length + b"Transfer-Encoding: chunked\r\n\r\n" + large)
+        assert answer.startswith(b"HTTP/1.1 413") and b"body_too_large" in answer
+    assert ask(client).status_code == 200
+
+
+def test_head_answers_where_get_does(start):
+    client = start(token="secret")
+    for path in ("/", "/health", "/health/live", "/health/ready", "/v1/models", "/v1/models/tiny", "/v1/models/other",
+                 "/metrics", "/openapi.json", "/nowhere", ROUTE):  # fmt: skip
+        for headers in ({}, {"Authorization": "Bearer secret"}):
+            get, answer = client.get(path, headers=headers), client.head(path, headers=headers)
+            assert answer.status_code == get.status_code and answer.content == b"", path
+            assert answer.headers["content-type"] == get.headers["content-type"]
+            assert path == "/metrics" or answer.headers["content-length"] == get.headers["content-length"]
 
 
 def test_unknown_models_and_routes(start):
@@ -184,11 +251,16 @@ def test_clients_that_leave_are_forgotten(start, pipe):
 
 @pytest.mark.parametrize(
     ("prompt", "status", "message"),
-    [("bad", 400, "a bad prompt"), ("crash", 500, "generation failed"), ("big", 500, "out of memory")],
-)
+    [
+        ("bad", 400, "a bad prompt"), ("crash", 500, "generation failed"), ("big", 500, "out of memory"),
+        ("nan", 500, "the image is not finite"), ("file", 500, "generation failed"),
+        ("shapeless", 500, "the server failed"),
+    ],
+)  # fmt: skip
 def test_failures(start, prompt, status, message):
     client = start()
-    assert error_of(ask(client, prompt), status)["message"] == message
+    error = error_of(ask(client, prompt), status)
+    assert error["message"] == message and ("server_error" in error["type"]) == (status == 500)
     assert ask(client).status_code == 200
     assert f'path="{ROUTE}",status="{status}"}} 1.0' in client.get("/metrics").text
 

@@ -49,8 +49,10 @@ def test_official_client(tiny):
     with served(tiny, token="secret", limits=Limits(max_queue=2, max_images=2)) as http:
         client = openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="secret", max_retries=0)
         answer = client.images.generate(
-            model="tiny", prompt="a red circle", n=2, size="32x24", response_format="b64_json", extra_body={"seed": 7}
-        )
+            model="tiny", prompt="a red circle", n=2, size="32x24", response_format="b64_json", extra_body={"seed": 7},
+            quality="standard", style="vivid", background="auto", moderation="low", output_format="png",
+            output_compression=100, partial_images=0, stream=False, user="someone",
+        )  # fmt: skip
         assert answer.size == "32x24" and [image.seed for image in answer.data] == [7, 8]
         for image, expected in zip(answer.data, want, strict=True):
             assert np.abs(pixels(image.b64_json) - expected).max() <= 1
@@ -61,6 +63,10 @@ def test_official_client(tiny):
         assert caught.value.code == "model_not_found"
         with pytest.raises(openai.BadRequestError, match="nearest is 32"):
             client.images.generate(prompt="a", size="33x32")
+        for field, value in (("quality", "hd"), ("background", "transparent"), ("stream", True)):
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.images.generate(prompt="a", **{field: value})
+            assert caught.value.param == field
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="wrong").models.list()
         http.engine.close()

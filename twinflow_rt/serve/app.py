@@ -14,17 +14,17 @@ import base64
 import io
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from .. import __version__
-from ..errors import CancelledError, ConfigError, DeviceError, TwinFlowError
+from ..errors import CancelledError, CheckpointError, ConfigError, StorageError, TwinFlowError
 from .engine import DrainingError, Engine, Job, QueueFullError
 from .gate import CLOSE, Gate, failure
 from .metrics import Metrics
@@ -36,7 +36,7 @@ PAGE_HEADERS = {  # nothing is fetched from anywhere else, and no other site may
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-ENCODING = {"png": {"compress_level": 1}, "jpeg": {"quality": 95}, "webp": {"quality": 95}}
+QUALITY = 95  # of jpeg and webp, where a request says no other
 CLIENT_LEFT = 499  # nobody reads this answer; the number is for the metrics
 
 
@@ -45,8 +45,9 @@ class NoSuchModel(Exception):
 
 
 class ImageRequest(BaseModel):
-    """Body of /v1/images/generations. Beyond OpenAI's fields: `seed` (image k gets seed + k) and `nfe`
-    (network evaluations per image; default: what the server was started with)."""
+    """Body of /v1/images/generations: OpenAI's fields and `seed` (image k gets seed + k) and `nfe` (network evaluations
+    per image; default: what the server was started with). Of OpenAI's those for which there is no choice here take
+    the values that agree with what is done; null is as if a field were not sent. Refusals quote descriptions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -54,11 +55,24 @@ class ImageRequest(BaseModel):
     model: str | None = None
     n: int | None = Field(None, description="images, default 1")
     size: str | None = Field(None, description="WxH in pixels, or auto", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")
-    response_format: Literal["b64_json"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    user: Annotated[str | None, Field(description="ignored")] = None
     seed: int | None = None
     nfe: int | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(None, description="quality of jpeg and webp, default 95", ge=0, le=100)
+    response_format: Literal["b64_json"] | None = Field(None, description="images are not kept, so there are no links")
+    quality: Literal["auto", "standard"] | None = Field(None, description="nfe is what changes an image's quality")
+    style: Literal["vivid", "natural"] | None = Field(None, description="ignored: the prompt says the style")
+    background: Literal["auto", "opaque"] | None = Field(None, description="images have no transparency")
+    moderation: Literal["auto", "low"] | None = Field(None, description="nothing is filtered here")
+    stream: Literal[False] | None = Field(None, description="an image is sent when it is done")
+    partial_images: Literal[0] | None = Field(None, description="an image is sent when it is done")
+    user: str | None = Field(None, description="ignored")
+    safety_identifier: str | None = Field(None, description="ignored")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sent(cls, body: Any) -> Any:
+        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
 def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: float = 120.0) -> FastAPI:
@@ -76,6 +90,10 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
     async def generate(request: Request, body: ImageRequest) -> Response:
         if body.model not in (None, name):
             raise NoSuchModel(body.model)
+        kind, quality = body.output_format or "png", body.output_compression
+        if kind == "png" and quality not in (None, 100):
+            message = "output_compression: png loses nothing; send output_format jpeg or webp with it"
+            return failure(400, message, param="output_compression")
         width, height = map(int, body.size.split("x")) if body.size not in (None, "auto") else (None, None)
         count = 1 if body.n is None else body.n
         jobs = engine.submit(
@@ -89,8 +107,7 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
             return failure(500, "generation failed", "server_error")
         if images is None:
             return Response(status_code=CLIENT_LEFT)
-        kind = body.output_format or "png"
-        encoded = await run_in_threadpool(lambda: [encode(image, kind) for image in images])
+        encoded = await run_in_threadpool(lambda: [encode(image, kind, quality) for image in images])
         data = [{"b64_json": image, "seed": job.seed} for image, job in zip(encoded, jobs, strict=True)]
         size = f"{images[0].width}x{images[0].height}"
         return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})
@@ -129,10 +146,11 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
     return app
 
 
-def encode(image: Any, kind: str) -> str:
-    """Return a PIL image as base64 of a file of `kind`."""
+def encode(image: Any, kind: str, quality: int | None = None) -> str:
+    """Return a PIL image as base64 of a file of `kind`. quality: 0 to 100, of jpeg and webp."""
     file = io.BytesIO()
-    image.save(file, format=kind.upper(), **ENCODING[kind])
+    options = {"compress_level": 1} if kind == "png" else {"quality": QUALITY if quality is None else quality}
+    image.save(file, format=kind.upper(), **options)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -177,8 +195,11 @@ def _add_errors(app: FastAPI, name: str, timeout: float) -> None:
             return failure(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
         if len(first["loc"]) < 2:
             return failure(400, "the body must be a JSON object, sent as application/json")
-        param = str(first["loc"][1])
-        return failure(400, f"{param}: {first['msg']}", param=param)
+        param, fields = str(first["loc"][1]), ImageRequest.model_fields
+        if first["type"] == "extra_forbidden":
+            return failure(400, f"{param}: there is no such field; there are {', '.join(fields)}", param=param)
+        why = fields[param].description
+        return failure(400, f"{param}: {first['msg']}{f' ({why})' if why else ''}", param=param)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> JSONResponse:
@@ -203,4 +224,5 @@ def _add_errors(app: FastAPI, name: str, timeout: float) -> None:
         if isinstance(error, (DrainingError, CancelledError)):
             headers = {"Retry-After": "1", **CLOSE}
             return failure(503, str(error), "server_error", code="unavailable", headers=headers)
-        return failure(500, str(error) if isinstance(error, DeviceError) else "generation failed", "server_error")
+        told = not isinstance(error, (CheckpointError, StorageError))  # those name files
+        return failure(500, str(error) if told else "generation failed", "server_error")

@@ -220,6 +220,8 @@ class Engine:
                 return
             if not isinstance(error, TwinFlowError):
                 log.error("generating failed", exc_info=error)
+            elif not isinstance(error, (CancelledError, ConfigError)):
+                log.error("generating failed: %s", error)
             for job in batch:
                 job.future.set_exception(error)
         else:

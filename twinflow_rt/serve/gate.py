@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import time
 from typing import Any
 
 from starlette.responses import JSONResponse
 
+log = logging.getLogger(__name__)
 OPEN = ("/", "/health", "/health/live", "/health/ready")  # no token asked for
 PATHS = (*OPEN, "/v1/images/generations", "/v1/models", "/metrics")  # named in the metrics
 MAX_BODY = 1 << 18  # bytes
@@ -27,15 +29,31 @@ class Gate:
             return
         path, began = scope["path"], time.monotonic()
         label = path if path in PATHS else "other"
+        head = scope["method"] == "HEAD"  # answered as GET is, without the body
+        if head:
+            scope = {**scope, "method": "GET"}
 
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.count.labels(label, str(message["status"])).inc()
                 if label == "/v1/images/generations":
                     self.seconds.observe(time.monotonic() - began)
+            elif head:
+                message = {**message, "body": b""}
             await send(message)
 
-        await (self._refusal(scope, dict(scope["headers"])) or self.app)(scope, receive, counted)
+        refusal = self._refusal(scope, dict(scope["headers"]))
+        if refusal is None and scope["method"] == "POST":
+            body = await _read(receive)
+            if body is None:
+                return
+            refusal = _too_large() if len(body) > MAX_BODY else None
+            receive = _replay(body, receive)
+        try:
+            await (refusal or self.app)(scope, receive, counted)
+        except Exception:  # a bug: nothing of an answer was sent yet, or the server cuts it off
+            log.exception("answering %s failed", label)
+            await failure(500, "the server failed", "server_error")(scope, receive, counted)
 
     def _refusal(self, scope: dict[str, Any], headers: dict[bytes, bytes]) -> JSONResponse | None:
         """Return the answer to a request that goes no further."""
@@ -45,13 +63,39 @@ class Gate:
                 message = "send this server's token as 'Authorization: Bearer <token>'"
                 return failure(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         if scope["method"] == "POST":
-            length = headers.get(b"content-length", b"")
+            length = headers.get(b"content-length", b"0")  # a chunked body has none
             if not length.isdigit():
-                return failure(411, "send a Content-Length", code="length_required", headers=CLOSE)
+                return failure(400, "Content-Length must be a number of bytes", headers=CLOSE)
             if len(length) > 18 or int(length) > MAX_BODY:
-                message = f"the body has {length[:18].decode()} bytes or more; at most {MAX_BODY} are taken"
-                return failure(413, message, code="body_too_large", headers=CLOSE)
+                return _too_large()
         return None
+
+
+async def _read(receive: Any) -> bytes | None:
+    """Return a request's body, of one too long a part that is; None when the client has left."""
+    body = bytearray()
+    while len(body) <= MAX_BODY:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            break
+    return bytes(body)
+
+
+def _replay(body: bytes, receive: Any) -> Any:
+    """Return a `receive` that gives a body already read, then what `receive` gives."""
+    first = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def replayed() -> Any:
+        return next(first, None) or await receive()
+
+    return replayed
+
+
+def _too_large() -> JSONResponse:
+    return failure(413, f"the body has more than {MAX_BODY} bytes", code="body_too_large", headers=CLOSE)
 
 
 def failure(
