@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from io import StringIO
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from twinflow_rt.bench import html, plots
+from twinflow_rt.bench import html, plots, terminal
 from twinflow_rt.errors import ConfigError
 
 FIGURES = ("waterfall", "roofline", "evaluations", "throughput", "cold")
@@ -98,6 +100,53 @@ def test_plots_show_the_records_figures(record):
     assert line == [(row["nfe"], pytest.approx(row["seconds"]["median"])) for row in record["evaluations"]]
     (batches,) = _lines(plots.throughput(record))
     assert batches == [(row["batch"], row["images_per_second"]) for row in record["batches"]]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1, 100])  # of the record's times
+@pytest.mark.parametrize(("plot", "of", "units"), [
+    (plots.stage_waterfall, "x", plots.TIMES), (plots.cold_waterfall, "x", plots.TIMES),
+    (plots.evaluations, "y", plots.TIMES), (plots.roofline, "y", plots.RATES),
+])  # fmt: skip
+def test_an_axis_has_one_unit_and_its_labels_have_it_too(record, plot, of, units, scale):
+    phases = {"start": 0.04, "import": 1.1, "load": 0.2, "first image": 0.03, "warm image": 0.002}
+    record["cold_start"] = {"runs": 1, "phases": {name: {"median": took} for name, took in phases.items()}}
+    for samples in (*record["stages"].values(), *record["cold_start"]["phases"].values(),
+                    *(row["seconds"] for row in record["evaluations"])):  # fmt: skip
+        samples["median"] *= scale
+    for reached in record["efficiency"].values():
+        reached["flops_per_second"] /= scale
+    figure = plot(record)
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    title = axes.get_title(loc="left") if of == "y" else axes.get_xlabel()
+    assert title.removesuffix(" per call") in [name for _, name in units]
+    ticks = [label.get_text() for label in getattr(axes, f"get_{of}ticklabels")()]
+    said = [text.get_text().partition(" in ")[0] for text in axes.texts]
+    assert ticks and said and all(float(text) >= 0 for text in (*ticks, *said))
+
+
+def test_a_line_leads_from_each_phase_to_its_bar(record):
+    for plot in (plots.stage_waterfall, plots.cold_waterfall):
+        figure = plot(record)
+        starts = [bar.get_x() for bar in figure.axes[0].patches]
+        assert _lines(figure) == [[(0, i), (pytest.approx(x), i)] for i, x in enumerate(starts)]
+
+
+def test_memory_that_a_cpu_has_none_of_is_left_out(record):
+    assert record["settings"]["device"] == "cpu"
+    assert "resident" in html.render(record) and not re.search("allocated|reserved|<td>-</td>", html.render(record))
+    for peaks in record["memory"]["stages"].values():
+        peaks.update(device_allocated=10**9, device_reserved=2 * 10**9)
+    assert all(text in html.render(record) for text in ("<th>allocated", "<th>reserved", "<td>1 GB", "<td>2 GB"))
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_tables_are_not_cut(record, width):
+    said = StringIO()
+    terminal.show(record, Console(file=said, width=width))
+    assert "…" not in said.getvalue()
+    for samples in record["stages"].values():
+        assert all(terminal.seconds(samples[key]) in said.getvalue() for key in ("median", "p90", "p99", "mad"))
 
 
 def _lines(figure):

@@ -82,11 +82,12 @@ def test_plot_joins_files_of_one_name_and_refuses_others(tmp_path):
     pairs = [("flow", tmp_path / "a"), ("flow", tmp_path / "b"), ("one", tmp_path / "a")]
     axes = plot.draw(plot.read(pairs)).axes[0]
     drawn = {line.get_label(): [tuple(point) for point in line.get_xydata()] for line in axes.lines}
-    assert drawn == {"flow 0.75": [(1, 0.25), (8, 0.5), (50, 0.75)], "one 0.50": [(1, 0.25), (8, 0.5)]}
+    assert drawn == {"flow: 0.75 at 50": [(1, 0.25), (8, 0.5), (50, 0.75)], "one: 0.50 at 8": [(1, 0.25), (8, 0.5)]}
     out, again = tmp_path / "scores.svg", tmp_path / "again.svg"
     for path in (out, again):
         assert plot.main([str(path), *(f"{name}={file}" for name, file in pairs)]) == 0
-    assert out.read_bytes() == again.read_bytes() and "flow 0.75" in "".join(ET.parse(out).getroot().itertext())
+    assert out.read_bytes() == again.read_bytes() and "flow: 0.75 at 50" in "".join(ET.parse(out).getroot().itertext())
+    assert ET.parse(out).getroot().attrib["aria-label"] == plot.LABEL == axes.get_title(loc="left")
     (tmp_path / "c").write_text("{}")
     with pytest.raises(ConfigError, match="is no report"):
         plot.read([("x", tmp_path / "c")])

@@ -26,7 +26,9 @@ p { margin: 0 0 .3rem } .soft, figcaption, th { color: var(--soft) }
 figure { margin: 0 } figcaption { font-size: .85rem; margin-bottom: .4rem }
 .wide { overflow-x: auto; margin-top: 1.6rem } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem 1rem .2rem 0; text-align: right; font-weight: normal; white-space: nowrap }
-th:first-child, td:first-child { text-align: left } tr + tr td { border-top: 1px solid var(--grid) }
+th:first-child, td:first-child { text-align: left } td:last-child { white-space: normal }
+tr + tr td { border-top: 1px solid var(--grid) }
+@media (max-width: 45rem) { th, td { white-space: normal; padding-right: .5rem; font-size: .8rem } }
 code { font-size: .9em; overflow-wrap: anywhere } .bad { color: var(--two) }
 svg { width: 100%; height: auto; display: block }
 """
@@ -85,7 +87,9 @@ def _tiles(record: Record) -> str:
 
 
 def _tables(record: Record) -> str:
-    rows = []
+    rows, memory = [], {"host_resident": "resident"}
+    if record["memory"]["stages"]["total"]["device_allocated"] is not None:
+        memory = {"device_allocated": "allocated", "device_reserved": "reserved", **memory}
     for name, samples in record["stages"].items():
         reached = record["efficiency"].get(name)
         peaks = record["memory"]["stages"][name]
@@ -93,9 +97,9 @@ def _tables(record: Record) -> str:
             name, *(seconds(samples[key]) for key in ("median", "p90", "p99", "mad")),
             rate(reached["flops_per_second"], "FLOP/s") if reached else "",
             f"{reached['fraction_of_floor']:.0%} ({reached['bound']})" if reached else "",
-            size(peaks["device_allocated"]), size(peaks["device_reserved"]), size(peaks["host_resident"]),
+            *(size(peaks[series]) for series in memory),
         ])  # fmt: skip
-    columns = ("stage", "median", "p90", "p99", "MAD", "reached", "of floor", "allocated", "reserved", "resident")
+    columns = ("stage", "median", "p90", "p99", "MAD", "reached", "of floor", *memory.values())
     peers = _table(PEER_COLUMNS, peer_rows(record)) if record["peers"] else ""
     return _table(columns, rows) + peers
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .record import Record
-from .terminal import rate, seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +16,8 @@ if TYPE_CHECKING:
 
 ORDER = ("text", "context", "noise", "velocity", "decode", "output")
 MARKERS = "os^Dvp"
+TIMES = ((1.0, "seconds"), (1e3, "milliseconds"), (1e6, "microseconds"))
+RATES = ((1e-12, "TFLOP/s"), (1e-9, "GFLOP/s"), (1e-6, "MFLOP/s"))
 # of the light page, as variables of its style name them: a dark page has others in their place
 COLOURS = {
     "ink": "#1c1c1a", "soft": "#66655f", "grid": "#e6e5e0", "one": "#2563c9", "two": "#b4541a", "mute": "#b9b7b0",
@@ -69,6 +70,13 @@ def _axes(height: float = 300, x: str = "", y: str = "") -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _unit(largest: float, units: Sequence[tuple[float, str]]) -> tuple[Callable[..., str], str]:
+    """Return how an axis up to `largest` states its values, all in one unit, and the unit. units: (factor, name),
+    those of the largest first."""
+    factor, name = next((unit for unit in units if largest * unit[0] >= 1), units[-1])
+    return lambda value, _=None: f"{value * factor:.3g}" if value * factor < 1000 else f"{value * factor:.0f}", name
+
+
 def stage_waterfall(record: Record) -> Figure:
     """Draw the stages one after the other as in a call; `between` is what their sum leaves of the whole call."""
     nfe, spans, at = record["settings"]["nfe"], [], 0.0
@@ -95,16 +103,19 @@ def cold_waterfall(record: Record) -> Figure | None:
 
 
 def _waterfall(spans: Sequence[tuple[str, float, float]]) -> Figure:
-    """Draw one bar per span (name, start, duration), in seconds, the first on top."""
-    figure, axes = _axes(38 + 26 * len(spans))
+    """Draw one bar per span (name, start, duration), in seconds, the first on top; a line leads from a name to it."""
+    end = max(start + took for _, start, took in spans)
+    state, unit = _unit(end, TIMES)
+    figure, axes = _axes(56 + 26 * len(spans), x=unit)
     for place, (name, start, took) in enumerate(spans):
         muted = name in ("between", "whole call", "warm image")
+        axes.plot((0, start), (place, place), color=MUTE, linewidth=0.8)
         axes.barh(place, took, 0.62, start, color=MUTE if muted else ONE)
-        _label(axes, seconds(took), start + took, place, (5, -3.5))
+        _label(axes, state(took), start + took, place, (5, -3.5))
     axes.set_yticks(range(len(spans)), [name for name, _, _ in spans])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.14 * max(start + took for _, start, took in spans) or 1)
-    axes.xaxis.set_major_formatter(lambda t, _: seconds(t) if t else "0")
+    axes.set_xlim(0, 1.14 * end or 1)
+    axes.xaxis.set_major_formatter(state)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x")
     return figure
@@ -128,31 +139,34 @@ def roofline(record: Record) -> Figure:
     reach = [ridge, *(x for x, _, _ in points.values())]
     low, high = min(reach) / 3, max(reach) * 30
     bottom = min([peak, *(y for _, y, _ in points.values())]) / 5
-    figure, axes = _axes(x="FLOPs per byte of weights", y="FLOP/s")
+    state, unit = _unit(peak, RATES)
+    figure, axes = _axes(x="FLOPs per byte of weights", y=unit)
     axes.loglog([low, ridge, high], [low * copy, peak, peak], color=TWO)
-    _label(axes, f"{rate(peak, 'FLOP/s')} {dtype}", high, peak, (-120, 6))
+    _label(axes, f"{state(peak)} in {dtype}", high, peak, (-120, 6))
     for marker, (name, (intensity, reached, share)) in zip(MARKERS, points.items(), strict=False):
         axes.plot(intensity, reached, marker, color=ONE, label=f"{name}, {share:.0%} of its floor")
     axes.set_xlim(low, high)
     axes.set_ylim(bottom, 3 * peak)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter(lambda v, _: rate(v, ""))
+    axes.yaxis.set_major_formatter(state)
     axes.minorticks_off()
     axes.legend(loc="lower right")
     return figure
 
 
 def evaluations(record: Record) -> Figure | None:
-    """Draw the median seconds of a call at each number of evaluations; bars span the middle half of the samples."""
+    """Draw the median time of a call at each number of evaluations; bars span the middle half of the samples."""
     rows = [row for row in record["evaluations"] if "seconds" in row]
     if not rows:
         return None
-    figure, axes = _axes(x="evaluations per image", y="seconds per call")
     counts, medians = [row["nfe"] for row in rows], [row["seconds"]["median"] for row in rows]
+    state, unit = _unit(max(medians), TIMES)
+    figure, axes = _axes(x="evaluations per image", y=f"{unit} per call")
     axes.errorbar(counts, medians, [row["seconds"]["iqr"] / 2 for row in rows], color=ONE, marker="o")
     for count, median in zip(counts, medians, strict=True):
-        _label(axes, seconds(median), count, median)
+        _label(axes, state(median), count, median)
     _from_zero(axes, counts)
+    axes.yaxis.set_major_formatter(state)
     return figure
 
 
@@ -170,7 +184,7 @@ def throughput(record: Record) -> Figure | None:
 
 def _from_zero(axes: Axes, counts: Sequence[int]) -> None:
     """Have both axes begin at 0 and the horizontal one state `counts`."""
-    axes.set_xlim(0, max(counts) + 0.5)
+    axes.set_xlim(0, 1.12 * max(counts))
     axes.set_ylim(0, 1.1 * axes.dataLim.y1)
     axes.set_xticks(counts)
     axes.yaxis.set_major_formatter("{x:g}")

@@ -54,16 +54,20 @@ def headline(record: Record) -> list[str]:
 
 def show(record: Record, console: Console | None = None) -> None:
     """Print a record."""
-    tables = [_stages(record), _cold(record), _sweeps(record), _peers(record)]
+    tables = [t for t in (_stages(record), _cold(record), _sweeps(record), _peers(record)) if t is not None]
     notes = [f"note: {note}" for note in record["notes"]]
-    lines = [Text(line) for line in headline(record)]
-    (console or Console()).print(Group(*lines, *(t for t in tables if t is not None), *map(Text, notes)))
+    lines, console = [Text(line) for line in headline(record)], console or Console()
+    for column in (column for table in tables for column in table.columns if column.no_wrap):
+        column.min_width = max(len(str(text)) for text in (column.header, *column.cells))
+    wide = console.options.update(max_width=999)  # tables are rather wider than the room than cut
+    console.width = max(console.width, *(console.measure(table, options=wide).minimum for table in tables))
+    console.print(Group(*lines, *tables, *map(Text, notes)))
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=name != "why")
     return table
 
 
