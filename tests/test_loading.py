@@ -61,9 +61,9 @@ def test_every_command_that_makes_images_takes_the_options(command):
     }  # fmt: skip
     assert {flag(option) for option in OPTIONS.values()} - {None} == {*given, "--preview"}
     words += [word for name, value in given.items() for word in (name, value) if word is not None]
-    options = read_arguments(parser.parse_args([command, *words]), LoadOptions)
+    options = read_arguments(parser.parse_args([command, *words]), LoadOptions, nfe=2)  # of eval: a list
     expected = LoadOptions(
-        device="cpu", dtype="float32", nfe=[2] if command == "eval" else 2, loras=[("a", 0.5)], precision="int8",
+        device="cpu", dtype="float32", nfe=2, loras=[("a", 0.5)], precision="int8",
         skip_layers=["w2"], text_precision="int8", text_skip_layers=["mlp"], prompt_cache=100, capture="off",
         memory_budget="1GB", tile=64, fp8_attention=True, download=True, batch_invariant=True,
         preview="folder" if own else None,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import operator
+import os
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 
 from .errors import ConfigError, DeviceError
@@ -19,15 +25,166 @@ OUTPUTS = ("pil", "np", "pt", "latent")
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 MAX_PROMPT = 100_000  # characters; models read at most some thousand tokens of a prompt
 
+def shown(value: object) -> str:
+    """Return any value as messages quote it: short, in one line, whatever its own repr does."""
+    try:
+        text = _QUOTE.repr(value)
+    except Exception:  # its own, or Python's for an integer of thousands of digits
+        text = f"a {type(value).__name__}"
+    return f"{' '.join(text.split()):.120}"
+
+
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = 80
+
+
+# -- one value of a kind: returned as Python's own type, or refused with its name -------------------------------------
+
+
+def integer(value: object) -> int | None:
+    """Return the int that Python, numpy and torch say `value` is; None for anything else, True and False included."""
+    try:
+        boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+        return None if boolean else int(operator.index(value))  # type: ignore[arg-type]
+    except Exception:  # whatever an object's own __index__ raises
+        return None
+
+
+def number(value: object) -> float | None:
+    """Return the finite float that Python or numpy say `value` is; None for anything else."""
+    try:
+        found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+        return found if math.isfinite(found) else None
+    except Exception:  # an integer beyond floats
+        return None
+
+
+def items(value: object) -> list[Any] | None:
+    """Return what a list, tuple, range, or an array of one axis holds; None for anything else."""
+    try:
+        if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 1:
+            return list(value.tolist())
+        return list(value) if isinstance(value, (list, tuple, range)) else None
+    except Exception:  # a tensor without values
+        return None
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether `value` is a finite float or an integer, as JSON has them."""
+    return isinstance(value, (int, float)) and number(value) is not None
+
+
+def check_integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Return `value` as an int from `least` to `most`. Raise ConfigError for anything else, as all of these do."""
+    found = integer(value)
+    if found is None or found < least or (most is not None and found > most):
+        wanted = {0: "0 or a positive integer", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
+        wanted = wanted if most is None else f"an integer from {least} to {most}"
+        raise ConfigError(f"{name} must be {wanted}; got {shown(value)}")
+    return found
+
+
+def check_count(name: str, value: object) -> int:
+    return check_integer(name, value, 1)
+
+
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigError(f"{name} must be True or False; got {shown(value)}")
+    return bool(value)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}")
+    return str(value)
+
+
+def check_text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"{name} must be text; got {shown(value)}")
+    return str(value)
+
+
+def check_path(name: str, value: object) -> str:
+    """Return the text of a path: a str, or any os.PathLike of one."""
+    try:
+        text = os.fspath(value)  # type: ignore[call-overload]
+    except Exception:
+        text = None
+    if not isinstance(text, str):
+        raise ConfigError(f"{name} must be a path, as text or a pathlib.Path; got {shown(value)}")
+    return text
+
+
+def check_names(name: str, value: object) -> tuple[str, ...]:
+    """Return a tuple of texts, none of them empty."""
+    found = items(value)
+    if found is None or not all(isinstance(item, str) and item.strip() for item in found):
+        example = f"; write [{shown(value)}]" if isinstance(value, str) and value.strip() else ""
+        raise ConfigError(f"{name} must be a list of names, none of them empty; got {shown(value)}{example}")
+    return tuple(map(str, found))
+
+
+def check_names_or_file(name: str, value: object) -> tuple[str, ...] | str:
+    """Return the names of a list, or the path of a file of them."""
+    if isinstance(value, os.PathLike) or (isinstance(value, str) and value.strip()):
+        return check_path(name, value)
+    return check_names(name, value)
+
+
+def check_callable(name: str, value: Any, parameters: Sequence[str]) -> Any:
+    """Return what can be called with `parameters`, as far as its signature tells."""
+    try:
+        if callable(value):
+            inspect.signature(value).bind(*parameters)
+            return value
+    except TypeError:
+        pass
+    except Exception:  # some builtins tell no signature
+        return value
+    raise ConfigError(f"{name} must be a function of ({', '.join(parameters)}); got {shown(value)}")
+
+
+def check_sides(name: str, value: object, *more: str) -> tuple[Any, ...]:
+    """Return (height, width), whose values are a model's to judge or None, and a count for each of `more`."""
+    found = items(value) or []
+    sides = [integer(side) for side in found[:2]]
+    if len(found) != 2 + len(more) or any(
+        side is None and given is not None for side, given in zip(sides, found, strict=False)
+    ):
+        raise ConfigError(f"{name} must be ({', '.join(('height', 'width', *more))}); got {shown(value)}")
+    return *sides, *(check_count(f"{what} in {name}", item) for what, item in zip(more, found[2:], strict=True))
+
+
+
+
+def check_device(name: str, value: Any) -> torch.device:
+    """Return the device that torch understands by `value`; whether it is there, `resolve_device` says."""
+    try:
+        return torch.device(value)
+    except Exception:
+        raise ConfigError(f"{name} {shown(value)} is not a device; use 'cpu', 'cuda' or 'cuda:N'") from None
+
+
+def check_dtype(name: str, value: object) -> str:
+    """Return the name of a dtype that models compute in."""
+    text = dtype_name(value) if isinstance(value, (str, torch.dtype)) else ""
+    text = ALIASES.get(text, text)
+    if text not in DTYPES:
+        raise ConfigError(f"{name} {shown(value)} is not supported; use one of {', '.join(DTYPES)}")
+    return text
+
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
     """Return the device; None: the first CUDA device if there is one, else the CPU. Raise DeviceError if absent."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ConfigError(f"device {device!r} is not a device; use 'cpu', 'cuda' or 'cuda:N'") from None
+    resolved = check_device("device", device)
     if resolved.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {str(resolved)!r} is not supported; use 'cpu', 'cuda' or 'cuda:N'")
     if resolved.type == "cuda":
@@ -61,11 +218,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
     arithmetic of it, else float32."""
     if dtype is None:
         return stored if has_native(stored, device) else torch.float32
-    name = dtype_name(dtype)
-    name = ALIASES.get(name, name)
-    if name not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not supported; use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return DTYPES[check_dtype("dtype", dtype)]
 
 
 def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) -> tuple[str | None, Any]:
@@ -78,17 +231,17 @@ def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) ->
         return None, dtype
     check_choice("precision", precision, tuple(PRECISIONS))
     implied = PRECISIONS[precision]
-    name = None if dtype is None else dtype_name(dtype)
-    if implied and name and ALIASES.get(name, name) != implied:
+    name = None if dtype is None else check_dtype("dtype", dtype)
+    if implied and name and name != implied:
         raise ConfigError(f"precision {precision} is dtype {implied}, not {name}; give one of the two")
     return (precision if precision in ("int8", "fp8") else None), implied or dtype
 
 
 def resolve_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
     """Return the prompts, one or several; an empty string is a prompt, an empty list is not."""
-    prompts = (prompt,) if isinstance(prompt, str) else prompt
-    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) for p in prompts):
-        raise ConfigError(f"prompt must be a string or a list of strings, not {prompt!r:.80}")
+    prompts = [prompt] if isinstance(prompt, str) else items(prompt)
+    if prompts is None or not all(isinstance(p, str) for p in prompts):
+        raise ConfigError(f"prompt must be a string or a list of strings, not {shown(prompt)}")
     if not prompts:
         raise ConfigError("prompt is an empty list; give at least one prompt ('' is one)")
     for p in prompts:
@@ -97,8 +250,8 @@ def resolve_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
         try:
             p.encode()
         except UnicodeEncodeError:
-            raise ConfigError(f"prompt {p!r:.80} holds half a surrogate pair, which is no text; remove it") from None
-    return tuple(prompts)
+            raise ConfigError(f"prompt {shown(p)} holds half a surrogate pair, which is no text; remove it") from None
+    return tuple(map(str, prompts))
 
 
 @dataclass(frozen=True)
@@ -125,34 +278,16 @@ class SizeRule:
     def _axis(self, name: str, value: int | None, most: int) -> int:
         if value is None:
             return self.default
-        if not is_integer(value):
-            raise ConfigError(f"{name} must be an integer number of pixels, not {value!r}")
-        if value % self.multiple or not 0 < value <= most:
-            nearest = min(max(round(value / self.multiple), 1) * self.multiple, most)
+        pixels = integer(value)
+        if pixels is None:
+            raise ConfigError(f"{name} must be an integer number of pixels, not {shown(value)}")
+        if pixels % self.multiple or not 0 < pixels <= most:
+            nearest = max(round(min(max(pixels, 0), most) / self.multiple), 1) * self.multiple
             raise ConfigError(
-                f"{name} {value} must be a multiple of {self.multiple} from {self.multiple} to {most}; "
+                f"{name} {shown(pixels)} must be a multiple of {self.multiple} from {self.multiple} to {most}; "
                 f"the nearest is {nearest}"
             )
-        return value
-
-
-def is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Return whether `value` is a finite float or an integer."""
-    return (is_integer(value) or isinstance(value, float)) and math.isfinite(value)
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-
-
-def check_count(name: str, value: object) -> None:
-    if not is_integer(value) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer; got {value!r}")
+        return pixels
 
 
 def parse_bytes(value: int | str | None, what: str = "memory_budget") -> int | None:
@@ -166,7 +301,9 @@ def parse_bytes(value: int | str | None, what: str = "memory_budget") -> int | N
         try:
             value = round(float(number) * UNITS[unit])
         except (ValueError, KeyError, OverflowError):
-            raise ConfigError(f"{what} {value!r} is no size; give bytes, or text like '12GB' or '900MiB'") from None
-    if not is_integer(value) or value <= 0:
-        raise ConfigError(f"{what} must be a positive number of bytes, or text like '12GB'; got {value!r}")
-    return value
+            message = f"{what} {shown(value)} is no size; give bytes, or text like '12GB' or '900MiB'"
+            raise ConfigError(message) from None
+    found = integer(value)
+    if found is None or found <= 0:
+        raise ConfigError(f"{what} must be a positive number of bytes, or text like '12GB'; got {shown(value)}")
+    return found

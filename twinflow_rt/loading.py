@@ -20,7 +20,7 @@ from .config import (
     DTYPES,
     SizeRule,
     check_choice,
-    check_count,
+    check_path,
     parse_bytes,
     resolve_device,
     resolve_dtype,
@@ -38,6 +38,7 @@ from .planning import precision as precisions
 from .planning.memory_plan import MemoryPlan, plan_memory
 from .runtime import out_of_memory
 from .runtime.capture import Captures, open_captures
+from .sampling.noise import check_batch
 from .sampling.schedule import SamplerConfig, preset, resolve_sampler, schedule
 from .stages.stage import StageOptions
 from .stages.text import TextStage
@@ -138,6 +139,7 @@ class Model:
         options = asked.options
         text, vae, sizes = family.open(folder, checkpoint.config)
         text.require_precision(options.text_precision, options.text_skip_layers, asked.device, dtype)
+        resolve_largest(options.largest, sizes)
         if options.tile is not None:
             check_tile(vae.network, options.tile)
         return cls(folder, checkpoint, family, text, vae, sizes, dtype, sampler, schedule(sampler, dtype))
@@ -244,14 +246,13 @@ def _require_precision(plan: Plan, folder: Path, options: LoadOptions) -> None:
 
 def resolve_largest(largest: tuple[int | None, int | None, int] | None, sizes: SizeRule) -> tuple[int, int, int]:
     """Return height, width and images of the largest call, checked; None: one image of the default size."""
+    check_batch(1 if largest is None else largest[2])
     if largest is None:
         return (*sizes.resolve(None, None), 1)
-    if not isinstance(largest, (tuple, list)) or len(largest) != 3:
-        raise ConfigError(f"largest must be (height, width, images), not {largest!r:.80}")
-    check_count("images in largest", largest[2])
     return (*sizes.resolve(largest[0], largest[1]), largest[2])
 
 
 def model_path(path: str | Path, download: bool = False) -> Path:
     """Return the local folder that `load` takes for `path`."""
-    return DEMO if str(path) == "demo" else hub.folder(path, download)
+    path = check_path("path", path)
+    return DEMO if path == "demo" else hub.folder(path, download)

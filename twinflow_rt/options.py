@@ -11,7 +11,7 @@ import argparse
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -52,7 +52,8 @@ def parse_lora(text: str) -> tuple[str, float]:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a model. Checked by `load`, on the machine that loads it; can be pickled where its values can."""
+    """How to load a model. Raises ConfigError for values of another kind, and holds the others as Python's own types;
+    what they mean for a machine and a model, `load` checks. Can be pickled where its values can."""
 
     device: str | torch.device | None = field(
         default=None, metadata=about("cpu, cuda or cuda:N", "the GPU if there is one")
@@ -128,6 +129,42 @@ class LoadOptions:
         "folder of an AutoencoderTiny (taef1, taesd3, ...) that calls with preview=True decode with, not exactly",
         "none", metavar="FOLDER", page="stages.md",
     ))  # fmt: skip
+
+    def __post_init__(self) -> None:
+        checks = _checks()
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is not None or "None" not in str(option.type):
+                object.__setattr__(self, option.name, checks[str(option.type)](option.name, value))
+
+
+def _checks() -> dict[str, Callable[[str, Any], Any]]:
+    """Return, for each type that an option is annotated with, what checks a value and returns it. What is resolved on
+    the machine that loads stays as it was given."""
+    from . import config
+    from .checkpoint.lora import resolve_loras
+    from .sampling.schedule import resolve_sampler
+
+    def kept(check: Callable[[str, Any], object]) -> Callable[[str, Any], Any]:
+        return lambda name, value: (check(name, value), value)[1]
+
+    return {
+        "bool": config.check_flag,
+        "int": partial(config.check_integer, least=0),
+        "int | None": config.check_count,
+        "int | str | None": kept(lambda name, value: config.parse_bytes(value, name)),
+        "str": config.check_text,
+        "str | None": config.check_text,
+        "str | Path | None": kept(config.check_path),
+        "str | torch.device | None": kept(config.check_device),
+        "str | torch.dtype | None": kept(config.check_dtype),
+        "Sequence[str]": config.check_names,
+        "Sequence[str] | str | Path": config.check_names_or_file,
+        "Callable[[str, int], None] | None": partial(config.check_callable, parameters=("part", "bytes")),
+        "SamplerConfig | str | None": kept(lambda name, value: resolve_sampler(None, value)),
+        "Loras | None": kept(lambda name, value: resolve_loras(value)),
+        "tuple[int | None, int | None, int] | None": lambda name, value: config.check_sides(name, value, "images"),
+    }
 
 
 def flag(option: Field[Any]) -> str | None:

@@ -13,7 +13,17 @@ from torch import Tensor
 from .checkpoint import artifact
 from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
-from .config import ON_OOM, OUTPUTS, SizeRule, check_choice, check_count, resolve_prompts
+from .config import (
+    ON_OOM,
+    OUTPUTS,
+    SizeRule,
+    check_callable,
+    check_choice,
+    check_count,
+    check_flag,
+    check_path,
+    resolve_prompts,
+)
 from .errors import ConfigError, DeviceError
 from .plan import Plan
 from .planning import warm_up
@@ -114,7 +124,7 @@ class Pipeline:
 
         Raises CheckpointError for another file, ConfigError for one of another model or text encoder.
         """
-        return self.accept(embeds_file.read(path), path)
+        return self.accept(embeds_file.read(check_path("path", path)), path)
 
     def accept(self, saved: embeds_file.Saved, where: str | Path) -> PromptEmbeds:
         """Return the embeddings of a file read from `where`, if they are this model's; see `read_embeds`."""
@@ -143,6 +153,8 @@ class Pipeline:
         Raises ConfigError for arguments that cannot work, CancelledError, OutOfMemoryError.
         """
         check_choice("on_oom", on_oom, ON_OOM)
+        if cancel is not None:
+            check_callable("cancel", cancel, ())
         if self.program.sequence is not None and (cancel is not None or on_oom != "raise"):
             raise ConfigError("cancel= and on_oom='split' would part the processes of a sequence-parallel call")
         request = self._checked(prompt, (height, width), seed, num_images, nfe, sampler, output, callback, preview)
@@ -165,7 +177,9 @@ class Pipeline:
     ) -> Request:  # fmt: skip
         """Return a call's arguments checked and completed. Raises ConfigError."""
         check_choice("output", output, OUTPUTS)
-        check_count("num_images", num_images)
+        num_images, preview = check_count("num_images", num_images), check_flag("preview", preview)
+        if callback is not None:
+            check_callable("callback", callback, ("done", "total", "x0"))
         prompts: Prompts = (
             self._checked_embeds(prompt) if isinstance(prompt, PromptEmbeds) else resolve_prompts(prompt)
         )
@@ -185,8 +199,7 @@ class Pipeline:
         """Return embeddings, if the text stage could have made them. Raises ConfigError."""
         if self._probe is None:
             self._probe = self.text.probe(1)
-        embeds.check(self._probe, self.text.max_tokens)
-        return embeds
+        return embeds.check(self._probe, self.text.max_tokens)
 
     @torch.inference_mode()
     def _run(self, request: Request, at_once: int, timer: StageTimer) -> Any:
@@ -248,9 +261,9 @@ class Pipeline:
         shape (see `planning.warm_up`); `load` does for one image of the default size. Returns how many shapes there
         were, 0 for backends that need no such thing. Qwen-Image's and SANA's prompts keep their own lengths, each of
         which is a shape, for up to 400 ms of planning: they are prepared for only where `tokens` is given."""
-        check_count("num_images", num_images)
-        if tokens is not None:
-            check_count("tokens", tokens)
+        num_images = check_count("num_images", num_images)
+        check_batch(num_images)
+        tokens = None if tokens is None else check_count("tokens", tokens)
         size, network = self.sizes.resolve(height, width), self.program.network
         with self._lock, torch.inference_mode():
             return warm_up.warm(
@@ -266,6 +279,7 @@ class Pipeline:
         """Write the compiled program and the other parts as an artifact (checkpoint/artifact.py), which `load` takes
         like a model folder, skipping the passes. It holds this pipeline's schedule only. Raises ConfigError where
         weights stream, and where the text encoder has 8 bits: those are made as it is read, of a saved program too."""
+        folder = Path(check_path("path", path))
         if self.memory is not None and (self.memory.streamed or self.memory.text_streams):
             raise ConfigError("this pipeline's weights stream: load it without memory_budget to save it")
         if self.text.options.precision is not None:
@@ -281,7 +295,7 @@ class Pipeline:
                 "source": artifact.source_hash(self.folder / "transformer"),
                 "plan": self.plan.to_dict(),
             }
-            return artifact.write(Path(path), parts, self.folder, meta)
+            return artifact.write(folder, parts, self.folder, meta)
 
 
 def _decode(vae: VaeDecoder, latents: Tensor, output: str, at_once: int, timer: StageTimer, raw: bool) -> Tensor:

@@ -25,7 +25,7 @@ PROMPTS = [
     (None, "must be a string"), (3, "must be a string"), (b"bytes", "must be a string"), ([], "empty list"),
     (["a", 3], "must be a string"), ({"a"}, "must be a string"), ("\ud800", "surrogate"), ("a\udcff", "surrogate"),
     (["good", "\udfff"], "surrogate"), ("x" * (MAX_PROMPT + 1), "at most 100,000"), ((), "empty list"),
-    (np.array(["a"]), "must be a string"),
+    (np.array([1]), "must be a string"),
 ]  # fmt: skip
 CALLS = [
     ({"height": 0}, "height 0"), ({"height": -16}, "height -16"), ({"width": 17}, "width 17"),
@@ -125,7 +125,7 @@ EMBEDS = [
     (lambda e: {"embeds": e.embeds[:, :0]}, "embeds must be a tensor"),
     (lambda e: {"embeds": e.embeds[:0], "lengths": ()}, "embeds must be a tensor"),
     (lambda e: {"embeds": e.embeds.repeat(1, 100, 1)}, "embeds must be a tensor"),
-    (lambda e: {"embeds": e.embeds.numpy()}, "floating-point tensor"),
+    (lambda e: {"embeds": e.embeds.numpy()}, "embeds must be a tensor"),
     (lambda e: {"embeds": None}, "embeds must be a tensor"), (lambda e: {"embeds": e.embeds.int()}, "floating-point"),
     (lambda e: {"embeds": e.embeds.cfloat()}, "floating-point"),
     (lambda e: {"embeds": nan_at_the_end(e.embeds)}, "NaN or infinity"),

@@ -35,7 +35,7 @@ class Source:
     subfolder: str
 
     def __str__(self) -> str:
-        return f"hf://{self.repo}@{self.revision}" + (f"/{self.subfolder}" if self.subfolder else "")
+        return f"{f'hf://{self.repo}@{self.revision}' + (f'/{self.subfolder}' if self.subfolder else ''):.200}"
 
 
 def folder(path: str | Path, download: bool = False) -> Path:
@@ -85,7 +85,10 @@ def _client() -> ModuleType:
 
 def _cached(source: Source) -> Path:
     index = source.subfolder + "model_index.json"
-    found = _client().try_to_load_from_cache(source.repo, index, revision=source.revision)
+    try:
+        found = _client().try_to_load_from_cache(source.repo, index, revision=source.revision)
+    except (ValueError, OSError) as error:  # the client's rules for names, or the system's
+        raise ConfigError(f"{source} is no model of the hub ({error!s:.200}): check its name") from None
     if not isinstance(found, str):
         raise CheckpointError(
             f"{source} is not in the local cache; fetch it with load(..., download=True) or --download, or where there "

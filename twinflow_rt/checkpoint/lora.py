@@ -14,6 +14,7 @@ given, neither as a tensor nor in the metadata, it is the rank: diffusers' rule.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import is_number
+from ..config import check_path, is_number, items, number, shown
 from ..errors import CheckpointError, ConfigError
 from .artifact import sha256
 from .checkpoint import Checkpoint
@@ -56,15 +57,18 @@ Loras = Mapping[str | Path, float] | Sequence[str | Path | tuple[str | Path, flo
 
 def resolve_loras(loras: Loras) -> tuple[tuple[Path, float], ...]:
     """Return (path, weight) pairs of {path: weight}, [(path, weight), ...] or [path, ...] (weight 1)."""
-    if isinstance(loras, (str, Path)):
-        raise ConfigError(f"loras must be a list or a mapping, not one path; write loras=[{str(loras)!r}]")
-    entries = loras.items() if isinstance(loras, Mapping) else loras
-    pairs = [(entry, 1.0) if isinstance(entry, (str, Path)) else entry for entry in entries]
-    for pair in pairs:
-        whole = isinstance(pair, (tuple, list)) and len(pair) == 2
-        if not whole or not isinstance(pair[0], (str, Path)) or not is_number(pair[1]):
-            raise ConfigError(f"loras holds {pair!r}; each must be a path, or a path and a finite weight")
-    return tuple((Path(path), float(weight)) for path, weight in pairs)
+    if isinstance(loras, (str, os.PathLike)):
+        raise ConfigError(f"loras must be a list or a mapping, not one path; write loras=[{shown(loras)}]")
+    entries = list(loras.items()) if isinstance(loras, Mapping) else items(loras)
+    if entries is None:
+        raise ConfigError(f"loras must be a list of paths or a mapping {{path: weight}}; got {shown(loras)}")
+    pairs = []
+    for entry in entries:
+        path, weight = entry if isinstance(entry, (tuple, list)) and len(entry) == 2 else (entry, 1.0)
+        if not isinstance(path, (str, os.PathLike)) or (found := number(weight)) is None:
+            raise ConfigError(f"loras holds {shown(entry)}; each must be a path, or a path and a finite weight")
+        pairs.append((Path(check_path("a path in loras", path)), found))
+    return tuple(pairs)
 
 
 def require_same(merged: Sequence[Lora], asked: Sequence[tuple[Path, float]] | None) -> None:

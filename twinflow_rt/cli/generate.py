@@ -49,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
         saved = read(args.prompt_embeds)
     names = list(saved.names()) if saved is not None else args.prompt
     paths = output_paths(args.output, len(names) * args.num_images)
-    from ..config import dtype_name
+    from ..config import check_count, dtype_name
 
+    check_count("num_images", args.num_images)
     start = time.perf_counter()
     width, height = args.size or (None, None)
     largest = (height, width, len(names) * args.num_images)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.files import parse_json
+from ..checkpoint.files import parse_json, require_file
 from ..checkpoint.versions import refusal
 from ..config import dtype_name
 from ..errors import CheckpointError
@@ -102,8 +102,7 @@ class Reader:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing or no file; write one with `twinflow-rt export`")
+        require_file(path, "write one with `twinflow-rt export`")
         self.path = path
         try:
             self._file = torch._C.PyTorchFileReader(str(path))

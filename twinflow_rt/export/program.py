@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..checkpoint.atomic import check_target
 from ..checkpoint.lora import Loras
-from ..config import dtype_name
+from ..config import check_callable, check_flag, check_path, check_sides, dtype_name, items, shown
 from ..errors import ConfigError, TwinFlowError
 from ..loading import load
 from ..ops import EAGER
@@ -112,12 +112,18 @@ def export_model(
     with it (at most 1 of 255 levels). The file is there whole or not at all. Raises ConfigError for arguments that
     cannot work, what `load` raises, TwinFlowError where torch cannot compile the model or compiles it wrongly.
     """
-    output = check_output(output)
+    output, text_encoder = check_output(output), check_flag("text_encoder", text_encoder)
+    check_callable("progress", progress, ("doing",))
+    if options is not None and not isinstance(options, Mapping):
+        raise ConfigError(f"options must be a mapping of torch._inductor's settings; got {shown(options)}")
+    if (asked := items(sizes)) is None:
+        raise ConfigError(f"sizes must be a list of (height, width); got {shown(sizes)}")
+    asked = [check_sides("sizes", size) for size in asked]
     progress("loading")
     pipe = load(model, device=device, dtype=dtype, nfe=nfe, sampler=sampler, loras=loras)
     check_exportable(pipe, model, text_encoder)
     use_eager_ops(pipe)
-    chosen = tuple(dict.fromkeys(pipe.sizes.resolve(*size) for size in sizes or ((None, None),)))
+    chosen = tuple(dict.fromkeys(pipe.sizes.resolve(*size) for size in asked or ((None, None),)))
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder, torch.no_grad():
         partial = Path(folder) / "twinflow.pt2"
         writer = archive.Writer(partial)
@@ -138,9 +144,9 @@ def export_model(
 
 def check_output(output: str | Path) -> Path:
     """Return the path to write to; raise ConfigError unless it ends in .pt2 and can be written."""
-    output = Path(output)
+    output = Path(check_path("output", output))
     if output.suffix != ".pt2":
-        raise ConfigError(f"output {output}: the name must end in .pt2")
+        raise ConfigError(f"output {shown(str(output))}: the name must end in .pt2")
     check_target(output, "output")
     return output
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import check_count, resolve_device
+from ..config import check_count, check_flag, check_integer, check_path, check_sides, items, resolve_device, shown
 from ..errors import CheckpointError, ConfigError
-from ..sampling.noise import initial_noise, resolve_seeds, step_noise
+from ..sampling.noise import check_batch, initial_noise, resolve_seeds, step_noise
 from ..stages.text import PromptEmbeds
 from .archive import TEXT, Reader, image_name
 
@@ -27,7 +27,7 @@ def load_exported(path: str | Path, *, verify: bool = True) -> Exported:
     Raises CheckpointError for a file that is not whole, was changed, or was compiled for another torch or
     processor; DeviceError where its device is absent.
     """
-    exported = Exported(Path(path))
+    verify, exported = check_flag("verify", verify), Exported(Path(check_path("path", path)))
     if verify:
         exported.archive.verify()
     return exported
@@ -55,8 +55,9 @@ class Exported:
         prompt: embeddings as `Pipeline.text` or `encode` gives them. height, width: one of `sizes`; default the
         first. seed: as for `Pipeline`. Raises ConfigError for a size or prompt that the file was not made for.
         """
-        check_count("num_images", num_images)
-        size = (height or self.sizes[0][0], width or self.sizes[0][1])
+        num_images, first = check_count("num_images", num_images), self.sizes[0]
+        size = tuple(k if s is None else s for s, k in zip(check_sides("size", (height, width)), first, strict=True))
+        check_batch(num_images)
         if size not in self.sizes:
             have = ", ".join(f"{w}x{h}" for h, w in self.sizes)
             raise ConfigError(f"no program for {size[1]}x{size[0]} was exported; this file has {have}")
@@ -81,13 +82,13 @@ class Exported:
         if text is None:
             raise ConfigError("this file has no text encoder; export it with --text-encoder")
         most, dropped = text["max_tokens"], text["dropped"]
-        if not ids or any(not dropped < len(row) <= most for row in ids):
-            raise ConfigError(f"prompts must be {dropped + 1} to {most} token ids long, got {list(map(len, ids))}")
-        if any(not 0 <= i < text["vocabulary"] for row in ids for i in row):
-            raise ConfigError(f"token ids must be from 0 to {text['vocabulary'] - 1}")
-        longest = max(text["least_tokens"], *map(len, ids))
-        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)
-        return PromptEmbeds(self.run(TEXT, (padded,)), tuple(len(row) - dropped for row in ids))
+        rows = [items(row) for row in items(ids) or ()]
+        if not rows or any(row is None or not dropped < len(row) <= most for row in rows):
+            raise ConfigError(f"prompts must be lists of {dropped + 1} to {most} token ids; got {shown(ids)}")
+        checked = [[check_integer("token ids", i, 0, text["vocabulary"] - 1) for i in row or ()] for row in rows]
+        longest = max(text["least_tokens"], *map(len, checked))
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in checked], device=self.device)
+        return PromptEmbeds(self.run(TEXT, (padded,)), tuple(len(row) - dropped for row in checked))
 
     def run(self, program: str, inputs: Sequence[Tensor]) -> Tensor:
         """Return the output of one program. inputs: as for `program.Generate` or `program.Encode`, unchecked: wrong
@@ -111,6 +112,8 @@ class Exported:
 
     def _padded(self, prompt: PromptEmbeds) -> tuple[Tensor, Tensor]:
         """Return embeddings with as many rows as the programs take, and lengths, int64 [B]."""
+        if not isinstance(prompt, PromptEmbeds):
+            raise ConfigError(f"prompt must be PromptEmbeds, as Pipeline.text and encode give; got {shown(prompt)}")
         rule, shape = self.manifest["prompt"], tuple(prompt.embeds.shape)
         lengths, longest = prompt.lengths, max(prompt.lengths, default=0)
         if len(shape) != 3 or shape[2] != rule["width"] or len(lengths) != shape[0] or not 0 < longest <= shape[1]:

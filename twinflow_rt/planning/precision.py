@@ -118,6 +118,8 @@ def resolve(
     if fp8_attention and quantized != "fp8":
         raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision}")
     names, measured = skipped(skip_layers, quantized)
+    if names and quantized is None:
+        raise ConfigError("skip_layers names layers kept out of precision 'int8' or 'fp8': give one")
     return Arithmetic(dtype, quantized, names, fp8_attention, measured)
 
 

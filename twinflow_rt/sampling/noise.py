@@ -12,14 +12,13 @@ splitmix64's i-th output for the state `seed`.
 
 from __future__ import annotations
 
-import operator
 import secrets
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..config import is_integer
+from ..config import check_count, integer, items, shown
 from ..errors import ConfigError
 
 MAX_SEED = 2**63 - 1
@@ -32,26 +31,25 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed per image.
 
     None draws s from the operating system's entropy and continues as for an int; int s gives
-    s, s + 1, ..., s + count - 1; a sequence is taken as it is and must hold `count` seeds.
+    s, s + 1, ..., s + count - 1; a list, tuple, range or array is taken as it is and must hold `count` seeds.
     Seeds are integers in 0..2^63 - 1; anything else (bool, float, negative, ...) is a ConfigError.
     """
-    if not is_integer(count) or count < 1:
-        raise ConfigError(f"seed count must be a positive integer, got {count!r}")
+    check_count("seed count", count)
     if count > MAX_SEEDS:
-        raise ConfigError(f"seeds for {count} images; at most {MAX_SEEDS} are made: ask for fewer")
+        raise ConfigError(f"seeds for {shown(count)} images; at most {MAX_SEEDS} are made: ask for fewer")
     if seed is None:
         return _consecutive(secrets.randbelow(2**32 - count), count)
-    if isinstance(seed, (list, tuple)):
-        if len(seed) != count:
-            raise ConfigError(f"got {len(seed)} seeds for {count} images; pass one per image, or a single integer")
-        return [_checked(s) for s in seed]
+    if (each := items(seed)) is not None:
+        if len(each) != count:
+            raise ConfigError(f"got {len(each)} seeds for {count} images; pass one per image, or a single integer")
+        return [_checked(s) for s in each]
     return _consecutive(_checked(seed), count)
 
 
 def check_batch(count: int) -> None:
     """Raises ConfigError for more images than one call takes, before anything is made for each of them."""
     if count > MAX_BATCH:
-        raise ConfigError(f"{count} images in one call; at most {MAX_BATCH} are taken: make several calls")
+        raise ConfigError(f"{shown(count)} images in one call; at most {MAX_BATCH} are taken: make several calls")
 
 
 def initial_noise(
@@ -102,12 +100,7 @@ def _consecutive(first: int, count: int) -> list[int]:
 
 
 def _checked(seed: object) -> int:
-    if not isinstance(seed, bool):
-        try:
-            value = operator.index(seed)  # type: ignore[arg-type]
-        except TypeError:
-            pass
-        else:
-            if 0 <= value <= MAX_SEED:
-                return value
-    raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {seed!r}")
+    value = integer(seed)
+    if value is None or not 0 <= value <= MAX_SEED:
+        raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {shown(seed)}")
+    return value

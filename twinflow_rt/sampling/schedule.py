@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..config import is_integer, is_number
+from ..config import check_choice, check_integer, integer, items, number, shown
 from ..errors import ConfigError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -47,17 +47,18 @@ class SamplerConfig:
     mode: Literal["few", "any", "multi"] = "few"
 
     def __post_init__(self) -> None:
-        n, wanted = self.sampling_steps, f"an integer 1..{MAX_STEPS}"
-        _require(is_integer(n) and 1 <= n <= MAX_STEPS, "sampling_steps", n, wanted)
-        ratio = self.stochast_ratio
-        _require(ratio == "SDE" or (is_number(ratio) and 0 <= ratio <= 1), "stochast_ratio", ratio, "0..1 or 'SDE'")
-        extra = self.extrapol_ratio
-        _require(is_number(extra) and 0 <= extra <= 1, "extrapol_ratio", extra, "a number 0..1")
-        order = self.sampling_order
-        _require(is_integer(order) and order in (1, 2), "sampling_order", order, "1 or 2")
-        _require(self.mode in MODES, "mode", self.mode, "one of 'few', 'any', 'multi'")
-        object.__setattr__(self, "time_dist_ctrl", _numbers(self, "time_dist_ctrl", 3))
-        object.__setattr__(self, "rfba_gap_steps", _numbers(self, "rfba_gap_steps", 2))
+        sde = isinstance(self.stochast_ratio, str) and self.stochast_ratio == "SDE"
+        values = {
+            "sampling_steps": check_integer("sampling_steps", self.sampling_steps, 1, MAX_STEPS),
+            "stochast_ratio": "SDE" if sde else _ratio("stochast_ratio", self.stochast_ratio, "0..1 or 'SDE'"),
+            "extrapol_ratio": _ratio("extrapol_ratio", self.extrapol_ratio, "a number 0..1"),
+            "sampling_order": check_integer("sampling_order", self.sampling_order, 1, 2),
+            "time_dist_ctrl": _numbers("time_dist_ctrl", self.time_dist_ctrl, 3),
+            "rfba_gap_steps": _numbers("rfba_gap_steps", self.rfba_gap_steps, 2),
+            "mode": check_choice("mode", self.mode, MODES),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
         warp, gaps = self.time_dist_ctrl, self.rfba_gap_steps
         _require(min(warp) > 0, "time_dist_ctrl", warp, "three positive numbers (a, b, c)")
         _require(
@@ -128,12 +129,14 @@ def preset(nfe: int, mode: Literal["few", "any", "multi"] | None = None) -> Samp
     "multi", 1..100: plain flow matching, PRESETS["multi"] at that many steps; good from about 20.
         Above 60, bfloat16 has too few values near 1 and may repeat a time (harmless, but wasted).
     """
+    count = integer(nfe)
     if mode is None:
-        mode = "few" if is_integer(nfe) and nfe <= 8 else "multi"
-    _require(mode in MODES, "mode", mode, "one of 'few', 'any', 'multi'")
+        mode = "few" if count is not None and count <= 8 else "multi"
+    check_choice("mode", mode, MODES)
     most = 8 if mode == "few" else 100
     hint = f"an integer 1..{most} in mode '{mode}'; mode 'multi' goes up to 100"
-    _require(is_integer(nfe) and 1 <= nfe <= most, "nfe", nfe, hint)
+    _require(count is not None and 1 <= count <= most, "nfe", nfe, hint)
+    nfe = int(nfe)
     if nfe == 1 and mode != "multi":
         return PRESETS["1"]
     if mode == "few":
@@ -152,7 +155,8 @@ def resolve_sampler(nfe: int | None, sampler: SamplerConfig | str | None) -> Sam
         return preset(nfe)
     if isinstance(sampler, str):
         if sampler not in PRESETS:
-            raise ConfigError(f"sampler {sampler!r} is no preset; use one of {', '.join(PRESETS)} or a SamplerConfig")
+            known = ", ".join(PRESETS)
+            raise ConfigError(f"sampler {shown(sampler)} is no preset; use one of {known} or a SamplerConfig")
         return PRESETS[sampler]
     if sampler is not None and not isinstance(sampler, SamplerConfig):
         raise ConfigError(f"sampler must be a SamplerConfig or a preset's name, not {type(sampler).__name__}")
@@ -193,15 +197,20 @@ def _noise_weights(config: SamplerConfig, t: Tensor, t_next: Tensor) -> tuple[fl
 
 def _require(ok: bool, name: str, value: object, wanted: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} must be {wanted}; got {value!r}")
+        raise ConfigError(f"{name} must be {wanted}; got {shown(value)}")
 
 
-def _numbers(config: SamplerConfig, name: str, count: int) -> tuple[float, ...]:
-    """A list or tuple of `count` finite numbers as a tuple of floats."""
-    values = getattr(config, name)
-    ok = isinstance(values, (list, tuple)) and len(values) == count and all(map(is_number, values))
-    _require(ok, name, values, f"{count} finite numbers")
-    return tuple(float(v) for v in values)
+def _ratio(name: str, value: object, wanted: str) -> float:
+    found = number(value)
+    _require(found is not None and 0 <= found <= 1, name, value, wanted)
+    return found or 0.0
+
+
+def _numbers(name: str, value: object, count: int) -> tuple[float, ...]:
+    """Return a list, a tuple or an array of `count` finite numbers as a tuple of floats."""
+    found = [x for item in items(value) or () if (x := number(item)) is not None]
+    _require(len(found) == count == len(items(value) or ()), name, value, f"{count} finite numbers")
+    return tuple(found)
 
 
 PRESETS: Mapping[str, SamplerConfig] = MappingProxyType(

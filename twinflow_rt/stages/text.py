@@ -8,7 +8,7 @@ later prompts attend to its keys and values (`Prefix`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint.reading import Progress
+from ..config import integer, items, shown
 from ..errors import CheckpointError, ConfigError
 from ..models.architecture import Architecture
 from ..models.context import bucket
@@ -42,33 +43,37 @@ class PromptEmbeds:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def check(self, probe: PromptEmbeds, max_tokens: int) -> None:
-        """Raise ConfigError unless these are embeddings as a text stage makes them.
+    def check(self, probe: PromptEmbeds, max_tokens: int) -> PromptEmbeds:
+        """Return these, lengths as a tuple. Raise ConfigError unless they are embeddings as a text stage makes them.
 
         probe: what its `probe` returns. max_tokens: the longest prompt it takes. Waits for a GPU, as it reads values.
         """
-        shape, wanted = tuple(getattr(self.embeds, "shape", ())), probe.embeds.shape[-1]
+        shape = tuple(self.embeds.shape) if isinstance(self.embeds, Tensor) else ()
+        wanted = probe.embeds.shape[-1]
         longest = max(max_tokens, probe.embeds.shape[1])
         if len(shape) != 3 or shape[2] != wanted or not 1 <= shape[1] <= longest or not shape[0]:
             raise ConfigError(
                 f"embeds must be a tensor [prompts, 1 to {longest} tokens, {wanted}], not "
                 f"{shape or type(self.embeds)}; make them with pipe.text"
             )
-        counts = tuple(self.lengths) if isinstance(self.lengths, (tuple, list)) else ()
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= shape[1] for n in counts)
-        if len(counts) != shape[0] or not whole:
+        given = items(self.lengths) or []
+        counts = tuple(n for item in given if (n := integer(item)) is not None and 1 <= n <= shape[1])
+        if not len(counts) == len(given) == shape[0]:
             raise ConfigError(
-                f"lengths must be {shape[0]} numbers from 1 to {shape[1]}, one per prompt, not {self.lengths!r:.80}"
+                f"lengths must be {shape[0]} numbers from 1 to {shape[1]}, one per prompt, not {shown(self.lengths)}"
             )
-        if set(self.extras) != set(probe.extras):
-            names = [", ".join(sorted(extras)) or "empty" for extras in (probe.extras, self.extras)]
+        if not isinstance(self.extras, dict) or set(self.extras) != set(probe.extras):
+            named = list(map(str, self.extras)) if isinstance(self.extras, dict) else [shown(self.extras)]
+            names = [f"{', '.join(sorted(extras)) or 'empty':.200}" for extras in (probe.extras, named)]
             raise ConfigError("extras must be {}, not {}; make them with pipe.text".format(*names))
         for name, tensor in {"embeds": self.embeds, **self.extras}.items():
             alike = (shape[0], *probe.extras[name].shape[1:]) if name in probe.extras else shape
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tuple(tensor.shape) != alike:
+            plain = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
+            if not plain or tuple(tensor.shape) != alike:
                 raise ConfigError(f"{name} must be a floating-point tensor {alike}; make it with pipe.text")
             if not torch.isfinite(tensor).all():
                 raise ConfigError(f"{name} holds NaN or infinity; make it again with pipe.text")
+        return replace(self, lengths=counts)
 
     def select(self, prompts: Sequence[int]) -> PromptEmbeds:
         """Return the embeddings of these prompts, cut to the longest of them."""

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import integer, shown
 from ..errors import ConfigError
 
 BLEND = 8  # cells of overlap on each side of a tile's edge, where group norms make tiles differ
@@ -70,8 +71,9 @@ def smallest(network: Any) -> int:
 
 def check_tile(network: Any, tile: int) -> None:
     """Raise ConfigError for a tile size that cannot work."""
-    if isinstance(tile, bool) or not isinstance(tile, int) or tile < smallest(network):
-        raise ConfigError(f"tile must be a number of pixels, at least {smallest(network)} for this VAE; got {tile!r}")
+    if (pixels := integer(tile)) is None or pixels < smallest(network):
+        least = smallest(network)
+        raise ConfigError(f"tile must be a number of pixels, at least {least} for this VAE; got {shown(tile)}")
 
 
 def plainly(name: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

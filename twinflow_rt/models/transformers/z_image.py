@@ -94,6 +94,11 @@ class ZImageConfig(NetworkConfig):
                 f"axes_dims {self.axes_dims} must add up to dim / n_heads = {self.dim}/{self.n_heads}; "
                 "check transformer/config.json"
             )
+        if len(self.axes_lens) != 3 or min(self.axes_lens) < 1 or self.axes_lens[0] < SEQ_MULTIPLE + 2:
+            raise ConfigError(
+                f"axes_lens {self.axes_lens} must be three counts of positions, the first at least {SEQ_MULTIPLE + 2}; "
+                "check transformer/config.json"
+            )
         if self.n_kv_heads != self.n_heads or not self.qk_norm:
             raise ConfigError("Z-Image needs n_kv_heads == n_heads and qk_norm; this config is another family's")
         if self.all_patch_size != (2,) or self.all_f_patch_size != (1,):
