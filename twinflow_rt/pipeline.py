@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import artifact
+from .checkpoint.image_files import grid, output_paths, save_image
 from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
 from .config import (
@@ -22,6 +26,7 @@ from .config import (
     check_count,
     check_flag,
     check_path,
+    dtype_name,
     resolve_prompts,
 )
 from .errors import ConfigError, DeviceError
@@ -45,12 +50,12 @@ from .stages.vae import VaeDecoder
 from .stages.velocity import Callback, Prompts, VelocityStage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """What a call made.
+    """What a call made: iterating, indexing and len() are those of `images`; notebooks show them.
 
-    images: one per (prompt, repeat), prompt-major. seeds: image k's own. timings: seconds per
-    stage and in total. memory: peak bytes per stage (see `runtime.timing.StageTimer`). at_once: the most images
+    images: one per (prompt, repeat), prompt-major, as `output` says. seeds: image k's own. timings: seconds
+    per stage and in total. memory: peak bytes per stage (see `runtime.timing.StageTimer`). at_once: the most images
     that went through a network together."""
 
     images: Any
@@ -58,6 +63,57 @@ class Result:
     timings: dict[str, float]
     memory: dict[str, int]
     at_once: int = 0
+    output: str = "pil"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, k: Any) -> Any:
+        return self.images[k]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.images)
+
+    def __repr__(self) -> str:
+        seeds = ", ".join(map(str, self.seeds[:4])) + ", ..." * (len(self.seeds) > 4)
+        return f"Result({len(self)} of output {self.output!r}, seeds {seeds}, {self.timings.get('total', 0):.2f} s)"
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write the images, and return the files: `path` (.png, .jpg or .webp), or for several NAME-0, NAME-1, ... and
+        a sheet of all, NAME-grid. PNG files say their seed. Raises ConfigError for latents, and where nothing can be
+        written."""
+        images = self._pictures()
+        files = output_paths(Path(check_path("path", path)), len(images))
+        for file, image, seed in zip(files, images, self.seeds, strict=False):
+            save_image(image, file, {"seed": seed})
+        if len(files) > len(images):
+            save_image(grid(images), files[-1])
+        return files
+
+    def _pictures(self) -> list[Any]:
+        """Return the images as PIL's. Raises ConfigError for latents."""
+        if self.output == "latent":
+            raise ConfigError("latents are no images: call the pipeline with output='pil', 'np' or 'pt'")
+        if self.output == "pt":
+            return pil((self.images.movedim(1, -1) * 255).round().byte().cpu().numpy())
+        return pil(self.images) if self.output == "np" else list(self.images)
+
+    def _repr_png_(self) -> bytes | None:
+        """Return what notebooks show: the image, or a sheet of all; None for latents."""
+        try:
+            images = self._pictures()
+        except ConfigError:
+            return None
+        file = BytesIO()
+        (grid(images) if len(images) > 1 else images[0]).save(file, format="PNG")
+        return file.getvalue()
+
+    def _repr_html_(self) -> str | None:
+        """Return the same as HTML, with the seeds below."""
+        if (png := self._repr_png_()) is None:
+            return None
+        picture = f'<img src="data:image/png;base64,{b64encode(png).decode()}">'
+        return f"<figure>{picture}<figcaption>{escape(repr(self))}</figcaption></figure>"
 
 
 @dataclass(frozen=True)
@@ -168,7 +224,7 @@ class Pipeline:
                 split=on_oom == "split", release=self._release,
                 what=lambda n: f"images of {columns}x{rows}, {n} at once, do not fit in {self.device}'s memory",
             )  # fmt: skip
-        return Result(made, request.seeds, timer.timings(), timer.memory, at_once)
+        return Result(made, request.seeds, timer.timings(), timer.memory, at_once, request.output)
 
     def _checked(
         self, prompt: str | Sequence[str] | PromptEmbeds, size: tuple[int | None, int | None],
@@ -201,9 +257,17 @@ class Pipeline:
             self._probe = self.text.probe(1)
         return embeds.check(self._probe, self.text.max_tokens)
 
-    @torch.inference_mode()
     def _run(self, request: Request, at_once: int, timer: StageTimer) -> Any:
-        """Return the images of a call, `at_once` of them in a network together."""
+        """Return the images of a call, `at_once` of them in a network together; tensors are such as autograd takes."""
+        with torch.inference_mode():
+            made = self._made(request, at_once, timer)
+        if request.output == "latent":
+            return made.clone()
+        with timer("output"):
+            return deliver(made, request.output)
+
+    def _made(self, request: Request, at_once: int, timer: StageTimer) -> Tensor:
+        """Return decoded images, or latents where those are asked for."""
         velocity, seeds, size = self.velocity, request.seeds, request.size
         times = schedule(request.sampler, self.dtype)
         self.program.refold(times)
@@ -224,9 +288,7 @@ class Pipeline:
         if request.output == "latent":
             return latents
         with timer("decode"):
-            images = _decode(vae, latents, request.output, at_once, timer, raw)
-        with timer("output"):
-            return deliver(images, request.output)
+            return _decode(vae, latents, request.output, at_once, timer, raw)
 
     def _release(self) -> None:
         """Give up what graphs hold, before a call begins again with fewer images."""
@@ -271,6 +333,20 @@ class Pipeline:
                 self.device,
             )  # fmt: skip
 
+    def __repr__(self) -> str:
+        plan, sizes, text = self.program.plan, self.sizes, self.text
+        evaluations, loras = len(plan.schedule), ", ".join(map(str, plan.loras)) or "none"
+        text_precision = text.options.precision or dtype_name(self.dtype)
+        budget = "" if self.memory is None else f", within {self.memory.peak / 1e9:.2f} GB"
+        return "\n".join((
+            f"Pipeline of {plan.family}, from {self.folder}",
+            f"  arithmetic  {plan.arithmetic}; text encoder {text_precision}; on {self.device}{budget}",
+            f"  sampling    {evaluations} evaluation{'s' * (evaluations > 1)} per image; adapters: {loras}",
+            f"  images      {sizes.default}x{sizes.default} if not asked otherwise, multiples of {sizes.multiple} up "
+            f"to {sizes.max_width}x{sizes.max_height}; prompts of up to {text.max_tokens} tokens",
+            "  to use      pipe(PROMPT, seed=0)[0] is an image; print(pipe.plan) says what was compiled, and why",
+        ))  # fmt: skip
+
     def __reduce__(self) -> Any:
         raise ConfigError("a Pipeline is not copied or sent to another process: load the model there")
 
@@ -310,8 +386,11 @@ def deliver(images: Tensor, output: str) -> Any:
     if output == "pt":
         return (images.float() / 2 + 0.5).clamp(0, 1)
     array = images.cpu().numpy()
-    if output == "np":
-        return array
+    return array if output == "np" else pil(array)
+
+
+def pil(array: Any) -> list[Any]:
+    """Return the PIL images of uint8 [B, H, W, 3]."""
     from PIL import Image
 
     return [Image.fromarray(a) for a in array]

@@ -14,15 +14,16 @@ from .config import DTYPES, PRECISIONS
 from .errors import CheckpointError
 from .ops.selection import Choice
 from .passes.layer_groups import Group, Layers, count_text
+from .planning.precision import AUTO
 from .planning.roofline import CEILINGS, StageWork, duration
 
 SCHEMA = 5
 OLD_NAMES = {"exempt": "skip_layers", "narrow_flops": "eight_bit_flops"}  # of fields, in plans saved before
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """Everything a compiled program can tell about itself; `str(plan)` prints it.
+    """Everything a compiled program can tell about itself; `print(plan)` shows all of it.
 
     folded, pruned: parameters that became constants, and those whose output nothing reads, by kind.
     absorbed: the constants of the one evaluation are inside the weights; else they are tables.
@@ -84,9 +85,24 @@ class Plan:
             )
         return plan
 
+    @property
+    def arithmetic(self) -> str:
+        """What the network computes in, in words, and whether precision "auto" chose it."""
+        what = self.dtype if self.precision is None else f"{self.precision} linear layers, {self.dtype} otherwise"
+        what += ", fp8 attention" * self.fp8_attention
+        return what + " (chosen by auto)" * any(note.startswith(AUTO) for note in self.notes)
+
+    def __repr__(self) -> str:
+        evaluations, parameters = len(self.schedule), count_text(self.parameters_after)
+        return (
+            f"Plan({self.family} from {self.source}: {self.arithmetic}, on {self.device}; {evaluations} evaluation(s), "
+            f"{parameters} parameters, {_bytes(self.bytes_after)})"
+        )
+
     def __str__(self) -> str:
         lines = [
             f"{self.family} from {self.source}: {self.dtype} on {self.device}",
+            f"precision    {self.arithmetic}",
             f"schedule     {' '.join(f'({t:g}, {tt:g})' for t, tt in self.schedule)}  (t, tt) of each evaluation",
             f"constants    {'inside the weights' if self.absorbed else f'tables of {len(self.schedule)} row(s)'}",
             f"parameters   {count_text(self.parameters_before)} -> {count_text(self.parameters_after)}",

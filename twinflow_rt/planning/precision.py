@@ -30,6 +30,7 @@ from ..runtime.machine import device_name
 
 SCHEMA = 1
 MEASURED = (*WEIGHT_DTYPES, "bf16")
+AUTO = "auto chose "  # how a plan's note on the choice begins
 FASTER = 1.03  # by less than this factor, a gain may be noise
 
 
@@ -111,6 +112,9 @@ def resolve(
         if skip_layers or fp8_attention:
             raise ConfigError("precision 'auto' takes what was measured: leave skip_layers and fp8_attention out")
         found, notes = automatic(folder, device, dtype, free)
+        nothing = f"{dtype_name(dtype)}: nothing was measured that is faster here"
+        chosen = nothing if found is None else found.precision
+        notes = (AUTO + chosen, *notes)
         if found is None or found.precision == "bf16":
             return Arithmetic(dtype if found is None else torch.bfloat16, notes=notes)
         return Arithmetic(dtype, found.precision, found.skip_layers, sensitivity=found.groups, notes=notes)

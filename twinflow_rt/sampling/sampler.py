@@ -72,7 +72,7 @@ def sample(
     noise_fn(i) -> float32 normals shaped as `noise`, injected on reaching t_i, i = 1..N-1. Needed
         where `stochast_ratio` is not 0 and N > 1. It is called after the network was, so that
         drawing the noise overlaps with the device's work.
-    callback(done, total, x0): after each evaluation, with the estimate it gave.
+    callback(done, total, x0): after each evaluation, with a copy of the estimate it gave.
     cancel(): asked before each evaluation; True raises CancelledError.
     project(noise, F, t): the op that ends the one-step path (float32 inside, one rounding).
 
@@ -150,4 +150,5 @@ class _Network:
 
     def report(self, x0: Tensor) -> None:
         if self.callback is not None:
-            self.callback(self.done, self.total, x0)
+            with torch.inference_mode(False):
+                self.callback(self.done, self.total, x0.clone())  # an ordinary tensor, no recording's, to keep
