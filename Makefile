@@ -11,6 +11,9 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH       ?= $(if $(filter Linux,$(shell uname -s)),torch==2.13.0+cpu,torch==2.13.0)
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Processes that the tests run in; 0: this one alone.
+WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 4))")
+
 PROMPT ?= a green triangle
 OUT    ?= demo.png
 
@@ -23,7 +26,7 @@ demo: $(VENV)/.built
 	$(BIN)/twinflow-rt generate "$(PROMPT)" --seed 0 -o $(OUT)
 
 test: $(VENV)/.built $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 bench: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest benches --benchmark-only -o testpaths=benches -o python_files='bench_*.py' --benchmark-max-time=0.5

@@ -158,7 +158,7 @@ def test_extras_of_families_that_have_some():
         refused(lambda extras=extras: replace(good, extras=extras).check(probe, 2), message, ConfigError)
 
 
-@pytest.mark.parametrize("bad", [None, object(), 3, "demo", torch.nn.Linear(1, 1)], ids=str)
+@pytest.mark.parametrize("bad", [None, object(), 3, "demo", torch.nn.Linear(1, 1)], ids=lambda bad: type(bad).__name__)
 def test_what_is_no_diffusers_pipeline(bad):
     refused(lambda: twinflow_rt.accelerate(bad), "transformer", ConfigError)
 

@@ -177,8 +177,7 @@ def test_drawn_by_a_browser(record, tmp_path):
     assert "CONSOLE" not in done.stderr  # refused by the page's own policy, or broken
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     blue, orange = (np.abs(pixels - colour).max(-1) < 8 for colour in ((0x25, 0x63, 0xC9), (0xB4, 0x54, 0x1A)))
-    for row in range(3):  # three rows of two plots each
-        band = slice(230 + 375 * row, 230 + 375 * (row + 1))
-        for side in (slice(0, 600), slice(600, 1200)):
-            assert (blue | orange)[band, side].sum() > 30, (row, side)
+    for place, name in enumerate(FIGURES):  # in rows of two
+        top, left = 230 + 375 * (place // 2), 600 * (place % 2)
+        assert (blue | orange)[top : top + 375, left : left + 600].sum() > 30, name
     assert (pixels[:, -8:] == pixels[0, 0]).all()

@@ -86,7 +86,7 @@ def held(pipe: Pipeline) -> dict[str, int]:
     }  # fmt: skip
 
 
-def watch(runs: int, tell: Callable[[int, dict[str, int]], None] = lambda run, now: None) -> dict[str, Any]:
+def watch(runs: int, tell: Callable[[int, dict[str, int]], None] | None = None) -> dict[str, Any]:
     """Generates `runs` times after a warm-up of every kind. Returns what was held before and after, what is
     `over` its bound, and how many calls `finished`."""
     pipe, calls = load("demo", device="cpu", prompt_cache=CACHE), kinds()
@@ -95,7 +95,7 @@ def watch(runs: int, tell: Callable[[int, dict[str, int]], None] = lambda run, n
     before, finished = held(pipe), 0
     for run in range(runs):
         finished += generate(pipe, calls[run % KINDS], run)
-        if runs >= 10 and run % (runs // 10) == 0:
+        if tell is not None and runs >= 10 and run % (runs // 10) == 0:
             tell(run, held(pipe))
     after = held(pipe)
     bounds = {**before, "resident": before["resident"] + RESIDENT, "prompts": CACHE, "tensors": before["tensors"] + 64}
