@@ -85,5 +85,5 @@ def test_old_names_work_and_warn(tmp_path):
     again = load(folder, skip_layers=skipped, text_skip_layers=["layers.mlp.down_proj"], **how)
     assert pipe.plan.skip_layers == again.plan.skip_layers == tuple(skipped)
     assert pipe.text.options.skip_layers == again.text.options.skip_layers == ("layers.mlp.down_proj",)
-    with pytest.raises(TypeError, match="old name"):
+    with pytest.raises(TypeError, match="another name of skip_layers="):
         load(folder, exempt=skipped, skip_layers=skipped)

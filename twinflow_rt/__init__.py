@@ -15,7 +15,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "load": "loading", "LoadOptions": "options", "Pipeline": "pipeline", "Result": "pipeline",
+    "load": "loading", "LoadOptions": "options", "Pipeline": "pipeline", "Result": "stages.result",
     "accelerate": "integrations.diffusers", "export_model": "export.program", "load_exported": "export.runtime",
     "PromptEmbeds": "stages.text", "SamplerConfig": "sampling.schedule", "PRESETS": "sampling.schedule",
     "preset": "sampling.schedule", "TwinFlowError": "errors", "CheckpointError": "errors", "ConfigError": "errors",
@@ -26,7 +26,8 @@ __all__ = ["__version__", *_PUBLIC]
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
-        raise AttributeError(f"module 'twinflow_rt' has no attribute {name!r}")
+        hint = "; twinflow_rt.load opens a model" if name.startswith(("from_", "load", "Auto", "Diffusion")) else ""
+        raise AttributeError(f"module 'twinflow_rt' has no attribute {name!r}{hint}")
     value = getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -7,10 +7,12 @@ import math
 import operator
 import os
 import reprlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any, ParamSpec, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,10 @@ ON_OOM = ("raise", "split")
 OUTPUTS = ("pil", "np", "pt", "latent")
 UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 MAX_PROMPT = 100_000  # characters; models read at most some thousand tokens of a prompt
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 def shown(value: object) -> str:
     """Return any value as messages quote it: short, in one line, whatever its own repr does."""
@@ -307,3 +313,125 @@ def parse_bytes(value: int | str | None, what: str = "memory_budget") -> int | N
     if found is None or found <= 0:
         raise ConfigError(f"{what} must be a positive number of bytes, or text like '12GB'; got {shown(value)}")
     return found
+
+
+# -- names that callers know from elsewhere ---------------------------------------------------------------------------
+
+
+def is_none(value: object) -> bool:
+    return value is None
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An argument of diffusers' pipelines, or an old one of ours.
+
+    name: what it is called here, "" where there is no such argument. same: whether a value means the same under that
+    name. idle: whether a value asks for nothing, and is left out. instead: what to do with any other value. old: the
+    name was ours.
+    """
+
+    name: str = ""
+    instead: str = ""
+    same: Callable[[Any], bool] = lambda value: True
+    idle: Callable[[Any], bool] = is_none
+    old: bool = False
+
+
+def understands(table: Mapping[str, Elsewhere]) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorate a function so that keywords named in `table` are taken under their names here. Raises ConfigError where
+    a value means something else here, or nothing, and TypeError where an argument is given by both names."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **given: P.kwargs) -> T:
+            for other in [name for name in given if name in table]:
+                value, known = given.pop(other), table[other]
+                if known.idle(value):
+                    continue
+                if not known.name or not known.same(value):
+                    raise ConfigError(f"{other}={shown(value)} is not taken: {known.instead}")
+                if known.name in given:
+                    raise TypeError(f"{other}= is another name of {known.name}=: give one of the two")
+                if known.old:
+                    warnings.warn(f"{other}= is called {known.name}= now", DeprecationWarning, stacklevel=2)
+                given[known.name] = value
+            return function(*args, **given)
+
+        return call
+
+    return decorate
+
+
+def _no_guidance(value: object) -> bool:
+    strength = number(value)
+    return value is None or (strength is not None and strength <= 1)
+
+
+def _no_text(value: object) -> bool:
+    return value is None or not any([value] if isinstance(value, str) else items(value) or [value])
+
+
+def _is_embeds(value: object) -> bool:
+    return type(value).__name__ == "PromptEmbeds"  # of the text stage, which lies above
+
+
+def _is(*values: object) -> Callable[[object], bool]:
+    return lambda value: any(value is one or (isinstance(value, str) and value == one) for one in values)
+
+
+GUIDED = "TwinFlow's models need no guidance, one evaluation makes the image; leave it out"
+SCHEDULED = "give nfe=, or sampler=SamplerConfig(...)"
+ADAPTED = "adapters are merged: load(..., loras={path: weight}), or pipe.set_loras"
+WATCHED = "give callback=f(done, total, x0), and cancel=f() to stop"
+OFFLOADED = "load(..., memory_budget='8GB') streams what does not fit"
+CALL_NAMES = {
+    "num_inference_steps": Elsewhere("nfe"),
+    "num_images_per_prompt": Elsewhere("num_images"),
+    "generator": Elsewhere("seed"),
+    "prompt_embeds": Elsewhere("prompt", "give what pipe.text or pipe.read_embeds returns", _is_embeds),
+    "output_type": Elsewhere(
+        "output", "give output='pil', 'np' (uint8 here), 'pt' or 'latent' (normalised)", _is("pil", "pt")
+    ),
+    "guidance_scale": Elsewhere(instead=GUIDED, idle=_no_guidance),
+    "true_cfg_scale": Elsewhere(instead=GUIDED, idle=_no_guidance),
+    "negative_prompt": Elsewhere(instead=GUIDED, idle=_no_text),
+    "negative_prompt_embeds": Elsewhere(instead=GUIDED),
+    "return_dict": Elsewhere(instead="a Result is indexed: pipe(...)[0] is an image", idle=_is(None, True)),
+    "latents": Elsewhere(instead="noise follows from seed=, one for each image"),
+    "max_sequence_length": Elsewhere(instead="prompts are read to pipe.text.max_tokens tokens; leave it out"),
+    "timesteps": Elsewhere(instead=SCHEDULED), "sigmas": Elsewhere(instead=SCHEDULED),
+    "attention_kwargs": Elsewhere(instead=ADAPTED), "joint_attention_kwargs": Elsewhere(instead=ADAPTED),
+    "cross_attention_kwargs": Elsewhere(instead=ADAPTED), "callback_on_step_end": Elsewhere(instead=WATCHED),
+    "callback_on_step_end_tensor_inputs": Elsewhere(instead=WATCHED),
+}  # fmt: skip
+LOAD_NAMES = {
+    "exempt": Elsewhere("skip_layers", old=True), "text_exempt": Elsewhere("text_skip_layers", old=True),
+    "pretrained_model_name_or_path": Elsewhere("path"),
+    "torch_dtype": Elsewhere("dtype", idle=_is(None, "auto")),
+    "device_map": Elsewhere("device", f"one device, device='cuda:0'; {OFFLOADED}", _is("cpu", "cuda")),
+    "revision": Elsewhere(instead="write it behind the name, hf://owner/name@revision", idle=_is(None, "main")),
+    "subfolder": Elsewhere(instead="write it into the path, hf://owner/name/subfolder", idle=_is(None, "")),
+    "local_files_only": Elsewhere(instead="download=True fetches; nothing else does", idle=_is(None, True)),
+    "cache_dir": Elsewhere(instead="set HF_HOME in the environment"),
+    "token": Elsewhere(instead="set HF_TOKEN in the environment"),
+    "variant": Elsewhere(instead="a variant is read where a folder has nothing else; leave it out"),
+    "use_safetensors": Elsewhere(instead="only safetensors are read; convert the model", idle=_is(None, True)),
+    "trust_remote_code": Elsewhere(instead="no code of a model is run; leave it out", idle=_is(None, False)),
+    "quantization_config": Elsewhere(instead="give precision='int8' or 'fp8'"),
+    "max_memory": Elsewhere(instead=OFFLOADED), "offload_folder": Elsewhere(instead=OFFLOADED),
+    "low_cpu_mem_usage": Elsewhere(instead="it always is", idle=_is(None, True, False)),
+    "safety_checker": Elsewhere(instead="there is none; leave it out"),
+}  # fmt: skip
+METHODS = {
+    "enable_model_cpu_offload": OFFLOADED, "enable_sequential_cpu_offload": OFFLOADED,
+    "enable_vae_tiling": "load(..., tile=512) decodes in tiles", "enable_vae_slicing": "pipe(..., on_oom='split')",
+    "enable_attention_slicing": "pipe(..., on_oom='split')", "load_lora_weights": "pipe.set_loras({path: weight})",
+    "unload_lora_weights": "pipe.set_loras()", "set_adapters": "pipe.set_loras({path: weight})",
+    "fuse_lora": "pipe.set_loras({path: weight}), which merges", "save_pretrained": "pipe.save(folder)",
+    "encode_prompt": "pipe.text([prompt])", "scheduler": "pipe.sampler, or nfe= of a call",
+    "transformer": "pipe.program.network", "tokenizer": "pipe.text.tokenizer", "text_encoder": "pipe.text",
+    "set_progress_bar_config": "callback= of a call",
+    "cuda": "load(..., device='cuda')", "cpu": "load(..., device='cpu')",
+    "enable_xformers_memory_efficient_attention": "print(pipe.plan): the fastest attention here is chosen",
+}  # fmt: skip

@@ -18,6 +18,7 @@ from .checkpoint.reading import Progress
 from .compile import Program, Recipe, compile_network, load_program
 from .config import (
     DTYPES,
+    LOAD_NAMES,
     SizeRule,
     check_choice,
     check_path,
@@ -25,12 +26,13 @@ from .config import (
     resolve_device,
     resolve_dtype,
     resolve_precision,
+    understands,
 )
 from .errors import ConfigError
 from .families import Family, family_of
 from .host_memory import keep_freed_memory
 from .ops.native import library
-from .options import CAPTURES, LoadOptions, describe, renamed
+from .options import CAPTURES, LoadOptions, describe
 from .passes.fold import Schedule
 from .pipeline import Pipeline
 from .plan import Plan
@@ -50,7 +52,7 @@ __all__ = ["DEMO", "LoadOptions", "load", "model_path"]
 DEMO = Path(__file__).parent / "demo"
 
 
-@renamed(exempt="skip_layers", text_exempt="text_skip_layers")
+@understands(LOAD_NAMES)
 @out_of_memory.named("loading")
 def load(
     path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,

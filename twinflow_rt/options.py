@@ -8,12 +8,11 @@ the command line prints its help at once.
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import Field, dataclass, field, fields
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from .checkpoint.lora import Loras
     from .sampling.schedule import SamplerConfig
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 CAPTURES = ("auto", "graphs", "off")
@@ -222,26 +220,6 @@ def _by_type(kind: str) -> dict[str, Any]:
         return {"nargs": "+"}
     kinds = [name for name in kind.split(" | ") if name != "None"]
     return {"type": {"int": int, "float": float, "Path": Path}.get(kinds[0], str) if len(kinds) == 1 else str}
-
-
-def renamed(**names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorate a function so that keywords under their old names (old="new") are taken, with a DeprecationWarning.
-    Raise TypeError where both names are given."""
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        @wraps(function)
-        def call(*args: P.args, **given: P.kwargs) -> T:
-            for old in names.keys() & given.keys():
-                new = names[old]
-                if new in given:
-                    raise TypeError(f"{old}= is the old name of {new}=: give one of the two")
-                warnings.warn(f"{old}= is called {new}= now", DeprecationWarning, stacklevel=2)
-                given[new] = given.pop(old)
-            return function(*args, **given)
-
-        return call
-
-    return decorate
 
 
 if __name__ == "__main__":

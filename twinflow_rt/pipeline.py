@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from html import escape
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from .checkpoint import artifact
-from .checkpoint.image_files import grid, output_paths, save_image
 from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
 from .config import (
+    CALL_NAMES,
+    METHODS,
     ON_OOM,
     OUTPUTS,
     SizeRule,
@@ -27,7 +25,9 @@ from .config import (
     check_flag,
     check_path,
     dtype_name,
+    resolve_device,
     resolve_prompts,
+    understands,
 )
 from .errors import ConfigError, DeviceError
 from .plan import Plan
@@ -44,76 +44,11 @@ from .runtime.timing import StageTimer
 from .sampling.noise import check_batch, initial_noise, resolve_seeds
 from .sampling.schedule import SamplerConfig, resolve_sampler, schedule
 from .stages import embeds_file
+from .stages.result import Result, deliver
 from .stages.stage import in_parts
 from .stages.text import PromptEmbeds, TextStage
 from .stages.vae import VaeDecoder
 from .stages.velocity import Callback, Prompts, VelocityStage
-
-
-@dataclass(frozen=True, repr=False)
-class Result:
-    """What a call made: iterating, indexing and len() are those of `images`; notebooks show them.
-
-    images: one per (prompt, repeat), prompt-major, as `output` says. seeds: image k's own. timings: seconds
-    per stage and in total. memory: peak bytes per stage (see `runtime.timing.StageTimer`). at_once: the most images
-    that went through a network together."""
-
-    images: Any
-    seeds: list[int]
-    timings: dict[str, float]
-    memory: dict[str, int]
-    at_once: int = 0
-    output: str = "pil"
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, k: Any) -> Any:
-        return self.images[k]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.images)
-
-    def __repr__(self) -> str:
-        seeds = ", ".join(map(str, self.seeds[:4])) + ", ..." * (len(self.seeds) > 4)
-        return f"Result({len(self)} of output {self.output!r}, seeds {seeds}, {self.timings.get('total', 0):.2f} s)"
-
-    def save(self, path: str | Path) -> list[Path]:
-        """Write the images, and return the files: `path` (.png, .jpg or .webp), or for several NAME-0, NAME-1, ... and
-        a sheet of all, NAME-grid. PNG files say their seed. Raises ConfigError for latents, and where nothing can be
-        written."""
-        images = self._pictures()
-        files = output_paths(Path(check_path("path", path)), len(images))
-        for file, image, seed in zip(files, images, self.seeds, strict=False):
-            save_image(image, file, {"seed": seed})
-        if len(files) > len(images):
-            save_image(grid(images), files[-1])
-        return files
-
-    def _pictures(self) -> list[Any]:
-        """Return the images as PIL's. Raises ConfigError for latents."""
-        if self.output == "latent":
-            raise ConfigError("latents are no images: call the pipeline with output='pil', 'np' or 'pt'")
-        if self.output == "pt":
-            return pil((self.images.movedim(1, -1) * 255).round().byte().cpu().numpy())
-        return pil(self.images) if self.output == "np" else list(self.images)
-
-    def _repr_png_(self) -> bytes | None:
-        """Return what notebooks show: the image, or a sheet of all; None for latents."""
-        try:
-            images = self._pictures()
-        except ConfigError:
-            return None
-        file = BytesIO()
-        (grid(images) if len(images) > 1 else images[0]).save(file, format="PNG")
-        return file.getvalue()
-
-    def _repr_html_(self) -> str | None:
-        """Return the same as HTML, with the seeds below."""
-        if (png := self._repr_png_()) is None:
-            return None
-        picture = f'<img src="data:image/png;base64,{b64encode(png).decode()}">'
-        return f"<figure>{picture}<figcaption>{escape(repr(self))}</figcaption></figure>"
 
 
 @dataclass(frozen=True)
@@ -187,6 +122,7 @@ class Pipeline:
         saved.require(self.program.plan.family, self.text, where)
         return saved.embeds
 
+    @understands(CALL_NAMES)
     def __call__(
         self, prompt: str | Sequence[str] | PromptEmbeds, *, height: int | None = None, width: int | None = None,
         seed: int | Sequence[int] | None = None, num_images: int = 1, nfe: int | None = None,
@@ -206,6 +142,7 @@ class Pipeline:
         on_oom: what follows when memory runs out: "raise" OutOfMemoryError, or "split": begin again with
             half as many images at once, down to one. Either way nothing of the failed run is kept.
         preview: decode with the small decoder that the model was loaded with (`load(preview=FOLDER)`).
+        Names of diffusers (`num_inference_steps`, `generator`, ...) are taken where they mean the same.
         Raises ConfigError for arguments that cannot work, CancelledError, OutOfMemoryError.
         """
         check_choice("on_oom", on_oom, ON_OOM)
@@ -239,14 +176,13 @@ class Pipeline:
         prompts: Prompts = (
             self._checked_embeds(prompt) if isinstance(prompt, PromptEmbeds) else resolve_prompts(prompt)
         )
-        resolved = self.sizes.resolve(*size)
+        resolved, config = self.sizes.resolve(*size), resolve_sampler(nfe, sampler) or self.sampler
         check_batch(len(prompts) * num_images)
         seeds = resolve_seeds(seed, len(prompts) * num_images)
         if (sequence := self.program.sequence) is not None:
             seeds = sequence.agree(seeds)
         if self.memory is not None:
             self.memory.require(*resolved, len(seeds))
-        config = resolve_sampler(nfe, sampler) or self.sampler
         if preview and self.preview is None:
             raise ConfigError("preview=True needs a preview decoder: load(..., preview=FOLDER) with an AutoencoderTiny")
         return Request(prompts, num_images, resolved, seeds, config, output, callback, preview)
@@ -333,6 +269,32 @@ class Pipeline:
                 self.device,
             )  # fmt: skip
 
+    def to(self, *where: Any, device: Any = None, dtype: Any = None) -> Self:
+        """Return the pipeline, if it is on that device and in that dtype already. Raises ConfigError otherwise: both
+        are chosen when it is loaded."""
+        for wanted in (wanted for wanted in (*where, device, dtype) if wanted is not None):
+            if isinstance(wanted, torch.dtype):
+                fits, how = wanted == self.dtype, f"dtype='{dtype_name(wanted)}'"
+            else:
+                place = resolve_device(wanted)
+                fits = (place.type, place.index or 0) == (self.device.type, self.device.index or 0)
+                how = f"device='{place}'"
+            if not fits:
+                have = f"{dtype_name(self.dtype)} on {self.device}"
+                raise ConfigError(f"this pipeline was compiled for {have}: call load(..., {how}) instead")
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> Self:
+        """Raise ConfigError: `twinflow_rt.load` is what diffusers calls from_pretrained."""
+        raise ConfigError("call twinflow_rt.load(path, ...) in its place")
+
+    if not TYPE_CHECKING:  # else every name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            hint = f"; use {METHODS[name]}" if name in METHODS else ""
+            raise AttributeError(f"a Pipeline has no attribute {name!r}{hint}")
+
     def __repr__(self) -> str:
         plan, sizes, text = self.program.plan, self.sizes, self.text
         evaluations, loras = len(plan.schedule), ", ".join(map(str, plan.loras)) or "none"
@@ -379,18 +341,3 @@ def _decode(vae: VaeDecoder, latents: Tensor, output: str, at_once: int, timer: 
     decode = vae.decode if output == "pt" else vae.decode_uint8
     check = lambda: timer.check("before a tile of its decode stage")
     return in_parts(lambda part, _: decode(part, raw=raw, check=check), latents, at_once, timer)
-
-
-def deliver(images: Tensor, output: str) -> Any:
-    """Return decoded images as a call's `output` asks for them."""
-    if output == "pt":
-        return (images.float() / 2 + 0.5).clamp(0, 1)
-    array = images.cpu().numpy()
-    return array if output == "np" else pil(array)
-
-
-def pil(array: Any) -> list[Any]:
-    """Return the PIL images of uint8 [B, H, W, 3]."""
-    from PIL import Image
-
-    return [Image.fromarray(a) for a in array]

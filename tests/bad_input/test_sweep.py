@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import twinflow_rt
+from twinflow_rt.config import CALL_NAMES, LOAD_NAMES, understands
 from twinflow_rt.errors import CancelledError, TwinFlowError
 from twinflow_rt.export import program
 from twinflow_rt.loading import Asked
@@ -57,10 +58,11 @@ def odd_values():
     ]  # fmt: skip
 
 
-def sweep(call, **good):
-    """Call with each odd value in the place of each parameter; the others are those in `good`, or have defaults."""
+def sweep(call, of=None, **good):
+    """Call with each odd value in the place of each parameter, or of those named in `of`; the others are those in
+    `good`, or have defaults."""
     taken = Counter()
-    names = [name for name in inspect.signature(call).parameters if name != "args"]
+    names = of or tuple(inspect.signature(call).parameters)
     for name in names:
         for value in odd_values():
             given = {**good, name: value}
@@ -125,6 +127,21 @@ def test_names_of_the_hub(name):
 
 def test_calls(pipe):
     sweep(pipe.__call__, prompt="a", height=16, width=16)
+
+
+def test_names_of_diffusers(pipe):
+    """Every name of the tables, which no signature has."""
+
+    @understands(LOAD_NAMES)
+    def load(path="demo", **given):
+        Asked.of(LoadOptions(**{"device": "cpu", **given}))
+
+    def call(**given):
+        pipe("a", height=16, width=16, **given)
+
+    for table, function in ((CALL_NAMES, call), (LOAD_NAMES, load)):
+        for name in table.keys() - {"prompt_embeds"}:  # stands for the prompt
+            sweep(lambda value, name=name, function=function: function(**{name: value}), of=("value",))
 
 
 def test_methods(pipe, monkeypatch):

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipeline import Pipeline, deliver
+from ..pipeline import Pipeline
 from ..sampling.noise import initial_noise, step_noise
 from ..sampling.sampler import sample
 from ..sampling.schedule import preset, schedule
+from ..stages.result import deliver
 
 STAGES = ("text", "context", "noise", "velocity", "decode", "output")
 PROMPTS = ("a photograph of a lighthouse in a storm at dusk", "two red squares above a green triangle")

@@ -43,6 +43,8 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         if len(each) != count:
             raise ConfigError(f"got {len(each)} seeds for {count} images; pass one per image, or a single integer")
         return [_checked(s) for s in each]
+    if isinstance(seed, torch.Generator) and count > 1:
+        raise ConfigError(f"one torch.Generator for {count} images: give a list of them, one per image, or an integer")
     return _consecutive(_checked(seed), count)
 
 
@@ -100,7 +102,17 @@ def _consecutive(first: int, count: int) -> list[int]:
 
 
 def _checked(seed: object) -> int:
-    value = integer(seed)
+    value = _fresh_seed(seed) if isinstance(seed, torch.Generator) else integer(seed)
     if value is None or not 0 <= value <= MAX_SEED:
         raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {shown(seed)}")
     return value
+
+
+def _fresh_seed(generator: torch.Generator) -> int:
+    """Return the seed of a generator that has drawn nothing yet, and draw, so that it is not taken for fresh again: in
+    diffusers the second call with one makes another image."""
+    seed, device = generator.initial_seed(), generator.device
+    if not torch.equal(generator.get_state(), torch.Generator(device).manual_seed(seed).get_state()):
+        raise ConfigError("this torch.Generator has drawn numbers before: make a new one for each call, or give seed=")
+    torch.rand(1, generator=generator, device=device)
+    return seed
