@@ -369,7 +369,8 @@ def _no_guidance(value: object) -> bool:
 
 
 def _no_text(value: object) -> bool:
-    return value is None or not any([value] if isinstance(value, str) else items(value) or [value])
+    texts = items(value) or [value]
+    return all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
 
 
 def _is_embeds(value: object) -> bool:
