@@ -23,7 +23,7 @@ import twinflow_rt
 from twinflow_rt.config import CALL_NAMES, LOAD_NAMES, understands
 from twinflow_rt.errors import CancelledError, TwinFlowError
 from twinflow_rt.export import program
-from twinflow_rt.loading import Asked
+from twinflow_rt.loading import Asked, model_path
 from twinflow_rt.options import LoadOptions
 from twinflow_rt.sampling.noise import resolve_seeds
 
@@ -129,12 +129,14 @@ def test_calls(pipe):
     sweep(pipe.__call__, prompt="a", height=16, width=16)
 
 
+@pytest.mark.filterwarnings("ignore:.* is called .* now:DeprecationWarning")
 def test_names_of_diffusers(pipe):
     """Every name of the tables, which no signature has."""
 
     @understands(LOAD_NAMES)
     def load(path="demo", **given):
         Asked.of(LoadOptions(**{"device": "cpu", **given}))
+        model_path(path)
 
     def call(**given):
         pipe("a", height=16, width=16, **given)
