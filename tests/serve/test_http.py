@@ -16,7 +16,7 @@ from PIL import Image
 from tests.serve.conftest import PATIENCE, eventually
 from tests.serve.fake import FakePipe
 from twinflow_rt.serve.app import PAGE, ImageRequest, encode
-from twinflow_rt.serve.gate import MAX_BODY
+from twinflow_rt.serve.gate import MAX_BODY, MAX_READ
 
 ROUTE = "/v1/images/generations"
 
@@ -165,7 +165,7 @@ def test_chunked_bodies(start):
     for length in (b"", b"Content-Length: 3\r\n"):  # which chunks override, for the limit on size too
         answer = sent(client, head.encode() + length + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
         assert answer.startswith(b"HTTP/1.1 200") and streamed.json()["data"][0]["b64_json"].encode() in answer
-        large = b"%x\r\n" % (MAX_BODY + 1) + b" " * (MAX_BODY + 1)
+        large = b"%x\r\n" % (MAX_READ + 1) + b" " * (MAX_READ + 1)  # the end of which is not waited for
         answer = sent(client, head.encode() + length + b"Transfer-Encoding: chunked\r\n\r\n" + large)
         assert answer.startswith(b"HTTP/1.1 413") and b"body_too_large" in answer
     assert ask(client).status_code == 200

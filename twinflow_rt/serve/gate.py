@@ -13,6 +13,7 @@ log = logging.getLogger(__name__)
 OPEN = ("/", "/health", "/health/live", "/health/ready")  # no token asked for
 PATHS = (*OPEN, "/v1/images/generations", "/v1/models", "/metrics")  # named in the metrics
 MAX_BODY = 1 << 18  # bytes
+MAX_READ = 16 * MAX_BODY  # of a body that is refused: who is cut off while sending may not see the answer
 CLOSE = {"Connection": "close"}  # the body is not read
 
 
@@ -42,12 +43,14 @@ class Gate:
                 message = {**message, "body": b""}
             await send(message)
 
-        refusal = self._refusal(scope, dict(scope["headers"]))
+        headers = dict(scope["headers"])
+        refusal = self._refusal(scope, headers)
         if refusal is None and scope["method"] == "POST":
             body = await _read(receive)
             if body is None:
                 return
-            refusal = _too_large() if len(body) > MAX_BODY else None
+            if max(len(body), int(headers.get(b"content-length", b"0"))) > MAX_BODY:
+                refusal = _too_large()
             receive = _replay(body, receive)
         try:
             await (refusal or self.app)(scope, receive, counted)
@@ -66,22 +69,24 @@ class Gate:
             length = headers.get(b"content-length", b"0")  # a chunked body has none
             if not length.isdigit():
                 return failure(400, "Content-Length must be a number of bytes", headers=CLOSE)
-            if len(length) > 18 or int(length) > MAX_BODY:
+            if len(length) > 18 or int(length) > MAX_READ:
                 return _too_large()
         return None
 
 
 async def _read(receive: Any) -> bytes | None:
-    """Return a request's body, of one too long a part that is; None when the client has left."""
-    body = bytearray()
-    while len(body) <= MAX_BODY:
+    """Return a request's body, of one too long its beginning; None when the client has left."""
+    body, size = b"", 0
+    while size <= MAX_READ:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
+        size += len(message.get("body", b""))
+        if len(body) <= MAX_BODY:
+            body += message.get("body", b"")
         if not message.get("more_body"):
             break
-    return bytes(body)
+    return body
 
 
 def _replay(body: bytes, receive: Any) -> Any:
