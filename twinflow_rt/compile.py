@@ -31,6 +31,7 @@ from .checkpoint.reading import Progress, Reader, assign, materialize, read_into
 from .config import dtype_name
 from .errors import ConfigError
 from .families import Family
+from .models.meta_device import meta_device
 from .ops import Target, select
 from .ops.selection import Choice
 from .passes import fold as folding
@@ -209,7 +210,7 @@ def load_program(
     """The program of a saved artifact: no pass runs again, ops are selected for this machine."""
     config = family.config.from_dict(saved.config)
     network = _folded(family, config, len(plan.schedule), plan.absorbed)
-    with torch.device("meta"):
+    with meta_device():
         original = family.network(config).state_dict()
     tables = {name for name, _ in network.named_buffers() if name not in original}
 
@@ -231,7 +232,7 @@ def load_program(
 def _folded(family: Family, config: Any, steps: int, absorb: bool) -> Any:
     """The compiled layout on the meta device, without constants of its own where they can be absorbed."""
     absorbed = {"absorbed": True} if absorb and steps == 1 and hasattr(family.network, "absorptions") else {}
-    with torch.device("meta"):
+    with meta_device():
         return family.network(config, folded_steps=steps, **absorbed)
 
 

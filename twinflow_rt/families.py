@@ -11,13 +11,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .checkpoint.layout import Layout
 from .config import SizeRule
 from .errors import CheckpointError
 from .models.architecture import Architecture
 from .models.config import reading
+from .models.meta_device import meta_device
 from .stages.text import TextEncoder, TextStage
 from .stages.text_encoders import OpenUniText, QwenImageTokenizer, SanaText, SD3Text
 from .stages.tokenizer import ChatTokenizer
@@ -49,7 +48,7 @@ class Family:
 
     def build(self, config: Any, **options: Any) -> Any:
         """Return network(config, **options) on the meta device. Raises ConfigError for a config that builds none."""
-        with reading("transformer/config.json"), torch.device("meta"):
+        with reading("transformer/config.json"), meta_device():
             return self.network(config, **options)
 
     def open(self, folder: Path, raw: dict[str, Any]) -> tuple[TextStage, VaeDecoder, SizeRule]:

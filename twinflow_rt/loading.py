@@ -40,6 +40,7 @@ from .planning import precision as precisions
 from .planning.memory_plan import MemoryPlan, plan_memory
 from .runtime import out_of_memory
 from .runtime.capture import Captures, open_captures
+from .runtime.host_state import isolated
 from .sampling.noise import check_batch
 from .sampling.schedule import SamplerConfig, preset, resolve_sampler, schedule
 from .stages.stage import StageOptions
@@ -54,6 +55,7 @@ DEMO = Path(__file__).parent / "demo"
 
 @understands(LOAD_NAMES)
 @out_of_memory.named("loading")
+@isolated()
 def load(
     path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
     nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
@@ -212,7 +214,7 @@ def _assemble(
     if memory is not None:
         text_options = replace(text_options, streams=memory.text_streams)
         network_options, tile = replace(network_options, streams=memory.streamed > 0), memory.tile
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # weights that later calls may write to
         text.materialize(device, dtype, text_options, asked.progress("text encoder"))
         program = compile(asked.progress("transformer"))
         velocity = VelocityStage(program, device, dtype, network_options, options.prompt_cache)

@@ -38,6 +38,7 @@ from .planning.work import predict_stages
 from .runtime import out_of_memory
 from .runtime.capture import Captures
 from .runtime.forks import Lock
+from .runtime.host_state import isolated
 from .runtime.parallel import Ulysses
 from .runtime.threads import placed_threads
 from .runtime.timing import StageTimer
@@ -99,6 +100,7 @@ class Pipeline:
         return self.velocity.options.captures
 
     @property
+    @isolated()
     def plan(self) -> Plan:
         """What compiling decided, and the least each stage must cost for an image of the default size."""
         if self._work is None:
@@ -117,12 +119,14 @@ class Pipeline:
         """
         return self.accept(embeds_file.read(check_path("path", path)), path)
 
+    @isolated()
     def accept(self, saved: embeds_file.Saved, where: str | Path) -> PromptEmbeds:
         """Return the embeddings of a file read from `where`, if they are this model's; see `read_embeds`."""
         saved.require(self.program.plan.family, self.text, where)
         return saved.embeds
 
     @understands(CALL_NAMES)
+    @isolated()
     def __call__(
         self, prompt: str | Sequence[str] | PromptEmbeds, *, height: int | None = None, width: int | None = None,
         seed: int | Sequence[int] | None = None, num_images: int = 1, nfe: int | None = None,
@@ -242,6 +246,7 @@ class Pipeline:
             self.program.parallelize(Ulysses(group))
 
     @out_of_memory.named("compiling with these adapters")
+    @isolated()
     def set_loras(self, loras: Loras = ()) -> None:
         """Replace the merged adapters by `loras` (as for `load`; none by default): the network is
         compiled again from the checkpoint, so nothing of the old ones remains.
@@ -249,9 +254,10 @@ class Pipeline:
         Raises ConfigError on a saved artifact, whose weights hold theirs for good; CheckpointError for
         an adapter that cannot be merged, and then nothing has changed.
         """
-        with self._lock, torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
             self.program.set_loras(resolve_loras(loras))
 
+    @isolated()
     def warm_up(
         self, height: int | None = None, width: int | None = None, num_images: int = 1, tokens: int | None = None
     ) -> int:
@@ -313,6 +319,7 @@ class Pipeline:
         raise ConfigError("a Pipeline is not copied or sent to another process: load the model there")
 
     @out_of_memory.named("saving")
+    @isolated()
     def save(self, path: str | Path) -> Path:
         """Write the compiled program and the other parts as an artifact (checkpoint/artifact.py), which `load` takes
         like a model folder, skipping the passes. It holds this pipeline's schedule only. Raises ConfigError where

@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..checkpoint.atomic import write_json
@@ -22,6 +21,7 @@ from ..checkpoint.fuse import sources
 from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..families import FAMILIES, family_of
+from ..models.meta_device import meta_device
 from ..training.text import CHAT_TEMPLATE, SPECIAL
 from . import random_file
 from .blueprints import BLUEPRINTS, Blueprint
@@ -46,7 +46,7 @@ def skeleton(
     """
     blueprint = _blueprint(name, scale, layers)
     family = family_of(blueprint.transformer)
-    with torch.device("meta"):
+    with meta_device():
         network = family.network(family.config.from_dict(blueprint.transformer))
     _write_part(folder / "transformer", blueprint.transformer, network, family.layout, dtype)
     for part, (config, module) in blueprint.parts.items():

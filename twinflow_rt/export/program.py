@@ -27,6 +27,7 @@ from ..ops import EAGER
 from ..passes.convolutions import fold_upsampling
 from ..passes.layers import unpack
 from ..pipeline import Pipeline
+from ..runtime.host_state import isolated
 from ..sampling.sampler import sample
 from ..sampling.schedule import SamplerConfig, schedule, steps
 from ..stages.stage import StageOptions
@@ -96,6 +97,7 @@ def extra_widths(pipe: Pipeline) -> dict[str, int]:
     return {name: tensor.shape[-1] for name, tensor in pipe.text.probe(1).extras.items()}
 
 
+@isolated()
 def export_model(
     model: str | Path, output: str | Path, *, sizes: Sequence[tuple[int, int]] = (), device: str | None = None,
     dtype: str | torch.dtype | None = None, nfe: int | None = None, sampler: SamplerConfig | str | None = None,
@@ -205,7 +207,7 @@ def image_inputs(
     lengths = [length - k if has_lengths(pipe) else length for k in range(images)]
 
     def normal(*shape: int, dtype: torch.dtype = pipe.dtype) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(pipe.device, dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(pipe.device, dtype)
 
     streams = injected_noises(pipe.sampler, pipe.dtype)
     rest = [(normal(streams, *shape, dtype=torch.float32), {1: batch})] if streams else []

@@ -145,7 +145,8 @@ class Decode:
 def _normalisation(model: Pipeline) -> tuple[Tensor, Tensor]:
     """The VAE's offset and divisor, float32, that fit [B, C, h, w]."""
     config = model.vae.config
-    offset, divisor = (torch.tensor(value).view(-1, 1, 1) for value in (config.offset, config.divisor))
+    numbers = (torch.tensor(value, dtype=torch.float32) for value in (config.offset, config.divisor))
+    offset, divisor = (number.view(-1, 1, 1) for number in numbers)
     return offset, divisor
 
 

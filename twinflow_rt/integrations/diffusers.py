@@ -35,12 +35,15 @@ from ..compile import Recipe, compile_network
 from ..errors import CheckpointError, ConfigError
 from ..families import FAMILIES, Family, family_of
 from ..models.architecture import Architecture
+from ..models.meta_device import meta_device
 from ..ops import Target, select
 from ..passes.convolutions import convert_convolutions, fold_upsampling
 from ..plan import Plan
+from ..runtime.host_state import isolated
 from .diffusers_modules import CALLS, Compiled, CompiledDecoder
 
 
+@isolated()
 def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None) -> Accelerated:
     """Replace `pipe.transformer` and `pipe.vae.decoder` by compiled ones; return what can restore them.
 
@@ -71,7 +74,7 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     try:
         handle.park()
         source = Checkpoint.of({**original.state_dict(), **second}, _config(original), f"{name}/weights")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             program = compile_network(Recipe(source, family, device, dtype, absorb=False), first_times)
     except BaseException:
         handle.restore()
@@ -120,7 +123,7 @@ class Accelerated:
 def _decoder(vae: Any, model: Architecture) -> CompiledDecoder:
     """Return the decoder of a diffusers VAE, compiled as this architecture."""
     config = model.config.from_dict(_config(vae))
-    with torch.device("meta"):
+    with meta_device():
         network = model.network(config)
     weights = model.read.of(vae.state_dict(), _config(vae), f"{type(vae).__name__}/weights")
     materialize(network, weights, model.layout(config), vae.device, vae.dtype)
@@ -152,7 +155,7 @@ def _require_plain(module: Any) -> None:
 
 def _second(original: Any, family: Family, twinflow: str | Path | Literal[False] | None) -> dict[str, Tensor]:
     """Return the tensors of the second time embedder: TwinFlow's, read from its folder, or zeros."""
-    with torch.device("meta"):
+    with meta_device():
         wanted = family.network(family.config.from_dict(_config(original))).state_dict()
     second = family.network.second_embedder
     names = [name for name in wanted if name.startswith(second + ".")]

@@ -17,6 +17,7 @@ from ..checkpoint.files import some
 from ..compile import Program
 from ..errors import ConfigError
 from ..models.layers import pack, unpack
+from ..runtime.host_state import isolated
 
 TINY = 2.0**-40  # stands for t = 0, where TwinFlow's sign(0) makes of Z-Image another time
 EULER = "FlowMatchEulerDiscreteScheduler"
@@ -42,6 +43,7 @@ class Compiled(nn.Module):
         """Return the t in [0, 1] of a value that the network receives."""
         raise NotImplementedError
 
+    @isolated()
     @torch.no_grad()
     def velocity(
         self, latents: Tensor, timestep: Tensor, embeds: Tensor, lengths: tuple[int, ...], **extras: Tensor
@@ -205,6 +207,7 @@ class CompiledDecoder(nn.Module):
         super().__init__()
         self.network = network
 
+    @isolated()
     @torch.no_grad()
     def forward(
         self, sample: Tensor, feat_cache: list[Any] | None = None, feat_idx: Any = None, **others: Any

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.layout import Layout
 from .config import check_fields, reading
+from .meta_device import meta_device
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Architecture:
 
         where: what an error message calls the file. Raises ConfigError.
         """
-        with reading(where), torch.device("meta"):
+        with reading(where), meta_device():
             config = self.config.from_dict(raw)
             check_fields(type(config), vars(config), where)
             return self.network(config), self.layout(config)

@@ -197,7 +197,7 @@ def modulation_rows(layer: nn.Linear, temb: Tensor, scales: Sequence[int]) -> Te
     """Return the constants [B, R, dim] float32 that a modulation layer makes of temb [B, dim], R its output features
     over its input features. scales: numbers of those that multiply, to which 1 is added."""
     rows = linear32(layer, F.silu(temb)).unflatten(-1, (-1, layer.in_features))
-    one = torch.zeros(rows.shape[1], 1, device=rows.device)
+    one = rows.new_zeros(rows.shape[1], 1)
     one[list(scales)] = 1
     return rows + one
 

@@ -25,6 +25,7 @@ from ..checkpoint.load_report import TRIM_EVERY
 from ..config import dtype_name, has_native
 from ..host_memory import release_free_memory
 from ..models.layers import UpsampleConv
+from ..models.meta_device import meta_device
 from ..ops import OpTable, Target, fold_upsample, linear
 from ..ops.conv import conv_packed, pack_conv, pack_folded, upsample_conv_packed, winograd_points, winograd_weight
 from ..ops.native import library
@@ -83,7 +84,7 @@ class PackedUpsampleConv(UpsampleConv):
     folded: Tensor
 
     def __init__(self, layer: UpsampleConv) -> None:
-        with torch.device("meta"):
+        with meta_device():
             super().__init__(layer.in_channels, layer.out_channels)
         take_over(self, layer, layer.weight.detach())
         assert layer.folded is not None
@@ -113,7 +114,7 @@ class WinogradUpsampleConv(ConvertedConv2d, UpsampleConv):
     """The same behind a nearest enlargement by 2."""
 
     def __init__(self, layer: UpsampleConv, read: Callable[[], Tensor]) -> None:
-        with torch.device("meta"):
+        with meta_device():
             UpsampleConv.__init__(self, layer.in_channels, layer.out_channels)
         take_over(self, layer, winograd_weight(layer.weight.detach(), enlarged=True))
         self.loaded = read  # type: ignore[method-assign]
@@ -200,7 +201,7 @@ def plain_convolutions(network: nn.Module) -> None:
     """Give converted layers their kernels back, unfolded."""
     for name in [name for name, m in network.named_modules() if isinstance(m, (ConvertedConv2d, PackedUpsampleConv))]:
         layer: Any = network.get_submodule(name)
-        with torch.device("meta"):
+        with meta_device():
             enlarges = isinstance(layer, UpsampleConv)
             plain = UpsampleConv(layer.in_channels, layer.out_channels) if enlarges else nn.Conv2d(**_settings(layer))
         take_over(plain, layer, layer.loaded() if isinstance(layer, ConvertedConv2d) else layer.weight.detach())

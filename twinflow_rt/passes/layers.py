@@ -34,7 +34,7 @@ class ConvertedLinear(nn.Linear):
     """A linear layer made of another one, with its bias and a `weight` of another form."""
 
     def __init__(self, layer: nn.Linear, weight: Tensor) -> None:
-        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta", dtype=torch.float32)
         take_over(self, layer, weight)
 
 
@@ -135,6 +135,6 @@ def unpack(network: nn.Module) -> None:
     for name in [name for name, layer in linear_layers(network) if isinstance(layer, PackedLinear)]:
         layer = network.get_submodule(name)
         assert isinstance(layer, PackedLinear)
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=torch.float32)
         take_over(plain, layer, dense_weight(layer))
         replace_module(network, name, plain)

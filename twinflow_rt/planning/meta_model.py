@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.context import Context
+from ..models.meta_device import meta_device
 from ..ops import EAGER, OpTable
 from ..ops.selection import Choice
 from ..passes.convolutions import fold_upsampling
@@ -39,7 +40,7 @@ class MetaModel:
     ) -> Self:  # fmt: skip
         """Return the copy of a model's stages, loaded or not, for `images` images of size (height, width) in pixels.
         ops: such that run on the meta device."""
-        with torch.device("meta"):
+        with meta_device():
             copy = type(network)(network.config, folded_steps=1)
             latents = torch.zeros(images, vae.channels, size[0] // vae.scale, size[1] // vae.scale)
         copy.ops, decoder = ops, vae.parts[0].meta_network(ops)

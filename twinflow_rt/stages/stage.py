@@ -17,6 +17,7 @@ from ..checkpoint.load_report import LoadReport
 from ..checkpoint.reading import Progress
 from ..errors import ConfigError
 from ..models.architecture import Architecture
+from ..models.meta_device import meta_device
 from ..ops import EAGER, OpTable, Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names
@@ -79,7 +80,7 @@ class Part:
 
     def meta_network(self, ops: OpTable = EAGER) -> Any:
         """Return the same network without weights, on the meta device, for counting. ops: which run there."""
-        with torch.device("meta"):
+        with meta_device():
             network = type(self.network)(self.network.config)
         network.ops = ops
         return network

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, ConfigError
 from ..models.architecture import Architecture
 from ..models.context import bucket
 from ..models.text_encoders.language_model import Past
+from ..runtime.host_state import isolated
 from .stage import DEFAULTS, Part, Stage, StageOptions, open_part
 from .tokenizer import Tokenizer
 
@@ -146,6 +147,7 @@ class TextEncoder(TextStage):
         super().materialize(device, dtype, options, progress)
         self._prefix = None
 
+    @isolated()
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return embeddings [B, L, width] in the weights' dtype, L the longest prompt's token count."""
         ids = self.tokenizer(prompts, self.max_tokens + self.dropped)

@@ -14,6 +14,7 @@ from ..checkpoint.files import read_json
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
 from ..models.text_encoders.language_model import Past
+from ..runtime.host_state import isolated
 from .stage import open_part
 from .text import PromptEmbeds, TextEncoder, TextStage, check_vocabulary
 from .tokenizer import PaddingTokenizer, Tokenizer
@@ -101,6 +102,7 @@ class OpenUniText(TextEncoder):
             )
         self.width = self.connector.config.caption_channels
 
+    @isolated()
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         ids = self.tokenizer(prompts, self.max_tokens)
         prefix = self.prefix(ids)
@@ -170,6 +172,7 @@ class SD3Text(TextStage):
         towers = [part.network.config.max_position_embeddings for part in self.parts[:2]]
         return [*towers, self.max_tokens][: len(self.parts)]
 
+    @isolated()
     def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
         device = self.parts[0].network.text_projection.weight.device
         each = zip(self.tokenizers, self._lengths, strict=True)

@@ -169,8 +169,8 @@ def inside(part: slice, whole: slice, size: int) -> slice:
 def ramp(core: tuple[int, int], span: slice, length: int, blend: int, size: int) -> Tensor:
     """Return the weights of a tile's pixels along one axis, float32: 1 inside, falling to 0 over the `2 * blend` cells
     around an edge shared with a neighbour, whose weights rise to 1 there."""
-    at = torch.arange(span.start * size, span.stop * size) + 0.5
-    weight = torch.ones(len(at))
+    at = torch.arange(span.start * size, span.stop * size, dtype=torch.float32) + 0.5
+    weight = torch.ones_like(at)
     if core[0] > 0:
         weight = weight * ((at - (core[0] - blend) * size) / (2 * blend * size)).clamp(0, 1)
     if core[1] < length:

@@ -50,9 +50,10 @@ class VaeDecoder(Stage):
         self.convolutions = convert_convolutions(self.network, Target.of(device, dtype), read)
         self.dtype = dtype
         self._offset, self._divisor = (
-            torch.tensor(value, device=device).view(-1, 1, 1) for value in (self.config.offset, self.config.divisor)
+            torch.tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
+            for value in (self.config.offset, self.config.divisor)
         )
-        each = torch.ones(self.channels, device=device)
+        each = torch.ones(self.channels, dtype=torch.float32, device=device)
         self.std, self.mean = each / self._divisor.flatten(), each * self._offset.flatten()
 
     def notes(self) -> tuple[str, ...]:
@@ -89,7 +90,7 @@ class VaeDecoder(Stage):
     def probe(self, height: int, width: int) -> Tensor:
         """Do the stage's work for one image on the meta device, to be counted."""
         shape = (1, self.channels, height // self.scale, width // self.scale)
-        return self.parts[0].meta_network()(torch.zeros(shape, device="meta"))
+        return self.parts[0].meta_network()(torch.zeros(shape, dtype=torch.float32, device="meta"))
 
 
 class PreviewDecoder(VaeDecoder):

@@ -78,7 +78,7 @@ class QwenAutoencoderConfig:
     @property
     def divisor(self) -> tuple[float, ...]:
         """1 / std in float32, as the reference has it."""
-        return tuple((1.0 / torch.tensor(self.latents_std)).tolist())
+        return tuple((1.0 / torch.tensor(self.latents_std, dtype=torch.float32)).tolist())
 
 
 class Norm(nn.Module):

@@ -241,7 +241,7 @@ class Block(nn.Module):
 
 def effective(table: Tensor, shared: Tensor, scales: tuple[int, ...]) -> Tensor:
     """Return table [R, dim] + shared [B, R or 1, dim], float32. scales: rows that multiply, to which 1 is added."""
-    one = torch.zeros(len(table), 1, device=table.device)
+    one = table.new_zeros(len(table), 1, dtype=torch.float32)
     one[list(scales)] = 1
     return table.float() + shared + one
 

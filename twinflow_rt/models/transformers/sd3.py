@@ -348,7 +348,7 @@ class SD3Transformer(VelocityNetwork):
 
     def _no_rope(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cos, sin of no rotation at all: positions are in the tokens, the ops are those of rotary networks."""
-        angles = torch.zeros(1, length, self.config.attention_head_dim // 2, device=device)
+        angles = torch.zeros(1, length, self.config.attention_head_dim // 2, dtype=torch.float32, device=device)
         return angles + 1, angles
 
 
