@@ -37,6 +37,7 @@ assert (library.unavailable_reason("cuda") is None) == gpu, library.unavailable_
 x, w = torch.randn(2, 37, 199), torch.randn(199)
 torch.testing.assert_close(IMPLEMENTATIONS["rms_norm"]["native"].load()(x, w, 1e-5), ops.rms_norm(x, w, 1e-5))
 assert (pathlib.Path(twinflow_rt.__file__).parent / "demo").exists() == (sys.argv[3] == "demo")
+assert {"py.typed", "__init__.pyi"} < {file.name for file in pathlib.Path(twinflow_rt.__file__).parent.iterdir()}
 script = pathlib.Path(sys.executable).with_name("twinflow-rt")
 assert "generate" in subprocess.run([script, "--help"], capture_output=True, text=True, check=True).stdout
 """
