@@ -134,15 +134,18 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("config", "special", "scale"), CONFIGS)
-@pytest.mark.parametrize("where", ["header", "beside"])
+@pytest.mark.parametrize("where", ["header", "header of one part", "beside", "beside another name"])
 def test_alpha_from_the_configuration(checkpoint, tmp_path, config, special, scale, where):
     pairs = factors(checkpoint)
     expected = dict.fromkeys(pairs, scale) | special
-    if where == "header":
+    if where.startswith("header"):  # diffusers' save_lora_weights, and save_lora_adapter of the network alone
         header = {f"transformer.{k}": v for k, v in config.items()} | {"text_encoder.lora_alpha": 99}
+        header = config if where == "header of one part" else header
         path = write(tmp_path / "a.safetensors", pairs, metadata={"lora_adapter_metadata": json.dumps(header)})
     else:
-        path = write(tmp_path / "adapter_model.safetensors", pairs, NAMINGS["peft"]).parent
+        file = "adapter_model" if where == "beside" else "my_style"
+        path = write(tmp_path / f"{file}.safetensors", pairs, NAMINGS["peft"])
+        path = path.parent if where == "beside" else path
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     check_scale(checkpoint, path, pairs, expected)
 
@@ -260,6 +263,8 @@ REFUSALS = [
     (lambda path: save_file({}, path), "holds no LoRA tensors"),
     (lambda path: path.unlink(), "does not exist"),
     (configure(use_dora=True), "DoRA"),
+    (configure(peft_type="LOHA"), "is an adapter of type 'LOHA'; only LoRA is merged"),
+    (configure(init_lora_weights="pissa_niter_4"), "began as 'pissa_niter_4', which changed the base weights"),
     (configure(lora_alpha="8"), "the alpha of transformer.layers.0.* is '8', not a finite number"),
     (lambda path: save_file({**load_file(path), A.replace("lora_A.weight", "alpha"): torch.tensor(float("inf"))}, path),
      "is inf, not a finite number"),

@@ -99,7 +99,7 @@ def test_gemma2(tmp_path, head, width):
         (t5.MODEL, sd3_factory.t5_encoder, {"feed_forward_proj": "relu"}, "feed_forward_proj 'relu'"),
         (gemma2.MODEL, sana_factory.text_encoder, {"model_type": "gemma3"}, "model_type 'gemma3'"),
         (gemma2.MODEL, sana_factory.text_encoder, {"attention_bias": True}, "or biases"),
-        (gemma2.MODEL, sana_factory.text_encoder, {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' rope"),
+        (gemma2.MODEL, sana_factory.text_encoder, {"rope_parameters": {"rope_type": "yarn"}}, "rope of type 'yarn'"),
     ],
 )
 def test_other_encoders_are_refused(tmp_path, model, make, change, match):

@@ -37,7 +37,8 @@ FACTOR = re.compile(r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up
 FACTORS = ("F32", "F16", "BF16", "F64")  # how A and B may be stored
 A_NAMES = ("lora_A", "lora_down", "lora.down")
 METADATA, ROOT = "lora_adapter_metadata", "transformer."  # diffusers' header entry, and our keys in it
-
+PEFT, PEFT_CONFIG = "base_model.model.", "adapter_config.json"  # PEFT's names of tensors, and its file beside them
+REBASED = ("pissa", "olora", "corda")  # initialisations after which A and B belong to other base weights
 
 
 @dataclass(frozen=True)
@@ -193,21 +194,39 @@ class Adapter:
         return name, a[0]
 
     def _config(self) -> dict[str, Any]:
-        """Return the adapter's configuration: from the file's header (diffusers) or beside it (PEFT), or empty."""
-        beside = self.path.with_name("adapter_config.json")
-        config = {}
+        """Return the adapter's configuration: from the file's header (diffusers) or beside it (PEFT), or empty.
+
+        In a header its keys follow `transformer.` where the file may hold adapters of other parts too
+        (diffusers' save_lora_weights), or stand alone (save_lora_adapter)."""
+        config: dict[str, Any] = {}
         if raw := (self._tensors.metadata() or {}).get(METADATA):
             try:
-                config = {k.removeprefix(ROOT): v for k, v in parse_json(raw).items() if k.startswith(ROOT)}
+                found = parse_json(raw)
+                config = {k.removeprefix(ROOT): v for k, v in found.items() if k.startswith(ROOT)}
+                config = config or {k: v for k, v in found.items() if "." not in k}
             except (ValueError, AttributeError) as error:
                 raise CheckpointError(
                     f"{self.path}: its {METADATA} is not readable JSON ({error}); save it again"
                 ) from None
-        elif self.path.name == FILE_NAMES[1] and beside.is_file():
+        elif (beside := self.path.with_name(PEFT_CONFIG)).is_file() and self._is_peft():
             config = read_json(beside)
+        kind, start = config.get("peft_type") or "LORA", config.get("init_lora_weights")
+        if kind != "LORA":
+            raise CheckpointError(f"{self.path} is an adapter of type {kind!r:.40}; only LoRA is merged")
         if config.get("use_dora"):
             raise CheckpointError(f"{self.path} is a DoRA adapter, which rescales whole weights; only LoRA is merged")
+        if isinstance(start, str) and start.lower().startswith(REBASED):
+            raise CheckpointError(
+                f"{self.path} began as {start!r:.40}, which changed the base weights as well: convert it to a plain "
+                "LoRA (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))"
+            )
         return config
+
+    def _is_peft(self) -> bool:
+        """Return whether a configuration beside the file is about it: by the names of its tensors, or as the only
+        safetensors file there."""
+        named = self.path.name == FILE_NAMES[1] or any(key.startswith(PEFT) for key in self._tensors.keys())  # noqa: SIM118
+        return named or [*self.path.parent.glob("*.safetensors")] == [self.path]
 
     def _alpha(self, config: dict[str, Any], name: str) -> Any:
         """Return the alpha of the module behind tensor `name` by the configuration; None: it says nothing."""

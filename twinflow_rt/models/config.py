@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
@@ -11,6 +11,12 @@ from ..checkpoint.typed_json import hints_of, typed
 from ..errors import ConfigError, TwinFlowError
 
 MOST, MOST_LAYERS = 1 << 22, 1000  # a size, or a number of layers, beyond is no network's
+# numbers that a network divides by or raises to a power; an epsilon may be 0
+POSITIVE = (
+    "rope_theta", "t_scale", "scaling_factor", "latents_std", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "mlp_ratio", "interpolation_scale", "head_dim",
+)  # fmt: skip
+EPSILONS = ("eps", "epsilon")
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -30,7 +36,7 @@ def reading(where: str) -> Iterator[None]:
 
 def check_fields(kind: Any, given: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError unless the values given for fields of the config dataclass `kind` have their declared types,
-    and sizes that networks have: a typo must not build a billion layers."""
+    sizes that networks have (a typo must not build a billion layers), and the sign that their formula needs."""
     hints = hints_of(kind)
     for name in given:
         try:
@@ -41,6 +47,34 @@ def check_fields(kind: Any, given: Mapping[str, Any], where: str) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(isinstance(number, int) and abs(number) > most for number in numbers) or len(numbers) > MOST_LAYERS:
             raise ConfigError(f"{where}: {name} is {value!r:.80}, beyond any network's {most:,}; download it again")
+        given_numbers = [number for number in numbers if number is not None]
+        if name in POSITIVE and any(number <= 0 for number in given_numbers):
+            raise ConfigError(f"{where}: {name} is {value!r:.80}; it must be positive: download it again")
+        if name.endswith(EPSILONS) and any(number < 0 for number in given_numbers):
+            raise ConfigError(f"{where}: {name} is {value!r:.80}; it must not be negative: download it again")
+
+
+def rope_theta(raw: Mapping[str, Any], otherwise: float, kinds: Sequence[str] = ("default",)) -> Any:
+    """Return the base of the rotary frequencies that a text encoder's config.json asks for, as transformers reads it:
+    what `rope_scaling` or `rope_parameters` holds, else what stands beside them, else `otherwise`.
+
+    kinds: types of rotary embeddings that are the plain one for this model. Raises ConfigError for others, and for
+    what is no object; the value itself is for `check_fields` to judge.
+    """
+    where = "text_encoder/config.json"
+    name, rope = next(
+        ((key, raw[key]) for key in ("rope_scaling", "rope_parameters") if raw.get(key) not in (None, {})), ("", {})
+    )
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{where}: {name} is {rope!r:.60}, no object; download it again")
+    if (kind := rope.get("rope_type", rope.get("type", "default"))) not in kinds:
+        raise ConfigError(f"{where} asks for rope of type {kind!r:.40}; this model's encoders have none scaled")
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ConfigError(f"{where}: {name} differs between kinds of layers; this model's encoders have one for all")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
+        raise ConfigError(f"{where} asks for a partial_rotary_factor; this model's encoders turn whole heads")
+    given = rope.get("rope_theta", raw.get("rope_theta"))
+    return otherwise if given is None else given
 
 
 class Heads:

@@ -19,6 +19,7 @@ from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import EAGER, OpTable, ops_for
 from ..architecture import Architecture
+from ..config import rope_theta
 from ..layers import Module, ModuleList
 from .language_model import FUSED, FeedForward, Past, Weight, after
 
@@ -55,11 +56,8 @@ class Gemma2Config:
             raise ConfigError(f"text_encoder/config.json says model_type {raw.get('model_type')!r}; SANA has 'gemma2'")
         if raw.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh" or raw.get("attention_bias"):
             raise ConfigError("text_encoder/config.json asks for another activation than gelu_pytorch_tanh, or biases")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise ConfigError(f"text_encoder/config.json asks for {rope['rope_type']!r} rope; Gemma 2 has none scaled")
         given = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
-        return cls(**{"rope_theta": rope.get("rope_theta", 10000.0), **given})
+        return cls(**{**given, "rope_theta": rope_theta(raw, cls.rope_theta)})
 
 
 class Attention(Module):

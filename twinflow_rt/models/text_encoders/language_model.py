@@ -53,18 +53,20 @@ class LanguageConfig:
     state: int = -2
 
     @classmethod
-    def read(cls, raw: dict[str, Any], name: str, rope: dict[str, Any], **fixed: Any) -> LanguageConfig:
-        """Build from the fields that all such models name alike. Raises ConfigError if one is absent."""
+    def read(cls, raw: dict[str, Any], name: str, theta: float, **fixed: Any) -> LanguageConfig:
+        """Build from the fields that all such models name alike. theta: base of the rotary frequencies. Raises
+        ConfigError for an absent field."""
         if raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ()):
             raise ConfigError(f"text_encoder/config.json asks for sliding windows; released {name} encoders have none")
         if raw.get("hidden_act", "silu") != "silu":
             raise ConfigError(f"text_encoder/config.json: activation {raw['hidden_act']!r}; {name} has silu")
         try:
+            own = raw.get("head_dim")
             return cls(
                 raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"],
                 raw["num_attention_heads"], raw["num_key_value_heads"],
-                raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-                raw.get("rms_norm_eps", 1e-6), rope.get("rope_theta") or raw.get("rope_theta", 1e6), **fixed,
+                raw["hidden_size"] // raw["num_attention_heads"] if own is None else own,
+                raw.get("rms_norm_eps", 1e-6), theta, **fixed,
             )  # fmt: skip
         except KeyError as error:
             raise ConfigError(f"text_encoder/config.json lacks {error}; it is no {name} configuration") from None

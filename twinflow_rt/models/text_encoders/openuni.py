@@ -18,6 +18,7 @@ from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import EAGER
 from ..architecture import Architecture
+from ..config import rope_theta
 from ..layers import ModuleDict, ModuleList
 from .clip_text import FUSED, Layer
 from .language_model import LanguageConfig, LanguageModel, layout
@@ -74,11 +75,9 @@ class InternVLConfig(LanguageConfig):
                 f"text_encoder/config.json says model_type {raw.get('model_type')!r}; OpenUni's language model is "
                 "a 'qwen2', on its own or in 'internvl_chat'"
             )
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         # InternVL3's is "dynamic", which changes nothing within the positions it was trained on (32768)
-        if rope.get("rope_type", rope.get("type", "default")) not in ("default", "dynamic"):
-            raise ConfigError("text_encoder/config.json asks for scaled rope; OpenUni's language model has none")
-        return cls.read(raw, "OpenUni", rope, qkv_bias=True, qk_norm=False, state=-1)
+        theta = rope_theta(raw, 1e4, ("default", "dynamic"))
+        return cls.read(raw, "OpenUni", theta, qkv_bias=True, qk_norm=False, state=-1)
 
 
 def _language_layout(config: LanguageConfig) -> Layout:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..architecture import Architecture
+from ..config import rope_theta
 from .language_model import LanguageConfig, LanguageModel, layout
 
 # where files keep the language model: transformers since 4.52; before that; saved on its own
@@ -26,12 +27,8 @@ class Qwen25VLConfig(LanguageConfig):
         if raw.get("model_type") not in ("qwen2_5_vl", "qwen2_5_vl_text"):
             raise ConfigError(f"text_encoder/config.json says model_type {raw.get('model_type')!r}, not 'qwen2_5_vl'")
         raw = {**raw, **{k: v for k, v in (raw.get("text_config") or {}).items() if v is not None}}
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if (kind := rope.get("rope_type", rope.get("type", "default"))) not in ("default", "mrope"):
-            raise ConfigError(
-                f"text_encoder/config.json asks for rope of type {kind!r}; Qwen2.5-VL encoders have none scaled"
-            )
-        return cls.read(raw, "Qwen2.5-VL", rope, qkv_bias=True, qk_norm=False, state=-1)
+        theta = rope_theta(raw, 1e6, ("default", "mrope"))
+        return cls.read(raw, "Qwen2.5-VL", theta, qkv_bias=True, qk_norm=False, state=-1)
 
 
 MODEL = Architecture(Qwen25VLConfig, LanguageModel, layout, PREFIXES)

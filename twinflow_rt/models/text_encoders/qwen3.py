@@ -6,6 +6,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ..architecture import Architecture
+from ..config import rope_theta
 from .language_model import LanguageConfig, LanguageModel, layout
 
 
@@ -17,12 +18,9 @@ class Qwen3Config(LanguageConfig):
         """Build from config.json's content. Raises ConfigError for variants that this encoder lacks."""
         if raw.get("model_type", "qwen3") != "qwen3":
             raise ConfigError(f"text_encoder/config.json says model_type {raw['model_type']!r}, not 'qwen3'")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default" or raw.get("attention_bias"):
-            raise ConfigError(
-                "text_encoder/config.json asks for scaled rope or attention biases; Qwen3 encoders have neither"
-            )
-        return cls.read(raw, "Qwen3", rope)
+        if raw.get("attention_bias"):
+            raise ConfigError("text_encoder/config.json asks for attention biases; Qwen3 encoders have none")
+        return cls.read(raw, "Qwen3", rope_theta(raw, 1e4))
 
 
 # Qwen3ForCausalLM stores Qwen3Model under `model.`
