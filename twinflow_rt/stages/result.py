@@ -21,9 +21,9 @@ from ..errors import ConfigError
 class Result:
     """What a call made: iterating, indexing and len() are those of `images`; notebooks show them.
 
-    images: one per (prompt, repeat), prompt-major, as `output` says. seeds: image k's own. timings: seconds
-    per stage and in total. memory: peak bytes per stage (see `runtime.timing.StageTimer`). at_once: the most images
-    that went through a network together."""
+    images: one per (prompt, repeat), prompt-major, as `output` says. seeds: image k's own. timings: seconds of each
+    stage (text, noise, sample, decode, output) and in total. memory: peak bytes of each, of the device, on a CPU of the
+    process. at_once: the most images that went through a network together."""
 
     images: Any
     seeds: list[int]

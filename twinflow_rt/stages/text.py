@@ -83,6 +83,7 @@ class PromptEmbeds:
         return PromptEmbeds(self.embeds[index, : max(lengths)], lengths, extras)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
+        """Return these on a device and in a dtype."""
         extras = {name: tensor.to(device, dtype) for name, tensor in self.extras.items()}
         return PromptEmbeds(self.embeds.to(device, dtype), self.lengths, extras)
 
