@@ -21,9 +21,9 @@ INTRO = """# Public API
 Printed from the code by `python docs/make_api.py`. Everything here is importable from `twinflow_rt`; importing the
 package itself loads nothing heavy."""
 LOADING = """Every command that loads a model takes the options as `--option`, and so does the server. `exempt` and
-`text_exempt`, the old names of `skip_layers` and `text_skip_layers`, still work, with a `DeprecationWarning`. diffusers'
-names ([a table](#from-diffusers)) are taken where they mean the same; any other value is refused in a line
-that says what to use. Integers, booleans, lists and paths may be numpy's, `range` or any path-like."""
+`text_exempt`, the old names of `skip_layers` and `text_skip_layers`, still work, with a `DeprecationWarning`. Names of
+diffusers ([a table](#from-diffusers)) are taken where they mean the same; any other value is refused in a line that
+says what to use. Integers, booleans, lists and paths may be numpy's, `range` or any path-like."""
 DIFFUSERS = """## From diffusers
 
 `DiffusionPipeline.from_pretrained(folder).to("cuda")` is `twinflow_rt.load(folder)`, and

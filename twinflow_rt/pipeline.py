@@ -102,8 +102,8 @@ class Pipeline:
     @property
     @isolated()
     def plan(self) -> Plan:
-        """What compiling decided (implementations and why better ones were refused, precision, what was folded), and the
-        least each stage must cost for an image of the default size. Printed in full; `to_dict()` is its JSON form."""
+        """What compiling decided (what was folded, precision, implementations and why better ones were refused), and
+        the least each stage must cost for an image of the default size. Printed in full; `to_dict()` is its JSON."""
         if self._work is None:
             size = self.sizes.resolve(None, None)
             self._work = predict_stages(self.text, self.program.network, self.vae, *size, self.dtype)
