@@ -5,6 +5,8 @@ Each message says what is wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+import re
+
 
 class TwinFlowError(Exception):
     """Base of every error that twinflow_rt raises on purpose."""
@@ -34,3 +36,20 @@ class StorageError(TwinFlowError, OSError):
 
 class CancelledError(TwinFlowError):
     """The caller's `cancel` callback asked a running generation to stop."""
+
+
+def extra_missing(what: str, extra: str) -> ConfigError:
+    """Return the error for packages that are absent, and how an optional part of the project is installed.
+
+    what: which feature needs what, e.g. "plots need matplotlib". extra: the part, as pyproject.toml names it. The
+    project is on no package index, so its extras are installed from a checkout, or their packages by name.
+    """
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        listed = [r.partition(";") for r in requires("twinflow-rt") or ()]
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        listed = []
+    names = [f"'{name.strip()}'" for name, _, marker in listed if re.search(rf"extra *== *['\"]{extra}['\"]", marker)]
+    by_name = f", or anywhere: pip install {' '.join(names)}" if names else ""
+    return ConfigError(f"{what}: pip install '.[{extra}]' in a checkout of twinflow_rt{by_name}")

@@ -155,7 +155,7 @@ def _lines(figure):
 
 def test_without_matplotlib_the_extra_is_named(record, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ConfigError, match=r"plots need matplotlib: pip install 'twinflow-rt\[report\]'"):
+    with pytest.raises(ConfigError, match=r"plots need matplotlib: pip install '\.\[report\]'"):
         html.render(record)
 
 

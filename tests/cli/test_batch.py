@@ -174,7 +174,7 @@ def test_ray_that_is_missing_is_named(make, monkeypatch):
         monkeypatch.delattr(serve, module, raising=False)
     monkeypatch.setitem(sys.modules, "ray", None)
     status, said = make("a", "--ray")
-    assert status == 2 and "--ray needs ray: pip install 'twinflow-rt[ray]'" in said.err
+    assert status == 2 and "--ray needs ray: pip install '.[ray]'" in said.err
     assert cli.main(["serve", "demo", "--port", "0", "--ray"]) == 2
 
 

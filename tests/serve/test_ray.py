@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("ray", reason="needs ray: pip install 'twinflow-rt[ray]'")
+pytest.importorskip("ray", reason="needs ray: pip install '.[ray]'")
 
 import ray
 from ray import serve

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
+from ..errors import extra_missing
 from .record import Record
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def inline(plot: Callable[[Record], Figure | None], record: Record, name: str, l
     try:
         from matplotlib import rc_context
     except ModuleNotFoundError as error:
-        raise ConfigError(f"plots need {error.name}: pip install 'twinflow-rt[report]'") from None
+        raise extra_missing(f"plots need {error.name}", "report") from None
     file, unsaid = StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context({**STYLE, "svg.hashsalt": name}):
         figure = plot(record)

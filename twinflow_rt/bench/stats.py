@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError
+from ..errors import extra_missing
 
 RESAMPLES = 2000
 
@@ -18,7 +18,7 @@ def library() -> Any:
     try:
         from scipy import stats
     except ModuleNotFoundError as error:
-        raise ConfigError(f"comparing samples needs {error.name}: pip install 'twinflow-rt[report]'") from None
+        raise extra_missing(f"comparing samples needs {error.name}", "report") from None
     return stats
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..errors import extra_missing
 from ..options import LoadOptions, read_arguments
 from ..options import add_arguments as add_options
 from ..serve.settings import LOAD_SKIPS, RayOptions, model_name
@@ -84,7 +84,7 @@ def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[I
     try:
         from ..serve import ray_data
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--ray needs {error.name}: pip install 'twinflow-rt[ray]'") from None
+        raise extra_missing(f"--ray needs {error.name}", "ray") from None
     options = read_arguments(args, LoadOptions, largest=largest)
     with ray_data.painted(groups, args.model, options, args.on_oom, read_arguments(args, RayOptions)) as images:
         yield images

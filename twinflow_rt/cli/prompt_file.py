@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import parse_json, require_file
-from ..errors import ConfigError
+from ..errors import ConfigError, extra_missing
 
 FILES = ".txt: a prompt a line, empty lines skipped; .jsonl or .parquet: rows with `prompt`"
 NUMBERS = ("seed", "width", "height")
@@ -71,7 +71,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
-        raise ConfigError(f"{path}: reading parquet needs pyarrow: pip install 'twinflow-rt[ray]'") from None
+        raise extra_missing(f"{path}: reading parquet needs pyarrow", "ray") from None
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..errors import ConfigError
+from ..errors import extra_missing
 from ..serve.settings import Settings
 from .options import load_model
 
@@ -17,6 +17,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         from ..serve import server
     except ModuleNotFoundError as error:
-        raise ConfigError(f"serving needs {error.name}: pip install 'twinflow-rt[serve]'") from None
+        raise extra_missing(f"serving needs {error.name}", "serve") from None
     settings = Settings.of(args)
     return server.run(settings, lambda: load_model(args, largest=settings.load.largest))

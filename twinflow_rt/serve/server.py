@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, extra_missing
 from .app import create_app
 from .engine import Engine
 from .settings import Settings
@@ -46,7 +46,7 @@ def open_engine(settings: Settings, load: Callable[[], Any]) -> AbstractContextM
     try:
         from .ray import open_cluster
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--ray needs {error.name}: pip install 'twinflow-rt[ray]'") from None
+        raise extra_missing(f"--ray needs {error.name}", "ray") from None
     return open_cluster(settings)
 
 
