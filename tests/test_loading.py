@@ -81,3 +81,34 @@ def test_old_names_work_and_warn(tmp_path):
     assert pipe.text.options.skip_layers == again.text.options.skip_layers == ("layers.mlp.down_proj",)
     with pytest.raises(TypeError, match="another name of skip_layers="):
         load(folder, exempt=skipped, skip_layers=skipped)
+
+
+def test_an_interrupt_while_tensors_are_read_is_one(tmp_path, monkeypatch):
+    """Torch makes a ValueError of what is raised while it looks at mapped bytes."""
+    folder, whole = make_model(tmp_path / "m"), torch.UntypedStorage.__getitem__
+
+    def interrupted(storage, index):
+        if isinstance(index, int):
+            raise KeyboardInterrupt
+        return whole(storage, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.UntypedStorage, "__getitem__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            load(folder, device="cpu")
+    assert load(folder, device="cpu")("a", height=16, width=16).images
+
+
+def test_ops_whose_import_was_interrupted_are_registered_when_it_comes_again():
+    from twinflow_rt.ops.native.register import PLAIN, _libraries, like, op
+
+    op("interrupted(Tensor x) -> Tensor", like)  # and no more of it
+
+    @op("interrupted(Tensor x) -> Tensor", like)
+    def interrupted(x):
+        return x + 1
+
+    assert torch.equal(torch.ops.twinflow.interrupted(torch.zeros(2)), torch.ones(2))
+    assert torch.equal(interrupted(torch.zeros(2)), torch.ones(2))
+    del PLAIN[torch.ops.twinflow.interrupted.default]
+    _libraries.pop("interrupted")._destroy()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .files import is_folder, read_json
 from .load_report import Meter
-from .tensor_files import DTYPES, QUANTIZED, MemoryFile, TensorFile, open_folder
+from .tensor_files import DTYPES, QUANTIZED, MemoryFile, TensorFile, open_folder, read_tensor
 
 
 class Checkpoint:
@@ -108,6 +108,6 @@ class Checkpoint:
         On the CPU in the stored dtype it is a view of the mapped file: nothing is copied, pages come in on first use.
         """
         file, key = self._where[name]
-        tensor = file.get_tensor(key).to(device).to(dtype or self.dtype(name))
+        tensor = read_tensor(file, key).to(device).to(dtype or self.dtype(name))
         self.meter.add(self.nbytes(name))
         return tensor

@@ -29,6 +29,7 @@ from ..errors import CheckpointError, ConfigError
 from .artifact import sha256
 from .checkpoint import Checkpoint
 from .files import PICKLES, file_type, is_folder, open_tensors, parse_json, read_json, require_file, some
+from .tensor_files import read_tensor
 
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
@@ -130,7 +131,7 @@ class Adapter:
                 raise CheckpointError(f"{self.path} has two adapters for {name}; keep one")
             alpha = self._alpha(config, name)
             if "alpha" in keys:
-                stored = self._tensors.get_tensor(keys["alpha"])
+                stored = read_tensor(self._tensors, keys["alpha"])
                 alpha = stored.item() if stored.numel() == 1 else f"of shape {tuple(stored.shape)}"
             if not (alpha is None or is_number(alpha)):
                 raise CheckpointError(
@@ -146,7 +147,7 @@ class Adapter:
     def merge(self, name: str, base: Tensor) -> Tensor:
         """Return `base` (float32) plus this adapter's share of tensor `name`, as a new tensor."""
         *keys, factor = self._pairs[name]
-        a, b = (self._tensors.get_tensor(key).to(base.device).float() for key in keys)
+        a, b = (read_tensor(self._tensors, key).to(base.device).float() for key in keys)
         return torch.addmm(base, b, a, alpha=factor)
 
     def _modules(self) -> dict[str, dict[str, str]]:

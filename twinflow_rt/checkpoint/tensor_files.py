@@ -32,6 +32,17 @@ class TensorFile(Protocol):
     def get_tensor(self, name: str) -> Tensor: ...
 
 
+def read_tensor(file: TensorFile, key: str) -> Tensor:
+    """Return a tensor of a file. Torch loses what a signal's handler raises (Ctrl-C) while a tensor is made of mapped
+    bytes, and reports bytes without a shape: that is a KeyboardInterrupt again."""
+    try:
+        return file.get_tensor(key)
+    except ValueError as error:
+        if "could not determine the shape of object type" in str(error):
+            raise KeyboardInterrupt from None
+        raise
+
+
 # Other files that a network's folder may have in place of safetensors: their name -> what opens one. Empty here;
 # whoever makes such files adds its reader (the bench does, for weights that are drawn when they are read).
 READERS: dict[str, Callable[[Path], TensorFile]] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checkpoint.atomic import new_folder
 from ..checkpoint.files import PICKLES, is_folder, open_tensors
 from ..checkpoint.shards import write_shards
+from ..checkpoint.tensor_files import read_tensor
 from ..errors import CheckpointError
 
 
@@ -40,7 +41,7 @@ class Source:
         return str(self._where[key].get_slice(key).get_dtype())
 
     def get(self, key: str) -> Tensor:
-        tensor: Tensor = self._where[key].get_tensor(key)
+        tensor: Tensor = read_tensor(self._where[key], key)
         return tensor
 
 

@@ -24,6 +24,7 @@ import torch
 from ..checkpoint.atomic import check_target, replacing
 from ..checkpoint.files import open_tensors, parse_json
 from ..checkpoint.fuse import sources
+from ..checkpoint.tensor_files import read_tensor
 from ..checkpoint.versions import refusal
 from ..errors import CheckpointError, ConfigError
 from ..passes.layers import SCALE
@@ -118,11 +119,11 @@ def read(path: str | Path) -> Saved:
         kinds = {name: file.get_slice(name).get_dtype() for name in names}
         if kinds["lengths"] != "I64" or any(kind not in FLOATS for name, kind in kinds.items() if name != "lengths"):
             raise ValueError(f"dtypes {kinds}")
-        lengths = file.get_tensor("lengths")
+        lengths = read_tensor(file, "lengths")
         if lengths.ndim != 1:
             raise ValueError(f"lengths has {lengths.ndim} axes")
-        extras = {n.removeprefix("extras."): file.get_tensor(n) for n in names if n.startswith("extras.")}
-        embeds = PromptEmbeds(file.get_tensor("prompt_embeds"), tuple(lengths.tolist()), extras)
+        extras = {n.removeprefix("extras."): read_tensor(file, n) for n in names if n.startswith("extras.")}
+        embeds = PromptEmbeds(read_tensor(file, "prompt_embeds"), tuple(lengths.tolist()), extras)
         if prompts and len(prompts) != len(embeds):
             raise ValueError(f"{len(prompts)} texts for {len(embeds)} prompts")
         return Saved(embeds, facts["model"], facts["family"], facts["text_encoder"], tuple(prompts))

@@ -28,7 +28,7 @@ Weights = tuple[int, int, Tensor] | tuple[int, int]  # twinflow_weights
 Out = tuple[int, int, int]  # twinflow_out
 
 PLAIN: dict[Any, Function] = {}  # a registered op -> what computes it, without torch's dispatcher
-_torch_library = torch.library.Library("twinflow", "DEF")
+_libraries: dict[str, torch.library.Library] = {}  # torch's, one for each op
 
 
 def op(schema: str, result: Function) -> Callable[[Function], Function]:
@@ -38,12 +38,15 @@ def op(schema: str, result: Function) -> Callable[[Function], Function]:
     result: given the op's arguments, tensors like its results; for tracing.
     """
     name = schema.split("(")[0]
-    _torch_library.define(schema)
+    if name in _libraries:  # an import that was interrupted (Ctrl-C) comes again
+        _libraries.pop(name)._destroy()
+    torch_library = _libraries[name] = torch.library.Library("twinflow", "FRAGMENT")
+    torch_library.define(schema)
 
     def register(function: Function) -> Function:
         for device in ("CPU", "CUDA"):
-            _torch_library.impl(name, function, device)
-        torch.library.register_fake(f"twinflow::{name}", result, lib=_torch_library)
+            torch_library.impl(name, function, device)
+        torch.library.register_fake(f"twinflow::{name}", result, lib=torch_library)
         dispatched: Function = getattr(torch.ops.twinflow, name).default
         PLAIN[dispatched] = function
 
