@@ -214,14 +214,13 @@ def _assemble(
     if memory is not None:
         text_options = replace(text_options, streams=memory.text_streams)
         network_options, tile = replace(network_options, streams=memory.streamed > 0), memory.tile
-    with torch.inference_mode(False), torch.no_grad():  # weights that later calls may write to
-        text.materialize(device, dtype, text_options, asked.progress("text encoder"))
-        program = compile(asked.progress("transformer"))
-        velocity = VelocityStage(program, device, dtype, network_options, options.prompt_cache)
-        vae.materialize(device, dtype, StageOptions(captures, tile=tile), asked.progress("vae"))
-        if options.preview is not None:
-            preview = PreviewDecoder(Path(options.preview), vae)
-            preview.materialize(device, dtype, StageOptions(captures), asked.progress("preview"))
+    text.materialize(device, dtype, text_options, asked.progress("text encoder"))
+    program = compile(asked.progress("transformer"))
+    velocity = VelocityStage(program, device, dtype, network_options, options.prompt_cache)
+    vae.materialize(device, dtype, StageOptions(captures, tile=tile), asked.progress("vae"))
+    if options.preview is not None:
+        preview = PreviewDecoder(Path(options.preview), vae)
+        preview.materialize(device, dtype, StageOptions(captures), asked.progress("preview"))
     pipe = Pipeline(
         text, velocity, vae, model.sizes, model.sampler, model.folder, preview=preview, memory=memory,
         batch_invariant=options.batch_invariant,

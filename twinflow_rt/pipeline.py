@@ -255,7 +255,7 @@ class Pipeline:
         Raises ConfigError on a saved artifact, whose weights hold theirs for good; CheckpointError for
         an adapter that cannot be merged, and then nothing has changed.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock:
             self.program.set_loras(resolve_loras(loras))
 
     @isolated()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tests.factory import FAMILIES, make_model
 from twinflow_rt.loading import load
@@ -22,6 +23,14 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class Doubling(TorchFunctionMode):
+    """A mode of the host's own, which changes what a function computes."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func is torch.nn.functional.linear else result
+
+
 STATES = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "bfloat16 by default": lambda: default_dtype(torch.bfloat16),
@@ -29,6 +38,7 @@ STATES = {
     "another device by default": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,
     "gradients": torch.enable_grad,
+    "a function mode": Doubling,
 }
 
 
@@ -36,6 +46,11 @@ STATES = {
 def model(request, tmp_path_factory):
     folder = make_model(tmp_path_factory.mktemp("host") / "m", request.param)
     return folder, drawn(load(folder, device="cpu", nfe=2))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("host") / "m")
 
 
 def drawn(pipe):
@@ -57,9 +72,9 @@ def test_loading_and_calling_do_not_see_it(model, state):
     assert (probe[0].dtype, probe[0].device, probe[1]) == (untouched[0].dtype, untouched[0].device, untouched[1])
 
 
-def test_other_entries_do_not_see_it(tmp_path):
+def test_other_entries_do_not_see_it(folder, tmp_path):
     """Prompts encoded, adapters merged and programs saved inside autocast and a default device are the same."""
-    pipe = load(make_model(tmp_path / "m"), device="cpu")
+    pipe = load(folder, device="cpu")
     want, states = drawn(pipe), pipe.text(["a red square"]).embeds
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode():
         assert torch.equal(pipe.text(["a red square"]).embeds, states)
@@ -70,3 +85,33 @@ def test_other_entries_do_not_see_it(tmp_path):
     assert torch.equal(drawn(pipe), want)
     pipe.set_loras()  # weights that inference mode made could not be written to
     assert torch.equal(drawn(load(tmp_path / "saved", device="cpu")), want)
+
+
+@contextmanager
+def all_of_it() -> Iterator[None]:
+    states = torch.autocast("cpu", torch.float16), torch.device("meta"), torch.inference_mode(), Doubling()
+    with default_dtype(torch.float16), ExitStack() as stack:
+        for state in states:
+            stack.enter_context(state)
+        yield
+
+
+VARIANTS = {
+    "int8": {"precision": "int8", "text_precision": "int8"},
+    "tiles": {"tile": 64, "capture": "off"},
+    "streams": {"memory_budget": "2900KB", "largest": (16, 96, 1)},
+}
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_other_ways_of_computing_do_not_see_it(folder, options):
+    """... nor do the plans that loading makes first. Wide, so that there are tiles."""
+
+    def outputs():
+        pipe = load(folder, device="cpu", **options)
+        return pipe("a", height=16, width=96, seed=1, output="pt").images, pipe.plan.stages, pipe.memory
+
+    want = outputs()
+    with all_of_it():
+        got = outputs()
+    assert torch.equal(got[0], want[0]) and got[1:] == want[1:]

@@ -12,12 +12,14 @@ from ..checkpoint.files import check_tree, is_folder, some
 from ..checkpoint.layout import Layout, check
 from ..errors import CheckpointError, ConfigError
 from ..planning.description import describe
+from ..runtime.host_state import isolated
 from .files import Source, open_sources, write_folder
 from .names import CONTAINERS
 from .networks import Converted, Slot
 from .report import Conversion, Key, PartReport
 
 
+@isolated()
 def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = False) -> Conversion:
     """Write `target`, the model of `base` with the networks found in `files` in place of its own.
 

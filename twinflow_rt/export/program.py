@@ -126,7 +126,7 @@ def export_model(
     check_exportable(pipe, model, text_encoder)
     use_eager_ops(pipe)
     chosen = tuple(dict.fromkeys(pipe.sizes.resolve(*size) for size in asked or ((None, None),)))
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
         partial = Path(folder) / "twinflow.pt2"
         writer = archive.Writer(partial)
         for height, width in chosen:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import check_count, check_flag, check_integer, check_path, check_sides, items, resolve_device, shown
 from ..errors import CheckpointError, ConfigError
+from ..runtime.host_state import isolated
 from ..sampling.noise import check_batch, initial_noise, resolve_seeds, step_noise
 from ..stages.text import PromptEmbeds
 from .archive import TEXT, Reader, image_name
@@ -20,6 +21,7 @@ from .archive import TEXT, Reader, image_name
 CPUS = ("DEFAULT", "AVX2", "AVX512")  # each runs the code of those before it
 
 
+@isolated()
 def load_exported(path: str | Path, *, verify: bool = True) -> Exported:
     """Open a file written by `twinflow-rt export`. verify: compare every part with its hash first.
 
@@ -46,6 +48,7 @@ class Exported:
         self._programs: dict[str, Any] = {}
         self._weights: dict[str, Tensor] = {}
 
+    @isolated()
     def __call__(
         self, prompt: PromptEmbeds, *, height: int | None = None, width: int | None = None,
         seed: int | Sequence[int] | None = None, num_images: int = 1,
@@ -73,6 +76,7 @@ class Exported:
         noise = initial_noise(seeds, shape, self.dtype, self.device)
         return self.run(image_name(*size), (noise, *inputs))
 
+    @isolated()
     def encode(self, ids: Sequence[Sequence[int]]) -> PromptEmbeds:
         """Return embeddings of prompts given as token ids, which may differ in length.
 

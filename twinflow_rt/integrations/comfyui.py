@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from ..loading import load
 from ..options import LoadOptions, describe
 from ..pipeline import Pipeline
+from ..runtime.host_state import isolated
 from ..stages.text import PromptEmbeds
 
 MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else
@@ -72,8 +73,7 @@ class Encode:
         return {"required": {"model": (MODEL,), "text": text}}
 
     def encode(self, model: Pipeline, text: str) -> tuple[PromptEmbeds]:
-        with torch.inference_mode():
-            return (model.text([text]),)
+        return (model.text([text]),)
 
 
 class Sample:
@@ -100,6 +100,7 @@ class Sample:
             }
         }
 
+    @isolated()
     def sample(
         self, model: Pipeline, prompt: PromptEmbeds, seed: int, width: int = 0, height: int = 0, batch_size: int = 1,
         nfe: int = 0,
@@ -124,6 +125,7 @@ class Decode:
     def INPUT_TYPES(cls) -> Inputs:
         return {"required": {"model": (MODEL,), "samples": ("LATENT",)}}
 
+    @isolated()
     def decode(self, model: Pipeline, samples: dict[str, Tensor]) -> tuple[Tensor]:
         """float32 [B, h * scale, w * scale, 3] in [0, 1], from raw latents [B, C, h, w], or [B, C, 1, h, w] as
         ComfyUI has them for video VAEs. Raises ConfigError for latents of another model."""
@@ -136,9 +138,8 @@ class Decode:
                 f"[batch, {model.vae.channels}, height, width]; connect the sampler of the same model"
             )
         offset, divisor = _normalisation(model)
-        with torch.inference_mode():
-            latents = ((raw.float().cpu() - offset) * divisor).to(model.device)
-            images = model.vae.decode(latents).float() / 2 + 0.5
+        latents = ((raw.float().cpu() - offset) * divisor).to(model.device)
+        images = model.vae.decode(latents).float() / 2 + 0.5
         return (images.clamp(0, 1).permute(0, 2, 3, 1).contiguous().cpu(),)
 
 

@@ -74,8 +74,7 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     try:
         handle.park()
         source = Checkpoint.of({**original.state_dict(), **second}, _config(original), f"{name}/weights")
-        with torch.inference_mode(False), torch.no_grad():
-            program = compile_network(Recipe(source, family, device, dtype, absorb=False), first_times)
+        program = compile_network(Recipe(source, family, device, dtype, absorb=False), first_times)
     except BaseException:
         handle.restore()
         raise

@@ -44,7 +44,6 @@ class Compiled(nn.Module):
         raise NotImplementedError
 
     @isolated()
-    @torch.no_grad()
     def velocity(
         self, latents: Tensor, timestep: Tensor, embeds: Tensor, lengths: tuple[int, ...], **extras: Tensor
     ) -> Tensor:
@@ -208,7 +207,6 @@ class CompiledDecoder(nn.Module):
         self.network = network
 
     @isolated()
-    @torch.no_grad()
     def forward(
         self, sample: Tensor, feat_cache: list[Any] | None = None, feat_idx: Any = None, **others: Any
     ) -> Tensor:
