@@ -85,7 +85,7 @@ class Pipeline:
         self.sizes, self.sampler, self.folder, self.memory = sizes, sampler, folder, memory
         self.device, self.dtype, self.prompts = velocity.device, velocity.dtype, velocity.prompts
         self.batch_invariant = batch_invariant
-        self._lock = Lock()
+        self._lock = Lock("this pipeline")
         self._work: tuple[StageWork, ...] | None = None
         self._probe: PromptEmbeds | None = None  # of the text stage: what embeddings look like
 
@@ -143,7 +143,8 @@ class Pipeline:
             first use and kept for later calls of that schedule.
         output: "pil" images; "np" uint8 [B, H, W, 3]; "pt" float32 [B, 3, H, W] in [0, 1] on the
             device; "latent" the normalised x0 [B, C, h, w] in the model's dtype.
-        callback(done, total, x0) after each evaluation; cancel() -> True ends the run between stages.
+        callback(done, total, x0) after each evaluation; cancel() -> True ends the run between stages. Neither may
+            call this pipeline again, save it or change it: ConfigError.
         on_oom: what follows when memory runs out: "raise" OutOfMemoryError, or "split": begin again with
             half as many images at once, down to one. Either way nothing of the failed run is kept.
         preview: decode with the small decoder that the model was loaded with (`load(preview=FOLDER)`).

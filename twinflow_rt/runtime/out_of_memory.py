@@ -20,6 +20,7 @@ import torch
 
 from ..errors import OutOfMemoryError
 from ..host_memory import release_free_memory
+from .forks import caller, working_for
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -105,4 +106,4 @@ def _run(work: Callable[[], T]) -> T:
     if not getattr(_thread, "refused", False):
         return work()
     with ThreadPoolExecutor(1, thread_name_prefix="twinflow-fresh") as fresh:
-        return fresh.submit(work).result()
+        return fresh.submit(working_for(caller())(work)).result()

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..config import check_count, resolve_prompts
 from ..errors import CancelledError, ConfigError, TwinFlowError
+from ..runtime.forks import reopen_in_children
 from ..sampling.noise import resolve_seeds
 from ..sampling.schedule import resolve_sampler
 from .settings import Limits
@@ -81,6 +82,7 @@ class Engine:
         self._seconds_per_image = 1.0
         self._worker = threading.Thread(target=self._work, name="twinflow-engine", daemon=True)
         self._worker.start()
+        reopen_in_children(self)
 
     # -- callers --------------------------------------------------------------------------------
 
@@ -107,6 +109,10 @@ class Engine:
             self._queue.extend(jobs)
             self._changed.notify_all()
         return jobs
+
+    def reopen_in_child(self) -> None:
+        """In a forked child, which has no worker: refuse requests (`DrainingError`) whoever held the queue."""
+        self._changed = threading.Condition()
 
     def warm_up(self) -> None:
         """Make one image of the default size, so that the first caller does not pay for first uses."""
