@@ -19,7 +19,7 @@ from twinflow_rt.checkpoint.atomic import write_text
 from twinflow_rt.checkpoint.files import parse_json
 from twinflow_rt.checkpoint.versions import refusal
 from twinflow_rt.cli.eval import SCHEMA
-from twinflow_rt.errors import ConfigError
+from twinflow_rt.errors import ConfigError, extra_missing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def draw(series: Series) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ConfigError(f"plots need {error.name}: pip install 'twinflow-rt[report]'") from None
+        raise extra_missing(f"plots need {error.name}", "report") from None
     figure = Figure((7.8, 4.2), layout="constrained", facecolor=PAGE)
     axes = figure.add_subplot(facecolor=PAGE)
     for (name, points), color in zip(series.items(), cycle(COLORS)):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from twinflow_rt.bench import facts, timing
 from twinflow_rt.config import DTYPES, resolve_device
-from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.errors import CheckpointError, ConfigError, extra_missing
 
 TIMESTEP = 399
 PROMPT = "a photograph of a lighthouse in a storm at dusk"
@@ -109,7 +109,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 def _need_diffusers() -> None:
     if absent := [m for m in ("diffusers", "transformers") if find_spec(m) is None]:
-        raise ConfigError(f"DMD2 needs {' and '.join(absent)}; pip install 'twinflow-rt[train]'")
+        raise extra_missing(f"DMD2 needs {' and '.join(absent)}", "train")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

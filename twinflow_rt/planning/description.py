@@ -74,10 +74,11 @@ class Description:
         lines = [
             f"{self.family} model at {self.path}",
             "",
-            "part            dtype       parameters       needed      on disk",
+            f"{'part':<15} {'dtype':<9} {'parameters':>14} {'needed':>14} {'on disk':>13}",
         ]
         for p in self.parts:
-            lines.append(f"{p.name:<15} {p.dtype:<9} {p.stored:>12,} {p.needed:>12,} {p.stored_bytes / 1e6:>9,.2f} MB")
+            size = f"{p.stored_bytes / 1e6:,.2f} MB"
+            lines.append(f"{p.name:<15} {p.dtype:<9} {p.stored:>14,} {p.needed:>14,} {size:>13}")
         total = sum(self.folded.values())
         lines += [
             "",
