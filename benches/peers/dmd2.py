@@ -27,7 +27,7 @@ from torch import Tensor
 
 from twinflow_rt.bench import facts, timing
 from twinflow_rt.config import DTYPES, resolve_device
-from twinflow_rt.errors import CheckpointError, ConfigError, extra_missing
+from twinflow_rt.errors import CheckpointError, extra_missing
 
 TIMESTEP = 399
 PROMPT = "a photograph of a lighthouse in a storm at dusk"
