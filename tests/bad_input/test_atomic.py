@@ -6,7 +6,11 @@ import ast
 import json
 import os
 import re
+import stat
+import subprocess
+import sys
 import threading
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,10 +23,11 @@ from twinflow_rt.bench import html, record
 from twinflow_rt.checkpoint import atomic, image_files
 from twinflow_rt.cli import eval as evaluate
 from twinflow_rt.convert import convert
-from twinflow_rt.errors import ConfigError
+from twinflow_rt.errors import ConfigError, StorageError
 from twinflow_rt.stages import embeds_file
 
 RECORD = Path(__file__).parents[2] / "benches" / "records" / "demo-cpu.json"
+unix = pytest.mark.skipif(sys.platform == "win32", reason="pipes of Unix")
 FULL = OSError(28, "No space left on device")
 
 
@@ -159,6 +164,107 @@ def test_targets_that_cannot_be(tmp_path, name):
     refused(lambda: atomic.check_target(tmp_path / name, "--output"), "--output", ConfigError)
 
 
+def test_links_are_followed_and_permissions_kept(tmp_path):
+    (tmp_path / "there").mkdir()
+    target = tmp_path / "there" / "a"
+    (tmp_path / "link").symlink_to(target)
+    atomic.check_target(tmp_path / "link", "--output")
+    atomic.write_text(tmp_path / "link", "new")  # a link to nothing yet
+    target.chmod(0o640)
+    atomic.write_text(tmp_path / "link", "newer")
+    assert (tmp_path / "link").is_symlink() and target.read_text() == "newer"
+    assert target.stat().st_mode & 0o777 == 0o640 and os.listdir(tmp_path / "there") == ["a"]
+
+
+@unix
+def test_pipes_and_devices_are_written_into(tmp_path):
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    image_files.check_image_path(pipe, "--output")
+    image_files.save_image(Image.new("RGB", (8, 8)), pipe)
+    reader.join(10)
+    assert read[0].startswith(b"\x89PNG")
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and os.listdir(tmp_path) == ["pipe.png"]
+    atomic.check_target(Path(os.devnull), "--json")
+    atomic.write_text(os.devnull, "a")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_read_only_files_are_refused(tmp_path):
+    """By the owner's wish, so root, who could, does not either."""
+    file = tmp_path / "a.png"
+    file.write_bytes(b"old")
+    file.chmod(0o444)
+    refused(lambda: image_files.check_image_path(file, "--output"), "read-only", ConfigError)
+    with pytest.raises(StorageError, match="read-only"):
+        image_files.save_image(Image.new("RGB", (8, 8)), file)
+    assert file.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.png"]
+
+
+@pytest.mark.parametrize("write", FOLDERS)
+def test_of_two_writers_of_a_folder_the_later_is_refused(pipe, tmp_path, monkeypatch, write):
+    """Both begin when nothing is there; neither disturbs the other, and the first to finish stays."""
+    inside = threading.Barrier(2, timeout=30)
+    plain, outcomes = atomic.scratch_folder, []
+
+    @contextmanager
+    def meeting(parent):
+        with plain(parent) as partial:
+            inside.wait()
+            yield partial
+
+    def run():
+        try:
+            write(tmp_path / "out", pipe)
+            outcomes.append("written")
+        except ConfigError as error:
+            outcomes.append(str(error))
+
+    monkeypatch.setattr(atomic, "scratch_folder", meeting)
+    monkeypatch.setattr(pipe, "_lock", nullcontext())  # as of two pipelines
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes)[1] == "written" and "was written meanwhile" in sorted(outcomes)[0]
+    assert os.listdir(tmp_path) == ["out"] and list((tmp_path / "out").iterdir())
+
+
+def test_what_killed_processes_left_goes_and_nothing_else(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here, other = atomic._machine(), "0" * 8
+    gone = [f".twinflow-{here}-{ended.pid}-aa.part", f".twinflow-{here}-{os.getpid()}-aa.part"]  # a number used again
+    stays = [f".twinflow-{here}-{os.getppid()}-aa.part", f".twinflow-{other}-{ended.pid}-aa.part", ".a.partial", "b"]
+    for name in gone + stays:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text("half")
+    (tmp_path / (file := f".twinflow-{here}-{ended.pid}-bb.part")).write_text("half")
+    with atomic.new_folder(tmp_path / "new") as partial:
+        assert {p.name for p in tmp_path.iterdir()} == {*stays, partial.name} and file not in stays
+        with atomic.scratch_folder(tmp_path):  # another writer here, now
+            assert partial.is_dir()
+    assert {p.name for p in tmp_path.iterdir()} == {*stays, "new"}
+
+
+def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order = []
+    sync, replace, rename = os.fsync, os.replace, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (order.append(Path(f"/proc/self/fd/{fd}").resolve().name), sync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append("renamed"), replace(a, b)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (order.append("renamed"), rename(a, b)))
+    atomic.write_text(tmp_path / "a", "x")
+    assert order[0].endswith(".part") and order[1:] == ["renamed", tmp_path.name]
+    order.clear()
+    with atomic.new_folder(tmp_path / "f") as partial:
+        (partial / "b").write_text("x")
+    assert order[0] == "b" and order[1].endswith(".part") and order[2:] == ["renamed", tmp_path.name]
+
+
 # what writes in place, and why that is right
 IN_PLACE = {
     "bench/memory.py": "a switch in /proc", "bench/probe.py": "a pipe to perf",
@@ -166,11 +272,11 @@ IN_PLACE = {
     "bench/random_weights.py": "a temporary model for one measurement", "checkpoint/artifact.py": "inside `new_folder`",
     "checkpoint/atomic.py": "the helper itself", "checkpoint/image_files.py": "to the name that `replacing` gives",
     "cli/batch.py": "to the name that `replacing` gives", "checkpoint/shards.py": "inside `new_folder`",
-    "serve/app.py": "to memory", "serve/batch.py": "to memory",
+    "serve/app.py": "to memory", "serve/batch.py": "to memory", "stages/result.py": "to memory",
     "stages/embeds_file.py": "to the name that `replacing` gives",
-    "training/autoencoder.py": "under another name, renamed", "training/demo.py": "under another name, renamed",
+    "training/autoencoder.py": "inside `new_folder`", "training/demo.py": "to the name that `replacing` gives",
     "training/export.py": "inside `new_folder`",
-    "training/trainer.py": "under another name, renamed; the curve grows line by line",
+    "training/trainer.py": "to the name that `replacing` gives; the curve grows line by line",
 }  # fmt: skip
 METHODS = {"write_text", "write_bytes", "save_pretrained", "save_file", "save", "dump", "tofile"}
 OF_OURS = {"html", "precisions", "record"}  # modules whose `save` is atomic

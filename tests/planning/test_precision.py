@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -189,6 +190,36 @@ def test_plans_of_newer_versions_are_refused(folder):
     raw = load(folder, device="cpu").plan.to_dict()
     with pytest.raises(CheckpointError, match="newer than this version"):
         Plan.from_dict({**raw, "schema": raw["schema"] + 1})
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """A user without HOME and without an entry in the list of users, as containers have."""
+    import pwd
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="users of Unix")
+def test_without_a_home_nothing_was_measured_and_saving_asks_for_a_name(homeless, folder, tmp_path, capsys):
+    notes = load(folder, device="cpu", precision="auto").plan.notes
+    assert any("set HOME or XDG_CACHE_HOME" in note for note in notes)
+    assert main(["sensitivity", "demo", "--device", "cpu", "--save"]) == 2
+    assert "name a file (--save FILE)" in capsys.readouterr().err
+
+
+def test_targets_are_checked_before_anything_is_measured(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("twinflow_rt.cli.sensitivity.load_model", None)  # nothing is loaded
+    for save, why in (["--save"], "Not a directory"), (["--save", str(tmp_path / "no" / "f.json")], "does not exist"):
+        assert main(["sensitivity", str(folder), *save]) == 2
+        assert why in capsys.readouterr().err
 
 
 def test_from_the_command_line(folder, tmp_path, capsys):

@@ -40,7 +40,7 @@ def save_image(image: Any, path: Path, facts: dict[str, Any] | None = None) -> N
     options: dict[str, Any] = {"quality": 95} if path.suffix.lower() != ".png" else {}
     if facts and path.suffix.lower() == ".png":
         options["pnginfo"] = text_chunk(facts)
-    with replacing(path) as partial:
+    with replacing(path, durable=False) as partial:
         image.save(partial, format=FORMATS[path.suffix.lower()], **options)
 
 

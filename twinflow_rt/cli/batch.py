@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         if groups:
             with painted(groups, args) as images, _progress(len(missing)) as advance:
                 for name, content in images:
-                    with replacing(args.output / name) as partial:
+                    with replacing(args.output / name, durable=False) as partial:
                         partial.write_bytes(content)
                     advance()
     finally:

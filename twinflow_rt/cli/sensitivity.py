@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from ..planning import precision as precisions
     from ..planning import sensitivity
 
+    if args.save is not None:
+        precisions.check_save(args.save or None)
     pipe = load_model(args, precision=None)
     precision = args.precision or ("fp8" if pipe.device.type == "cuda" else "int8")
     if precision == "bf16":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..checkpoint.atomic import check_target
+from ..checkpoint.atomic import check_target, replacing, scratch_folder
 from ..checkpoint.lora import Loras
 from ..config import check_callable, check_flag, check_path, check_sides, dtype_name, items, shown
 from ..errors import ConfigError, TwinFlowError
@@ -126,8 +126,8 @@ def export_model(
     check_exportable(pipe, model, text_encoder)
     use_eager_ops(pipe)
     chosen = tuple(dict.fromkeys(pipe.sizes.resolve(*size) for size in asked or ((None, None),)))
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
-        partial = Path(folder) / "twinflow.pt2"
+    with scratch_folder(output.parent) as folder:
+        partial = folder / "twinflow.pt2"
         writer = archive.Writer(partial)
         for height, width in chosen:
             progress(f"compiling {width}x{height}")
@@ -140,7 +140,8 @@ def export_model(
         manifest = writer.close(facts(pipe, model, chosen, text_encoder))
         progress("comparing")
         compare(pipe, Exported(partial), chosen, text_encoder)
-        os.replace(partial, output)
+        with replacing(output) as whole:
+            os.replace(partial, whole)
     return manifest
 
 

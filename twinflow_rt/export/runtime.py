@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import check_count, check_flag, check_integer, check_path, check_sides, items, resolve_device, shown
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, StorageError
 from ..runtime.host_state import isolated
 from ..sampling.noise import check_batch, initial_noise, resolve_seeds, step_noise
 from ..stages.text import PromptEmbeds
@@ -105,7 +105,14 @@ class Exported:
 
     def _load(self, name: str) -> Any:
         """Load a program's code and give it its weights, which programs share."""
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(self.archive.path), name, False, 1, -1)
+        try:
+            loader = torch._C._aoti.AOTIModelPackageLoader(str(self.archive.path), name, False, 1, -1)
+        except RuntimeError as error:
+            if "temporary directory" not in str(error):
+                raise
+            raise StorageError(
+                "torch unpacks a program's code in the folder for temporary files, which cannot be written: set TMPDIR"
+            ) from error
         constants = {}
         for constant, key in self.manifest["programs"][name]["constants"].items():
             if key not in self._weights:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.atomic import write_json
+from ..checkpoint.atomic import check_target, write_json
 from ..checkpoint.files import read_json
 from ..checkpoint.typed_json import typed
 from ..checkpoint.versions import refusal
@@ -172,8 +172,11 @@ def automatic(
     names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
     names += ["bf16"] * (free and refuses_bf16(device, dtype) is None)
     here = fingerprint(folder), device_name(device), dtype_name(dtype)
-    paths = {name: kept(name, *here) for name in names}
-    return choose({name: read(path) if path.is_file() else None for name, path in paths.items()})
+    try:
+        paths = {name: kept(name, *here) for name in names}
+    except ConfigError as error:  # then nothing can have been measured
+        return None, (f"auto: {error}",)
+    return choose({name: read(path) if os.path.isfile(path) else None for name, path in paths.items()})
 
 
 def refuses_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -184,10 +187,22 @@ def refuses_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def kept(precision: str, weights: str, device: str, dtype: str) -> Path:
-    """Return where a measurement on this machine lies in the user's cache; one of another torch is not found."""
+    """Return where a measurement on this machine lies in the user's cache; one of another torch is not found. Raises
+    ConfigError where the user has no home folder, as in containers, and XDG_CACHE_HOME names no other place."""
     key = hashlib.sha256("\n".join((weights, device, dtype, torch.__version__)).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        raise ConfigError(
+            "there is no home folder to keep measurements in: set HOME or XDG_CACHE_HOME, or name a file (--save FILE)"
+        ) from None
     return cache / "twinflow_rt" / "precision" / f"{key[:32]}-{precision}.json"
+
+
+def check_save(path: str | Path | None = None) -> None:
+    """Raise ConfigError where `save` could not write, before anything is measured."""
+    target = kept("", "", "", "") if path is None else Path(path)
+    check_target(target, "--save", make_parents=path is None)
 
 
 def save(found: Measurement, path: str | Path | None = None) -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.atomic import new_folder
 from .scenes import render, sample_scene
 from .trainer import Trainer, TrainerConfig
 
@@ -73,9 +74,9 @@ def train_autoencoder(
     with torch.no_grad():
         latents = vae.encode(_draw(256, device)).latent_dist.mean
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    partial = out / "final.tmp"
-    vae.save_pretrained(partial)
-    return partial.rename(final)
+    with new_folder(final) as partial:
+        vae.save_pretrained(partial)
+    return final
 
 
 def load_autoencoder(folder: Path) -> nn.Module:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint.atomic import write_json
+from ..checkpoint.atomic import replacing, write_json
 from ..checkpoint.files import read_json
 from ..models.transformers.z_image import ZImageConfig, ZImageTransformer
 from .export import save_model
@@ -137,9 +137,8 @@ def encode_scenes(
             if start % 4096 == 0:
                 log(f"latents {start}/{recipe.scenes}")
         ids, lengths = captions.tokenize(texts)
-        partial = cache.with_suffix(".tmp")
-        torch.save({"latents": torch.cat(latents), "ids": ids, "lengths": lengths}, partial)
-        partial.replace(cache)
+        with replacing(cache) as partial:
+            torch.save({"latents": torch.cat(latents), "ids": ids, "lengths": lengths}, partial)
     return LatentData(**torch.load(cache, weights_only=True), empty=captions.tokenize([""]), device=device)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.atomic import replacing
 from .muon import Muon
 
 Loss = Callable[[nn.Module, nn.Module, int], tuple[Tensor, dict[str, Tensor]]]  # model, EMA, step
@@ -104,9 +105,8 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        partial = self.folder / "state.tmp"
-        torch.save(state, partial)
-        partial.replace(self.folder / "state.pt")
+        with replacing(self.folder / "state.pt") as partial:
+            torch.save(state, partial)
 
     def _resume(self) -> None:
         path = self.folder / "state.pt"
