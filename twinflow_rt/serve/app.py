@@ -79,11 +79,11 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
     """Return the application serving `engine` as model `name`.
 
     token: what clients must send as `Authorization: Bearer <token>`, except to the page and /health.
-    timeout: seconds a request may take, waiting included.
+    timeout: seconds a request may take, waiting included, once its body is there, which may take as long.
     """
     app = FastAPI(title="twinflow_rt", version=__version__, docs_url=None, redoc_url=None)
     metrics, created = Metrics(engine), int(time.time())
-    app.add_middleware(Gate, token=token, count=metrics.requests, seconds=metrics.seconds)
+    app.add_middleware(Gate, token=token, timeout=timeout, count=metrics.requests, seconds=metrics.seconds)
     _add_errors(app, name, timeout)
 
     @app.post("/v1/images/generations")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -18,10 +19,11 @@ CLOSE = {"Connection": "close"}  # the body is not read
 
 
 class Gate:
-    """ASGI middleware. count: a counter by path and status; seconds: a histogram for generations."""
+    """ASGI middleware. count: a counter by path and status; seconds: a histogram for generations. timeout: seconds that
+    a body may take to arrive."""
 
-    def __init__(self, app: Any, *, token: str | None, count: Any, seconds: Any) -> None:
-        self.app, self.count, self.seconds = app, count, seconds
+    def __init__(self, app: Any, *, token: str | None, timeout: float, count: Any, seconds: Any) -> None:
+        self.app, self.timeout, self.count, self.seconds = app, timeout, count, seconds
         self.token = None if token is None else token.encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -46,11 +48,15 @@ class Gate:
         headers = dict(scope["headers"])
         refusal = self._refusal(scope, headers)
         if refusal is None and scope["method"] == "POST":
-            body = await _read(receive)
+            try:
+                body = await asyncio.wait_for(_read(receive), self.timeout)
+            except TimeoutError:
+                message = f"the body did not arrive within {self.timeout:g} seconds"
+                body, refusal = b"", failure(408, message, code="timeout", headers=CLOSE)
             if body is None:
                 return
             if max(len(body), int(headers.get(b"content-length", b"0"))) > MAX_BODY:
-                refusal = _too_large()
+                refusal = refusal or _too_large()
             receive = _replay(body, receive)
         try:
             await (refusal or self.app)(scope, receive, counted)
