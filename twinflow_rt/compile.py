@@ -138,6 +138,16 @@ class Program:
         self.schedule = schedule
         self.plan = replace(self.plan, schedule=schedule, bytes_after=parameter_bytes(self.network))
 
+    def restore(self, schedule: Schedule) -> None:
+        """Become what loading for `schedule` gives, whatever was run since: `refold`, with constants inside the weights
+        again where loading puts them there."""
+        self.refold(schedule)
+        recipe, steps = self.recipe, len(self.schedule)
+        if recipe is not None and not self.plan.absorbed:
+            fresh = _folded(recipe.family, self.network.config, steps, recipe.absorbs)
+            if _is_absorbed(fresh):
+                self._replace(recipe, self.schedule)
+
     def set_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
         """Compiles again with these adapters, (path, weight) each, in place of those merged before.
 

@@ -111,6 +111,8 @@ class Pipeline:
         graphs = self.captures.notes() if self.captures is not None else ()
         graphs += self.memory.notes() if self.memory is not None else ()
         graphs += (str(self.prompts),) if self.prompts.budget else ()
+        if self.program.schedule != tuple(own := schedule(self.sampler, self.dtype)):
+            graphs += (f"folded for the last call; save, and calls without one, go back to {len(own)} evaluation(s)",)
         return replace(self.program.plan, stages=self._work, notes=self.program.plan.notes + loads + graphs)
 
     def read_embeds(self, path: str | Path) -> PromptEmbeds:
@@ -324,15 +326,16 @@ class Pipeline:
     @isolated()
     def save(self, path: str | Path) -> Path:
         """Write the compiled program and the other parts as an artifact (checkpoint/artifact.py), which `load` takes
-        like a model folder, skipping the passes. It holds this pipeline's schedule only. Raises ConfigError where
-        weights stream, and where the text encoder has 8 bits: those are made as it is read, of a saved program too."""
+        like a model folder, skipping the passes. It holds the schedule that this pipeline was loaded with, and no
+        other, whatever calls have run since; so does the plan from then on. Raises ConfigError where weights stream,
+        and where the text encoder has 8 bits: those are made as it is read, of a saved program too."""
         folder = Path(check_path("path", path))
         if self.memory is not None and (self.memory.streamed or self.memory.text_streams):
             raise ConfigError("this pipeline's weights stream: load it without memory_budget to save it")
         if self.text.options.precision is not None:
             raise ConfigError("text encoders are saved in their dtype: save without text_precision, load with it again")
         with self._lock, torch.inference_mode():
-            self.program.refold(schedule(self.sampler, self.dtype))  # a call may have left another
+            self.program.restore(schedule(self.sampler, self.dtype))  # a call may have left another
             parts = {
                 "transformer": (self.program.network.config.to_dict(), self.program.network.state_dict()),
                 **{part.name: (part.checkpoint.config, part.weights()) for part in (*self.text.parts, *self.vae.parts)},

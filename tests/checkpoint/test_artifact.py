@@ -202,3 +202,17 @@ def test_absorbed_networks_save_and_load(tmp_path):
     assert np.array_equal(again("a red circle", **args).images, pipe("a red circle", **args).images)
     with pytest.raises(ConfigError, match="needs the checkpoint"):
         again("a red circle", **args, nfe=2)
+
+
+@pytest.mark.parametrize("family", ["z-image", "qwen-image"])
+def test_what_is_saved_does_not_depend_on_calls_made_before(tmp_path, family):
+    """The schedule of loading, with constants where loading puts them; and the plan says what save will do."""
+    pipe = load(make_model(tmp_path / "m", family), device="cpu")
+    loaded, first = pipe.plan, pipe.save(tmp_path / "first")
+    pipe("a", height=32, width=32, seed=1, nfe=2)
+    assert len(pipe.plan.schedule) == 2 and "go back to 1 evaluation" in pipe.plan.notes[-1]
+    second = pipe.save(tmp_path / "second")
+    assert pipe.plan.schedule == loaded.schedule and pipe.plan.absorbed == loaded.absorbed
+    assert not any("go back" in note for note in pipe.plan.notes)
+    hashes = [json.loads((folder / "artifact.json").read_text())["files"] for folder in (first, second)]
+    assert hashes[0] == hashes[1] and load(second, device="cpu").plan.schedule == loaded.schedule
