@@ -98,6 +98,18 @@ def check_count(name: str, value: object) -> int:
     return check_integer(name, value, 1)
 
 
+def check_counts(name: str, value: object) -> tuple[int, ...]:
+    if (found := items(value)) is None:
+        raise ConfigError(f"{name} must be a list of positive integers; got {shown(value)}")
+    return tuple(check_count(f"each of {name}", item) for item in found)
+
+
+def check_number(name: str, value: object) -> float:
+    if (found := number(value)) is None:
+        raise ConfigError(f"{name} must be a finite number; got {shown(value)}")
+    return found
+
+
 def check_flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise ConfigError(f"{name} must be True or False; got {shown(value)}")

@@ -129,11 +129,17 @@ class LoadOptions:
     ))  # fmt: skip
 
     def __post_init__(self) -> None:
-        checks = _checks()
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if value is not None or "None" not in str(option.type):
-                object.__setattr__(self, option.name, checks[str(option.type)](option.name, value))
+        check_fields(self)
+
+
+def check_fields(options: Any) -> None:
+    """Check every field of a dataclass of options by its annotation, and give it the value that the check returns.
+    Raise ConfigError."""
+    checks = _checks()
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value is not None or "None" not in str(option.type):
+            object.__setattr__(options, option.name, checks[str(option.type)](option.name, value))
 
 
 def _checks() -> dict[str, Callable[[str, Any], Any]]:
@@ -148,15 +154,21 @@ def _checks() -> dict[str, Callable[[str, Any], Any]]:
 
     return {
         "bool": config.check_flag,
+        "float": config.check_number,
+        "float | None": config.check_number,
         "int": partial(config.check_integer, least=0),
         "int | None": config.check_count,
         "int | str | None": kept(lambda name, value: config.parse_bytes(value, name)),
         "str": config.check_text,
         "str | None": config.check_text,
+        "Path | None": lambda name, value: Path(config.check_path(name, value)),
         "str | Path | None": kept(config.check_path),
         "str | torch.device | None": kept(config.check_device),
         "str | torch.dtype | None": kept(config.check_dtype),
         "Sequence[str]": config.check_names,
+        "tuple[str, ...]": config.check_names,
+        "tuple[int, ...]": config.check_counts,
+        "tuple[int, int] | None": config.check_sides,
         "Sequence[str] | str | Path": config.check_names_or_file,
         "Callable[[str, int], None] | None": partial(config.check_callable, parameters=("part", "bytes")),
         "SamplerConfig | str | None": kept(lambda name, value: resolve_sampler(None, value)),

@@ -27,6 +27,7 @@ from .config import (
     dtype_name,
     resolve_device,
     resolve_prompts,
+    shown,
     understands,
 )
 from .errors import ConfigError, DeviceError
@@ -125,6 +126,8 @@ class Pipeline:
     @isolated()
     def accept(self, saved: embeds_file.Saved, where: str | Path) -> PromptEmbeds:
         """Return the embeddings of a file read from `where`, if they are this model's; see `read_embeds`."""
+        if not isinstance(saved, embeds_file.Saved):
+            raise ConfigError(f"saved must be what stages.embeds_file.read returns; got {shown(saved)}")
         saved.require(self.program.plan.family, self.text, where)
         return saved.embeds
 

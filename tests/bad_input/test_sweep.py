@@ -6,12 +6,6 @@ real (compile, write) is replaced; what passes the checks otherwise runs, on the
 
 from __future__ import annotations
 
-import datetime
-import decimal
-import fractions
-import inspect
-import threading
-from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,61 +14,16 @@ import pytest
 import torch
 
 import twinflow_rt
+from tests.bad_input.sweep import sweep
+from twinflow_rt.bench.settings import Settings
 from twinflow_rt.config import CALL_NAMES, LOAD_NAMES, understands
 from twinflow_rt.errors import CancelledError, TwinFlowError
 from twinflow_rt.export import program
 from twinflow_rt.loading import Asked, model_path
 from twinflow_rt.options import LoadOptions
 from twinflow_rt.sampling.noise import resolve_seeds
-
-
-class Hostile:
-    """Everything that Python may ask of it fails."""
-
-    __hash__ = None
-
-    def fail(self, *_):
-        raise OSError("no")
-
-    __repr__ = __str__ = __eq__ = __len__ = __iter__ = __index__ = __float__ = __bool__ = __fspath__ = fail
-
-
-def odd_values():
-    """Values, made anew each time as some are used up."""
-    return [
-        True, False, None, "", " ", "a", "x" * 100_000, "\0", "\ud800", "1", "nan", b"", b"bytes", bytearray(b"x"),
-        0, 1, -1, 3, 2**31, 2**63, 2**64, 10**5000, -(10**5000), 0.0, 1.0, 0.5, -0.5, 1e300, -1e300, float("nan"),
-        float("inf"), 1j, [], [[]], [[1]], [None], [""], ["a"], ["\ud800"], [1], [-1], [1, 2, 3], [10**5000], (), (1,),
-        (None, None, 1), (None, None, None), ("a", 1.0), {}, {"a": 1}, {1: None}, {"a": float("nan")}, {"a"},
-        frozenset(), range(0), range(1), range(3), object(), object, Hostile(), [Hostile()], {"a": Hostile()},
-        lambda: None, lambda a: None, lambda a, b, c, d: None, (x for x in "a"), iter(["a"]), map(str, [1]),
-        np.int64(1), np.int8(-1), np.uint64(2**63), np.float32(1), np.float64("nan"), np.bool_(True), np.str_("a"),
-        np.array(1), np.array([1]), np.array([1, 2]), np.array([]), np.array(["a"]), np.array([None]),
-        np.zeros((2, 2)), torch.tensor(1), torch.tensor([1]), torch.tensor(True), torch.ones(2), torch.ones(2, 2),
-        torch.empty((), dtype=torch.int64, device="meta"), torch.empty(3, device="meta"), torch.float32, torch.int8,
-        torch.device("cpu"), torch.device("meta"), torch.Generator(), torch.nn.Parameter(torch.ones(1)), Path("a"),
-        Path("x" * 5000), NotImplemented, Ellipsis, Exception("x"), slice(1), memoryview(b"a"), decimal.Decimal(1),
-        fractions.Fraction(1), datetime.timedelta(1), threading.Lock(), np,
-    ]  # fmt: skip
-
-
-def sweep(call, of=None, **good):
-    """Call with each odd value in the place of each parameter, or of those named in `of`; the others are those in
-    `good`, or have defaults."""
-    taken = Counter()
-    names = of or tuple(inspect.signature(call).parameters)
-    for name in names:
-        for value in odd_values():
-            given = {**good, name: value}
-            try:
-                call(**given)
-                taken[name] += 1
-            except TwinFlowError as error:
-                text = str(error)
-                assert "\n" not in text and len(text) < 1000, (name, type(value), text)
-            except Exception as error:
-                raise AssertionError(f"{name}={type(value)}: a raw {type(error).__name__}: {error}") from error
-    assert all(taken[name] < len(odd_values()) / 4 for name in names), taken  # nothing takes whatever it is given
+from twinflow_rt.serve.engine import Engine
+from twinflow_rt.serve.settings import Limits, RayOptions, ServerOptions
 
 
 @pytest.fixture(autouse=True)
@@ -84,16 +33,23 @@ def elsewhere(tmp_path, monkeypatch):
 
 def test_options_of_load():
     """Without a model: all but what depends on one is refused here."""
-    parameters = [
-        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default)
-        for option in fields(LoadOptions)
-    ]
+
 
     def check(**given):
         Asked.of(LoadOptions(**{"device": "cpu", **given}))
 
-    check.__signature__ = inspect.Signature(parameters)
-    sweep(check)
+    sweep(check, of=[option.name for option in fields(LoadOptions)])
+
+
+@pytest.mark.parametrize("options", [Limits, ServerOptions, RayOptions, Settings])
+def test_options_of_servers_and_the_bench(options):
+    """In a file of settings, or from Python, what argparse would not pass on."""
+    names = [option.name for option in fields(options)]
+
+    def make(**given):
+        options(**given)
+
+    sweep(make, of=names)
 
 
 def test_options_that_a_model_refuses(source):
@@ -149,8 +105,11 @@ def test_names_of_diffusers(pipe):
 def test_methods(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe.program), "set_loras", lambda *_: None)
     monkeypatch.setattr("twinflow_rt.checkpoint.artifact.write", lambda folder, *_: folder)
-    for method in (pipe.warm_up, pipe.set_loras, pipe.save, pipe.read_embeds, pipe.parallelize):
+    for method in (pipe.warm_up, pipe.set_loras, pipe.save, pipe.read_embeds, pipe.parallelize, pipe.text):
         sweep(method)
+    sweep(pipe.accept, saved=None, where="x")
+    sweep(lambda device=None, dtype=None: pipe.to(device=device, dtype=dtype))
+    sweep(pipe("a", height=16, width=16).save)
 
 
 def test_prompt_embeds(pipe):
@@ -178,6 +137,12 @@ def test_exports(source, monkeypatch):
     monkeypatch.setattr(program, "load", load)
     sweep(program.export_model, model=source, output="a.pt2")
     sweep(twinflow_rt.load_exported, path="nowhere")
+
+
+def test_requests(pipe):
+    engine = Engine(pipe)
+    sweep(engine.submit, prompt="a", height=16, width=16)
+    engine.close()
 
 
 def test_samplers_and_the_rest():

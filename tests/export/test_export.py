@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import twinflow_rt
+from tests.bad_input.sweep import sweep
 from tests.export.conftest import QUICK, SIZE
 from twinflow_rt import CheckpointError, ConfigError, PromptEmbeds
 from twinflow_rt.errors import TwinFlowError
@@ -110,6 +111,12 @@ def test_calls_that_cannot_work_are_refused(model):
     for ids in ([], [[]], [[1] * 513], [[259]], [[-1]]):
         with pytest.raises(ConfigError, match=r"token ids"):
             model.encode(ids)
+
+
+def test_odd_arguments_are_taken_or_refused(model):
+    """`run` takes whatever it is given; all before it is checked."""
+    sweep(model.__call__, prompt=PromptEmbeds(torch.zeros(1, 4, 32), (4,)))
+    sweep(model.encode)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..config import check_count
 from ..errors import ConfigError
+from ..options import check_fields
 from . import peers
 
 
@@ -44,6 +45,7 @@ class Settings:
     max_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("batch", "repeats"):
             check_count(name, getattr(self, name))
         for name in self.peers:

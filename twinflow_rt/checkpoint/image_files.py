@@ -14,9 +14,9 @@ CHUNK = "twinflow_rt"  # the text chunk in which a PNG file says what it was mad
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
-def output_paths(output: Path, count: int) -> list[Path]:
-    """The files `count` images go to, the grid last; checked before anything slow happens."""
-    check_image_path(output, "--output")
+def output_paths(output: Path, count: int, option: str = "--output") -> list[Path]:
+    """The files `count` images go to, the grid last; checked before anything slow happens. option: what names them."""
+    check_image_path(output, option)
     if count <= 1:
         return [output]
     from ..sampling.noise import check_batch
@@ -24,14 +24,14 @@ def output_paths(output: Path, count: int) -> list[Path]:
     check_batch(count)
     paths = [output.with_name(f"{output.stem}-{tag}{output.suffix}") for tag in (*range(count), "grid")]
     for path in paths:
-        check_target(path, "--output")
+        check_target(path, option)
     return paths
 
 
 def check_image_path(path: Path, option: str) -> None:
     """Raises ConfigError where no image can be written."""
     if path.suffix.lower() not in FORMATS:
-        raise ConfigError(f"{option} {path}: the name must end in one of {', '.join(FORMATS)}")
+        raise ConfigError(f"{option} {path!s:.300}: the name must end in one of {', '.join(FORMATS)}")
     check_target(path, option)
 
 

@@ -63,7 +63,7 @@ class Exported:
         check_batch(num_images)
         if size not in self.sizes:
             have = ", ".join(f"{w}x{h}" for h, w in self.sizes)
-            raise ConfigError(f"no program for {size[1]}x{size[0]} was exported; this file has {have}")
+            raise ConfigError(f"no program for {shown(size[1])}x{shown(size[0])} was exported; this file has {have}")
         embeds, lengths = self._padded(prompt)
         seeds = resolve_seeds(seed, len(prompt) * num_images)
         latent, streams = self.manifest["latent"], self.manifest["noise"]["streams"]

@@ -32,6 +32,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import some
 from ..checkpoint.reading import materialize
 from ..compile import Recipe, compile_network
+from ..config import check_path
 from ..errors import CheckpointError, ConfigError
 from ..families import FAMILIES, Family, family_of
 from ..models.architecture import Architecture
@@ -57,6 +58,8 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     ConfigError for a pipeline that cannot be compiled (unknown network, offloaded, unmerged LoRA layers, accelerated
     already), CheckpointError for weights that do not fit.
     """
+    if twinflow is not None and twinflow is not False:
+        twinflow = check_path("twinflow", twinflow)
     original: Any = getattr(pipe, "transformer", None)
     if isinstance(original, Compiled):
         raise ConfigError("this pipeline is accelerated already; restore() it first")

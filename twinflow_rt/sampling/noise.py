@@ -34,7 +34,7 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     s, s + 1, ..., s + count - 1; a list, tuple, range or array is taken as it is and must hold `count` seeds.
     Seeds are integers in 0..2^63 - 1; anything else (bool, float, negative, ...) is a ConfigError.
     """
-    check_count("seed count", count)
+    count = check_count("seed count", count)
     if count > MAX_SEEDS:
         raise ConfigError(f"seeds for {shown(count)} images; at most {MAX_SEEDS} are made: ask for fewer")
     if seed is None:

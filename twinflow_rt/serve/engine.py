@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import check_count, resolve_prompts
+from ..config import check_count, resolve_prompts, shown
 from ..errors import CancelledError, ConfigError, TwinFlowError
 from ..runtime.forks import reopen_in_children
 from ..sampling.noise import resolve_seeds
@@ -171,9 +171,8 @@ class Engine:
     ) -> tuple[Any, ...]:
         limits = self.limits
         resolve_prompts(prompt)
-        check_count("num_images", num_images)
-        if num_images > limits.max_images:
-            raise ConfigError(f"{num_images} images in one request; at most {limits.max_images} are taken")
+        if check_count("num_images", num_images) > limits.max_images:
+            raise ConfigError(f"{shown(num_images)} images in one request; at most {limits.max_images} are taken")
         if len(prompt) > limits.max_prompt:
             raise ConfigError(f"prompt has {len(prompt)} characters; at most {limits.max_prompt} are taken")
         sampler = resolve_sampler(nfe, None) or self.pipe.sampler

@@ -6,13 +6,12 @@ Imports nothing heavy, so that `twinflow-rt serve --help` is quick.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..options import LoadOptions, about, add_arguments, read_arguments
+from ..options import LoadOptions, about, add_arguments, check_fields, read_arguments
 
 MAX_SECONDS = 1_000_000  # that threads can wait
 LOAD_SKIPS = ("preview",)  # options of `load` that no request could use
@@ -33,14 +32,16 @@ class Limits:
     max_nfe: int = field(default=8, metadata=about("network evaluations per image that a request may ask for"))
 
     def __post_init__(self) -> None:
-        from ..config import check_count
+        from ..config import check_count, shown
 
+        check_fields(self)
         for name in ("max_batch", "max_queue", "max_images", "max_pixels", "max_prompt", "max_nfe"):
             check_count(name, getattr(self, name))
-        if not (isinstance(self.max_wait, (int, float)) and 0 <= self.max_wait < math.inf):
-            raise ConfigError(f"max_wait must be seconds, 0 or more; got {self.max_wait!r}")
+        if self.max_wait < 0:
+            raise ConfigError(f"max_wait must be seconds, 0 or more; got {self.max_wait:g}")
         if self.max_images > self.max_queue:
-            raise ConfigError(f"max_queue {self.max_queue} must hold one request of max_images {self.max_images}")
+            most = shown(self.max_images)
+            raise ConfigError(f"max_queue {self.max_queue} must hold one request of max_images {most}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ServerOptions:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("timeout", "drain_timeout"):
             if not 0 < getattr(self, name) <= MAX_SECONDS:
                 option = name.replace("_", "-")
@@ -96,6 +98,9 @@ class RayOptions:
     )
     min_workers: int = field(default=1, metadata=about("with --ray, at least"))
     worker_cpus: float | None = field(default=None, metadata=about("with --ray, cores of a worker", "1, or a node's"))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

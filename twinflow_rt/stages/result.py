@@ -50,7 +50,7 @@ class Result:
         a sheet of all, NAME-grid. PNG files say their seed. Raises ConfigError for latents, and where nothing can be
         written."""
         images = self._pictures()
-        files = output_paths(Path(check_path("path", path)), len(images))
+        files = output_paths(Path(check_path("path", path)), len(images), "path")
         for file, image, seed in zip(files, images, self.seeds, strict=False):
             save_image(image, file, {"seed": seed})
         if len(files) > len(images):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import file_type, is_folder, read_json, read_text, require_file
+from ..config import resolve_prompts
 from ..errors import CheckpointError
 
 # how Qwen2 and later cut text before merging bytes: contractions, words with their leading mark, single
@@ -34,8 +35,8 @@ class Tokenizer:
         self.folder, self.core = folder, read_core(folder)
 
     def __call__(self, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Return the ids of each prompt, at most `max_tokens` (the tail is cut)."""
-        texts = [self.render(prompt) for prompt in prompts]
+        """Return the ids of each prompt, at most `max_tokens` (the tail is cut). Raise ConfigError for no prompts."""
+        texts = [self.render(prompt) for prompt in resolve_prompts(prompts)]
         self.core.no_padding()
         self.core.enable_truncation(max_tokens)
         if len(texts) == 1:  # a batch goes to the library's threads, and waking one takes longer than a prompt
