@@ -19,7 +19,8 @@ _PUBLIC = {
     "accelerate": "integrations.diffusers", "export_model": "export.program", "load_exported": "export.runtime",
     "PromptEmbeds": "stages.text", "SamplerConfig": "sampling.schedule", "PRESETS": "sampling.schedule",
     "preset": "sampling.schedule", "TwinFlowError": "errors", "CheckpointError": "errors", "ConfigError": "errors",
-    "DeviceError": "errors", "OutOfMemoryError": "errors", "StorageError": "errors", "CancelledError": "errors",
+    "DeviceError": "errors", "OutOfMemoryError": "errors", "NonFiniteError": "errors", "StorageError": "errors",
+    "CancelledError": "errors",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 

@@ -4,6 +4,7 @@ from .errors import CancelledError as CancelledError
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
 from .errors import DeviceError as DeviceError
+from .errors import NonFiniteError as NonFiniteError
 from .errors import OutOfMemoryError as OutOfMemoryError
 from .errors import StorageError as StorageError
 from .errors import TwinFlowError as TwinFlowError

@@ -148,14 +148,14 @@ class Program:
             if _is_absorbed(fresh):
                 self._replace(recipe, self.schedule)
 
-    def set_loras(self, loras: Sequence[tuple[Path, float]]) -> None:
+    def set_loras(self, loras: Sequence[tuple[Path, float]], check_finite: bool = True) -> None:
         """Compiles again with these adapters, (path, weight) each, in place of those merged before.
 
-        Weights come from the checkpoint, so nothing of an earlier adapter remains. Raises ConfigError
-        for a saved artifact, CheckpointError for what cannot be merged (nothing has changed then).
+        Weights come from the checkpoint, so nothing of an earlier adapter remains. check_finite: see `Merged`. Raises
+        ConfigError for a saved artifact, CheckpointError for what cannot be merged (nothing has changed then).
         """
         recipe = self._checkpoint("this artifact's adapters are merged into its weights; changing them")
-        self._replace(replace(recipe, source=Merged(recipe.source.folder, loras)), self.plan.schedule)
+        self._replace(replace(recipe, source=Merged(recipe.source.folder, loras, check_finite)), self.plan.schedule)
 
     def _checkpoint(self, why: str) -> Recipe:
         if self.recipe is None:

@@ -30,6 +30,10 @@ class OutOfMemoryError(DeviceError):
     back: whatever raised this can be called again."""
 
 
+class NonFiniteError(TwinFlowError, ArithmeticError):
+    """Images hold NaN or infinity and would be black: damaged weights, or numbers beyond what the dtype holds."""
+
+
 class StorageError(TwinFlowError, OSError):
     """An output could not be written: no space, no permission. Nothing of it is left."""
 

@@ -22,13 +22,14 @@ from .config import (
     SizeRule,
     check_choice,
     check_path,
+    dtype_name,
     parse_bytes,
     resolve_device,
     resolve_dtype,
     resolve_precision,
     understands,
 )
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .families import Family, family_of
 from .host_memory import keep_freed_memory
 from .ops.native import library
@@ -40,6 +41,7 @@ from .planning import precision as precisions
 from .planning.memory_plan import MemoryPlan, plan_memory
 from .runtime import out_of_memory
 from .runtime.capture import Captures, open_captures
+from .runtime.finite import SMALL
 from .runtime.host_state import isolated
 from .sampling.noise import check_batch
 from .sampling.schedule import SamplerConfig, preset, resolve_sampler, schedule
@@ -62,7 +64,7 @@ def load(
     progress: Callable[[str, int], None] | None = None, precision: str | None = None,
     skip_layers: Sequence[str] | str | Path = (), fp8_attention: bool = False, text_precision: str | None = None,
     text_skip_layers: Sequence[str] = (), prompt_cache: int = 0, download: bool = False, capture: str = "auto",
-    batch_invariant: bool = False, memory_budget: int | str | None = None,
+    batch_invariant: bool = False, check_finite: bool = True, memory_budget: int | str | None = None,
     largest: tuple[int | None, int | None, int] | None = None, tile: int | None = None,
     preview: str | Path | None = None,
 ) -> Pipeline:  # fmt: skip
@@ -169,7 +171,7 @@ class Model:
 def _load_folder(folder: Path, asked: Asked) -> Pipeline:
     """Load a folder in diffusers' layout: the passes compile its network."""
     options, network = asked.options, folder / "transformer"
-    checkpoint = Merged(network, asked.loras) if asked.loras else Checkpoint(network)
+    checkpoint = Merged(network, asked.loras, options.check_finite) if asked.loras else Checkpoint(network)
     family = family_of(checkpoint.config)
     dtype = resolve_dtype(asked.dtype, asked.device, checkpoint.main_dtype())
     arithmetic = precisions.resolve(
@@ -223,8 +225,13 @@ def _assemble(
         preview.materialize(device, dtype, StageOptions(captures), asked.progress("preview"))
     pipe = Pipeline(
         text, velocity, vae, model.sizes, model.sampler, model.folder, preview=preview, memory=memory,
-        batch_invariant=options.batch_invariant,
+        batch_invariant=options.batch_invariant, check_finite=options.check_finite,
     )  # fmt: skip
+    if options.check_finite and (found := pipe.damaged(SMALL)) is not None:
+        raise CheckpointError(
+            f"{found[0]}: {found[1]} holds NaN or infinity: damaged, or beyond what {dtype_name(dtype)} holds; get the "
+            "files again, load in another precision, or pass check_finite=False"
+        )
     pipe.warm_up()
     if device.type == "cpu":
         library.release_threads()  # calls may come from other threads than this one

@@ -110,6 +110,11 @@ class LoadOptions:
         "an image's bits do not depend on the images beside it, at the price of what batching gains", "no",
         page="reliability.md",
     ))  # fmt: skip
+    check_finite: bool = field(default=True, metadata=about(
+        "refuse NaN and infinity by name instead of making black images: in constants, small tensors and adapters when "
+        "they are read, in the latents and pixels of every call", "yes", flag="--no-check-finite", action="store_false",
+        page="reliability.md",
+    ))  # fmt: skip
     memory_budget: int | str | None = field(default=None, metadata=about(
         "bytes, or text like 12GB, of device memory (on a CPU: anonymous memory) that the model may take at its peak: "
         "streams weights and decodes in tiles as it takes, decided before anything is loaded", "none", metavar="SIZE",

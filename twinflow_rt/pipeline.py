@@ -30,7 +30,7 @@ from .config import (
     shown,
     understands,
 )
-from .errors import ConfigError, DeviceError
+from .errors import ConfigError, DeviceError, NonFiniteError
 from .plan import Plan
 from .planning import warm_up
 from .planning.memory_plan import MemoryPlan
@@ -38,6 +38,7 @@ from .planning.roofline import StageWork
 from .planning.work import predict_stages
 from .runtime import out_of_memory
 from .runtime.capture import Captures
+from .runtime.finite import FiniteCheck, broken
 from .runtime.forks import Lock
 from .runtime.host_state import isolated
 from .runtime.parallel import Ulysses
@@ -74,18 +75,19 @@ class Pipeline:
     text, velocity, vae: its stages. preview: the decoder of calls with preview=True, or None. sampler: of calls that
     name none. folder: it was loaded from. memory: how it keeps to a budget, or None.
     batch_invariant: whether every image goes through the networks alone, so that its bits are the same in
-    any batch (docs/reliability.md); may be changed between calls.
+    any batch (docs/reliability.md). check_finite: whether latents and pixels that hold NaN or infinity are a
+    NonFiniteError. Both may be changed between calls.
     """
 
     def __init__(
         self, text: TextStage, velocity: VelocityStage[Program], vae: VaeDecoder, sizes: SizeRule,
         sampler: SamplerConfig, folder: Path, *, preview: VaeDecoder | None = None, memory: MemoryPlan | None = None,
-        batch_invariant: bool = False,
+        batch_invariant: bool = False, check_finite: bool = True,
     ) -> None:  # fmt: skip
         self.text, self.velocity, self.vae, self.preview = text, velocity, vae, preview
         self.sizes, self.sampler, self.folder, self.memory = sizes, sampler, folder, memory
         self.device, self.dtype, self.prompts = velocity.device, velocity.dtype, velocity.prompts
-        self.batch_invariant = batch_invariant
+        self.batch_invariant, self.check_finite = batch_invariant, check_finite
         self._lock = Lock("this pipeline")
         self._work: tuple[StageWork, ...] | None = None
         self._probe: PromptEmbeds | None = None  # of the text stage: what embeddings look like
@@ -154,7 +156,7 @@ class Pipeline:
             half as many images at once, down to one. Either way nothing of the failed run is kept.
         preview: decode with the small decoder that the model was loaded with (`load(preview=FOLDER)`).
         Names of diffusers (`num_inference_steps`, `generator`, ...) are taken where they mean the same.
-        Raises ConfigError for arguments that cannot work, CancelledError, OutOfMemoryError.
+        Raises ConfigError for arguments that cannot work, CancelledError, OutOfMemoryError, NonFiniteError.
         """
         check_choice("on_oom", on_oom, ON_OOM)
         if cancel is not None:
@@ -206,15 +208,20 @@ class Pipeline:
 
     def _run(self, request: Request, at_once: int, timer: StageTimer) -> Any:
         """Return the images of a call, `at_once` of them in a network together; tensors are such as autograd takes."""
+        finite = FiniteCheck(self.check_finite)
         with torch.inference_mode():
-            made = self._made(request, at_once, timer)
+            made = self._made(request, at_once, timer, finite)
         if request.output == "latent":
-            return made.clone()
-        with timer("output"):
-            return deliver(made, request.output)
+            result: Any = made.clone()
+        else:
+            with timer("output"):
+                result = deliver(made, request.output)
+        if (found := finite.first()) is not None:  # the device has been waited for, or will be
+            raise self._not_finite(*found, request.seeds)
+        return result
 
-    def _made(self, request: Request, at_once: int, timer: StageTimer) -> Tensor:
-        """Return decoded images, or latents where those are asked for."""
+    def _made(self, request: Request, at_once: int, timer: StageTimer, finite: FiniteCheck) -> Tensor:
+        """Return decoded images, or latents where those are asked for; `finite` notes both."""
         velocity, seeds, size = self.velocity, request.seeds, request.size
         times = schedule(request.sampler, self.dtype)
         self.program.refold(times)
@@ -232,10 +239,35 @@ class Pipeline:
             latents = velocity.sample(
                 noise, contexts, seeds, request.sampler, at_once, timer, request.callback, vae if raw else None
             )
+        finite.note("latents", latents)
         if request.output == "latent":
             return latents
         with timer("decode"):
-            return _decode(vae, latents, request.output, at_once, timer, raw)
+            return _decode(vae, latents, request.output, at_once, timer, raw, finite)
+
+    def damaged(self, most: int | None = None) -> tuple[Path, str] | None:
+        """Return the first of the weights and constants that holds NaN or infinity, as its folder and name, or None.
+        most: elements of the tensors looked at; None: all are read."""
+        stages = [stage for stage in (self.text, self.vae, self.preview) if stage is not None]
+        networks = [(part.checkpoint.folder, part.network) for stage in stages for part in stage.parts]
+        for folder, network in ((self.folder / "transformer", self.program.network), *networks):
+            if (name := broken(network, most)) is not None:
+                return folder, name
+        return None
+
+    def _not_finite(self, what: str, images: list[int], seeds: list[int]) -> NonFiniteError:
+        """Return the error of a call whose `what` is not finite in these images, with the likely cause."""
+        if (found := self.damaged()) is not None:
+            reason = f"{found[1]} of the {found[0].name} does, so its file, or an adapter, is damaged: get it again"
+        else:
+            held, cure = dtype_name(self.dtype), " or 'bf16'" * (self.dtype == torch.float16)
+            reason = f"no weight does, so numbers grew beyond what {held} holds"
+            reason += f": load with precision='fp32'{cure}" * (self.dtype != torch.float32)
+        some = ", ".join(f"number {i} of seed {seeds[i]}" for i in images[:3]) + ", ..." * (len(images) > 3)
+        return NonFiniteError(
+            f"the {what} of {len(images)} of {len(seeds)} images ({some}) hold NaN or infinity, and would be black: "
+            f"{reason}; check_finite=False returns them all the same"
+        )
 
     def _release(self) -> None:
         """Give up what graphs hold, before a call begins again with fewer images."""
@@ -262,7 +294,7 @@ class Pipeline:
         an adapter that cannot be merged, and then nothing has changed.
         """
         with self._lock:
-            self.program.set_loras(resolve_loras(loras))
+            self.program.set_loras(resolve_loras(loras), self.check_finite)
 
     @isolated()
     def warm_up(
@@ -351,8 +383,14 @@ class Pipeline:
             return artifact.write(folder, parts, self.folder, meta)
 
 
-def _decode(vae: VaeDecoder, latents: Tensor, output: str, at_once: int, timer: StageTimer, raw: bool) -> Tensor:
+def _decode(
+    vae: VaeDecoder, latents: Tensor, output: str, at_once: int, timer: StageTimer, raw: bool, finite: FiniteCheck
+) -> Tensor:
     """Return the images of latents: uint8 [B, H, W, 3], or for output "pt" float [B, 3, H, W], nominally in [-1, 1]."""
-    decode = vae.decode if output == "pt" else vae.decode_uint8
-    check = lambda: timer.check("before a tile of its decode stage")
-    return in_parts(lambda part, _: decode(part, raw=raw, check=check), latents, at_once, timer)
+
+    def decode(part: Tensor, _: int) -> Tensor:
+        images = vae.decode(part, raw=raw, check=lambda: timer.check("before a tile of its decode stage"))
+        finite.note("pixels", images)
+        return images if output == "pt" else vae.ops.to_uint8(images)
+
+    return in_parts(decode, latents, at_once, timer)

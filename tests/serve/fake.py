@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from PIL import Image
 
 from twinflow_rt.config import SizeRule
-from twinflow_rt.errors import CancelledError, CheckpointError, ConfigError, DeviceError, TwinFlowError
+from twinflow_rt.errors import CancelledError, CheckpointError, ConfigError, DeviceError, NonFiniteError
 from twinflow_rt.sampling.schedule import preset
 
 
@@ -32,7 +32,7 @@ class FakePipe:
             if prompt == "bad":
                 raise ConfigError("a bad prompt")
             if prompt == "nan":
-                raise TwinFlowError("the image is not finite")
+                raise NonFiniteError("the image is not finite")
             if prompt == "file":
                 raise CheckpointError("/a/secret/path is damaged")
             if prompt == "shapeless":

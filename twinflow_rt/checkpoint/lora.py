@@ -91,13 +91,18 @@ def require_same(merged: Sequence[Lora], asked: Sequence[tuple[Path, float]] | N
 class Merged(Checkpoint):
     """A checkpoint with adapters merged in; reads like the checkpoint alone.
 
-    loras: (path, weight) of each, as `resolve_loras` gives. Raises CheckpointError for what
-    `Checkpoint` and `Adapter` refuse.
+    loras: (path, weight) of each, as `resolve_loras` gives. check_finite: whether NaN and infinity in adapters are
+    refused. Raises CheckpointError for what `Checkpoint` and `Adapter` refuse.
     """
 
-    def __init__(self, folder: str | Path, loras: Sequence[tuple[Path, float]]) -> None:
+    def __init__(
+        self, folder: str | Path, loras: Sequence[tuple[Path, float]], check_finite: bool = True
+    ) -> None:
         super().__init__(folder)
         self.adapters = tuple(Adapter(path, weight, self) for path, weight in loras)
+        if check_finite:
+            for adapter in self.adapters:
+                adapter.require_finite()
         self.loras = tuple(adapter.facts for adapter in self.adapters)
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
@@ -143,6 +148,17 @@ class Adapter:
 
     def __contains__(self, name: str) -> bool:
         return name in self._pairs
+
+    def require_finite(self) -> None:
+        """Raise CheckpointError for factors that hold NaN or infinity, or whose multiplier is beyond float32."""
+        for name, (a, b, factor) in self._pairs.items():
+            if abs(factor) > torch.finfo(torch.float32).max or not all(
+                self._tensors.get_tensor(key).isfinite().all() for key in (a, b)
+            ):
+                raise CheckpointError(
+                    f"{self.path}: what it adds to {name} is NaN or infinity: damaged, or trained so; get it again, or "
+                    "pass check_finite=False"
+                )
 
     def merge(self, name: str, base: Tensor) -> Tensor:
         """Return `base` (float32) plus this adapter's share of tensor `name`, as a new tensor."""

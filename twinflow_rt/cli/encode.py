@@ -16,6 +16,7 @@ from ..checkpoint.atomic import check_target
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.model_folder import model_folder
 from ..config import resolve_device, resolve_dtype, resolve_prompts
+from ..errors import NonFiniteError
 from ..families import family_of
 from ..loading import model_path
 from ..options import LoadOptions, read_arguments
@@ -37,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file to write (default %(default)s); generate takes it as --prompt-embeds",
     )  # fmt: skip
     add_model(parser)
-    add_options(parser, LoadOptions, only=("device", "dtype", "text_precision", "text_skip_layers", "download"))
+    add_options(parser, LoadOptions, only=(
+        "device", "dtype", "text_precision", "text_skip_layers", "check_finite", "download"
+    ))
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -47,9 +50,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = resolve_prompts([*args.prompt, *(row["prompt"] for row in rows)])
     check_target(args.output, "--output")
     began = time.perf_counter()
-    family, text = open_text(args.model, read_arguments(args, LoadOptions))
+    options = read_arguments(args, LoadOptions)
+    family, text = open_text(args.model, options)
     loaded = time.perf_counter()
     embeds = encode(text, prompts)
+    if options.check_finite and not all(x.isfinite().all() for x in (embeds.embeds, *embeds.extras.values())):
+        raise NonFiniteError("these prompts become NaN or infinity, and black images: try --dtype float32")
     write(args.output, embeds, model=args.model, family=family, text=text, prompts=prompts)
     report: dict[str, Any] = {
         "file": str(args.output), "prompts": len(prompts), "tokens": list(embeds.lengths),

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NonFiniteError
 from ..loading import load
 from ..options import LoadOptions, describe
 from ..pipeline import Pipeline
@@ -140,6 +140,10 @@ class Decode:
         offset, divisor = _normalisation(model)
         latents = ((raw.float().cpu() - offset) * divisor).to(model.device)
         images = model.vae.decode(latents).float() / 2 + 0.5
+        if model.check_finite and not images.isfinite().all():
+            raise NonFiniteError(
+                "these latents become pixels of NaN or infinity, and would be black: load the model with dtype float32"
+            )
         return (images.clamp(0, 1).permute(0, 2, 3, 1).contiguous().cpu(),)
 
 
