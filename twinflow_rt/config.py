@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Real
-from typing import Any, ParamSpec, TypeGuard, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = 80
 
 
-# -- one value of a kind: returned as Python's own type, or refused with its name -------------------------------------
+# -- one value of a kind: returned as Python's own type, or (check_*) a ConfigError that names it ----------------------
 
 
 def integer(value: object) -> int | None:
@@ -75,23 +75,18 @@ def items(value: object) -> list[Any] | None:
         return None
 
 
-def is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Return whether `value` is a finite float or an integer, as JSON has them."""
-    return isinstance(value, (int, float)) and number(value) is not None
+def required(found: T | None, name: str, wanted: str, value: object) -> T:
+    """Return `found`, what `value` was read as; raise ConfigError where that is None."""
+    if found is None:
+        raise ConfigError(f"{name} must be {wanted}; got {shown(value)}")
+    return found
 
 
 def check_integer(name: str, value: object, least: int, most: int | None = None) -> int:
-    """Return `value` as an int from `least` to `most`. Raise ConfigError for anything else, as all of these do."""
     found = integer(value)
-    if found is None or found < least or (most is not None and found > most):
-        wanted = {0: "0 or a positive integer", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
-        wanted = wanted if most is None else f"an integer from {least} to {most}"
-        raise ConfigError(f"{name} must be {wanted}; got {shown(value)}")
-    return found
+    fits = found is not None and least <= found and (most is None or found <= most)
+    wanted = f"an integer of at least {least}" if least != 1 else "a positive integer"
+    return required(found if fits else None, name, wanted + f", {most} at most" * (most is not None), value)
 
 
 def check_count(name: str, value: object) -> int:
@@ -99,33 +94,25 @@ def check_count(name: str, value: object) -> int:
 
 
 def check_counts(name: str, value: object) -> tuple[int, ...]:
-    if (found := items(value)) is None:
-        raise ConfigError(f"{name} must be a list of positive integers; got {shown(value)}")
+    found = required(items(value), name, "a list of positive integers", value)
     return tuple(check_count(f"each of {name}", item) for item in found)
 
 
 def check_number(name: str, value: object) -> float:
-    if (found := number(value)) is None:
-        raise ConfigError(f"{name} must be a finite number; got {shown(value)}")
-    return found
+    return required(number(value), name, "a finite number", value)
 
 
 def check_flag(name: str, value: object) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise ConfigError(f"{name} must be True or False; got {shown(value)}")
-    return bool(value)
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {shown(value)}")
-    return str(value)
+    return required(bool(value) if isinstance(value, (bool, np.bool_)) else None, name, "True or False", value)
 
 
 def check_text(name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise ConfigError(f"{name} must be text; got {shown(value)}")
-    return str(value)
+    return required(str(value) if isinstance(value, str) else None, name, "text", value)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
+    known = isinstance(value, str) and value in choices
+    return required(str(value) if known else None, name, f"one of {', '.join(choices)}", value)
 
 
 def check_path(name: str, value: object) -> str:
@@ -134,51 +121,42 @@ def check_path(name: str, value: object) -> str:
         text = os.fspath(value)  # type: ignore[call-overload]
     except Exception:
         text = None
-    if not isinstance(text, str):
-        raise ConfigError(f"{name} must be a path, as text or a pathlib.Path; got {shown(value)}")
-    return text
+    return required(text if isinstance(text, str) else None, name, "a path, as text or a pathlib.Path", value)
 
 
 def check_names(name: str, value: object) -> tuple[str, ...]:
     """Return a tuple of texts, none of them empty."""
     found = items(value)
-    if found is None or not all(isinstance(item, str) and item.strip() for item in found):
-        example = f"; write [{shown(value)}]" if isinstance(value, str) and value.strip() else ""
-        raise ConfigError(f"{name} must be a list of names, none of them empty; got {shown(value)}{example}")
-    return tuple(map(str, found))
+    whole = found is not None and all(isinstance(item, str) and item.strip() for item in found)
+    return required(tuple(found or ()) if whole else None, name, "a list of names, none of them empty", value)
 
 
 def check_names_or_file(name: str, value: object) -> tuple[str, ...] | str:
     """Return the names of a list, or the path of a file of them."""
-    if isinstance(value, os.PathLike) or (isinstance(value, str) and value.strip()):
-        return check_path(name, value)
-    return check_names(name, value)
+    file = isinstance(value, os.PathLike) or (isinstance(value, str) and value.strip())
+    return check_path(name, value) if file else check_names(name, value)
 
 
 def check_callable(name: str, value: Any, parameters: Sequence[str]) -> Any:
     """Return what can be called with `parameters`, as far as its signature tells."""
+    fits = callable(value)
     try:
-        if callable(value):
-            inspect.signature(value).bind(*parameters)
-            return value
+        inspect.signature(value).bind(*parameters)
     except TypeError:
-        pass
+        fits = False
     except Exception:  # some builtins tell no signature
-        return value
-    raise ConfigError(f"{name} must be a function of ({', '.join(parameters)}); got {shown(value)}")
+        pass
+    return required(value if fits else None, name, f"a function of ({', '.join(parameters)})", value)
 
 
 def check_sides(name: str, value: object, *more: str) -> tuple[Any, ...]:
     """Return (height, width), whose values are a model's to judge or None, and a count for each of `more`."""
     found = items(value) or []
     sides = [integer(side) for side in found[:2]]
-    if len(found) != 2 + len(more) or any(
-        side is None and given is not None for side, given in zip(sides, found, strict=False)
-    ):
-        raise ConfigError(f"{name} must be ({', '.join(('height', 'width', *more))}); got {shown(value)}")
+    strange = any(side is None and given is not None for side, given in zip(sides, found, strict=False))
+    fits = len(found) == 2 + len(more) and not strange
+    required(sides if fits else None, name, f"({', '.join(('height', 'width', *more))})", value)
     return *sides, *(check_count(f"{what} in {name}", item) for what, item in zip(more, found[2:], strict=True))
-
-
 
 
 def check_device(name: str, value: Any) -> torch.device:
@@ -322,16 +300,11 @@ def parse_bytes(value: int | str | None, what: str = "memory_budget") -> int | N
             message = f"{what} {shown(value)} is no size; give bytes, or text like '12GB' or '900MiB'"
             raise ConfigError(message) from None
     found = integer(value)
-    if found is None or found <= 0:
-        raise ConfigError(f"{what} must be a positive number of bytes, or text like '12GB'; got {shown(value)}")
-    return found
+    fits = found is not None and found > 0
+    return required(found if fits else None, what, "a positive number of bytes, or text like '12GB'", value)
 
 
 # -- names that callers know from elsewhere ---------------------------------------------------------------------------
-
-
-def is_none(value: object) -> bool:
-    return value is None
 
 
 @dataclass(frozen=True)
@@ -346,7 +319,7 @@ class Elsewhere:
     name: str = ""
     instead: str = ""
     same: Callable[[Any], bool] = lambda value: True
-    idle: Callable[[Any], bool] = is_none
+    idle: Callable[[Any], bool] = lambda value: value is None
     old: bool = False
 
 
@@ -385,43 +358,41 @@ def _no_text(value: object) -> bool:
     return all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
 
 
-def _is_embeds(value: object) -> bool:
-    return type(value).__name__ == "PromptEmbeds"  # of the text stage, which lies above
-
-
 def _is(*values: object) -> Callable[[object], bool]:
     return lambda value: any(value is one or (isinstance(value, str) and value == one) for one in values)
 
 
+def _each(names: str, meant: Elsewhere) -> dict[str, Elsewhere]:
+    return dict.fromkeys(names.split(), meant)
+
+
 GUIDED = "TwinFlow's models need no guidance, one evaluation makes the image; leave it out"
-SCHEDULED = "give nfe=, or sampler=SamplerConfig(...)"
-ADAPTED = "adapters are merged: load(..., loras={path: weight}), or pipe.set_loras"
-WATCHED = "give callback=f(done, total, x0), and cancel=f() to stop"
 OFFLOADED = "load(..., memory_budget='8GB') streams what does not fit"
 CALL_NAMES = {
-    "num_inference_steps": Elsewhere("nfe"),
-    "num_images_per_prompt": Elsewhere("num_images"),
+    "num_inference_steps": Elsewhere("nfe"), "num_images_per_prompt": Elsewhere("num_images"),
     "generator": Elsewhere("seed"),
-    "prompt_embeds": Elsewhere("prompt", "give what pipe.text or pipe.read_embeds returns", _is_embeds),
+    "prompt_embeds": Elsewhere(
+        "prompt", "give what pipe.text or pipe.read_embeds returns", lambda value: "Embeds" in type(value).__name__
+    ),
     "output_type": Elsewhere(
         "output", "give output='pil', 'np' (uint8 here), 'pt' or 'latent' (normalised)", _is("pil", "pt")
     ),
-    "guidance_scale": Elsewhere(instead=GUIDED, idle=_no_guidance),
-    "true_cfg_scale": Elsewhere(instead=GUIDED, idle=_no_guidance),
-    "negative_prompt": Elsewhere(instead=GUIDED, idle=_no_text),
-    "negative_prompt_embeds": Elsewhere(instead=GUIDED),
+    **_each("guidance_scale true_cfg_scale", Elsewhere(instead=GUIDED, idle=_no_guidance)),
+    **_each("negative_prompt negative_prompt_embeds", Elsewhere(instead=GUIDED, idle=_no_text)),
     "return_dict": Elsewhere(instead="a Result is indexed: pipe(...)[0] is an image", idle=_is(None, True)),
     "latents": Elsewhere(instead="noise follows from seed=, one for each image"),
     "max_sequence_length": Elsewhere(instead="prompts are read to pipe.text.max_tokens tokens; leave it out"),
-    "timesteps": Elsewhere(instead=SCHEDULED), "sigmas": Elsewhere(instead=SCHEDULED),
-    "attention_kwargs": Elsewhere(instead=ADAPTED), "joint_attention_kwargs": Elsewhere(instead=ADAPTED),
-    "cross_attention_kwargs": Elsewhere(instead=ADAPTED), "callback_on_step_end": Elsewhere(instead=WATCHED),
-    "callback_on_step_end_tensor_inputs": Elsewhere(instead=WATCHED),
+    **_each("timesteps sigmas", Elsewhere(instead="give nfe=, or sampler=SamplerConfig(...)")),
+    **_each("attention_kwargs joint_attention_kwargs cross_attention_kwargs", Elsewhere(
+        instead="adapters are merged: load(..., loras={path: weight}), or pipe.set_loras"
+    )),
+    **_each("callback_on_step_end callback_on_step_end_tensor_inputs", Elsewhere(
+        instead="give callback=f(done, total, x0), and cancel=f() to stop"
+    )),
 }  # fmt: skip
 LOAD_NAMES = {
     "exempt": Elsewhere("skip_layers", old=True), "text_exempt": Elsewhere("text_skip_layers", old=True),
-    "pretrained_model_name_or_path": Elsewhere("path"),
-    "torch_dtype": Elsewhere("dtype", idle=_is(None, "auto")),
+    "pretrained_model_name_or_path": Elsewhere("path"), "torch_dtype": Elsewhere("dtype", idle=_is(None, "auto")),
     "device_map": Elsewhere("device", f"one device, device='cuda:0'; {OFFLOADED}", _is("cpu", "cuda")),
     "revision": Elsewhere(instead="write it behind the name, hf://owner/name@revision", idle=_is(None, "main")),
     "subfolder": Elsewhere(instead="write it into the path, hf://owner/name/subfolder", idle=_is(None, "")),
@@ -432,9 +403,9 @@ LOAD_NAMES = {
     "use_safetensors": Elsewhere(instead="only safetensors are read; convert the model", idle=_is(None, True)),
     "trust_remote_code": Elsewhere(instead="no code of a model is run; leave it out", idle=_is(None, False)),
     "quantization_config": Elsewhere(instead="give precision='int8' or 'fp8'"),
-    "max_memory": Elsewhere(instead=OFFLOADED), "offload_folder": Elsewhere(instead=OFFLOADED),
     "low_cpu_mem_usage": Elsewhere(instead="it always is", idle=_is(None, True, False)),
     "safety_checker": Elsewhere(instead="there is none; leave it out"),
+    **_each("max_memory offload_folder", Elsewhere(instead=OFFLOADED)),
 }  # fmt: skip
 METHODS = {
     "enable_model_cpu_offload": OFFLOADED, "enable_sequential_cpu_offload": OFFLOADED,

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import check_path, is_number, items, number, shown
+from ..config import check_path, items, number, shown
 from ..errors import CheckpointError, ConfigError
 from .artifact import sha256
 from .checkpoint import Checkpoint
@@ -138,7 +138,7 @@ class Adapter:
             if "alpha" in keys:
                 stored = read_tensor(self._tensors, keys["alpha"])
                 alpha = stored.item() if stored.numel() == 1 else f"of shape {tuple(stored.shape)}"
-            if not (alpha is None or is_number(alpha)):
+            if alpha is not None and number(alpha) is None:
                 raise CheckpointError(
                     f"{self.path}: the alpha of {module} is {alpha!r:.40}, not a finite number; save it again"
                 )

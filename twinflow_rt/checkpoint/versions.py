@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import is_integer
+from ..config import integer
 
 
 def refusal(what: object, found: Any, reads: int, remedy: str) -> str:
@@ -12,7 +12,7 @@ def refusal(what: object, found: Any, reads: int, remedy: str) -> str:
 
     remedy: what to do about an older file; a newer one wants a newer twinflow_rt.
     """
-    newer = is_integer(found) and found > reads
+    newer = (integer(found) or 0) > reads
     return (
         f"{what} has schema {found!r:.40}{', newer than this version' if newer else ''}, which reads {reads}: "
         + ("upgrade twinflow_rt" if newer else remedy)
