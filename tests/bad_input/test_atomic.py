@@ -275,6 +275,7 @@ IN_PLACE = {
     "serve/app.py": "to memory", "serve/batch.py": "to memory", "stages/result.py": "to memory",
     "stages/embeds_file.py": "to the name that `replacing` gives",
     "training/autoencoder.py": "inside `new_folder`", "training/demo.py": "to the name that `replacing` gives",
+    "training/own_samples.py": "to the name that `replacing` gives",
     "training/export.py": "inside `new_folder`",
     "training/trainer.py": "to the name that `replacing` gives; the curve grows line by line",
 }  # fmt: skip

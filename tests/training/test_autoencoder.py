@@ -10,7 +10,14 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from twinflow_rt.training.autoencoder import Autoencoder, encode_images, load_autoencoder, to_tensor, train_autoencoder
+from twinflow_rt.training.autoencoder import (
+    Autoencoder,
+    edge_weights,
+    encode_images,
+    load_autoencoder,
+    to_tensor,
+    train_autoencoder,
+)
 from twinflow_rt.training.scenes import KINDS, prompts, render
 
 
@@ -32,6 +39,13 @@ def test_range_and_layout_of_the_input():
     x = to_tensor(pixels)
     assert x.shape == (1, 3, 2, 3) and x.dtype == torch.float32
     torch.testing.assert_close(x[0, :, 1, 2], torch.tensor([1.0, -1.0, -0.6]))
+
+
+def test_corners_count_for_what_they_are_worth():
+    weights = edge_weights(torch.zeros(1, 3, 6, 8))
+    assert weights.shape == (6, 8) and weights.mean().item() == pytest.approx(1)
+    assert (weights[0, 0] / weights[2, 2]).item() == pytest.approx(36)
+    assert (weights[-1, 3] / weights[2, 2]).item() == (weights[3, 0] / weights[2, 2]).item() == pytest.approx(6)
 
 
 def test_loss_falls_on_a_small_batch():

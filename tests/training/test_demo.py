@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
-from twinflow_rt.training.demo import RECIPES, train
+from twinflow_rt.training.demo import RECIPES, DemoModel, LatentData, Prompts, deepen, train
+from twinflow_rt.training.text import Captions, build_tokenizer
 from twinflow_rt.training.trainer import Trainer, TrainerConfig
 
 TINY = replace(
     RECIPES["twinflow"], scenes=16, autoencoder_steps=1, text_steps=2, flow_steps=2, flow_batch=4,
-    settle_steps=2, settle_batch=4, last_steps=2, last_batch=4,
+    settle_steps=2, settle_batch=4, samples=3, sample_steps=2, warm_steps=2, warm_batch=4, last_steps=2, last_batch=4,
 )  # fmt: skip
 
 
@@ -59,6 +60,37 @@ def test_the_same_seed_gives_the_same_model_resumed_or_not(trained, tmp_path):
 def test_a_folder_belongs_to_one_recipe(trained):
     with pytest.raises(ConfigError, match="another recipe"):
         train(trained[0], replace(TINY, seed=1), quiet)
+
+
+def test_a_deeper_model_starts_as_the_same_function():
+    torch.manual_seed(0)
+    model = DemoModel(512, 2)
+    for name, p in model.network.named_parameters():
+        if "adaLN" in name or "all_final_layer" in name:  # zeros at first, under which every network is the same
+            nn.init.normal_(p, std=0.1)
+    deep = deepen(model, 5)
+    x, t, cond = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 1.0]), (torch.randn(2, 32, 96), torch.tensor([32, 5]))
+    assert len(deep.network.layers) == 5
+    torch.testing.assert_close(deep(x, t, 0.5 * t, cond), model(x, t, 0.5 * t, cond), atol=1e-5, rtol=1e-5)
+    deep(x, t, t, cond).square().mean().backward()
+    assert deep.network.layers[1].adaLN_modulation[0].weight.grad.abs().max() > 0  # and the copies can learn
+
+
+def test_prompts_are_encoded_once_and_are_the_encoders():
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(0)
+    model, captions = DemoModel(len(tokenizer), 1), Captions(tokenizer)
+    texts = ["a red circle", "two blue squares", "a red circle", "a cross left of a triangle"]
+    ids, lengths = captions.tokenize(texts)
+    data = LatentData(torch.zeros(4, 4, 16, 16), ids, lengths, captions.tokenize([""]))
+    prompts = Prompts(model, data)
+    assert len(prompts.embeds) == 4  # three captions and the empty one
+    embeds, counts = prompts(torch.tensor([3, 0, 2, -1]))
+    for row, text in enumerate([texts[3], texts[0], texts[2], ""]):
+        with torch.no_grad():
+            expected, (n,) = model.embed(*captions.tokenize([text]))
+        assert counts[row] == n
+        torch.testing.assert_close(embeds[row, :n], expected[0, :n], atol=1e-5, rtol=1e-5)
 
 
 def toy(folder, log=quiet) -> Trainer:

@@ -9,7 +9,9 @@ from pathlib import Path
 from ..options import LoadOptions
 from ..options import add_arguments as add_options
 
-STEPS = ("scenes", "autoencoder_steps", "text_steps", "flow_steps", "settle_steps", "last_steps")
+STEPS = (
+    "scenes", "autoencoder_steps", "text_steps", "flow_steps", "settle_steps", "samples", "warm_steps", "last_steps",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

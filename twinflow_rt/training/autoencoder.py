@@ -21,6 +21,7 @@ CONFIG = dict(
 )  # fmt: skip
 KL_WEIGHT = 1e-4
 LATENT_NOISE = 0.05  # the decoder must bear what a one-step generator gets slightly wrong
+EDGE = 6.0  # weight of the outermost rows and columns (corners: squared), which zero padding makes the hardest to learn
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -29,7 +30,8 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 
 class Autoencoder(nn.Module):
-    """AutoencoderKL with its loss: L1 + small KL; `seed` and the step count fix every batch."""
+    """AutoencoderKL with its loss: L1, heavier at the image's edge, + small KL; `seed` and the step count fix every
+    batch. Under plain L1 a corner, one pixel of 4,096 that sees four taps of nine, keeps a tint (35 of 255)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +47,16 @@ class Autoencoder(nn.Module):
         error = reconstruction - images
         kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         psnr = 20 * np.log10(2) - 10 * error.detach().square().mean().log10()
-        return error.abs().mean() + KL_WEIGHT * kl, {"psnr": psnr}
+        return (error.abs() * edge_weights(images)).mean() + KL_WEIGHT * kl, {"psnr": psnr}
+
+
+def edge_weights(images: Tensor) -> Tensor:
+    """Return [H, W]: 1 inside, EDGE along the four sides, its square in the corners; of mean 1."""
+    rows, columns = (torch.ones(n, device=images.device) for n in images.shape[-2:])
+    for side in (rows, columns):
+        side[[0, -1]] = EDGE
+    weights = rows[:, None] * columns
+    return weights / weights.mean()
 
 
 def _draw(batch: int, device: torch.device | str = "cpu") -> Tensor:

@@ -3,17 +3,20 @@
 Every batch is split in four parts, all evaluated in one forward pass at (x_t, t, tt):
 
     e2e  t = 1, tt = 0             the one-step map, also pulled by the rectification term
-    mul  tt just below t           the ordinary velocity (flow matching)
-    any  tt uniform in [0, t]      any-step jumps, consistent with two shorter ones (RCGM)
+    mul  tt just below t           the ordinary velocity (flow matching), for a share of samples without their prompt
+    any  tt uniform in [0, t], or 0  any-step jumps, consistent with two shorter ones (RCGM)
     twin x = the model's own one-step samples, times flagged as the twin (fake) trajectory
 
 The base loss regresses F on z - x, for jumps replaced by the RCGM target (arXiv 2505.07447's continuous limit by finite
 differences of `delta`, residual clamped to +-1). The rectification term moves one-step samples along clamp(v_twin -
 v_real, +-1): where the velocities of the model's own distribution and of the data agree, nothing pulls.
 
-How the twin is flagged. The paper uses (-t, -t). Z-Image's two-time embedding depends on |s| and
-s - s2 only (see models/z_image.py), for which (-t, -t) and (t, t) are the same input; (t, -t) is
-the nearest flag it can see, so `twin_times` returns that.
+How times are flagged. The paper marks the twin by (-t, -t). Z-Image's two-time embedding depends on |s| and s - s2 only
+(see models/transformers/z_image.py), for which (-t, -t) and (t, t) are one input; and as sign(0) = 0 gives s2 = 0, the
+jump to the end (t, 0) has s - s2 = 1 - t, of the sign that (t, -t) would have, which moreover fades as t -> 1.
+`twin_times` returns (t, t - 1), for which s - s2 = 1 at every t. As (1, 0) and (1, 1) are one input, too, velocities
+stay below `latest`, also those that guide the one-step map. Few-step sampling takes (t, 0): a share of the jumps ends
+there.
 """
 
 from __future__ import annotations
@@ -41,6 +44,9 @@ class ObjectiveConfig:
     guidance: float = 0.5  # target += guidance * (v_cond - v_uncond), 0 = off
     rectify: float = 0.5  # weight of the rectification term
     clamp: float = 1.0
+    to_end: float = 0.5  # share of "any" that jumps to tt = 0 exactly, an input of its own
+    latest: float = 0.99  # largest t of velocities: t = 1 is the one-step map's
+    drop_prompt: float = 0.1  # share of "mul" with the empty prompt, without which guidance would compare with nothing
 
 
 def flow_matching_loss(velocity: Velocity, x: Tensor, t: Tensor, cond: object) -> Tensor:
@@ -51,26 +57,27 @@ def flow_matching_loss(velocity: Velocity, x: Tensor, t: Tensor, cond: object) -
 
 def twin_times(t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the (t, tt) that mark time t of the twin trajectory for Z-Image's embedder."""
-    return t, -t
+    return t, t - 1
 
 
 class TwinFlowObjective:
     """Computes the loss of one batch; `target` is the EMA copy that supplies regression targets.
 
-    velocity, target: see `Velocity`. pick(cond, mask) selects samples of a condition; drop(cond)
-    gives the unconditional one for guidance.
+    velocity, target: see `Velocity`. pick(cond, mask) selects samples of a condition; drop(cond, mask) gives the
+    condition with the masked samples' prompts replaced by the empty one.
     """
 
     def __init__(
         self, velocity: Velocity, target: Velocity, config: ObjectiveConfig,
-        pick: Callable[[object, Tensor], object], drop: Callable[[object], object],
+        pick: Callable[[object, Tensor], object], drop: Callable[[object, Tensor], object],
     ) -> None:  # fmt: skip
         self.velocity, self.target, self.config, self.pick, self.drop = velocity, target, config, pick, drop
 
     def __call__(self, x: Tensor, cond: object) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (loss, detached parts by name). x: clean latents [B, C, H, W] float32, B >= 4."""
         cfg = self.config
-        e2e, _, jump, twin = masks = self._split(len(x), x.device)
+        e2e, mul, jump, twin = masks = self._split(len(x), x.device)
+        cond = self.drop(cond, mul & (torch.rand(len(x), device=x.device) < cfg.drop_prompt))
         with torch.no_grad():
             x, t, tt = self._inputs(x, cond, masks)
             z = torch.randn_like(x)
@@ -88,7 +95,7 @@ class TwinFlowObjective:
             )
             weight = torch.tan((1 - (t - tt).clamp_min(0)) * math.pi / 2.5) + 1
             weight = torch.where(twin, 1.0, weight)
-        base = (_balanced(velocity - target) * weight).mean()
+        base = (balanced(velocity - target) * weight).mean()
         loss, parts = base, {"base": base.detach()}
         if cfg.rectify and e2e.any():
             rectify = self._rectify(x_t[e2e], velocity[e2e], self.pick(cond, e2e))
@@ -104,12 +111,14 @@ class TwinFlowObjective:
 
     def _inputs(self, x: Tensor, cond: object, masks: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean latents (the twin part replaced by own one-step samples) and times t, tt [B]."""
-        e2e, mul, _, twin = masks
+        e2e, mul, jump, twin = masks
         a, b = (torch.tensor(v, device=x.device) for v in self.config.time_beta)
-        t = torch.distributions.Beta(a, b).sample((len(x),)).clamp(1e-3, 1)
+        t = torch.distributions.Beta(a, b).sample((len(x),)).clamp(1e-3, 1) * self.config.latest
         span = torch.where(mul, 0.05, 1.0)
         tt = t - torch.rand_like(t) * span * t
-        t, tt = torch.where(e2e, 1.0, t), torch.where(e2e, 0.0, tt)
+        tt = torch.where(jump & (torch.rand_like(t) < self.config.to_end), 0.0, tt)
+        # samplers of a few steps start at 0.999
+        t, tt = torch.where(e2e, 1 - 1e-3 * torch.rand_like(t), t), torch.where(e2e, 0.0, tt)
         tt = torch.where(twin, t, tt)
         if twin.any():
             z = torch.randn_like(x[twin])
@@ -120,7 +129,9 @@ class TwinFlowObjective:
 
     def _guide(self, x_t: Tensor, t: Tensor, cond: object) -> Tensor:
         """Correct the target by classifier-free guidance (arXiv 2207.12598)."""
-        return self.config.guidance * (self.target(x_t, t, t, cond) - self.target(x_t, t, t, self.drop(cond)))
+        t, every = t.clamp_max(self.config.latest), torch.ones_like(t, dtype=torch.bool)
+        empty = self.drop(cond, every)
+        return self.config.guidance * (self.target(x_t, t, t, cond) - self.target(x_t, t, t, empty))
 
     def _rcgm_target(
         self, velocity: Tensor, target: Tensor, x_t: Tensor, t: Tensor, tt: Tensor, cond: object
@@ -143,11 +154,11 @@ class TwinFlowObjective:
         """Return the loss whose gradient moves F along clamp(v_twin - v_real) at random times of the samples z - F."""
         with torch.no_grad():
             x = z - velocity
-            t = torch.rand(len(x), device=x.device)
+            t = torch.rand(len(x), device=x.device) * self.config.latest
             x_t = _mix(x, torch.randn_like(x), t)
             difference = self.velocity(x_t, *twin_times(t), cond) - self.velocity(x_t, t, t, cond)
             target = velocity - difference.clamp(-self.config.clamp, self.config.clamp)
-        return _balanced(velocity - target).mean()
+        return (velocity - target).square().mean()  # unlike `balanced`, ends to pull as the two velocities meet
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -158,7 +169,7 @@ def _mix(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
     return _wide(t) * z + _wide(1 - t) * x
 
 
-def _balanced(error: Tensor, c: float = 1e-3) -> Tensor:
+def balanced(error: Tensor, c: float = 1e-3) -> Tensor:
     """Return the per-sample robust loss [B]: mse weighted by 1 / sqrt(mse + c^2), weight detached (Barron's
     general loss at alpha = 1, arXiv 1701.03077), so that easy and hard times pull alike."""
     mse = error.square().flatten(1).mean(1)
