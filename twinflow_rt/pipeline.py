@@ -190,14 +190,14 @@ class Pipeline:
             self._checked_embeds(prompt) if isinstance(prompt, PromptEmbeds) else resolve_prompts(prompt)
         )
         resolved, config = self.sizes.resolve(*size), resolve_sampler(nfe, sampler) or self.sampler
-        check_batch(len(prompts) * num_images)
-        seeds = resolve_seeds(seed, len(prompts) * num_images)
-        if (sequence := self.program.sequence) is not None:
-            seeds = sequence.agree(seeds)
+        check_batch(images := len(prompts) * num_images)
         if self.memory is not None:
-            self.memory.require(*resolved, len(seeds))
+            self.memory.require(*resolved, images)
         if preview and self.preview is None:
             raise ConfigError("preview=True needs a preview decoder: load(..., preview=FOLDER) with an AutoencoderTiny")
+        seeds = resolve_seeds(seed, images)  # last: it takes a generator for used
+        if (sequence := self.program.sequence) is not None:
+            seeds = sequence.agree(seeds)
         return Request(prompts, num_images, resolved, seeds, config, output, callback, preview)
 
     def _checked_embeds(self, embeds: PromptEmbeds) -> PromptEmbeds:

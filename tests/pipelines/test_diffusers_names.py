@@ -41,7 +41,7 @@ def test_generators_are_their_seed_once(pipe):
     with pytest.raises(ConfigError, match="drawn numbers before: make a new one"):
         pipe("a", generator=generator, **SMALL)
     fresh = seeded(8)
-    for wrong in ({"num_images": 2}, {"nfe": 0}, {"width": 17}, {"output": "x"}):
+    for wrong in ({"num_images": 2}, {"nfe": 0}, {"width": 17}, {"output": "x"}, {"preview": True}):
         with pytest.raises(ConfigError):
             pipe("a", generator=fresh, **{**SMALL, **wrong})
     assert pipe("a", generator=fresh, **SMALL).seeds == [8]  # calls that were refused took nothing from it
