@@ -9,6 +9,8 @@ import os
 import resource
 import sys
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 STATUS = "/proc/self/status"
@@ -16,6 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
 DEFAULT_THRESHOLD = 128 << 10  # glibc's, both
 HUGE = 4 << 20  # bytes: smaller blocks have few huge pages, or none
+MARGIN, MARGIN_OF_THREAD = 256 << 20, 80 << 20  # bytes, see `address_space_margin`
 MADV_HUGEPAGE = 14  # of Linux' mman.h
 
 
@@ -54,6 +57,33 @@ def anonymous_bytes() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
         resident, shared = map(int, file.read().split()[1:3])
     return (resident - shared) * resource.getpagesize()
+
+
+def lacking_address_space(needed: int) -> str | None:
+    """Return what is lacking where a limit (`ulimit -v`) leaves this process less than `needed` bytes, or None."""
+    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], status_bytes("VmSize")
+    if limit == resource.RLIM_INFINITY or used is None or limit - used >= needed:
+        return None
+    least = (-(-(used + needed) >> 24) + 1 << 24) // 1024  # in `ulimit -v`'s KB; what is used differs between runs
+    left = max(limit - used, 0)
+    return f"{left >> 20:,} of {needed >> 20:,} MB of address space are left; raise `ulimit -v` to at least {least}"
+
+
+def address_space_margin(threads: int) -> int:
+    """Return the bytes of address space that a process with torch needs beside a model's files and its images.
+
+    Threads have a stack and an arena of malloc's each; code is made for every shape. With less, oneDNN's generator ends
+    the process by a segmentation fault, and other libraries by messages of their own. Measured with the miniature: 231
+    MB with one thread, 303 with two (docs/reliability.md).
+    """
+    return MARGIN + threads * MARGIN_OF_THREAD
+
+
+def torch_bytes() -> int:
+    """Return how much address space importing torch takes at least, without importing it; 0 where it is imported."""
+    spec = None if "torch" in sys.modules else find_spec("torch")
+    places = (spec and spec.submodule_search_locations) or ()
+    return sum(file.stat().st_size for place in places for file in Path(place, "lib").glob("*.so*"))
 
 
 def release_free_memory() -> None:

@@ -78,7 +78,11 @@ def load(
     given = locals()  # the arguments alone: nothing else has a name yet
     asked = Asked.of(LoadOptions(**{option.name: given[option.name] for option in fields(LoadOptions)}))
     folder = model_folder(model_path(path, download))
-    return _load_artifact(folder, asked) if artifact.is_artifact(folder) else _load_folder(folder, asked)
+    files = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+    out_of_memory.require_address_space("loading", files)
+    pipe = _load_artifact(folder, asked) if artifact.is_artifact(folder) else _load_folder(folder, asked)
+    out_of_memory.require_address_space("generating, after loading,", threads=False)
+    return pipe
 
 
 load.__doc__ = (load.__doc__ or "").replace(

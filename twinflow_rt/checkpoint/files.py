@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, OutOfMemoryError
 
 MAX_TEXT = 64 << 20  # bytes; the largest in use, tokenizers of 260,000 tokens, have 34 MB
 MAX_HEADER = 25 << 20  # bytes; 20-billion-parameter networks need 0.3 MB
@@ -115,6 +115,8 @@ def open_tensors(path: Path) -> Any:
     try:
         _check_header(path)
         return safe_open(path, framework="pt", device="cpu")
+    except MemoryError as error:
+        raise OutOfMemoryError(f"{path} cannot be mapped ({error}); free some memory, or raise `ulimit -v`") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from None
 

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import TwinFlowError
+from ..host_memory import address_space_margin, lacking_address_space, torch_bytes
 
 COMMANDS = {
     "generate": "Generate images from prompts.",
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 2 for a TwinFlowError (a full disk among them), 1 for
     any other OSError (a port in use), 130 when interrupted. Errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not {"-h", "--help"} & {*argv} and (lack := lacking_address_space(torch_bytes() + address_space_margin(1))):
+        print(f"twinflow-rt: too little memory to start ({lack})", file=sys.stderr)
+        return 2
     args = build_parser(argv).parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # names of files may be no Unicode, and terminals no UTF-8
         if isinstance(stream, io.TextIOWrapper):

@@ -28,6 +28,8 @@ def reading(where: str) -> Iterator[None]:
     except TwinFlowError:
         raise
     except BROKEN as error:
+        if "allocate memory" in str(error):  # which is not the file's fault
+            raise
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"{where} describes no network that can be built ({reason:.200}); download it again"

@@ -19,14 +19,17 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from ..errors import OutOfMemoryError
-from ..host_memory import release_free_memory
+from ..host_memory import address_space_margin, lacking_address_space, release_free_memory
 from .forks import caller, working_for
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 ONEDNN = "could not create a primitive"
-ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "std::bad_alloc", "can't start new thread", ONEDNN)
+ALLOCATORS = (
+    "DefaultCPUAllocator", "not enough memory", "std::bad_alloc", "can't start new thread", "Cannot allocate memory",
+    "failed to map segment", ONEDNN,
+)  # fmt: skip
 
 _thread = threading.local()
 
@@ -37,9 +40,18 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     message = str(error)
     # "could not create a primitive descriptor" is another failure: an operation that does not exist
-    return isinstance(error, RuntimeError) and any(
+    return isinstance(error, (RuntimeError, OSError, ImportError)) and any(
         text in message and f"{text} descriptor" not in message for text in ALLOCATORS
     )
+
+
+def require_address_space(doing: str, files: int = 0, *, threads: bool = True) -> None:
+    """Raise OutOfMemoryError where a limit on this process's address space leaves less than `files` bytes to map and
+    the margin within which libraries end the process. threads: whether torch's are still to be started."""
+    needed = files + address_space_margin(torch.get_num_threads() if threads else 0)
+    if lack := lacking_address_space(needed):
+        fewer = ", or set OMP_NUM_THREADS lower" if threads else ""
+        raise OutOfMemoryError(f"{doing} needs more memory than is free ({lack}{fewer})")
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
@@ -50,7 +62,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
     """
     try:
         return _run(work), None
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError, ImportError) as error:
         if not is_out_of_memory(error):
             raise
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
