@@ -24,6 +24,7 @@ from .stages.vae import VaeDecoder
 
 QWEN_IMAGE_DEFAULT = 83  # tokens per axis: 1328 pixels, the square that Qwen-Image was released for
 QWEN_IMAGE_LARGEST = 256  # tokens per axis: 4096 pixels
+CONNECTOR = "connector"  # OpenUni's folder, whose config.json names no kind
 SANA_LARGEST = 4096  # pixels per axis: the largest that SANA was published for
 
 
@@ -164,7 +165,7 @@ def sana() -> Family:
     from .models.transformers.sana import LAYOUT, SanaConfig, SanaTransformer
 
     def text(folder: Path, config: SanaConfig) -> TextStage:
-        if (folder / "connector").is_dir():
+        if (folder / CONNECTOR).is_dir():
             return OpenUniText(folder, openuni.LANGUAGE, openuni.CONNECTOR)
         return SanaText(folder, gemma2.MODEL)
 
@@ -176,7 +177,8 @@ def sana() -> Family:
         )
         return SizeRule(vae.scale, SANA_LARGEST, SANA_LARGEST, default=config.sample_size * vae.scale)
 
-    parts = {"gemma2": gemma2.MODEL, "AutoencoderDC": autoencoder_dc.MODEL}
+    parts = {"gemma2": gemma2.MODEL, "AutoencoderDC": autoencoder_dc.MODEL, CONNECTOR: openuni.CONNECTOR}
+    parts |= {"qwen2": openuni.LANGUAGE, "internvl_chat": openuni.LANGUAGE}
     return Family("sana", SanaConfig, SanaTransformer, LAYOUT, autoencoder_dc.MODEL, parts, text, sizes)
 
 

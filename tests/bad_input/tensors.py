@@ -57,11 +57,11 @@ BAD: dict[str, tuple[bytes, str]] = {
     "dtype of 3": (tensor_file({"a": {**GOOD["a"], "dtype": 3}}, bytes(8)), "no safetensors file"),
     "no dtype": (tensor_file({"a": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)), "no safetensors file"),
     "metadata of numbers": (tensor_file({"__metadata__": {"a": 1}, **GOOD}, bytes(8)), "no safetensors file"),
-    "a zip, as torch.save writes it": (b"PK\x03\x04" + bytes(200), "truncated or no safetensors file"),
+    "a zip, as torch.save writes it": (b"PK\x03\x04" + bytes(200), "is a pickle of torch.save, which can run code"),
     "a pickle": (b"\x80\x04\x95" + bytes(200), "truncated or no safetensors file"),
-    "GGUF": (b"GGUF\x03" + bytes(200), "truncated or no safetensors file"),
-    "a web page": (b"<!doctype html><html><body>404</body></html>", "truncated or no safetensors file"),
+    "GGUF": (b"GGUF\x03" + bytes(200), "is a GGUF file, which is not read yet"),
+    "a web page": (b"<!doctype html><html><body>404</body></html>", "is a web page in place of the file"),
     "a pointer of git lfs": (
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "truncated or no safetensors file"
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a Git LFS pointer .* `git lfs pull`"
     ),
 }  # fmt: skip

@@ -338,6 +338,41 @@ def test_shards_that_are_links_out(source, model, capsys):
     inspect(model, "outside the model folder", capsys)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
+FOREIGN = {
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file, which is not read yet; get these weights as safetensors"),
+    "LFS": (LFS, "is a Git LFS pointer in place of the file; download that with `git lfs pull`"),
+    "a pickle": (b"PK\3\4" + bytes(64), "is a pickle of torch.save.*convert it with safetensors"),
+    "a page": (b"\n<!DOCTYPE html><html>", "is a web page in place of the file; download the file itself"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FOREIGN.values(), ids=FOREIGN)
+@pytest.mark.parametrize("file", ["transformer/" + WEIGHTS, "text_encoder/model.safetensors", VAE])
+def test_files_of_another_kind_are_named(model, capsys, file, content, message):
+    (model / file).write_bytes(content)
+    inspect(model, f"{file} {message}", capsys)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizers_that_are_lfs_pointers(model, capsys, file):
+    (model / "tokenizer" / file).write_bytes(LFS)
+    inspect(model, "is a Git LFS pointer", capsys)
+
+
+@pytest.mark.parametrize("file", [T, TEXT, VAE])
+@pytest.mark.parametrize(("found", "by"), [({"quant_method": "gptq", "bits": 4}, "gptq"), ("x", "another library")])
+def test_weights_that_are_quantized_already(model, capsys, file, found, by):
+    edit_json(model / file, quantization_config=found)
+    inspect(model, f"quantization_config says that the weights are quantized by {by}.*precision='int8'", capsys)
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_an_empty_quantization_is_none(model, nothing):
+    edit_json(model / T, quantization_config=nothing)
+    load(model, device="cpu")
+
+
 # -- tensors ----------------------------------------------------------------------------------------
 
 KEY = "layers.0.attention.to_q.weight"

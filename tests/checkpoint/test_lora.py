@@ -96,6 +96,7 @@ NAMINGS = {
     "diffusers": "transformer.{}.lora_{}.weight", "bare": "{}.lora_{}.weight",
     "peft": "base_model.model.{}.lora_{}.weight",
     "peft with its adapter's name": "base_model.model.{}.lora_{}.default.weight",
+    "peft with another name": "transformer.{}.lora_{}.default_0.weight",
     "original": "diffusion_model.{}.lora_{}.weight",
 }  # fmt: skip
 
@@ -273,6 +274,10 @@ REFUSALS = [
     (lambda path: save_file({**load_file(path), A.replace("transformer.", ""): torch.ones(3, 48),
                              A.replace("transformer.", "").replace("_A", "_B"): torch.ones(48, 3)}, path),
      "two adapters for layers.0.attention.to_k"),
+    (lambda path: save_file({k.replace(".weight", f".{name}.weight"): v.clone() for k, v in load_file(path).items()
+                             for name in ("default_0", "default_1")}, path),
+     r"holds several adapters \(default_0, default_1\); save each in its own file"),
+    (lambda path: path.write_bytes(b"GGUF" + bytes(64)), "is a GGUF file, which is not read yet"),
 ]  # fmt: skip
 
 
@@ -290,7 +295,32 @@ def test_pickles_are_never_opened(checkpoint, tmp_path):
     path.write_bytes(b"\x80\x04.")
     with pytest.raises(CheckpointError, match="is a pickle, which can run code"):
         Adapter(path, 1.0, checkpoint)
-    with pytest.raises(CheckpointError, match=r"must hold one of pytorch_lora_weights.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds only pickles \(a.bin\), which can run code"):
+        Adapter(tmp_path, 1.0, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["adapter_model.safetensors", "style.safetensors", "default_0/adapter_model.safetensors", "a/x.safetensors"],
+)
+def test_folders_that_hold_one_adapter(checkpoint, tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    pairs = factors(checkpoint)
+    write(tmp_path / place, pairs, NAMINGS["peft"])
+    (tmp_path / place).with_name("adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 6}))
+    check_scale(checkpoint, tmp_path, pairs, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("a/x.safetensors", "b/x.safetensors"), "holds a/x.safetensors, b/x.safetensors; name the one to merge"),
+     (("x.safetensors", "y.safetensors"), "holds x.safetensors, y.safetensors; name"), ((), "holds no adapter; give")],
+)  # fmt: skip
+def test_folders_that_hold_none_or_several(checkpoint, tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, factors(checkpoint))
+    with pytest.raises(CheckpointError, match=message):
         Adapter(tmp_path, 1.0, checkpoint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,11 +16,12 @@ from tests import factory, qwen_image_factory
 from twinflow_rt import cli
 from twinflow_rt.checkpoint import shards
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.layout import Layout
 from twinflow_rt.convert import convert, files, names
 from twinflow_rt.convert.networks import Converted
 from twinflow_rt.convert.report import Key
 from twinflow_rt.errors import CheckpointError, ConfigError
-from twinflow_rt.loading import load
+from twinflow_rt.loading import DEMO, load
 
 WEIGHTS = factory.WEIGHTS
 ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}
@@ -157,7 +159,7 @@ def test_one_file_with_everything(z_image, tmp_path):
 
 
 def test_several_text_encoders_are_told_apart(tmp_path):
-    """Two CLIP towers of different depth in ComfyUI's containers, and their temperatures."""
+    """Two CLIP towers of different depth and T5 in ComfyUI's containers, a temperature beside each."""
     from tests.sd3_factory import make_model
 
     base = make_model(tmp_path / "m")
@@ -165,11 +167,112 @@ def test_several_text_encoders_are_told_apart(tmp_path):
     for part, name in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl")):
         tensors = load_file(base / part / "model.safetensors")
         whole |= {f"text_encoders.{name}.transformer.{k}": v for k, v in tensors.items()}
-        whole |= {f"text_encoders.{name}.logit_scale": torch.ones(1)} if "clip" in name else {}
+        whole[f"text_encoders.{name}.logit_scale"] = torch.ones(1)
+    whole["text_encoders.t5xxl.spiece_model"] = torch.zeros(9, dtype=torch.uint8)
     done = convert([to_file(tmp_path / "all.safetensors", whole)], base, tmp_path / "out")
     assert sorted(p.part for p in done.parts) == ["text_encoder", "text_encoder_2", "text_encoder_3"]
     for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         same(*(load_file(f / part / "model.safetensors") for f in (tmp_path / "out", base)))
+
+
+def test_openuni_from_its_whole_file(tmp_path):
+    """Network, language model and connector under the names of its training, beside each other."""
+    from tests.sana_factory import make_openuni
+
+    base, connector = make_openuni(tmp_path / "m")
+    text = load_file(base / "text_encoder" / "model.safetensors")
+    whole = {f"transformer.{k}": v for k, v in written(base, "transformer").items()} | connector
+    whole |= {f"lmm.language_model.{k}": v for k, v in text.items()}
+    done = convert([to_file(tmp_path / "all.safetensors", whole)], base, tmp_path / "out")
+    assert sorted(p.part for p in done.parts) == ["connector", "text_encoder", "transformer"]
+    same_images(base, tmp_path / "out")
+
+
+def wrapped(prefix, second="", rest=lambda name: name.startswith("t_embedder_2.")):
+    return lambda tensors: {(second if rest(k) and second else prefix) + k: v for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [wrapped("transformer."), wrapped("extended_weights."), wrapped("transformer.", "extended_weights."),
+     wrapped("", "extended_weights."), wrapped("model.diffusion_model.transformer."), wrapped("module._orig_mod.")],
+)  # fmt: skip
+def test_prefixes_of_training_and_of_other_tools(z_image, tmp_path, change):
+    network = written(z_image, "transformer")
+    convert([to_file(tmp_path / "net.safetensors", change(network))], z_image, tmp_path / "out")
+    same(written(tmp_path / "out", "transformer"), network)
+
+
+def fuse(tensors, merged, *parts):
+    """Stack `parts` of every module into `merged`, as names' last components but the leaf."""
+    out = dict(tensors)
+    for name in tensors:
+        module, _, leaf = name.rpartition(".")
+        if module.endswith("." + parts[0]):
+            stem = module.removesuffix(parts[0])
+            each = [f"{stem}{part}.{leaf}" for part in parts]
+            if all(key in out for key in each):
+                out[f"{stem}{merged}.{leaf}"] = torch.cat([out.pop(key) for key in each])
+    return out
+
+
+@pytest.mark.parametrize("family", ["z-image", "qwen-image", "sd3", "sana"])
+def test_projections_that_diffusers_has_fused(tmp_path, family):
+    base = factory.make_model(tmp_path / "m", family)
+    network, vae = written(base, "transformer"), written(base, "vae")
+    fused = fuse(fuse(network, "to_qkv", "to_q", "to_k", "to_v"), "to_added_qkv", *(f"add_{x}_proj" for x in "qkv"))
+    fused = fuse(fused, "to_kv", "to_k", "to_v")  # where queries have another width
+    assert fused.keys() != network.keys()
+    sources = [to_file(tmp_path / "net.safetensors", fused)]
+    if "decoder.mid_block.attentions.0.to_q.weight" in vae:
+        sources.append(to_file(tmp_path / "vae.safetensors", fuse(vae, "to_qkv", "to_q", "to_k", "to_v")))
+    convert(sources, base, tmp_path / "out")
+    same(written(tmp_path / "out", "transformer"), network)
+    same(written(tmp_path / "out", "vae"), vae)
+
+
+def test_z_image_with_diffusers_feed_forward(z_image, tmp_path):
+    """The SwiGLU of diffusers' FeedForward, as tools put it in place of Z-Image's own: the gate is the second half."""
+    from diffusers.models.attention import FeedForward
+
+    network = written(z_image, "transformer")
+    fused = {k.replace("feed_forward.w2.", "feed_forward.net.2."): v for k, v in network.items()}
+    fused = fuse(fused, "net.0.proj", "w3", "w1")
+    stem, x = "layers.0.feed_forward.", torch.randn(5, factory.DIM)
+    w1, w2, w3 = (network[f"{stem}w{i}.weight"] for i in (1, 2, 3))
+    theirs = FeedForward(len(x.T), activation_fn="swiglu", inner_dim=len(w1), bias=False)
+    theirs.load_state_dict({k.removeprefix(stem): v for k, v in fused.items() if k.startswith(stem)})
+    own = (torch.nn.functional.silu(x @ w1.T) * (x @ w3.T)) @ w2.T
+    assert torch.allclose(theirs(x), own, rtol=1e-4, atol=1e-5)
+    convert([to_file(tmp_path / "net.safetensors", fused)], z_image, tmp_path / "out")
+    same(written(tmp_path / "out", "transformer"), network)
+
+
+def test_the_shipped_model_as_base(tmp_path, capsys):
+    base = DEMO
+    file = to_file(tmp_path / "net.safetensors", comfy_z_image(written(base, "transformer")))
+    assert cli.main(["convert", str(file), str(tmp_path / "out"), "--base", "demo"]) == 0
+    same(written(tmp_path / "out", "transformer"), written(base, "transformer"))
+
+
+def test_variants_and_tied_weights_of_a_folder(z_image, tmp_path):
+    """Of an index's shards and a variant's beside them, the plain ones; of a text encoder, the head for the embeddings;
+    tensors that inference does not read keep any dtype."""
+    text = load_file(z_image / "text_encoder" / "model.safetensors")
+    text["lm_head.weight"] = text.pop("embed_tokens.weight")
+    text["layers.3.counter"] = torch.arange(3)
+    folder, base = tmp_path / "text", shutil.copytree(z_image, tmp_path / "base")
+    config = json.loads((base / "text_encoder" / "config.json").read_text())
+    (base / "text_encoder" / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    folder.mkdir()
+    for value, name, index in ((1, "model-00001-of-00001", "model.safetensors.index"),
+                               (2, "model.fp16-00001-of-00001", "model.safetensors.index.fp16")):  # fmt: skip
+        to_file(folder / f"{name}.safetensors", {k: v * value for k, v in text.items()})
+        weight_map = dict.fromkeys(text, f"{name}.safetensors")
+        (folder / f"{index}.json").write_text(json.dumps({"weight_map": weight_map}))
+    convert([folder], base, tmp_path / "out")
+    same(load_file(tmp_path / "out" / "text_encoder" / "model.safetensors"), text)
+    same_images(z_image, tmp_path / "out")
 
 
 def test_large_networks_are_written_in_shards(z_image, tmp_path, monkeypatch):
@@ -278,10 +381,10 @@ def test_network_names_equal_diffusers(theirs, rules, original):
 def test_halves_are_swapped_in_the_file_written(tmp_path):
     """Stable Diffusion 3's closing norm: shift | scale becomes scale | shift."""
     file = to_file(tmp_path / "f.safetensors", shapes(SD3))
-    slot = SimpleNamespace(rules=names.sd3({"num_layers": 2}), bare=lambda name: name)
+    slot = SimpleNamespace(rules=names.sd3({"num_layers": 2}), bare=lambda name: name, layout=Layout())
     stored = "final_layer.adaLN_modulation.1.weight"
     key = Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
-    network = Converted(files.Source(file, [file]), slot, [key])
+    network = Converted(files.Source(file), slot, [key])
     shift, scale = shapes(SD3)[stored].chunk(2)
     assert key.action == "swapped"
     assert torch.equal(network.get("norm_out.linear.weight"), torch.cat((scale, shift)))

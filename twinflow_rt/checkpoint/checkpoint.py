@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .files import is_folder, read_json
 from .load_report import Meter
-from .tensor_files import DTYPES, QUANTIZED, MemoryFile, TensorFile, open_folder, read_tensor
+from .tensor_files import DTYPES, QUANTIZED, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
 
 
 class Checkpoint:
@@ -62,6 +62,12 @@ class Checkpoint:
         """
         return cls(name, files=[MemoryFile(tensors)], config=config)
 
+    def name_tied(self, tied: Mapping[str, tuple[str, ...]]) -> None:
+        """Find tensors that the files have under another name. tied: name -> its other names, the likeliest first."""
+        for name, others in tied.items():
+            if name not in self and (found := next((other for other in others if other in self), None)):
+                self._where[name] = self._where.pop(found)
+
     def keys(self) -> Iterable[str]:
         """Tensor names, `strip` removed."""
         return self._where.keys()
@@ -83,20 +89,29 @@ class Checkpoint:
         if stored not in self._dtypes:
             raise CheckpointError(
                 f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(self._dtypes)}: "
-                "quantize after loading, not before"
+                "get the weights in one of these, and quantize while loading (precision='int8' or 'fp8')"
             )
         return self._dtypes[stored]
 
     def main_dtype(self) -> torch.dtype:
-        """Return the dtype that most of the bytes are stored in."""
-        sizes: dict[torch.dtype, int] = {}
-        for name in self._where:
-            sizes[self.dtype(name)] = sizes.get(self.dtype(name), 0) + self.nbytes(name)
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        """Return the dtype that most of the bytes are stored in, of those that `dtype` returns. Raises what it does
+        where there is none."""
+        sizes: dict[str, int] = {}
+        for name, (file, key) in self._where.items():
+            stored = file.get_slice(key).get_dtype()
+            sizes[stored] = sizes.get(stored, 0) + self.nbytes(name)
+        read = [stored for stored in sizes if stored in self._dtypes]
+        return self._dtypes[max(read, key=lambda stored: sizes[stored])] if read else self.dtype(next(iter(self)))
 
     def nbytes(self, name: str) -> int:
-        """Return the bytes of a tensor in its file."""
-        return self.dtype(name).itemsize * math.prod(self.shape(name))
+        """Return the bytes of a tensor in its file, whatever its dtype."""
+        file, key = self._where[name]
+        return stored_bytes(file.get_slice(key).get_dtype(), self.numel(name))
+
+    def numel(self, name: str) -> int:
+        """Return how many numbers a tensor has in its file."""
+        file, key = self._where[name]
+        return math.prod(file.get_slice(key).get_shape())
 
     def total_bytes(self) -> int:
         """Return the bytes of all tensors in the files."""

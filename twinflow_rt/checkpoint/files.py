@@ -21,6 +21,15 @@ MAX_HEADER = 25 << 20  # bytes; 20-billion-parameter networks need 0.3 MB
 MAX_ENTRIES = 100_000  # files and folders of a model folder
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # can run code when read
 SHOWN = 8  # names listed in one message
+GGUF = "a GGUF file, which is not read yet; get these weights as safetensors"
+# how files begin that are found in place of the expected one
+FOREIGN = {
+    b"GGUF": GGUF,
+    b"version https://git-lfs": "a Git LFS pointer in place of the file; download that with `git lfs pull`",
+    b"PK\3\4": "a pickle of torch.save, which can run code when read; convert it with safetensors.torch.save_file",
+    b"<!doctype html": "a web page in place of the file; download the file itself",
+    b"<html": "a web page in place of the file; download the file itself",
+}  # fmt: skip
 
 
 def some(names: Iterable[str]) -> str:
@@ -58,9 +67,22 @@ def require_file(path: Path, hint: str = "download it again") -> None:
         raise CheckpointError(f"{path} is {what}, where a file is expected; put the file in its place")
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raise CheckpointError for a file that begins as one of another kind (`FOREIGN`)."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32).lstrip()
+    except OSError:  # whoever reads the file says so
+        return
+    for beginning, what in FOREIGN.items():
+        if start.startswith(beginning) or start.lower().startswith(beginning):
+            raise CheckpointError(f"{path} is {what}")
+
+
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file. Raises CheckpointError where it is missing, too large or unreadable."""
     require_file(path, "a model folder has the layout diffusers saves")
+    refuse_foreign(path)
     try:
         if (size := path.stat().st_size) > MAX_TEXT:
             raise CheckpointError(f"{path} has {size:,} bytes; none has more than {MAX_TEXT:,}: download it again")
@@ -108,6 +130,7 @@ def open_tensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     require_file(path)
+    refuse_foreign(path)
     try:
         str(path).encode()
     except UnicodeEncodeError:

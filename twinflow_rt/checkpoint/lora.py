@@ -34,7 +34,7 @@ from .tensor_files import read_tensor
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
 FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
-FACTOR = re.compile(r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up)(?:\.default)?\.weight")
+FACTOR = re.compile(r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up)(?:\.([^.]+))?\.weight")
 FACTORS = ("F32", "F16", "BF16", "F64")  # how A and B may be stored
 A_NAMES = ("lora_A", "lora_down", "lora.down")
 METADATA, ROOT = "lora_adapter_metadata", "transformer."  # diffusers' header entry, and our keys in it
@@ -169,10 +169,11 @@ class Adapter:
     def _modules(self) -> dict[str, dict[str, str]]:
         """Return by module, as the file names it, its keys "A", "B" and, if stored, "alpha"."""
         modules: dict[str, dict[str, str]] = {}
-        others = []
+        others, adapters = [], set()
         for key in self._tensors.keys():  # noqa: SIM118  safe_open is no mapping
             if match := FACTOR.fullmatch(key):
                 modules.setdefault(match[1], {})["A" if match[2] in A_NAMES else "B"] = key
+                adapters.add(match[3] or "default")
             elif key.endswith(".alpha"):
                 modules.setdefault(key.removesuffix(".alpha"), {})["alpha"] = key
             else:
@@ -181,6 +182,8 @@ class Adapter:
             raise CheckpointError(
                 f"{self.path} holds {some(others)}, which is no LoRA factor: only adapters of A and B can be merged"
             )
+        if len(adapters) > 1:
+            raise CheckpointError(f"{self.path} holds several adapters ({some(adapters)}); save each in its own file")
         return modules
 
     def _target(
@@ -267,12 +270,22 @@ def _ratio(alpha: float | None, rank: int, config: dict[str, Any]) -> float:
 
 
 def _file(path: Path) -> Path:
-    """Return the adapter file at `path`; in a folder, the one under the name that diffusers or PEFT gives it."""
+    """Return the adapter file at `path`; in a folder, the one under the name that diffusers or PEFT gives it, else the
+    only one, there or in a folder of it (PEFT makes one of every adapter that has a name)."""
     if is_folder(path):
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
-        if len(found) != 1:
-            raise CheckpointError(f"{path} must hold one of {', '.join(FILE_NAMES)}; or name the file itself")
-        return found[0]
+        found = found or sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
+        if len(found) == 1:
+            return _file(found[0])
+        if found:
+            names = some(str(p.relative_to(path)) for p in found)
+            raise CheckpointError(f"{path} holds {names}; name the one to merge")
+        if pickles := [p.name for p in path.iterdir() if p.suffix in PICKLES]:
+            raise CheckpointError(
+                f"{path} holds only pickles ({some(pickles)}), which can run code when read; convert them with "
+                "safetensors.torch.save_file"
+            )
+        raise CheckpointError(f"{path} holds no adapter; give a folder with one of {', '.join(FILE_NAMES)}, or a file")
     if path.suffix in PICKLES:
         raise CheckpointError(
             f"{path} is a pickle, which can run code when read; convert it with safetensors.torch.save_file"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import PICKLES, open_tensors, read_json, some
+from .files import GGUF, PICKLES, open_tensors, read_json, some
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # in saved programs only
+SHARD = re.compile(r"-\d{5}-of-\d{5}")
+PLAIN_INDEX = ".safetensors.index.json"
+INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")  # a variant stands in any of three places
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -79,30 +83,55 @@ class MemoryFile:
         return self._tensors[name].detach()
 
 
+def stored_bytes(code: str, numel: int) -> int:
+    """Return the bytes of so many numbers in a file. code: any dtype's name, of safetensors or torch."""
+    bits = re.search(r"\d+", code)
+    return -(-numel * (int(bits[0]) if bits else 8) // 8)  # a BOOL has 8
+
+
 def open_folder(folder: Path) -> list[tuple[TensorFile, list[str]]]:
     """Open the weight files of a network's folder, headers only, and return each with the keys it provides.
 
-    Raises CheckpointError for a missing or damaged file, for pickles, and for an index that names a file outside the
-    folder or a key that its file lacks.
+    These are the shards of its index, the file with the usual name, or where there is neither, its only other file or
+    index: a variant such as `model.fp16.safetensors` or `model.safetensors.index.fp16.json`. An index of which no shard
+    is there counts only where nothing else does. Raises CheckpointError for a missing or damaged file, for pickles, and
+    for an index that names a file outside the folder or a key that its file lacks.
     """
-    indices = sorted(p.name for p in folder.glob("*.safetensors.index.json"))
-    if len(indices) > 1:
-        raise CheckpointError(f"{folder} has several indices ({', '.join(indices)}); keep one")
-    if indices:
-        return _open_shards(folder, folder / indices[0])
-    file = _open_single(folder)
+    indices = sorted(p for p in folder.iterdir() if INDEX.fullmatch(p.name))
+    plain = [p for p in indices if p.name.endswith(PLAIN_INDEX) and "." not in p.name.removesuffix(PLAIN_INDEX)]
+    if len(plain) > 1:
+        raise CheckpointError(f"{folder} has several indices ({', '.join(p.name for p in plain)}); keep one")
+    there = {p.name for p in folder.glob("*.safetensors")}
+    files = [folder / name for name in sorted(there) if not SHARD.search(name)]
+    usual = [folder / name for name in WEIGHT_NAMES if name in there]
+    others = [p for p in indices if p not in plain] + files
+    listed = [p for p in plain if not (usual or others) or there & _listing(p).keys()]
+    chosen = listed or usual or others
+    if len(chosen) > 1 and not usual:
+        names = ", ".join(p.name for p in chosen)
+        raise CheckpointError(f"{folder} has several weight files ({names}) and none of the usual names; keep one")
+    if not chosen:
+        return _open_other(folder)
+    if chosen[0] in indices:
+        return _open_shards(folder, chosen[0])
+    file = open_tensors(chosen[0])
     return [(file, list(file.keys()))]
 
 
-def _open_shards(folder: Path, index: Path) -> list[tuple[TensorFile, list[str]]]:
+def _listing(index: Path) -> dict[str, list[str]]:
+    """Return what an index says: file -> keys."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map of key -> file; download it again")
     listing: dict[str, list[str]] = {}
     for key, name in weight_map.items():
         listing.setdefault(name, []).append(key)
+    return listing
+
+
+def _open_shards(folder: Path, index: Path) -> list[tuple[TensorFile, list[str]]]:
     opened: list[tuple[TensorFile, list[str]]] = []
-    for name, keys in listing.items():
+    for name, keys in _listing(index).items():
         # by name, not by resolved path: download caches link shards to files elsewhere
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
@@ -116,22 +145,20 @@ def _open_shards(folder: Path, index: Path) -> list[tuple[TensorFile, list[str]]
     return opened
 
 
-def _open_single(folder: Path) -> TensorFile:
-    """Open the one weight file of a folder without an index."""
-    found = sorted(p.name for p in folder.glob("*.safetensors"))
-    usual = [name for name in WEIGHT_NAMES if name in found]
-    if usual or len(found) == 1:
-        file: TensorFile = open_tensors(folder / (*usual, *found)[0])
-        return file
-    if found:
-        raise CheckpointError(f"{folder} has several weight files ({', '.join(found)}) and no index; keep one")
+def _open_other(folder: Path) -> list[tuple[TensorFile, list[str]]]:
+    """Open what a folder without weights to choose has in their place; else say what it lacks."""
     for name, open_file in READERS.items():
         if (folder / name).is_file():
-            return open_file(folder / name)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
-    if pickles:
+            file = open_file(folder / name)
+            return [(file, list(file.keys()))]
+    if shards := [p.name for p in folder.glob("*.safetensors")]:
+        raise CheckpointError(f"{folder} has shards ({some(shards)}) without their index; download its .index.json")
+    names = sorted(p.name for p in folder.iterdir())
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
         raise CheckpointError(
-            f"{folder} holds only pickles ({', '.join(pickles)}), which can run code when read; "
+            f"{folder} holds only pickles ({some(pickles)}), which can run code when read; "
             "convert them with safetensors.torch.save_file and try again"
         )
+    if quantized := [name for name in names if name.endswith(".gguf")]:
+        raise CheckpointError(f"{folder} holds only {some(quantized)}, {GGUF}")
     raise CheckpointError(f"{folder} has no .safetensors file; the download is incomplete")

@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=Path, metavar="TARGET", help="the model folder to write")
     parser.add_argument(
         "--base", type=Path, required=True, metavar="FOLDER",
-        help="the released model in diffusers' layout: its configs, tokenizer, and the networks FILEs lack",
+        help="the released model in diffusers' layout, or 'demo': its configs, tokenizer, and the networks FILEs lack",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="report, key by key, and write nothing")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with every key")

@@ -11,10 +11,11 @@ from ..checkpoint.atomic import check_target
 from ..checkpoint.files import check_tree, is_folder, some
 from ..checkpoint.layout import Layout, check
 from ..errors import CheckpointError, ConfigError
+from ..loading import model_path
 from ..planning.description import describe
 from ..runtime.host_state import isolated
 from .files import Source, open_sources, write_folder
-from .names import CONTAINERS
+from .names import CONTAINERS, WRAPPERS
 from .networks import Converted, Slot
 from .report import Conversion, Key, PartReport
 
@@ -23,9 +24,11 @@ from .report import Conversion, Key, PartReport
 def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = False) -> Conversion:
     """Write `target`, the model of `base` with the networks found in `files` in place of its own.
 
-    files: safetensors files, or folders of them. dry_run: only say what would be written, keys unknown or missing
-    included. Raises CheckpointError for files that are not this model's, ConfigError if `target` exists.
+    files: safetensors files, or folders of them. base: a path, or another name of a model that `load` takes. dry_run:
+    only say what would be written, keys unknown or missing included. Raises CheckpointError for files that are not this
+    model's, ConfigError if `target` exists.
     """
+    base = model_path(base)
     if not is_folder(base) or not (base / "model_index.json").is_file():
         raise CheckpointError(f"{base} is no model folder in diffusers' layout (it needs model_index.json)")
     check_tree(base)
@@ -77,9 +80,10 @@ def _recognise(source: Source, slots: Sequence[Slot]) -> Iterator[tuple[Converte
 
 def _container(key: str) -> tuple[tuple[str, str], str]:
     """Return (sort of network, its name among those), and the key without its container; ("", "") if it has none."""
+    key = re.sub(f"^{WRAPPERS}", "", key)
     for sort, pattern in CONTAINERS.items():
         if match := re.match(pattern, key):
-            return (sort, match.groupdict().get("name", "")), key[match.end() :]
+            return (sort, match.groupdict().get("name") or ""), re.sub(f"^{WRAPPERS}", "", key[match.end() :])
     return ("", ""), key
 
 
@@ -89,8 +93,6 @@ def _account(network: Converted, keys: tuple[Key, ...]) -> PartReport:
     found = set(network.names)
     missing = slot.wanted - found
     unknown = {name for name in found - slot.wanted if not name.startswith(slot.layout.unused)}
-    for target in network.where:
-        network.dtype(target)
     if not missing:
         check(slot.expected, network, Layout(slot.layout.fused, (*slot.layout.unused, *unknown)))
     hint = slot.layout.absent(missing) if missing else None

@@ -13,22 +13,18 @@ from torch import Tensor
 from ..checkpoint.atomic import new_folder
 from ..checkpoint.files import PICKLES, is_folder, open_tensors
 from ..checkpoint.shards import write_shards
-from ..checkpoint.tensor_files import read_tensor
+from ..checkpoint.tensor_files import INDEX, open_folder, read_tensor
 from ..errors import CheckpointError
 
 
 class Source:
-    """The tensors of one file, or of the shards of one network, under their stored names."""
+    """The tensors of one file, or of the shards that a folder's index lists, under their stored names."""
 
-    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._where: dict[str, Any] = {}
-        for file in files:
-            handle = open_tensors(file)
-            for key in handle.keys():  # noqa: SIM118 (not a dict)
-                if key in self._where:
-                    raise CheckpointError(f"{file}: {key} is in another shard too; keep the shards of one network")
-                self._where[key] = handle
+        handle = None if is_folder(path) else open_tensors(path)
+        opened = open_folder(path) if handle is None else [(handle, handle.keys())]
+        self._where: dict[str, Any] = {key: handle for handle, keys in opened for key in keys}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -53,17 +49,14 @@ def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
                 raise CheckpointError(
                     f"{path} is a pickle, which can run code when read; save its tensors with safetensors first"
                 )
-            yield Source(path, [path])
+            yield Source(path)
             continue
         files = sorted(path.rglob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{path} holds no .safetensors file; give the files to convert")
-        sharded = {f.parent for f in files if any(f.parent.glob("*.safetensors.index.json"))}
-        for folder in sorted(sharded):
-            yield Source(folder, [f for f in files if f.parent == folder])
-        for file in files:
-            if file.parent not in sharded:
-                yield Source(file, [file])
+        sharded = {f.parent for f in files if any(INDEX.fullmatch(other.name) for other in f.parent.iterdir())}
+        for source in (*sorted(sharded), *(file for file in files if file.parent not in sharded)):
+            yield Source(source)
 
 
 def write_folder(

@@ -56,8 +56,10 @@ def z_image(config: dict[str, Any]) -> Names:
             (r"^final_layer\.", "all_final_layer.2-1."),
             (r"\.attention\.out\.", ".attention.to_out.0."),
             (r"\.attention\.([qk])_norm\.", r".attention.norm_\1."),
+            (r"\.feed_forward\.net\.2\.", ".feed_forward.w2."),  # as diffusers' FeedForward, which other tools put in
         ),
-        _split("attention.qkv", [f"attention.to_{x}" for x in "qkv"]),
+        _split("attention.qkv", [f"attention.to_{x}" for x in "qkv"])
+        | _split("feed_forward.net.0.proj", ("feed_forward.w3", "feed_forward.w1")),  # SwiGLU: the gate is last
         (r"^norm_final\.weight$",),
     )
 
@@ -164,19 +166,26 @@ def wan_autoencoder(config: dict[str, Any]) -> Names:
     ))  # fmt: skip
 
 
-def clip(config: dict[str, Any]) -> Names:
-    """CLIP's text tower, with the temperature of its training."""
-    return Names(drops=(r"^logit_scale$",))
-
+# what diffusers' fuse_qkv_projections merges in any network
+FUSED = (
+    _split("to_qkv", ("to_q", "to_k", "to_v")) | _split("to_kv", ("to_k", "to_v"))
+    | _split("to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj"))
+)  # fmt: skip
+# what ComfyUI's files have beside every text encoder: a temperature of CLIP's training, and tokenizers
+TEXT = Names(drops=(r"^logit_scale$", r"^(spiece_model|tekken_model)$"))
 
 # by _class_name or model_type of config.json; of others the names are diffusers' or transformers' own
 RULES: dict[str, Callable[[dict[str, Any]], Names]] = {
     "ZImageTransformer2DModel": z_image, "SD3Transformer2DModel": sd3, "SanaTransformer2DModel": sana,
-    "AutoencoderKL": ldm_autoencoder, "AutoencoderKLQwenImage": wan_autoencoder, "clip_text_model": clip,
+    "AutoencoderKL": ldm_autoencoder, "AutoencoderKLQwenImage": wan_autoencoder,
 }  # fmt: skip
 
-# what single files put before the names of each of their networks; several text encoders by their names
+# what single files put before the names of each of their networks; several text encoders by their names. Those of
+# OpenUni's connector stand as they are in its files
 CONTAINERS = {
     "transformer": r"(?:model\.)?diffusion_model\.", "vae": r"(?:first_stage_model|vae)\.",
-    "text_encoder": r"text_encoders\.(?P<name>[^.]+)\.(?:transformer\.)?",
+    "text_encoder": r"(?:text_encoders\.(?P<name>[^.]+)\.(?:transformer\.)?|lmm\.)",
+    "connector": r"(?=(?:connector|projector)\.|meta_queries$)",
 }  # fmt: skip
+# what training and other tools put before all names, or before some
+WRAPPERS = r"(?:(?:transformer|extended_weights|module|_orig_mod)\.)*"

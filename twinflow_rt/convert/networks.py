@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from ..checkpoint.files import read_json
 from ..checkpoint.fuse import sources
-from ..checkpoint.tensor_files import DTYPES
+from ..checkpoint.tensor_files import DTYPES, stored_bytes
 from ..errors import CheckpointError
-from ..families import family_of, parts_by_kind
+from ..families import CONNECTOR, family_of, parts_by_kind
 from ..models.config import reading
 from .files import Source
-from .names import RULES, Names
+from .names import FUSED, RULES, TEXT, Names
 from .report import Key
 
 
@@ -26,11 +27,11 @@ class Slot:
 
     def __init__(self, folder: Path) -> None:
         self.name, config = folder.name, read_json(folder / "config.json")
-        kind = config.get("_class_name") or config.get("model_type")
+        kind = config.get("_class_name") or config.get("model_type") or (self.name if self.name == CONNECTOR else None)
         if not isinstance(kind, str):
             raise CheckpointError(f"{folder / 'config.json'} names no _class_name or model_type; download it again")
         with reading(str(folder / "config.json")):
-            self.rules: Names = RULES[kind](config) if kind in RULES else Names()
+            rules = RULES[kind](config) if kind in RULES else TEXT if self.name.startswith("text_encoder") else Names()
         self.strip: tuple[str, ...] = ()
         self.shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
         if self.name == "transformer":
@@ -42,6 +43,8 @@ class Slot:
             raise CheckpointError(f"{folder / 'config.json'} is of kind {kind!r}, none of the supported networks")
         self.expected = network.state_dict()
         self.wanted = {name for merged in self.expected for name in sources(merged, self.layout.fused)}
+        fused = {end: parts for end, parts in FUSED.items() if not any(name.endswith(end) for name in self.wanted)}
+        self.rules = replace(rules, splits={**fused, **rules.splits})
 
     def bare(self, name: str) -> str:
         """Return a name as the network has it, without the prefix some files give a language model's."""
@@ -74,6 +77,9 @@ class Converted:
                 self.where[name] = (key.source, i, len(key.targets))
         self.swapped = {t for k in keys if k.swapped for t in k.targets}
         self.names = {slot.bare(target): target for target in self.where}
+        for name, others in slot.layout.tied.items():
+            if name not in self.names and (found := next((other for other in others if other in self.names), None)):
+                self.names[name] = self.names.pop(found)
 
     def keys(self) -> KeysView[str]:
         return self.names.keys()
@@ -95,19 +101,21 @@ class Converted:
         """Return its shape as the network sees it."""
         return self.slot.shape(name, self.stored_shape(self.names[name]))
 
-    def dtype(self, target: str) -> torch.dtype:
-        stored = self.where[target][0]
+    def dtype(self, name: str) -> torch.dtype:
+        """Return its dtype in the file. Raises CheckpointError for one that weights are not kept in."""
+        stored = self.where[self.names[name]][0]
         dtype = self.source.dtype(stored)
         if dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.folder}: {stored} is stored as {dtype}; take the file in one of {', '.join(DTYPES)}: "
-                "quantize after loading, not before"
+                "quantize while loading (precision='int8' or 'fp8')"
             )
         return DTYPES[dtype]
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every tensor to write, by its new name."""
-        return {name: math.prod(self.stored_shape(name)) * self.dtype(name).itemsize for name in self.where}
+        codes = {target: self.source.dtype(stored) for target, (stored, _, _) in self.where.items()}
+        return {target: stored_bytes(code, math.prod(self.stored_shape(target))) for target, code in codes.items()}
 
     def read(self, targets: Iterable[str]) -> dict[str, Tensor]:
         """Return tensors to write, by their new names."""

@@ -79,6 +79,17 @@ def rope_theta(raw: Mapping[str, Any], otherwise: float, kinds: Sequence[str] = 
     return otherwise if given is None else given
 
 
+def refuse_quantized(raw: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for the config.json of weights that another library has quantized."""
+    if found := raw.get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, Mapping) else None
+        raise ConfigError(
+            f"{where}: quantization_config says that the weights are quantized by {method or 'another library'!s:.40}, "
+            "in a form that is not read; get the model in bfloat16, float16 or float32, and quantize while loading "
+            "(precision='int8' or 'fp8')"
+        )
+
+
 class Heads:
     """Of configs that state heads as diffusers does: the width is theirs together."""
 
@@ -113,8 +124,9 @@ class NetworkConfig:
         that the family does not know."""
         if active := [k for k in cls.variants if raw.get(k)]:
             raise ConfigError(f"transformer/config.json sets {', '.join(active)}: {cls.variant_hint}")
+        refuse_quantized(raw, "transformer/config.json")
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        skipped = {*known, *cls.variants, *cls.unread}
+        skipped = {*known, *cls.variants, *cls.unread, "quantization_config"}
         if unknown := [k for k, v in raw.items() if k not in skipped and not k.startswith("_") and v is not None]:
             raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}; remove them")
         where = "transformer/config.json"

@@ -187,6 +187,6 @@ def _part(part: stage.Part, resident: nn.Module) -> Part:
     checkpoint, expected = part.checkpoint, part.network.state_dict()
     check(expected, checkpoint, part.layout)
     stored_bytes = sum(checkpoint.nbytes(k) for k in checkpoint)
-    stored = sum(checkpoint.nbytes(k) // checkpoint.dtype(k).itemsize for k in checkpoint)
+    stored = sum(checkpoint.numel(k) for k in checkpoint)
     needed = sum(t.numel() for name, t in resident.state_dict().items() if name in expected)
     return Part(part.name, dtype_name(checkpoint.main_dtype()), stored, needed, stored_bytes)

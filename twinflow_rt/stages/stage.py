@@ -90,7 +90,9 @@ def open_part(folder: Path, model: Architecture) -> Part:
     """Return the network of `folder`, which must be of this architecture, not yet read. Raises CheckpointError,
     ConfigError."""
     checkpoint = model.read(folder, strip=model.strip)
-    return Part(folder.name, checkpoint, *model.declare(checkpoint.config, str(folder / "config.json")))
+    network, layout = model.declare(checkpoint.config, str(folder / "config.json"))
+    checkpoint.name_tied(layout.tied)
+    return Part(folder.name, checkpoint, network, layout)
 
 
 class Stage:

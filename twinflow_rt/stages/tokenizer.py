@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import file_type, is_folder, read_json, read_text, require_file
+from ..checkpoint.files import file_type, is_folder, read_json, read_text, refuse_foreign, require_file
 from ..config import resolve_prompts
 from ..errors import CheckpointError
 
@@ -94,6 +94,7 @@ def read_core(folder: Path) -> Any:
             raise CheckpointError(f"{path} is missing; save the tokenizer with its fast (tokenizers) form")
         return SLOW[kind](folder)
     require_file(path)
+    refuse_foreign(path)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -141,6 +142,8 @@ def _byte_pairs(folder: Path, **options: Any) -> Any:
     """Return BPE of a folder's vocab.json and merges.txt."""
     from tokenizers import Tokenizer, models
 
+    for name in ("vocab.json", "merges.txt"):
+        refuse_foreign(folder / name)
     try:
         return Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), **options))
     except Exception as error:  # the library raises bare Exception

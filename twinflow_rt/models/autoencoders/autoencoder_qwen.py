@@ -11,7 +11,6 @@ and upsampling in time does not happen at all (its convolutions act from the sec
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,10 +141,6 @@ class OneFrame(Checkpoint):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return one_frame(name, super().shape(name))
-
-    def nbytes(self, name: str) -> int:
-        """Return the bytes in the file, of all taps."""
-        return math.prod(super().shape(name)) * self.dtype(name).itemsize
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         tensor = super().get(name)

@@ -21,7 +21,7 @@ from ...ops import EAGER, OpTable, ops_for
 from ..architecture import Architecture
 from ..config import rope_theta
 from ..layers import Module, ModuleList
-from .language_model import FUSED, FeedForward, Past, Weight, after
+from .language_model import FUSED, FeedForward, Past, Weight, after, tied
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
@@ -48,6 +48,7 @@ class Gemma2Config:
     attn_logit_softcapping: float | None = 50.0
     sliding_window: int = 4096
     rope_theta: float = 10000.0
+    tie_word_embeddings: bool | None = True
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Gemma2Config:
@@ -162,6 +163,7 @@ class Gemma2(nn.Module):
 
 # Gemma2ForCausalLM stores Gemma2Model under `model.`
 MODEL = Architecture(
-    Gemma2Config, Gemma2, lambda config: Layout(FUSED, ("lm_head.",), float32_where("norm")),
+    Gemma2Config, Gemma2,
+    lambda config: Layout(FUSED, ("lm_head.",), float32_where("norm"), tied=tied(config.tie_word_embeddings)),
     ("model.",),
 )  # fmt: skip

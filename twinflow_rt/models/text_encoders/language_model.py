@@ -36,7 +36,8 @@ class LanguageConfig:
     """The fields of text_encoder/config.json that shape the network; `depth` counts all its layers.
 
     qkv_bias: biases on queries, keys and values. qk_norm: RMS norms of queries and keys, per head. state: which of
-    transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what leaves the closing norm.
+    transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what leaves the closing norm. tie:
+    tie_word_embeddings, see `tied`.
     """
 
     vocab_size: int
@@ -51,6 +52,7 @@ class LanguageConfig:
     qkv_bias: bool = False
     qk_norm: bool = True
     state: int = -2
+    tie: bool | None = True
 
     @classmethod
     def read(cls, raw: dict[str, Any], name: str, theta: float, **fixed: Any) -> LanguageConfig:
@@ -66,7 +68,7 @@ class LanguageConfig:
                 raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"],
                 raw["num_attention_heads"], raw["num_key_value_heads"],
                 raw["hidden_size"] // raw["num_attention_heads"] if own is None else own,
-                raw.get("rms_norm_eps", 1e-6), theta, **fixed,
+                raw.get("rms_norm_eps", 1e-6), theta, tie=raw.get("tie_word_embeddings"), **fixed,
             )  # fmt: skip
         except KeyError as error:
             raise ConfigError(f"text_encoder/config.json lacks {error}; it is no {name} configuration") from None
@@ -180,9 +182,7 @@ class LanguageModel(Module):
             for shape in [(1, config.kv_heads, length, config.head_dim)] * config.layers
         )
 
-    def encode(
-        self, x: Tensor, past: Past | None = None, kept: list[tuple[Tensor, Tensor]] | None = None
-    ) -> Tensor:
+    def encode(self, x: Tensor, past: Past | None = None, kept: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """Return the states of embeddings [B, L, hidden_size], of tokens or of anything in their place.
 
         kept: a list that each layer's keys and values are appended to.
@@ -202,7 +202,25 @@ class LanguageModel(Module):
         return angles.cos()[None], angles.sin()[None]
 
 
+def tied(tie_word_embeddings: bool | None) -> dict[str, tuple[str, ...]]:
+    """Return `Layout.tied`: files may have the head's weight in place of the embeddings, unless config.json says that
+    the two differ."""
+    heads = ("lm_head.weight", "language_model.lm_head.weight")
+    return {} if tie_word_embeddings is False else {"embed_tokens.weight": heads}
+
+
+def untied(missing: set[str], tie_word_embeddings: bool | None) -> str | None:
+    """Return `Layout.absent`'s reason where only embeddings are missing that the head is not."""
+    if tie_word_embeddings is not False or missing != {"embed_tokens.weight"}:
+        return None
+    return (
+        "embed_tokens.weight is missing, which by config.json (tie_word_embeddings: false) is not lm_head.weight; "
+        "the file is incomplete, or the config of another model"
+    )
+
+
 def layout(config: LanguageConfig) -> Layout:
     """Return how files are read: not the head, a vision tower, or what follows `config.state`; norms stay float32."""
     beyond = () if config.state == -1 else (*(f"layers.{i}." for i in range(config.layers, config.depth)), "norm.")
-    return Layout(FUSED, ("lm_head.", "visual.", *beyond), float32_where("norm"))
+    unused = ("lm_head.", "visual.", *beyond)
+    return Layout(FUSED, unused, float32_where("norm"), lambda names: untied(names, config.tie), tied(config.tie))

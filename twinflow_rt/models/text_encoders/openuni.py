@@ -83,7 +83,7 @@ class InternVLConfig(LanguageConfig):
 def _language_layout(config: LanguageConfig) -> Layout:
     base = layout(config)
     others = ("language_model.lm_head.", "vision_model.", "mlp1.")
-    return Layout(base.fused, base.unused + others, base.dtype_of)
+    return Layout(base.fused, base.unused + others, base.dtype_of, base.absent, base.tied)
 
 
 LANGUAGE = Architecture(InternVLConfig, LanguageModel, _language_layout, ("language_model.model.", "model."))

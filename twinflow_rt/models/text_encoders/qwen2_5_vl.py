@@ -26,7 +26,8 @@ class Qwen25VLConfig(LanguageConfig):
         beside it. Raises ConfigError for variants that this encoder lacks."""
         if raw.get("model_type") not in ("qwen2_5_vl", "qwen2_5_vl_text"):
             raise ConfigError(f"text_encoder/config.json says model_type {raw.get('model_type')!r}, not 'qwen2_5_vl'")
-        raw = {**raw, **{k: v for k, v in (raw.get("text_config") or {}).items() if v is not None}}
+        tie = {k: raw[k] for k in ("tie_word_embeddings",) if k in raw}  # of the head, so of the whole model
+        raw = {**raw, **{k: v for k, v in (raw.get("text_config") or {}).items() if v is not None}, **tie}
         theta = rope_theta(raw, 1e6, ("default", "mrope"))
         return cls.read(raw, "Qwen2.5-VL", theta, qkv_bias=True, qk_norm=False, state=-1)
 

@@ -25,6 +25,7 @@ FUSED = {
     "SelfAttention.qkv.weight": ("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight"),
     "DenseReluDense.wi.weight": ("DenseReluDense.wi_0.weight", "DenseReluDense.wi_1.weight"),
 }
+SHARED = ("embed_tokens.weight", "decoder.embed_tokens.weight")  # the encoder's and decoder's names of shared.weight
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 MODEL = Architecture(
-    T5Config, T5Encoder, lambda config: Layout(FUSED, ("embed_tokens.", "decoder.", "lm_head."), _dtype_of),
+    T5Config, T5Encoder,
+    lambda config: Layout(FUSED, ("embed_tokens.", "decoder.", "lm_head."), _dtype_of, tied={"shared.weight": SHARED}),
     ("encoder.",),
 )  # fmt: skip
