@@ -20,7 +20,7 @@ _PUBLIC = {
     "PromptEmbeds": "stages.text", "SamplerConfig": "sampling.schedule", "PRESETS": "sampling.schedule",
     "preset": "sampling.schedule", "TwinFlowError": "errors", "CheckpointError": "errors", "ConfigError": "errors",
     "DeviceError": "errors", "OutOfMemoryError": "errors", "NonFiniteError": "errors", "StorageError": "errors",
-    "CancelledError": "errors",
+    "CancelledError": "errors", "PromptTruncatedWarning": "errors",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 

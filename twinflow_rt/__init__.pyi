@@ -6,6 +6,7 @@ from .errors import ConfigError as ConfigError
 from .errors import DeviceError as DeviceError
 from .errors import NonFiniteError as NonFiniteError
 from .errors import OutOfMemoryError as OutOfMemoryError
+from .errors import PromptTruncatedWarning as PromptTruncatedWarning
 from .errors import StorageError as StorageError
 from .errors import TwinFlowError as TwinFlowError
 from .export.program import export_model as export_model

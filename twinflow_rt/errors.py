@@ -38,6 +38,14 @@ class StorageError(TwinFlowError, OSError):
     """An output could not be written: no space, no permission. Nothing of it is left."""
 
 
+class PromptTruncatedWarning(UserWarning):
+    """A prompt is longer than a model reads. lost: the text that it does not see."""
+
+    def __init__(self, message: str, lost: str = "") -> None:
+        super().__init__(message)
+        self.lost = lost
+
+
 class CancelledError(TwinFlowError):
     """The caller's `cancel` callback asked a running generation to stop."""
 

@@ -22,6 +22,7 @@ from .stages.text_encoders import OpenUniText, QwenImageTokenizer, SanaText, SD3
 from .stages.tokenizer import ChatTokenizer
 from .stages.vae import VaeDecoder
 
+Z_IMAGE_TOKENS = 1024  # of a prompt, as TwinFlow asks diffusers for; the released axes_lens leave room for 992
 QWEN_IMAGE_DEFAULT = 83  # tokens per axis: 1328 pixels, the square that Qwen-Image was released for
 QWEN_IMAGE_LARGEST = 256  # tokens per axis: 4096 pixels
 CONNECTOR = "connector"  # OpenUni's folder, whose config.json names no kind
@@ -79,8 +80,8 @@ def z_image() -> Family:
     from .models.transformers.z_image import LAYOUT, SEQ_MULTIPLE, ZImageConfig, ZImageTransformer
 
     def text(folder: Path, config: ZImageConfig) -> TextStage:
-        positions = (config.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE
-        return TextEncoder(folder, qwen3.MODEL, ChatTokenizer, max_tokens=min(512, positions))
+        positions = (config.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE  # of prompts, before the image's
+        return TextEncoder(folder, qwen3.MODEL, ChatTokenizer, max_tokens=min(Z_IMAGE_TOKENS, positions))
 
     def sizes(config: ZImageConfig, text: TextStage, vae: VaeDecoder) -> SizeRule:
         """Latents are cut in 2x2 patches, and rope counts at most axes_lens[1] x axes_lens[2] of them. The default is

@@ -38,7 +38,7 @@ from .passes.fold import Schedule
 from .pipeline import Pipeline
 from .plan import Plan
 from .planning import precision as precisions
-from .planning.memory_plan import MemoryPlan, plan_memory
+from .planning.memory_plan import PROMPT_TOKENS, MemoryPlan, plan_memory
 from .runtime import out_of_memory
 from .runtime.capture import Captures, open_captures
 from .runtime.finite import SMALL
@@ -159,6 +159,7 @@ class Model:
         precision, and whether it is a saved program's, as `memory_plan.plan_memory` takes them. Raise ConfigError."""
         if asked.budget is None:
             return None
+        self.text.max_tokens = min(self.text.max_tokens, PROMPT_TOKENS)
         memory = plan_memory(
             self.text, self.vae, self.checkpoint, self.family, self.times, asked.device, self.dtype, asked.budget,
             resolve_largest(asked.options.largest, self.sizes), asked.options.tile,

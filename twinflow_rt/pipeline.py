@@ -47,7 +47,7 @@ from .runtime.timing import StageTimer
 from .sampling.noise import check_batch, initial_noise, resolve_seeds
 from .sampling.schedule import SamplerConfig, resolve_sampler, schedule
 from .stages import embeds_file
-from .stages.result import Result, deliver
+from .stages.result import Result, Truncated, deliver
 from .stages.stage import in_parts
 from .stages.text import PromptEmbeds, TextStage
 from .stages.vae import VaeDecoder
@@ -169,12 +169,13 @@ class Pipeline:
             raise DeviceError("CUDA does not survive a fork: start the worker by spawn and load the model in it")
         (rows, columns), images = request.size, len(request.seeds)
         with self._lock, placed_threads(self.device):
+            truncated = self._truncated(request)
             made, at_once = out_of_memory.halving(
                 lambda at_once: self._run(request, at_once, timer), 1 if self.batch_invariant else images,
                 split=on_oom == "split", release=self._release,
                 what=lambda n: f"images of {columns}x{rows}, {n} at once, do not fit in {self.device}'s memory",
             )  # fmt: skip
-        return Result(made, request.seeds, timer.timings(), timer.memory, at_once, request.output)
+        return Result(made, request.seeds, timer.timings(), timer.memory, at_once, request.output, truncated)
 
     def _checked(
         self, prompt: str | Sequence[str] | PromptEmbeds, size: tuple[int | None, int | None],
@@ -199,6 +200,12 @@ class Pipeline:
         if (sequence := self.program.sequence) is not None:
             seeds = sequence.agree(seeds)
         return Request(prompts, num_images, resolved, seeds, config, output, callback, preview)
+
+    def _truncated(self, request: Request) -> Truncated:
+        """Return which of a call's images have prompts that were cut, and warn of texts that are."""
+        given = request.prompts
+        known = given.truncated if isinstance(given, PromptEmbeds) else self.text.truncated(given)
+        return Truncated(one for one in known or (False,) * len(given) for _ in range(request.repeats))
 
     def _checked_embeds(self, embeds: PromptEmbeds) -> PromptEmbeds:
         """Return embeddings, if the text stage could have made them. Raises ConfigError."""
@@ -230,7 +237,7 @@ class Pipeline:
         raw = vae is self.vae and not latents_wanted and velocity.projects_to_vae(times)
         with timer("text"):
             contexts = velocity.contexts(
-                request.prompts, self.text, request.repeats, times, at_once, self.batch_invariant
+                request.prompts, self.text.encode, request.repeats, times, at_once, self.batch_invariant
             )
         with timer("noise"):
             shape = (vae.channels, size[0] // vae.scale, size[1] // vae.scale)

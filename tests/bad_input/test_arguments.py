@@ -32,9 +32,9 @@ CALLS = [
     ({"width": 16.0}, "width"), ({"height": True}, "height"), ({"height": "16"}, "height"),
     ({"width": 10**9}, "nearest is 256"), ({"width": 2**64}, "nearest is 256"), ({"height": NAN}, "height"),
     ({"height": [16]}, "height"), ({"seed": -1}, "seed"), ({"seed": True}, "seed"), ({"seed": 1.0}, "seed"),
-    ({"seed": NAN}, "seed"), ({"seed": 2**63}, "seed"), ({"seed": 2**64}, "seed"), ({"seed": "1"}, "seed"),
+    ({"seed": NAN}, "seed"), ({"seed": 2**64}, "seed"), ({"seed": "1"}, "seed"),
     ({"seed": [1, 2]}, "2 seeds for 1"), ({"seed": []}, "0 seeds for 1"), ({"seed": [None]}, "seed"),
-    ({"seed": {1: 2}}, "seed"), ({"seed": np.float32(1)}, "seed"), ({"seed": 2**63 - 1, "num_images": 2}, "seed"),
+    ({"seed": {1: 2}}, "seed"), ({"seed": np.float32(1)}, "seed"), ({"seed": 2**64 - 1, "num_images": 2}, "seed"),
     ({"seed": torch.ones(2)}, "seed"), ({"num_images": 0}, "num_images"), ({"num_images": -1}, "num_images"),
     ({"num_images": True}, "num_images"), ({"num_images": 1.5}, "num_images"), ({"num_images": None}, "num_images"),
     ({"num_images": 10**9}, "at most 10000"), ({"num_images": 2**70}, "at most 10000"),
@@ -173,12 +173,12 @@ def test_artifacts_at_impossible_places(pipe, tmp_path, name):
 # -- ranges ---------------------------------------------------------------------------------------
 
 
-@given(st.one_of(st.integers(-(2**70), -1), st.integers(2**63, 2**70), st.floats(), st.booleans(), st.text(max_size=3)))
+@given(st.one_of(st.integers(-(2**70), -1), st.integers(2**64, 2**70), st.floats(), st.booleans(), st.text(max_size=3)))
 def test_every_seed_outside_the_range_is_refused(seed):
     refused(lambda: resolve_seeds(seed, 1), "seed", ConfigError)
 
 
-@given(st.integers(0, 2**63 - 1))
+@given(st.integers(0, 2**64 - 1))
 def test_every_seed_inside_is_taken(seed):
     assert resolve_seeds(seed, 1) == [seed]
 

@@ -37,7 +37,7 @@ FIELDS = [
     {"size": "31x32"}, {"size": "32x"}, {"size": "x32"}, {"size": "32"}, {"size": ""}, {"size": "32X32"},
     {"size": "32x32x32"}, {"size": "٣٢x٣٢"}, {"size": "1e1x32"}, {"size": "-32x32"}, {"size": "99999x99999"},
     {"size": "9" * 50 + "x32"}, {"size": 32}, {"size": [32, 32]}, {"size": "32x32\n"}, {"size": "64x64"}, {"seed": -1},
-    {"seed": 2**63}, {"seed": 2**64}, {"seed": 1.0}, {"seed": "1"}, {"seed": True}, {"seed": [1]},
+    {"seed": 2**64}, {"seed": 2**65}, {"seed": 1.0}, {"seed": "1"}, {"seed": True}, {"seed": [1]},
     {"seed": float("nan")}, {"nfe": 0}, {"nfe": -1}, {"nfe": 9}, {"nfe": 10**20}, {"nfe": 1.5}, {"nfe": "1"},
     {"nfe": False}, {"response_format": "url"}, {"response_format": 1}, {"output_format": "gif"},
     {"output_format": "../png"}, {"output_format": None, "quality": "hd"}, {"user": 3}, {"user": {"a": 1}},
@@ -127,5 +127,5 @@ def test_models_by_odd_names(client):
 
 
 def test_the_server_goes_on(client):
-    answer = client.post(ROUTE, json={"prompt": "a", "size": "32x32", "seed": 2**63 - 1, "n": 1})
-    assert answer.status_code == 200 and answer.json()["data"][0]["seed"] == 2**63 - 1
+    answer = client.post(ROUTE, json={"prompt": "a", "size": "32x32", "seed": 2**64 - 1, "n": 1})
+    assert answer.status_code == 200 and answer.json()["data"][0]["seed"] == 2**64 - 1

@@ -47,6 +47,21 @@ def test_the_file_holds_what_the_text_stage_makes(model, file, capsys):
     assert facts["text_encoder"] == fingerprint(pipe.text)
 
 
+def test_prompts_that_are_cut_are_told(model, tmp_path, capsys):
+    path, long = tmp_path / "p.safetensors", "word " * 200 + "the end"
+    args = ["--model", str(model), "--device", "cpu", "-o"]
+    assert main(["encode", "a", long, "--json", *args, str(path)]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["truncated"] == [False, True]
+    assert out.err.startswith("twinflow-rt: warning: the prompt 'word ") and "the end'" in out.err
+    assert read(path).embeds.truncated == (False, True)
+    assert main(["generate", "--prompt-embeds", str(path), *SIZE, "--json", *args, str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out)["truncated"] == [False, True] and "warning" not in out.err
+    assert main(["generate", long, *SIZE, *args, str(tmp_path / "b.png")]) == 0
+    assert capsys.readouterr().err.count("twinflow-rt: warning: the prompt") == 1
+
+
 def test_images_are_those_of_the_prompts(model, file, tmp_path):
     pipe = load(model, device="cpu")
     args = {"height": 16, "width": 16, "seed": 3, "output": "latent", "num_images": 2}
@@ -115,6 +130,7 @@ def rewritten(file, path, change, facts=()):
         (lambda t: None, {"version": "2"}, "2, newer"),
         (lambda t: None, {"family": None}, "'family'"),
         (lambda t: None, {"prompts": "["}, "no whole file"),
+        (lambda t: None, {"truncated": "3"}, "list of booleans"),
         (lambda t: None, {"prompts": '["a"]'}, "1 texts for 3 prompts"),
         (lambda t: t.pop("lengths"), {}, "lacks lengths"),
         (lambda t: t.pop("prompt_embeds"), {}, "lacks prompt_embeds"),

@@ -85,7 +85,7 @@ def test_arguments_that_cannot_work(embed, exported, prompt, tmp_path):
     for words, message in (
         ((), "nothing to do"),
         ((*given, "--size", "64x64"), "no program for 64x64"),
-        ((*given, "--seed", str(2**63)), "whole number"),
+        ((*given, "--seed", str(2**64)), "whole number"),
         ((*given, "--seed"), "needs a value"),
         ((*given, "--wrong"), "unknown argument"),
         ((tmp_path / "absent.pt2", "--info"), "cannot be read"),

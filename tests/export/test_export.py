@@ -46,7 +46,7 @@ def test_manifest_says_what_the_file_holds(exported, model):
     facts = model.manifest
     assert (facts["family"], facts["nfe"], facts["sizes"]) == ("z-image", 2, [[HEIGHT, WIDTH]])
     assert facts["twinflow_rt"] == twinflow_rt.__version__ and facts["torch"] == torch.__version__
-    assert facts["prompt"] == {"width": 32, "multiple": 32, "fixed": None, "max_tokens": 512, "extras": []}
+    assert facts["prompt"] == {"width": 32, "multiple": 32, "fixed": None, "max_tokens": 544, "extras": []}
     assert facts["noise"]["streams"] == 1 and facts["output"]["layout"] == "NHWC"
     names = {name.split("/", 1)[1] for name in zipfile.ZipFile(exported).namelist()}
     unlisted = {n for n in names - set(facts["files"]) if not n.startswith((".", "archive_", "byteorder", "version"))}
@@ -95,7 +95,7 @@ def test_text_encoder_equals_the_pipelines(pipe, model):
         (dict(lengths=(5,)), "lengths from 1 to L|do not fit"),
         (dict(lengths=(0,)), "do not fit|rows"),
         (dict(lengths=(1, 2)), "do not fit"),
-        (dict(embeds=torch.zeros(1, 600, 32), lengths=(600,)), "1 to 512"),
+        (dict(embeds=torch.zeros(1, 600, 32), lengths=(600,)), "1 to 544"),
     ],
 )
 def test_prompts_that_do_not_fit_are_refused(model, change, message):

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from twinflow_rt.errors import ConfigError
+from twinflow_rt.errors import ConfigError, PromptTruncatedWarning
 from twinflow_rt.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, Decode
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN"}
@@ -98,6 +98,31 @@ def test_seed_and_evaluations(model):
     assert (twice - alone).abs().max() > 1e-2
     largest = NODE_CLASS_MAPPINGS["TwinFlowSample"].INPUT_TYPES()["required"]
     sample(model=model, prompt=prompt, seed=largest["seed"][1]["max"], batch_size=2, width=16, height=16)
+
+
+def test_seeds_to_the_last(model):
+    """ComfyUI's own sampler has seeds below 2^64, and draws them at random; after the last comes the first."""
+    sample = node("TwinFlowSample")
+    assert NODE_CLASS_MAPPINGS["TwinFlowSample"].INPUT_TYPES()["required"]["seed"][1]["max"] == 2**64 - 1
+    given = {"model": model, "prompt": node("TwinFlowEncode")(model=model, text="a"), "width": 16, "height": 16}
+    pair = sample(**given, seed=2**64 - 1, batch_size=2)["samples"]
+    for latent, seed in zip(pair, (2**64 - 1, 0), strict=True):
+        assert (latent - sample(**given, seed=seed)["samples"][0]).abs().max() <= 1e-4
+    for seed, count in ((2**64, 1), (-1, 1), ("1", 1), (2**64 - 1, 10**12), (0, 0), (0, "1")):
+        with pytest.raises(ConfigError, match=r"seed|batch_size|images"):
+            sample(**given, seed=seed, batch_size=count)
+
+
+@pytest.mark.parametrize("text", [None, 3, ["a"], "\ud800", "x" * 100_001])
+def test_prompts_are_checked_as_the_pipeline_does(model, text):
+    with pytest.raises(ConfigError, match="prompt"):
+        node("TwinFlowEncode")(model=model, text=text)
+
+
+def test_prompts_that_are_cut_are_told(model):
+    with pytest.warns(PromptTruncatedWarning, match="the end"):
+        embeds = node("TwinFlowEncode")(model=model, text="word " * 900 + "the end")
+    assert embeds.truncated == (True,)
 
 
 def test_latents_of_another_model_are_refused(model):

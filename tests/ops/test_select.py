@@ -258,15 +258,6 @@ def test_a_cpu_target_imports_no_gpu_software():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_shape_buckets():
-    for n in range(1, 20000, 7):
-        bucket = backends.shape_bucket(n)
-        assert bucket >= n and bucket % 32 == 0 and backends.shape_bucket(bucket) == bucket
-        assert bucket - n < max(n / 8, 32)
-    for n in (256, 1000, 4096):
-        assert len({backends.shape_bucket(m) for m in range(n + 1, 2 * n + 1)}) <= 9
-    assert backends.shape_bucket(100, multiple=64) == 128
-
 
 def test_warm_up_runs_each_shape_once():
     seen = []

@@ -12,7 +12,7 @@ import torch
 
 from tests.factory import make_model
 from twinflow_rt.config import SizeRule, has_native, resolve_device, resolve_dtype
-from twinflow_rt.errors import CancelledError, ConfigError, DeviceError
+from twinflow_rt.errors import CancelledError, ConfigError, DeviceError, PromptTruncatedWarning
 from twinflow_rt.loading import load
 
 PROMPTS = ["a red square", "a big blue circle above a small green triangle, twice", ""]
@@ -173,8 +173,9 @@ def test_default_size_is_the_vaes_training_size(pipe):
 
 
 def test_longest_prompt_leaves_room_in_the_position_table(pipe):
-    assert pipe.text.max_tokens == 512
-    images = pipe(["long " * 400, "short"], height=256, width=256, seed=0, output="pt").images
+    assert pipe.text.max_tokens == 544
+    with pytest.warns(PromptTruncatedWarning, match="reads 544 of"):
+        images = pipe(["long " * 400, "short"], height=256, width=256, seed=0, output="pt").images
     assert images.isfinite().all()
 
 

@@ -80,7 +80,9 @@ def test_openuni_embeddings_equal_its_parts_in_transformers(openuni):
     text = load(folder, device="cpu").text
     rendered = text.tokenizer.render("a cat")
     assert rendered == "<|im_start|>user\nGenerate an image: a cat<|im_end|>\n<|im_start|>assistant\n<img>"
-    ids = text.tokenizer(PROMPTS, 2048)
+    prompts = [*PROMPTS, "never cut " * 230]
+    ids = text.tokenizer(prompts, 10_000)
+    assert max(map(len, ids)) > 2048
     longest, count = max(map(len, ids)), CONNECTOR.num_queries
     mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) + [1] * count for i in ids])
     padded = torch.tensor([i + [0] * (longest - len(i)) for i in ids])
@@ -89,8 +91,8 @@ def test_openuni_embeddings_equal_its_parts_in_transformers(openuni):
     states = language(inputs_embeds=embeds, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
     states = connector(inputs_embeds=states.last_hidden_state[:, -count:]).last_hidden_state
     expected = states @ tensors["projector.weight"].T + tensors["projector.bias"]
-    ours = text(PROMPTS)
-    assert ours.lengths == (count,) * 3 and relative(ours.embeds, expected) < 1e-5
+    ours = text(prompts)
+    assert ours.lengths == (count,) * 4 and not any(ours.truncated) and relative(ours.embeds, expected) < 1e-5
 
 
 def test_openuni_from_folder_to_pixels(openuni, tmp_path):

@@ -73,5 +73,5 @@ def test_what_needs_no_plan_is_left_alone():
 
 
 def test_prompt_lengths():
-    lengths = warm.prompt_lengths(512)
-    assert lengths == tuple(range(32, 513, 32)) and warm.prompt_lengths(77) == (32, 64, 77)
+    lengths = warm.prompt_lengths(992)
+    assert lengths == tuple(range(32, 993, 32)) and warm.prompt_lengths(77) == (32, 64, 77)

@@ -36,13 +36,14 @@ class FakePipe:
             if prompt == "file":
                 raise CheckpointError("/a/secret/path is damaged")
             if prompt == "shapeless":
-                return SimpleNamespace(images=[object()] * len(prompts), timings={})
+                return SimpleNamespace(images=[object()] * len(prompts), timings={}, truncated=[False] * len(prompts))
             if prompt == "crash":
                 raise ZeroDivisionError("a secret")
             if prompt == "big" or (prompt == "wide" and len(prompts) > 1):
                 raise DeviceError("out of memory")
         images = [self.image(*made, width, height) for made in zip(prompts, seed, strict=True)]
-        return SimpleNamespace(images=images[1:] if "lose" in prompts else images, timings={"total": 0.5})
+        images, truncated = images[1:] if "lose" in prompts else images, [prompt == "long" for prompt in prompts]
+        return SimpleNamespace(images=images, timings={"total": 0.5}, truncated=truncated)
 
     @staticmethod
     def image(prompt: str, seed: int, width: int, height: int) -> Image.Image:

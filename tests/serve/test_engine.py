@@ -119,7 +119,7 @@ def test_full_queue_refuses_whole_requests(pipe, start):
         ({"nfe": 5}, "at most 4"),
         ({"nfe": 0}, "nfe"),
         ({"seed": -1}, "seed"),
-        ({"seed": 2**63 - 1, "num_images": 2}, "seed"),
+        ({"seed": 2**64 - 1, "num_images": 2}, "seed"),
         ({"prompt": "\ud800"}, "surrogate"),
     ],
 )

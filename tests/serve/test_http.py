@@ -64,6 +64,7 @@ def test_images(start):
     body = answer.json()
     assert answer.status_code == 200 and body["size"] == "48x32" and body["output_format"] == "png"
     assert [entry["seed"] for entry in body["data"]] == [255, 256, 257]
+    assert [entry["truncated"] for entry in body["data"]] == [False] * 3
     for entry in body["data"]:
         image = image_of(entry)
         assert image.format == "PNG" and image.size == (48, 32)
@@ -104,6 +105,10 @@ def test_compression_is_the_quality_of_lossy_formats(pipe):
         assert poor < plain < best
 
 
+def test_prompts_that_are_cut_are_told(start):
+    assert [entry["truncated"] for entry in ask(start(), "long", n=2).json()["data"]] == [True, True]
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -116,7 +121,7 @@ def test_compression_is_the_quality_of_lossy_formats(pipe):
         ({"n": 0}, None, "positive"),
         ({"n": 3}, None, "at most 2"),
         ({"n": True}, "n", "valid integer"),
-        ({"seed": -1}, None, "0 to 2^63"),
+        ({"seed": -1}, None, "0 to 2^64"),
         ({"seed": 1.5}, "seed", "valid integer"),
         ({"nfe": 9}, None, "nfe"),
         ({"response_format": "url"}, "response_format", "b64_json"),

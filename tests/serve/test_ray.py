@@ -281,8 +281,9 @@ PIXELS = np.full((32, 32, 3), 7, np.uint8)
 
 def test_lost_workers_are_made_up_for(ask):
     lost, away = ActorDiedError(), ActorUnavailableError("away", b"0" * 16)
-    handle, engine, job = ask(lost, *[away] * 20, lost, lost, lost, PIXELS)
-    assert np.array_equal(job.future.result(60), PIXELS) and handle.asked == 25 and engine.waiting == 0
+    handle, engine, job = ask(lost, *[away] * 20, lost, lost, lost, (PIXELS, True))
+    assert np.array_equal(job.future.result(60), PIXELS) and job.truncated
+    assert handle.asked == 25 and engine.waiting == 0
 
 
 def test_an_image_that_kills_its_workers_is_given_up(ask):

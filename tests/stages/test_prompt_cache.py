@@ -48,16 +48,15 @@ def test_the_least_recently_used_go_first():
 
 def test_known_prompts_skip_the_text_encoder(model):
     plain, pipe = load(model, device="cpu"), load(model, device="cpu", prompt_cache=1_000_000)
-    encoded, text = [], pipe.text
-    pipe.text = lambda prompts: encoded.append(prompts) or text(prompts)
+    encoded, encode = [], pipe.text.encode
+    pipe.text.encode = lambda prompts: encoded.append(prompts) or encode(prompts)
     for seed in (3, 4):
         for prompts in (PROMPTS, PROMPTS[:1]):
             expected = plain(prompts, **{**ARGS, "seed": seed}).images
             assert np.array_equal(pipe(prompts, **{**ARGS, "seed": seed}).images, expected)
     assert encoded == [PROMPTS[:2], PROMPTS[:1]]
     assert (pipe.prompts.hits, pipe.prompts.misses) == (2, 2) and plain.prompts.hits == 0
-    pipe.text = text
-    embeds = text(PROMPTS[:1])
+    embeds = pipe.text(PROMPTS[:1])
     assert np.array_equal(pipe(embeds, **ARGS).images, plain(PROMPTS[:1], **ARGS).images)
 
 

@@ -12,11 +12,12 @@ import argparse
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, TextIO
 
-from ..errors import TwinFlowError
+from ..errors import PromptTruncatedWarning, TwinFlowError
 from ..host_memory import address_space_margin, lacking_address_space, torch_bytes
 
 COMMANDS = {
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        status: int = _module(args.command).run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show
+            status: int = _module(args.command).run(args)
         return status
     except TwinFlowError as error:
         print(f"twinflow-rt: {' '.join(str(error).split()):.2000}", file=sys.stderr)
@@ -73,6 +76,16 @@ def build_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
         if name == called:
             _module(name).add_arguments(sub)
     return parser
+
+
+def _show(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """Print a warning: those about prompts as errors look, others as Python does."""
+    ours = f"twinflow-rt: warning: {' '.join(str(message).split())}\n"
+    told = issubclass(category, PromptTruncatedWarning)
+    sys.stderr.write(ours if told else warnings.formatwarning(message, category, filename, lineno))
 
 
 def _module(command: str) -> Any:

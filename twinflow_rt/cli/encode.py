@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     write(args.output, embeds, model=args.model, family=family, text=text, prompts=prompts)
     report: dict[str, Any] = {
         "file": str(args.output), "prompts": len(prompts), "tokens": list(embeds.lengths),
+        "truncated": list(embeds.truncated),
         "bytes": args.output.stat().st_size,
         "seconds": {"load": loaded - began, "encode": time.perf_counter() - loaded},
     }  # fmt: skip
@@ -89,4 +90,5 @@ def encode(text: Any, prompts: Sequence[str]) -> PromptEmbeds:
     longest = max(m.embeds.shape[1] for m in made)
     embeds = torch.cat([F.pad(m.embeds, (0, 0, 0, longest - m.embeds.shape[1])) for m in made])
     extras = {name: torch.cat([m.extras[name] for m in made]) for name in made[0].extras}
-    return PromptEmbeds(embeds, tuple(n for m in made for n in m.lengths), extras)
+    lengths, truncated = (tuple(one for m in made for one in getattr(m, name)) for name in ("lengths", "truncated"))
+    return PromptEmbeds(embeds, lengths, extras, truncated)

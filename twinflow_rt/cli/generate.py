@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     report = {
         "files": [str(p) for p in paths],
         "seeds": result.seeds,
+        "truncated": list(result.truncated),
         "size": list(result.images[0].size),
         "seconds": {"load": load_seconds, **result.timings},
         "peak_bytes": result.memory,

@@ -40,7 +40,7 @@ class Generator:
         with torch.inference_mode():
             pipe.program.refold(schedule(self.sampler, pipe.dtype))
             network = pipe.program.network
-            context = pipe.velocity.context((*captions, *[""] * len(captions)), pipe.text)
+            context = pipe.velocity.context((*captions, *[""] * len(captions)), pipe.text.encode)
 
             def velocity(x: Any, step: int) -> Any:
                 asked, empty = network(torch.cat((x, x)), network.step_modulation(step), context).chunk(2)

@@ -32,6 +32,7 @@ from ..sampling.sampler import sample
 from ..sampling.schedule import SamplerConfig, schedule, steps
 from ..stages.stage import StageOptions
 from ..stages.text import TextEncoder
+from ..stages.tokenizer import MARK
 from . import archive
 from .archive import TEXT, image_name
 from .runtime import Exported
@@ -293,8 +294,7 @@ def facts(pipe: Pipeline, model: str | Path, sizes: Sequence[tuple[int, int]], t
 def text_facts(text: TextEncoder) -> dict[str, Any]:
     """Return the manifest's entry on the text encoder. prefix, suffix: what a prompt is written between before it is
     tokenized; None where the family does more than that to it."""
-    mark = "\ue000"
-    before, found, after = text.tokenizer.render(mark).partition(mark)
+    before, found, after = text.tokenizer.render(MARK).partition(MARK)
     return {
         "vocabulary": text.network.config.vocab_size,
         "dropped": text.dropped,

@@ -16,16 +16,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..config import check_count
 from ..errors import ConfigError, NonFiniteError
 from ..loading import load
 from ..options import LoadOptions, describe
 from ..pipeline import Pipeline
 from ..runtime.host_state import isolated
+from ..sampling.noise import MAX_SEED, resolve_seeds
 from ..stages.text import PromptEmbeds
 
 MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else
 MAX_BATCH = 64
-MAX_SEED = 2**63 - MAX_BATCH  # image k of a batch has seed + k
 AUTO = "auto"  # of a widget: an option of `load` left at its default
 WIDGETS = {  # the options of `load` that the node has
     "device": "STRING", "dtype": [AUTO, "float32", "bfloat16", "float16"], "precision": [AUTO, "int8", "fp8"]
@@ -69,10 +70,11 @@ class Encode:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        text = ("STRING", {"multiline": True, "dynamicPrompts": True, "default": "a red circle"})
+        text = ("STRING", {"multiline": True, "dynamicPrompts": True, "default": "a green triangle"})
         return {"required": {"model": (MODEL,), "text": text}}
 
     def encode(self, model: Pipeline, text: str) -> tuple[PromptEmbeds]:
+        """Raises ConfigError for what is no prompt to the pipeline; warns of one that is cut."""
         return (model.text([text]),)
 
 
@@ -81,7 +83,7 @@ class Sample:
 
     RETURN_TYPES: ClassVar = ("LATENT",)
     FUNCTION, CATEGORY = "sample", "TwinFlow"
-    DESCRIPTION = "Samples a batch; image k depends on seed + k alone."
+    DESCRIPTION = "Samples a batch; image k depends on seed + k alone (after 2^64 - 1 comes 0)."
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
@@ -106,8 +108,11 @@ class Sample:
         nfe: int = 0,
     ) -> tuple[dict[str, Tensor]]:  # fmt: skip
         """{"samples": raw latents float32 [batch_size, C, h, w]}. Raises what the pipeline raises."""
+        (first,), count = resolve_seeds(seed, 1), check_count("batch_size", batch_size)
+        past = first + count > MAX_SEED and count <= MAX_BATCH
+        seeds = [(first + k) % (MAX_SEED + 1) for k in range(count)] if past else seed
         result = model(
-            prompt, width=width or None, height=height or None, seed=seed, num_images=batch_size, nfe=nfe or None,
+            prompt, width=width or None, height=height or None, seed=seeds, num_images=batch_size, nfe=nfe or None,
             output="latent", cancel=_interrupted(),
         )  # fmt: skip
         offset, divisor = _normalisation(model)

@@ -122,16 +122,6 @@ def order(arch: int | None) -> tuple[str, ...]:
     return (*names, "triton", "xformers")
 
 
-def shape_bucket(tokens: int, multiple: int = 32) -> int:
-    """`tokens` rounded up so that few lengths exist: steps of at most 1/8 of the length, at least `multiple`.
-
-    A sequence padded to its bucket wastes below 1/8 and at most 8 buckets lie between n and 2n, so a
-    backend that plans per shape plans a handful of times.
-    """
-    step = max(multiple, 1 << max((tokens - 1).bit_length() - 4, 0))
-    return -(-max(tokens, 1) // step) * step
-
-
 def warm_up(
     attention: Attention, shapes: Iterable[tuple[int, int, int, int, int]], dtype: torch.dtype,
     device: torch.device | str,

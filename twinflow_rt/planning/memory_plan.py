@@ -29,6 +29,7 @@ from ..stages.text import TextStage
 from ..stages.vae import VaeDecoder
 from .memory_costs import Costs, Network, costs_of
 
+PROMPT_TOKENS = 2048  # that a budget plans for, and then the longest: OpenUni alone reads more
 TILES = (1024, 768, 512, 384, 256, 192, 128, 64)  # sides in pixels to try, largest first
 
 

@@ -1,8 +1,8 @@
 """Attention backends that plan once per shape (cuDNN, tens to hundreds of milliseconds) plan before a user waits.
 
 Which shapes a network asks for is not computed but seen: a copy of it runs on the meta device, on the op that
-writes them down. Prompts are taken at the lengths of `ops.backends.shape_bucket`; Z-Image pads its prompts to just
-these up to 512 tokens, SD3.5's and OpenUni's have one length. Prompts of Qwen-Image and SANA keep their own length
+writes them down. Prompts are taken at multiples of 32 tokens: Z-Image pads its prompts to these, SD3.5's and
+OpenUni's have one length. Prompts of Qwen-Image and SANA keep their own length
 where the network is not recorded as a graph (padding would need a mask, which costs every image more than planning
 costs the first of a length). A plan for each length would hold up loading, so there a prompt of a new length plans
 anew, unless all lengths up to one were asked for.
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.context import BUCKET
 from ..ops import EAGER
-from ..ops.backends import PLANS_PER_SHAPE, shape_bucket, warm_up
+from ..ops.backends import PLANS_PER_SHAPE, warm_up
 from ..ops.selection import Choice
 from ..stages.text import TextStage
 from ..stages.vae import VaeDecoder
@@ -36,7 +37,7 @@ def plans_per_shape(choices: Sequence[Choice]) -> bool:
 
 def prompt_lengths(most: int) -> tuple[int, ...]:
     """Return the padded lengths of prompts of up to `most` tokens."""
-    return tuple(dict.fromkeys(min(shape_bucket(n), most) for n in range(1, most + 1)))
+    return (*range(BUCKET, most, BUCKET), most)
 
 
 def keeps_lengths(model: MetaModel) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import check_count, integer, items, shown
 from ..errors import ConfigError
 
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
 MAX_BATCH, MAX_SEEDS = 10_000, 10_000_000  # images of one call, and of a list of them
 _U32, _U64 = 2**32 - 1, 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
@@ -32,7 +32,7 @@ def resolve_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
     None draws s from the operating system's entropy and continues as for an int; int s gives
     s, s + 1, ..., s + count - 1; a list, tuple, range or array is taken as it is and must hold `count` seeds.
-    Seeds are integers in 0..2^63 - 1; anything else (bool, float, negative, ...) is a ConfigError.
+    Seeds are integers in 0..2^64 - 1; anything else (bool, float, negative, ...) is a ConfigError.
     """
     count = check_count("seed count", count)
     if count > MAX_SEEDS:
@@ -104,7 +104,7 @@ def _consecutive(first: int, count: int) -> list[int]:
 def _checked(seed: object) -> int:
     value = _fresh_seed(seed) if isinstance(seed, torch.Generator) else integer(seed)
     if value is None or not 0 <= value <= MAX_SEED:
-        raise ConfigError(f"seed must be an integer from 0 to 2^63 - 1, got {shown(seed)}")
+        raise ConfigError(f"seed must be an integer from 0 to 2^64 - 1, got {shown(seed)}")
     return value
 
 

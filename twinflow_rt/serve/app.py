@@ -108,7 +108,10 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
         if images is None:
             return Response(status_code=CLIENT_LEFT)
         encoded = await run_in_threadpool(lambda: [encode(image, kind, quality) for image in images])
-        data = [{"b64_json": image, "seed": job.seed} for image, job in zip(encoded, jobs, strict=True)]
+        data = [
+            {"b64_json": image, "seed": job.seed, "truncated": job.truncated}
+            for image, job in zip(encoded, jobs, strict=True)
+        ]
         size = f"{images[0].width}x{images[0].height}"
         return JSONResponse({"created": int(time.time()), "data": data, "output_format": kind, "size": size})
 

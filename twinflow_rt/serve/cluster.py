@@ -84,7 +84,8 @@ class Cluster(Engine):
         height, width, _ = job.kind
         outcome: Any = CancelledError("Ray gave this image up")
         try:
-            outcome = Image.fromarray(await self._ask("generate", job.prompt, width, height, job.seed, nfe))
+            pixels, job.truncated = await self._ask("generate", job.prompt, width, height, job.seed, nfe)
+            outcome = Image.fromarray(pixels)
         except Exception as error:
             if not isinstance(error, TwinFlowError):
                 log.error("generating failed", exc_info=error)

@@ -42,7 +42,8 @@ class DrainingError(TwinFlowError):
 
 @dataclass(eq=False)
 class Job:
-    """One image on its way. `future` gives the PIL image, or raises what went wrong.
+    """One image on its way. `future` gives the PIL image, or raises what went wrong; once it does, `truncated` says
+    whether its prompt is longer than the model reads.
 
     kind: (height, width, sampler); only jobs alike in it share a batch.
     """
@@ -51,6 +52,7 @@ class Job:
     seed: int
     kind: tuple[Any, ...]
     future: Future[Any] = field(default_factory=Future)
+    truncated: bool = False
     abandoned: bool = False
     queued: float = field(default_factory=time.monotonic)
 
@@ -246,4 +248,6 @@ class Engine:
         )  # fmt: skip
         if len(result.images) != len(batch):
             raise RuntimeError(f"the pipeline gave {len(result.images)} images for {len(batch)} prompts")
+        for job, truncated in zip(batch, result.truncated, strict=True):
+            job.truncated = truncated
         return result.images, result.timings

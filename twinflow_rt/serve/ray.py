@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ import ray
 from ray import serve
 
 from ..checkpoint.lora import resolve_loras
-from ..errors import ConfigError, DeviceError
+from ..errors import ConfigError, DeviceError, PromptTruncatedWarning
 from ..options import LoadOptions
 from .cluster import Cluster, Model
 from .engine import Engine
@@ -92,6 +93,7 @@ class Worker:
     def __init__(self, model: str, options: LoadOptions, limits: Limits) -> None:
         from ..loading import load
 
+        warnings.simplefilter("ignore", PromptTruncatedWarning)  # answers say it
         self.engine = Engine(load(model, **vars(options)), limits)
         self.engine.warm_up()
 
@@ -99,11 +101,14 @@ class Worker:
         """Return what requests to this model are checked against."""
         return Model(self.engine.pipe.sizes, self.engine.pipe.sampler)
 
-    async def generate(self, prompt: str, width: int, height: int, seed: int, nfe: int | None) -> np.ndarray:
-        """Return one image, uint8 [height, width, 3]. Raises what `Engine.submit` and its jobs raise."""
+    async def generate(
+        self, prompt: str, width: int, height: int, seed: int, nfe: int | None
+    ) -> tuple[np.ndarray, bool]:
+        """Return one image, uint8 [height, width, 3], and whether its prompt was cut. Raises what `Engine.submit` and
+        its jobs raise."""
         jobs = self.engine.submit(prompt, width=width, height=height, seed=seed, nfe=nfe)
         try:
-            return np.asarray(await asyncio.wrap_future(jobs[0].future))
+            return np.asarray(await asyncio.wrap_future(jobs[0].future)), jobs[0].truncated
         finally:  # Ray cancels this coroutine when the caller has left
             self.engine.cancel(jobs)
 

@@ -6,12 +6,13 @@ import logging
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
-from ..errors import ConfigError, extra_missing
+from ..errors import ConfigError, PromptTruncatedWarning, extra_missing
 from .app import create_app
 from .engine import Engine
 from .settings import Settings
@@ -27,6 +28,7 @@ def run(settings: Settings, load: Callable[[], Any]) -> int:
     """
     server, token = settings.server, settings.server.token()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    warnings.simplefilter("ignore", PromptTruncatedWarning)  # answers say it
     # bound before the model is loaded: a taken port must not cost minutes
     with bind(server.host, server.port) as listener, open_engine(settings, load) as engine:
         engine.warm_up()

@@ -90,7 +90,7 @@ def write(
     tensors |= {f"extras.{name}": tensor for name, tensor in embeds.extras.items()}
     metadata = {
         "format": FORMAT, "version": VERSION, "model": model, "family": family, "text_encoder": fingerprint(text),
-        "prompts": json.dumps(list(prompts), ensure_ascii=False),
+        "prompts": json.dumps(list(prompts), ensure_ascii=False), "truncated": json.dumps(embeds.truncated),
     }  # fmt: skip
     with replacing(path) as partial:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
@@ -109,7 +109,7 @@ def read(path: str | Path) -> Saved:
         found = int(found) if found.isdecimal() else found
         raise CheckpointError(refusal(path, found, int(VERSION), "encode the prompts again"))
     try:
-        prompts = parse_json(facts["prompts"])
+        prompts, truncated = parse_json(facts["prompts"]), parse_json(facts.get("truncated", "[]"))
         names = set(file.keys())
         if missing := {"prompt_embeds", "lengths"} - names:
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
@@ -123,7 +123,9 @@ def read(path: str | Path) -> Saved:
         if lengths.ndim != 1:
             raise ValueError(f"lengths has {lengths.ndim} axes")
         extras = {n.removeprefix("extras."): read_tensor(file, n) for n in names if n.startswith("extras.")}
-        embeds = PromptEmbeds(read_tensor(file, "prompt_embeds"), tuple(lengths.tolist()), extras)
+        if not isinstance(truncated, list) or not all(isinstance(one, bool) for one in truncated):
+            raise ValueError("truncated is no list of booleans")
+        embeds = PromptEmbeds(read_tensor(file, "prompt_embeds"), tuple(lengths.tolist()), extras, tuple(truncated))
         if prompts and len(prompts) != len(embeds):
             raise ValueError(f"{len(prompts)} texts for {len(embeds)} prompts")
         return Saved(embeds, facts["model"], facts["family"], facts["text_encoder"], tuple(prompts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -17,13 +17,23 @@ from ..config import check_path
 from ..errors import ConfigError
 
 
+class Truncated(tuple[bool, ...]):
+    """A boolean per image, itself true if any is."""
+
+    __slots__ = ()
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+
 @dataclass(frozen=True, repr=False)
 class Result:
     """What a call made: iterating, indexing and len() are those of `images`; notebooks show them.
 
     images: one per (prompt, repeat), prompt-major, as `output` says. seeds: image k's own. timings: seconds of each
     stage (text, noise, sample, decode, output) and in total. memory: peak bytes of each, of the device, on a CPU of the
-    process. at_once: the most images that went through a network together."""
+    process. at_once: the most images that went through a network together. truncated: of each image whether its prompt
+    is longer than the model reads (a PromptTruncatedWarning said what was lost); the whole is true if any is."""
 
     images: Any
     seeds: list[int]
@@ -31,6 +41,7 @@ class Result:
     memory: dict[str, int]
     at_once: int = 0
     output: str = "pil"
+    truncated: Truncated = field(default_factory=Truncated)
 
     def __len__(self) -> int:
         return len(self.images)

@@ -1,12 +1,14 @@
 """The first stage: prompts to embeddings, each prompt at its own length.
 
-Prompts are padded to the longest of the batch instead of a fixed 512 tokens; encoders are causal, so padding on the
-right changes nothing. For the same reason the beginning that a model's template puts before every prompt is read once:
-later prompts attend to its keys and values (`Prefix`).
+Prompts are padded to the longest of the batch instead of a fixed length; encoders are causal, so padding on the right
+changes nothing. For the same reason the beginning that a model's template puts before every prompt is read once: later
+prompts attend to its keys and values (`Prefix`).
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint.reading import Progress
-from ..config import integer, items, shown
-from ..errors import CheckpointError, ConfigError
+from ..config import check_flag, integer, items, resolve_prompts, shown
+from ..errors import CheckpointError, ConfigError, PromptTruncatedWarning
 from ..models.architecture import Architecture
 from ..models.context import bucket
 from ..models.text_encoders.language_model import Past
@@ -34,12 +36,14 @@ class PromptEmbeds:
     """What a network takes of B prompts.
 
     embeds: [B, L, D]; prompt b's first lengths[b] rows count, the others hold anything finite. extras: more that a
-    network's `encode_context` takes, by keyword, e.g. a pooled vector [B, P].
+    network's `encode_context` takes, by keyword, e.g. a pooled vector [B, P]. truncated: of each prompt whether it is
+    longer than the model reads; () if unknown.
     """
 
     embeds: Tensor
     lengths: tuple[int, ...]
     extras: dict[str, Tensor] = field(default_factory=dict)
+    truncated: tuple[bool, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -67,6 +71,9 @@ class PromptEmbeds:
             named = list(map(str, self.extras)) if isinstance(self.extras, dict) else [shown(self.extras)]
             names = [f"{', '.join(sorted(extras)) or 'empty':.200}" for extras in (probe.extras, named)]
             raise ConfigError("extras must be {}, not {}; make them with pipe.text".format(*names))
+        cut = items(self.truncated)
+        if cut is None or len(cut) not in (0, shape[0]):
+            raise ConfigError(f"truncated must be {shape[0]} booleans, one per prompt, not {shown(self.truncated)}")
         for name, tensor in {"embeds": self.embeds, **self.extras}.items():
             alike = (shape[0], *probe.extras[name].shape[1:]) if name in probe.extras else shape
             plain = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
@@ -74,18 +81,19 @@ class PromptEmbeds:
                 raise ConfigError(f"{name} must be a floating-point tensor {alike}; make it with pipe.text")
             if not torch.isfinite(tensor).all():
                 raise ConfigError(f"{name} holds NaN or infinity; make it again with pipe.text")
-        return replace(self, lengths=counts)
+        return replace(self, lengths=counts, truncated=tuple(check_flag("truncated", one) for one in cut))
 
     def select(self, prompts: Sequence[int]) -> PromptEmbeds:
         """Return the embeddings of these prompts, cut to the longest of them."""
         index, lengths = torch.tensor(prompts, device=self.embeds.device), tuple(self.lengths[i] for i in prompts)
         extras = {name: tensor[index] for name, tensor in self.extras.items()}
-        return PromptEmbeds(self.embeds[index, : max(lengths)], lengths, extras)
+        truncated = tuple(self.truncated[i] for i in prompts) if self.truncated else ()
+        return PromptEmbeds(self.embeds[index, : max(lengths)], lengths, extras, truncated)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
         """Return these on a device and in a dtype."""
         extras = {name: tensor.to(device, dtype) for name, tensor in self.extras.items()}
-        return PromptEmbeds(self.embeds.to(device, dtype), self.lengths, extras)
+        return PromptEmbeds(self.embeds.to(device, dtype), self.lengths, extras, self.truncated)
 
 
 PREFIX_FLOOR = 16  # tokens: reading fewer again costs less than joining keys and values in every layer
@@ -104,15 +112,38 @@ class Prefix:
 class TextStage(Stage):
     """Prompts to `PromptEmbeds`; the base of all text stages.
 
-    width: features of an embedding. max_tokens: longer prompts lose their tail.
+    width: features of an embedding. max_tokens: longer prompts lose their tail, and `truncated` says so.
     """
 
     width: int
     max_tokens: int
 
-    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Return the embeddings of these prompts, in the weights' dtype."""
+    def __call__(self, prompts: str | Sequence[str]) -> PromptEmbeds:
+        """Return the embeddings of these prompts, in the weights' dtype, and warn of those that are cut. Raises
+        ConfigError for what is no prompt."""
+        texts = resolve_prompts(prompts)
+        truncated = self.truncated(texts)
+        return replace(self.encode(texts), truncated=truncated)
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Return the same without a word about prompts that are cut."""
         raise NotImplementedError
+
+    def readers(self) -> Sequence[tuple[str, Tokenizer, int]]:
+        """Return what reads a prompt: (name, its tokenizer, the tokens it takes at most)."""
+        raise NotImplementedError
+
+    def truncated(self, prompts: Sequence[str]) -> tuple[bool, ...]:
+        """Return which prompts are longer than a reader takes. Issues a PromptTruncatedWarning for each, once."""
+        distinct, readers = list(dict.fromkeys(prompts)), self.readers()
+        each = zip(*(tokenizer.losses(distinct, most) for _, tokenizer, most in readers), strict=True)
+        cut = {}
+        for prompt, losses in zip(distinct, each, strict=True):
+            found = [(r[0], r[2], *loss) for r, loss in zip(readers, losses, strict=True) if loss is not None]
+            cut[prompt] = bool(found)
+            if found:
+                warn_caller(too_long(prompt, found))
+        return tuple(cut[prompt] for prompt in prompts)
 
     def probe(self, tokens: int, networks: Sequence[Any] = ()) -> PromptEmbeds:
         """Do the stage's work for one prompt of `tokens` tokens on the meta device, to be counted.
@@ -148,8 +179,11 @@ class TextEncoder(TextStage):
         super().materialize(device, dtype, options, progress)
         self._prefix = None
 
+    def readers(self) -> Sequence[tuple[str, Tokenizer, int]]:
+        return [("the model", self.tokenizer, self.max_tokens + self.dropped)]
+
     @isolated()
-    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return embeddings [B, L, width] in the weights' dtype, L the longest prompt's token count."""
         ids = self.tokenizer(prompts, self.max_tokens + self.dropped)
         lengths = tuple(len(i) - self.dropped for i in ids)
@@ -216,6 +250,28 @@ class TextEncoder(TextStage):
         ids = torch.zeros(1, self.dropped + tokens - start, dtype=torch.int64, device="meta")
         states = network(ids, network.blank_past(start)) if start else network(ids)
         return PromptEmbeds(self.kept(F.pad(states, (0, 0, start, 0))), (tokens,))
+
+
+def too_long(prompt: str, losses: Sequence[tuple[str, int, int, str]]) -> PromptTruncatedWarning:
+    """Return the warning about a prompt, given (reader, the tokens it takes, the tokens there are, the text beyond)."""
+
+    def quoted(text: str, most: int) -> str:
+        return repr(text if len(text) <= most else f"{text[: 3 * most // 4]} ... {text[-most // 4 :]}")
+
+    reading = "; ".join(
+        f"{name} reads {most} of {tokens} tokens, without {quoted(lost, 400) if lost else 'the end of its template'}"
+        for name, most, tokens, lost in losses
+    )
+    longest = max((lost for *_, lost in losses), key=len)
+    return PromptTruncatedWarning(f"the prompt {quoted(prompt, 40)} is too long: {reading}; shorten it", longest)
+
+
+def warn_caller(warning: Warning) -> None:
+    """Issue a warning that names the line outside this package, and what decorates its functions, that it is for."""
+    frame, level, inside = sys._getframe(), 1, (__name__.partition(".")[0], "contextlib", "torch")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(warning, stacklevel=level)
 
 
 def check_vocabulary(tokenizer: Tokenizer, encoder: Part) -> None:

@@ -90,7 +90,7 @@ class OpenUniText(TextEncoder):
     """
 
     def __init__(self, folder: Path, model: Architecture, connector: Architecture) -> None:
-        super().__init__(folder, model, OpenUniTokenizer, max_tokens=2048)
+        super().__init__(folder, model, OpenUniTokenizer, max_tokens=0)
         part = open_part(folder / "connector", connector)
         self.parts += (part,)
         self.connector = part.network
@@ -101,9 +101,15 @@ class OpenUniText(TextEncoder):
                 "two models"
             )
         self.width = self.connector.config.caption_channels
+        self.max_tokens = self.network.config.positions - self.connector.config.num_queries
+        if self.max_tokens < 1:
+            raise CheckpointError(
+                f"text_encoder max_position_embeddings {self.network.config.positions} leave no room for a prompt "
+                f"before the connector's {self.connector.config.num_queries} queries; download both again"
+            )
 
     @isolated()
-    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         ids = self.tokenizer(prompts, self.max_tokens)
         prefix = self.prefix(ids)
         start = 0 if prefix is None else len(prefix.ids)
@@ -172,11 +178,14 @@ class SD3Text(TextStage):
         towers = [part.network.config.max_position_embeddings for part in self.parts[:2]]
         return [*towers, self.max_tokens][: len(self.parts)]
 
+    def readers(self) -> Sequence[tuple[str, Tokenizer, int]]:
+        names = (part.name for part in self.parts)
+        return list(zip(names, self.tokenizers, self._lengths, strict=True))
+
     @isolated()
-    def __call__(self, prompts: Sequence[str]) -> PromptEmbeds:
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         device = self.parts[0].network.text_projection.weight.device
-        each = zip(self.tokenizers, self._lengths, strict=True)
-        ids = [torch.tensor(tokenizer(prompts, length), device=device) for tokenizer, length in each]
+        ids = [torch.tensor(tokenizer(prompts, length), device=device) for _, tokenizer, length in self.readers()]
 
         def run(*ids: Tensor) -> PromptEmbeds:
             return self._embed([part.network for part in self.parts], ids)

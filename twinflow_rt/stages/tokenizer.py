@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import file_type, is_folder, read_json, read_text, refuse_foreign, require_file
-from ..config import resolve_prompts
+from ..checkpoint.files import file_type, is_folder, read_json, refuse_foreign, require_file
 from ..errors import CheckpointError
+from .chat_template import BROKEN, chat_template, token_text
 
 # how Qwen2 and later cut text before merging bytes: contractions, words with their leading mark, single
 # digits, punctuation with its line ends, blanks (transformers: Qwen2Tokenizer)
@@ -24,8 +24,7 @@ QWEN_WORDS = (
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
-# what a damaged file breaks with
-BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MARK = "\ue000"  # a private character, in place of a prompt: shows what is written around it
 
 
 class Tokenizer:
@@ -33,15 +32,36 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.core = folder, read_core(folder)
+        self._last: tuple[list[str], int, list[Any]] | None = None
 
     def __call__(self, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """Return the ids of each prompt, at most `max_tokens` (the tail is cut). Raise ConfigError for no prompts."""
-        texts = [self.render(prompt) for prompt in resolve_prompts(prompts)]
-        self.core.no_padding()
-        self.core.enable_truncation(max_tokens)
-        if len(texts) == 1:  # a batch goes to the library's threads, and waking one takes longer than a prompt
-            return [self.core.encode(texts[0]).ids]
-        return [encoding.ids for encoding in self.core.encode_batch(texts)]
+        """Return the ids of each prompt, at most `max_tokens` (the tail is cut)."""
+        return [encoding.ids for encoding in self._encoded([self.render(p) for p in prompts], max_tokens)]
+
+    def losses(self, prompts: Sequence[str], max_tokens: int) -> list[tuple[int, str] | None]:
+        """Return for each prompt None, or where `max_tokens` do not hold it all, how many tokens it has and its text
+        beyond (none of what is written around it)."""
+        texts = [self.render(prompt) for prompt in prompts]
+        return [self._loss(*each) for each in zip(texts, self._encoded(texts, max_tokens), strict=True)]
+
+    def _loss(self, text: str, encoding: Any) -> tuple[int, str] | None:
+        if not (rest := encoding.overflowing):
+            return None
+        own = [part.special_tokens_mask.count(0) for part in (encoding, *rest)]  # tokens of the text itself
+        start = rest[0].offsets[rest[0].special_tokens_mask.index(0)][0]
+        end = len(text.removesuffix(self.render(MARK).partition(MARK)[2]))
+        return len(encoding) - own[0] + sum(own), text[start:end]
+
+    def _encoded(self, texts: list[str], max_tokens: int) -> list[Any]:
+        """Return what the library makes of each text; those of the last call are remembered."""
+        last = self._last
+        if last is None or last[:2] != (texts, max_tokens):
+            self.core.no_padding()
+            self.core.enable_truncation(max_tokens)
+            # a batch goes to the library's threads, and waking one takes longer than a prompt
+            made = [self.core.encode(texts[0])] if len(texts) == 1 else self.core.encode_batch(texts)
+            self._last = last = texts, max_tokens, made
+        return last[2]
 
     def render(self, prompt: str) -> str:
         """Return what is tokenized for a prompt; here the prompt itself."""
@@ -54,7 +74,7 @@ class PaddingTokenizer(Tokenizer):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         token = read_json(folder / "tokenizer_config.json").get("pad_token")
-        self.pad = self.core.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+        self.pad = self.core.token_to_id(token_text(token))
         if self.pad is None:
             raise CheckpointError(f"{folder / 'tokenizer_config.json'}: pad_token {token!r} is not in the vocabulary")
 
@@ -64,21 +84,14 @@ class PaddingTokenizer(Tokenizer):
 
 
 class ChatTokenizer(Tokenizer):
-    """Prompts as one user turn of the folder's chat template, generation prompt added, thinking on."""
+    """Prompts as one user turn of the folder's chat template."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        from jinja2 import TemplateError
-
-        self.template, self._failures = _chat_template(folder), (TemplateError, *BROKEN)
+        self.template = chat_template(folder)
 
     def render(self, prompt: str) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            text: str = self.template.render(messages=messages, add_generation_prompt=True, enable_thinking=True)
-            return text
-        except self._failures as error:
-            raise CheckpointError(f"{self.folder}: the chat template failed ({error}); download it again") from None
+        return self.template(prompt)
 
 
 def read_core(folder: Path) -> Any:
@@ -169,24 +182,3 @@ def _add_tokens(core: Any, folder: Path) -> Any:
                 f"{folder}: token {token.content!r} should be {number}; vocab.json is another's: download both"
             )
     return core
-
-
-def _chat_template(folder: Path) -> Any:
-    """Return the compiled chat template, in a sandbox, for templates are code from the checkpoint."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    config, file = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
-    source = read_text(file) if file_type(file) else config.get("chat_template")
-    if isinstance(source, list):  # several named templates
-        named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        source = named.get("default")
-    if not isinstance(source, str):
-        raise CheckpointError(f"{folder} has no chat template; Z-Image prompts are written in chat form")
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    try:
-        return environment.from_string(source)
-    except (jinja2.TemplateError, *BROKEN) as error:
-        raise CheckpointError(f"{folder}: the chat template does not compile ({error}); download it again") from None

@@ -30,12 +30,12 @@ struct Options {
   bool verify = false, info = false;
 };
 
-uint64_t number(const std::string& text, const std::string& option) {
+uint64_t number(const std::string& text, const std::string& option, uint64_t most = INT64_MAX) {
   char* end = nullptr;
   errno = 0;
   const unsigned long long value = std::strtoull(text.c_str(), &end, 10);
-  if (text.empty() || text[0] < '0' || text[0] > '9' || *end != '\0' || errno != 0 || value > INT64_MAX)
-    throw twinflow::Error(option + " " + text + ": a whole number from 0 to 2^63 - 1 is needed");
+  if (text.empty() || text[0] < '0' || text[0] > '9' || *end != '\0' || errno != 0 || value > most)
+    throw twinflow::Error(option + " " + text + ": a whole number from 0 to " + std::to_string(most) + " is needed");
   return value;
 }
 
@@ -64,7 +64,7 @@ Options parse(int count, char** words) {
     } else if (word == "-o") {
       options.output = value();
     } else if (word == "--seed") {
-      options.seed = number(value(), word);
+      options.seed = number(value(), word, UINT64_MAX);
     } else if (word == "--num-images") {
       options.images = static_cast<int64_t>(number(value(), word));
     } else if (word == "--size") {
@@ -116,6 +116,7 @@ int run(const Options& options) {
       options.ids.empty() ? twinflow::read_prompt(options.prompt) : model.encode(options.ids);
   std::vector<uint64_t> seeds(static_cast<size_t>(prompt.count * options.images));
   std::iota(seeds.begin(), seeds.end(), options.seed);
+  if (!seeds.empty() && seeds.back() < options.seed) throw twinflow::Error("seeds are from 0 to 2^64 - 1");
   const auto images = model.generate(prompt, seeds, options.height, options.width);
   for (size_t i = 0; i < images.size(); ++i) {
     const std::string path = numbered(options.output, i, images.size());

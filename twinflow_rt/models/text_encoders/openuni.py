@@ -77,7 +77,8 @@ class InternVLConfig(LanguageConfig):
             )
         # InternVL3's is "dynamic", which changes nothing within the positions it was trained on (32768)
         theta = rope_theta(raw, 1e4, ("default", "dynamic"))
-        return cls.read(raw, "OpenUni", theta, qkv_bias=True, qk_norm=False, state=-1)
+        positions = raw.get("max_position_embeddings", cls.positions)
+        return cls.read(raw, "OpenUni", theta, qkv_bias=True, qk_norm=False, state=-1, positions=positions)
 
 
 def _language_layout(config: LanguageConfig) -> Layout:
