@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from itertools import product
 
 import diffusers
 import numpy as np
@@ -139,6 +140,38 @@ def test_bfloat16(loaded):
     with accelerated(pipe, twinflow=False):
         assert relative(generate(pipe, "z-image"), exact) < max(1.1 * own, 0.02)
         assert pipe.transformer.dtype == torch.bfloat16
+
+
+NETWORK, TEXT, VAE = range(3)
+SHORT = {"32": torch.float32, "16": torch.float16, "b16": torch.bfloat16}
+MIXTURES = [  # of network, text encoders and VAE; the first is how diffusers loads most releases' files
+    ("z-image", "32 16 32"), ("z-image", "b16 16 32"), ("z-image", "16 b16 b16"), ("qwen-image", "32 16 32"),
+    ("sd3", "32 16 32"), ("sd3", "16 16 32"), ("sana", "32 16 32"),
+]  # fmt: skip
+EVERY = [(family, " ".join(kinds)) for family in FAMILIES for kinds in product(SHORT, repeat=3)]
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [*MIXTURES, *(pytest.param(*one, marks=pytest.mark.full) for one in EVERY if one not in MIXTURES)],
+)
+def test_parts_of_different_dtypes(loaded, family, kinds):
+    """The network gets what it computes in, whatever the others do: as close to float32 as diffusers' own mixture
+    where that runs at all, else as the coarsest part allows."""
+    pipe, kinds = loaded(family), [SHORT[kind] for kind in kinds.split()]
+    options = {"steps": 1, "output": "np"} | ({"complex_human_instruction": None} if family == "sana" else {})
+    exact = generate(pipe, family, **options)
+    pipe.transformer.to(kinds[NETWORK]), pipe.vae.to(kinds[VAE])
+    for name, part in pipe.components.items():
+        if name.startswith("text_encoder"):
+            part.to(kinds[TEXT])
+    try:
+        own = np.abs(generate(pipe, family, **options) - exact).max()
+    except RuntimeError:  # diffusers hands one part's dtype to the next
+        own = 0
+    with accelerated(pipe, twinflow=False):
+        error = np.abs(generate(pipe, family, **options) - exact).max()
+    assert error < max(2.5 * own, 0.05 if torch.bfloat16 in kinds else 0.01)
 
 
 def test_dynamic_shifting_folds_for_each_size(loaded):

@@ -48,7 +48,9 @@ from .diffusers_modules import CALLS, Compiled, CompiledDecoder
 def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None) -> Accelerated:
     """Replace `pipe.transformer` and `pipe.vae.decoder` by compiled ones; return what can restore them.
 
-    pipe: a diffusers pipeline, loaded, on its device, in its dtype; both are kept. twinflow: the model folder of the
+    pipe: a diffusers pipeline, loaded, on its device, in its dtype; both are kept. Its parts may differ in dtype
+    (float32, bfloat16, float16): the network and the decoder compute in their own, whatever they are given, and the
+    network answers in the latents', also where diffusers' would refuse. twinflow: the model folder of the
     TwinFlow checkpoint that the pipeline was loaded from, to evaluate (t, t'); False or None: what the pipeline
     computes now. None refuses a pipeline that was loaded from a local folder with a second embedder: say which of the
     two you want.
@@ -136,7 +138,7 @@ def _decoder(vae: Any, model: Architecture) -> CompiledDecoder:
         network.post_quant_conv = nn.Identity()  # diffusers applies its own before the decoder
     network.to(memory_format=torch.channels_last)
     convert_convolutions(network, target, weights.get)
-    return CompiledDecoder(network)
+    return CompiledDecoder(network, vae.dtype)
 
 
 def _config(module: Any) -> dict[str, Any]:

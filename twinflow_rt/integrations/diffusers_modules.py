@@ -18,6 +18,7 @@ from ..compile import Program
 from ..errors import ConfigError
 from ..models.layers import pack, unpack
 from ..runtime.host_state import isolated
+from ..stages.text import PromptEmbeds
 
 TINY = 2.0**-40  # stands for t = 0, where TwinFlow's sign(0) makes of Z-Image another time
 EULER = "FlowMatchEulerDiscreteScheduler"
@@ -47,10 +48,13 @@ class Compiled(nn.Module):
     def velocity(
         self, latents: Tensor, timestep: Tensor, embeds: Tensor, lengths: tuple[int, ...], **extras: Tensor
     ) -> Tensor:
-        """Return z - x [B, C, H, W] at the step that `timestep` [B] names."""
+        """Return z - x [B, C, H, W] at the step that `timestep` [B] names, computed in the network's dtype, in the
+        latents': parts of a pipeline may differ in it."""
         step = self._step(timestep, latents.dtype)
-        context = self.network.encode_context(embeds, lengths, **extras)
-        return self.network(latents, self.network.step_modulation(step), context)
+        given = PromptEmbeds(embeds, lengths, extras).to(self.device, self.dtype)
+        context = self.network.encode_context(given.embeds, given.lengths, **given.extras)
+        flow: Tensor = self.network(latents.to(self.dtype), self.network.step_modulation(step), context)
+        return flow.to(latents.dtype)
 
     def _step(self, timestep: Tensor, dtype: torch.dtype) -> int:
         """Return which of the scheduler's steps this is; fold tables anew where those have changed. Waits for the
@@ -200,17 +204,19 @@ class Sana(Compiled):
 
 
 class CompiledDecoder(nn.Module):
-    """Stands where the VAE's decoder stood. A video VAE's latents have a frame axis, here of one frame."""
+    """Stands where the VAE's decoder stood, and computes in its dtype. A video VAE's latents have a frame axis, here of
+    one frame."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.dtype = network, dtype
 
     @isolated()
     def forward(
         self, sample: Tensor, feat_cache: list[Any] | None = None, feat_idx: Any = None, **others: Any
     ) -> Tensor:
         _refuse(**others)
+        sample = sample.to(self.dtype)
         if sample.ndim == 4:
             return self.network(sample.contiguous(memory_format=torch.channels_last))
         if feat_cache is not None:
