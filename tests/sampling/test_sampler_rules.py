@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twinflow_rt.models.layers import sinusoids
+from twinflow_rt.models.transformers.sd3 import TIME_SCALE
 from twinflow_rt.sampling.noise import initial_noise, step_noise
 from twinflow_rt.sampling.sampler import from_function, sample
 from twinflow_rt.sampling.schedule import SamplerConfig, schedule, time_grid
@@ -181,3 +183,25 @@ def test_extrapolation_and_stochasticity_change_the_result():
     ]  # fmt: skip
     for a, b in itertools.combinations(outs, 2):
         assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 4, 9, 10, 11, 12])
+def test_the_last_estimate_is_the_result_where_the_original_may_decode_the_one_before(count):
+    """The stated deviation: the original's pipelines keep `[1::2]` of noise and estimates if those are more than 10."""
+    config, noise, seen = SamplerConfig(count, mode="any"), initial_noise([1, 2], SHAPE[1:]), []
+    result = sample(
+        from_function(lambda x, t, tt: torch.tanh(x) * t[0] + tt[0], config), noise, config,
+        callback=lambda done, total, x0: seen.append((done, total, x0)),
+    )  # fmt: skip
+    kept = [(0, count, noise), *seen]
+    *_, (done, total, _) = kept[1::2] if len(kept) > 10 else kept
+    assert torch.equal(result, seen[-1][2])
+    assert (done, total) == (count - 1 if count in (10, 12) else count, count)
+
+
+def test_target_times_are_not_rounded_again():
+    """The stated deviation: 1000 tt of the original's SD3.5 and OpenUni is a bfloat16 number, here what tt says."""
+    (_, tt), *_ = schedule(SamplerConfig(3, mode="any", rfba_gap_steps=(0.001, 0.5)), torch.bfloat16)
+    assert tt == 0.75 and torch.tensor(tt, dtype=torch.bfloat16) * 1000 == 752
+    ours, exact, theirs = (sinusoids(torch.tensor([time])) for time in (TIME_SCALE * tt, 750.0, 752.0))
+    assert torch.equal(ours, exact) and (ours - theirs).abs().max() > 0.1

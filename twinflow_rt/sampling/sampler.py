@@ -26,6 +26,15 @@ Where the published code is undefined or contradicts itself, this is what happen
   has its own, s = clamp(2 t |t'-t| / t'^2, 0, 1), as the formula says.
 - Extrapolation starts at the third step (index > 1), from the raw estimates of the step before, and
   does not touch the last x_hat, which is the result.
+
+Two deviations from published code that is well defined, for which there is no switch:
+
+- From 10 steps on, the original's pipelines keep every second estimate (`latents[1::2]`) and decode the last one kept.
+  With an even number of steps that is the next-to-last estimate: the last evaluation is computed and thrown away. Here
+  the last one is the result; `callback` gets the other, at done = total - 1. Odd numbers, and fewer steps, agree.
+- In bfloat16 the original's SD3.5 and OpenUni multiply the target time by 1000 in bfloat16 (t itself in float32): 0.75
+  becomes 752. Here both are multiplied without rounding. It shows in "any" and "multi" mode; in "few", and with one
+  step, tt is 0.
 """
 
 from __future__ import annotations
