@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,14 @@ import torch
 
 from twinflow_rt import cli
 from twinflow_rt.evaluate import check, examine
+from twinflow_rt.evaluate.detect import detect
 from twinflow_rt.loading import DEMO, load
 from twinflow_rt.training.scenes import prompts
 
 pytest.importorskip("scipy")
 PROMPT = "a green triangle"  # of `make demo`
+SHOWN = (PROMPT, "a red circle")  # the prompts of docstrings, pages, nodes and docs
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,21 @@ def test_the_picture_of_make_demo(pipe, tmp_path, capsys):
     with Image.open(out) as image:
         verdict = check(np.asarray(image.convert("RGB")), scene)
     assert verdict.correct, verdict.reason
+
+
+@pytest.mark.parametrize("prompt", SHOWN)
+def test_prompts_that_are_shown_are_drawn(pipe, prompt):
+    """Just what is asked for, with at least nine of ten seeds."""
+    found = [detect(image) for image in pipe(prompt, seed=0, num_images=10, output="np").images]
+    assert sum([f"a {d.color} {d.shape}" for d in each] == [prompt] for each in found) >= 9, found
+
+
+def test_no_other_prompts_are_shown():
+    files = [ROOT / "twinflow_rt" / name for name in ("__init__.py", "serve/page.html", "integrations/comfyui.py")]
+    shapes = re.compile(r"""[">']((?:an?|two|three) [a-z ]*(?:circle|square|triangle|cross)[a-z ]*)["<']""")
+    for file in (*files, *(ROOT / "docs").glob("*.md")):
+        named = set(shapes.findall(file.read_text()))
+        assert named <= set(SHOWN) and (named or file not in files), (file.name, named)
 
 
 def test_seeds_give_different_images(pipe):

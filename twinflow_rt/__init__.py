@@ -2,7 +2,7 @@
 
     import twinflow_rt
     pipe = twinflow_rt.load("demo")
-    pipe("a red circle above a blue square", seed=0).images[0].save("out.png")
+    pipe("a green triangle", seed=0).images[0].save("out.png")
 
 Importing this package imports nothing heavy; names are resolved on first use.
 """
