@@ -272,6 +272,8 @@ def test_variants_and_tied_weights_of_a_folder(z_image, tmp_path):
         (folder / f"{index}.json").write_text(json.dumps({"weight_map": weight_map}))
     convert([folder], base, tmp_path / "out")
     same(load_file(tmp_path / "out" / "text_encoder" / "model.safetensors"), text)
+    shutil.copy(tmp_path / "out" / "vae" / WEIGHTS, tmp_path / "out" / "vae" / f"{WEIGHTS[:-12]}.fp16.safetensors")
+    assert len(convert([tmp_path / "out"], base, tmp_path / "whole", dry_run=True).parts) == 3
     same_images(z_image, tmp_path / "out")
 
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.models.text_encoders import gemma2, openuni, qwen2_5_vl, qwen3
+from twinflow_rt.models.text_encoders import clip_text, gemma2, openuni, qwen2_5_vl, qwen3, t5
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -48,3 +48,20 @@ def test_rotary_settings_that_cannot_work_are_named(kind, rope):
         ENCODERS[kind].declare({"model_type": kind, **SIZES, **rope})
     assert "config.json" in str(caught.value)
 
+
+NUMBERS = [
+    *((gemma2.MODEL, "gemma2", {name: value}) for name in ("query_pre_attn_scalar", "attn_logit_softcapping",
+      "sliding_window", "head_dim") for value in (0, -4, "8")),
+    *((qwen3.MODEL, "qwen3", {"head_dim": value}) for value in (0, -8, "8")),
+    *((qwen3.MODEL, "qwen3", {"rms_norm_eps": value}) for value in (-1e-6, "1e-6", float("nan"))),
+    *((clip_text.MODEL, "clip_text_model", {"layer_norm_eps": value}) for value in (-1e-5, float("inf"))),
+    *((t5.MODEL, "t5", {"relative_attention_num_buckets": value}) for value in (0, -32, 1, 3, "32")),
+    *((t5.MODEL, "t5", {"relative_attention_max_distance": value}) for value in (0, -1, 7, 8, 8.5)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "kind", "change"), NUMBERS, ids=[f"{kind} {change}" for _, kind, change in NUMBERS])
+def test_numbers_that_cannot_work_are_named(model, kind, change):
+    sizes = {**SIZES, "d_model": 32, "feed_forward_proj": "gated-gelu", "projection_dim": 8}
+    with pytest.raises(ConfigError, match=next(iter(change)).rpartition("_")[2]):
+        model.declare({"model_type": kind, **sizes, **change})

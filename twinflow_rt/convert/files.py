@@ -42,7 +42,8 @@ class Source:
 
 
 def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
-    """Open files as given; of a folder, every file in it and below, where an index stands all together."""
+    """Open files as given; of a folder, every file in it and below; where an index or a config.json stands, those that
+    loading would read."""
     for path in paths:
         if not is_folder(path):
             if path.suffix in PICKLES:
@@ -54,8 +55,9 @@ def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
         files = sorted(path.rglob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{path} holds no .safetensors file; give the files to convert")
-        sharded = {f.parent for f in files if any(INDEX.fullmatch(other.name) for other in f.parent.iterdir())}
-        for source in (*sorted(sharded), *(file for file in files if file.parent not in sharded)):
+        names = {f.parent: {other.name for other in f.parent.iterdir()} for f in files}
+        networks = {at for at, found in names.items() if "config.json" in found or any(map(INDEX.fullmatch, found))}
+        for source in (*sorted(networks), *(file for file in files if file.parent not in networks)):
             yield Source(source)
 
 

@@ -14,7 +14,7 @@ MOST, MOST_LAYERS = 1 << 22, 1000  # a size, or a number of layers, beyond is no
 # numbers that a network divides by or raises to a power; an epsilon may be 0
 POSITIVE = (
     "rope_theta", "t_scale", "scaling_factor", "latents_std", "query_pre_attn_scalar", "attn_logit_softcapping",
-    "mlp_ratio", "interpolation_scale", "head_dim",
+    "mlp_ratio", "interpolation_scale", "head_dim", "sliding_window",
 )  # fmt: skip
 EPSILONS = ("eps", "epsilon")
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

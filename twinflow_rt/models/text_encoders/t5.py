@@ -97,6 +97,12 @@ class T5Encoder(nn.Module):
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
+        buckets, distance = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        if buckets < 4 or distance <= buckets // 4:  # of each direction's half, half count positions one by one
+            raise ConfigError(
+                f"config.json: relative_attention_num_buckets {buckets} and relative_attention_max_distance {distance} "
+                "leave no logarithmic buckets; download it again"
+            )
         self.config, self.ops = config, EAGER
         self.shared = Weight(config.vocab_size, config.d_model)
         self.block = ModuleList(Block(config, i == 0) for i in range(config.num_layers))
