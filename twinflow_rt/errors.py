@@ -6,6 +6,7 @@ Each message says what is wrong, where, and what to do about it.
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 
 
 class TwinFlowError(Exception):
@@ -48,6 +49,15 @@ class PromptTruncatedWarning(UserWarning):
 
 class CancelledError(TwinFlowError):
     """The caller's `cancel` callback asked a running generation to stop."""
+
+
+def require_extra(what: str, extra: str, *modules: str) -> None:
+    """Raise `extra_missing` unless all of `modules` are installed; to be called before anything long begins.
+
+    what: the feature that needs them, e.g. "plots".
+    """
+    if absent := [name for name in modules if find_spec(name) is None]:
+        raise extra_missing(f"{what} needs {' and '.join(absent)}", extra)
 
 
 def extra_missing(what: str, extra: str) -> ConfigError:

@@ -24,6 +24,7 @@ from twinflow_rt.checkpoint import atomic, image_files
 from twinflow_rt.cli import eval as evaluate
 from twinflow_rt.convert import convert
 from twinflow_rt.errors import ConfigError, StorageError
+from twinflow_rt.evaluate.generator import Generator
 from twinflow_rt.stages import embeds_file
 
 RECORD = Path(__file__).parents[2] / "benches" / "records" / "demo-cpu.json"
@@ -56,7 +57,7 @@ def write_embeds(target: Path, pipe) -> None:
 
 
 def write_sheet(target: Path, pipe) -> None:
-    evaluate.sheet(evaluate.Generator(pipe, pipe.sampler), target.with_suffix(".png"), columns=1)
+    evaluate.sheet(Generator(pipe, pipe.sampler), target.with_suffix(".png"), columns=1)
 
 
 FILES = [write_image, write_record, write_page, write_embeds]

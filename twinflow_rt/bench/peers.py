@@ -14,7 +14,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..checkpoint import artifact
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import read_json
 from ..checkpoint.reading import materialize
-from ..errors import ConfigError, extra_missing
+from ..errors import ConfigError, require_extra
 from ..families import Family, family_of
 from ..ops import EAGER
 from ..pipeline import Pipeline
@@ -138,8 +137,7 @@ def _compile_now(twin: Pipeline, work: Workload) -> None:
 def _diffusers(pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
     """Return a call of diffusers' ZImagePipeline: one Euler step from t = 1 to 0 is x0 = z - F(z, 1, 0), where
     TwinFlow's second time embedder is multiplied by 0."""
-    if absent := [m for m in ("diffusers", "transformers") if find_spec(m) is None]:
-        raise extra_missing(f"the diffusers peer needs {' and '.join(absent)}", "train")
+    require_extra("the diffusers peer", "train", "diffusers", "transformers")
     family = family_of(Checkpoint(pipe.folder / "transformer").config).name
     if family != "z-image" or work.nfe != 1:
         raise ConfigError(

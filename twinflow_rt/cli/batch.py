@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import extra_missing
+from ..errors import require_extra
 from ..options import LoadOptions, read_arguments
 from ..options import add_arguments as add_options
 from ..serve.settings import LOAD_SKIPS, RayOptions, model_name
 from .options import MODEL, add_on_oom, load_model, parse_size
+from .progress import counting
 from .prompt_file import FILES, read_rows
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from ..config import check_count
     from ..serve import batch
 
+    if args.ray is not None:
+        require_extra("--ray", "ray", "ray")
     check_count("num_images", args.num_images)
     check_count("batch_size", args.batch_size)
     check_target(args.output, "--output", make_parents=True)
@@ -58,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
     groups = batch.group(missing, args.batch_size)
     try:
         if groups:
-            with painted(groups, args) as images, _progress(len(missing)) as advance:
+            with painted(groups, args) as images, counting(f"making {len(missing)} images", len(missing)) as advance:
                 for name, content in images:
                     with replacing(args.output / name, durable=False) as partial:
                         partial.write_bytes(content)
-                    advance()
+                    advance(1)
     finally:
         batch.write_manifest(requests, args.output)
     kept = len(requests) - len(missing)
@@ -81,22 +83,8 @@ def painted(groups: list[list[Request]], args: argparse.Namespace) -> Iterator[I
         pipe = load_model(args, largest=largest)
         yield (image for requests in groups for image in batch.paint(pipe, requests, args.on_oom))
         return
-    try:
-        from ..serve import ray_data
-    except ModuleNotFoundError as error:
-        raise extra_missing(f"--ray needs {error.name}", "ray") from None
+    from ..serve import ray_data
+
     options = read_arguments(args, LoadOptions, largest=largest)
     with ray_data.painted(groups, args.model, options, args.on_oom, read_arguments(args, RayOptions)) as images:
         yield images
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar on stderr, where that is a terminal; yield what moves it by one image."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("images", total=total)
-        yield lambda: bar.advance(task)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.atomic import check_target
-from ..errors import ConfigError
+from ..errors import ConfigError, require_extra
 from ..options import LoadOptions
 from ..options import add_arguments as add_options
 from .options import parse_size
+from .progress import doing
 
 EPILOG = """\
 examples:
@@ -117,17 +118,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(model: str, args: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    from ..bench.runner import run as measure
-
     for option, path in (("--json", args.json), ("--html", args.html)):
         if path is not None:
             check_target(path, option)
+    if args.html is not None:
+        require_extra("--html", "report", "matplotlib", "scipy")
+    if args.peers:
+        require_extra("--peers", "report", "scipy")
+    if "diffusers" in (args.peers or ()):
+        require_extra("the diffusers peer", "train", "diffusers", "transformers")
+    from ..bench.runner import run as measure
+
     options: dict[str, Any] = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    console = Console(stderr=True)
-    with console.status("measuring") as status:
-        tell = lambda text: status.update(f"measuring: {text}")
+    with doing(f"measuring {args.random_weights or model}") as tell:
         record = measure(model, command=repeatable(args), say=tell, **options)
     return _report(record, args)
 

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .progress import doing
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors files, or folders of them")
@@ -21,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..convert import convert
 
-    conversion = convert(args.files, args.base, args.target, dry_run=args.dry_run)
+    with doing(f"{'comparing' if args.dry_run else 'converting'} {len(args.files)} file(s) or folder(s)"):
+        conversion = convert(args.files, args.base, args.target, dry_run=args.dry_run)
     print(json.dumps(conversion.to_dict(), indent=1) if args.json else conversion)
     conversion.require_complete()  # a dry run reports first
     return 0

@@ -7,25 +7,17 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
-
-from ..checkpoint.atomic import check_target
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.model_folder import model_folder
-from ..config import resolve_device, resolve_dtype, resolve_prompts
 from ..errors import NonFiniteError
-from ..families import family_of
-from ..loading import model_path
 from ..options import LoadOptions, read_arguments
 from ..options import add_arguments as add_options
-from ..stages.embeds_file import write
-from ..stages.stage import StageOptions
-from ..stages.text import PromptEmbeds
 from .options import add_model
+from .progress import doing
 from .prompt_file import FILES, read_rows
+
+if TYPE_CHECKING:
+    from ..stages.text import PromptEmbeds
 
 BATCH = 16  # prompts encoded at once
 
@@ -46,14 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Encode the prompts of `args` and print what that took."""
+    from ..checkpoint.atomic import check_target
+    from ..config import resolve_prompts
+    from ..stages.embeds_file import write
+
     rows = [] if args.file is None else read_rows(args.file)
     prompts = resolve_prompts([*args.prompt, *(row["prompt"] for row in rows)])
     check_target(args.output, "--output")
     began = time.perf_counter()
     options = read_arguments(args, LoadOptions)
-    family, text = open_text(args.model, options)
-    loaded = time.perf_counter()
-    embeds = encode(text, prompts)
+    with doing(f"encoding {len(prompts)} prompts") as tell:
+        tell(f"loading {args.model}'s text encoder")
+        family, text = open_text(args.model, options)
+        loaded = time.perf_counter()
+        tell("text encoder loaded")
+        embeds = encode(text, prompts)
     if options.check_finite and not all(x.isfinite().all() for x in (embeds.embeds, *embeds.extras.values())):
         raise NonFiniteError("these prompts become NaN or infinity, and black images: try --dtype float32")
     write(args.output, embeds, model=args.model, family=family, text=text, prompts=prompts)
@@ -71,6 +70,15 @@ def run(args: argparse.Namespace) -> int:
 
 def open_text(model: str | Path, options: LoadOptions) -> tuple[str, Any]:
     """Return a model's family and its text stage, loaded; of the other parts configs and headers are read."""
+    import torch
+
+    from ..checkpoint.checkpoint import Checkpoint
+    from ..checkpoint.model_folder import model_folder
+    from ..config import resolve_device, resolve_dtype
+    from ..families import family_of
+    from ..loading import model_path
+    from ..stages.stage import StageOptions
+
     folder, target = model_folder(model_path(model, options.download)), resolve_device(options.device)
     transformer = Checkpoint(folder / "transformer", quantized=True)
     family = family_of(transformer.config)
@@ -83,12 +91,17 @@ def open_text(model: str | Path, options: LoadOptions) -> tuple[str, Any]:
     return family.name, text
 
 
-@torch.inference_mode()
 def encode(text: Any, prompts: Sequence[str]) -> PromptEmbeds:
     """Return the embeddings of any number of prompts, `BATCH` at a time, in one tensor padded with zeros."""
-    made = [text(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
-    longest = max(m.embeds.shape[1] for m in made)
-    embeds = torch.cat([F.pad(m.embeds, (0, 0, 0, longest - m.embeds.shape[1])) for m in made])
-    extras = {name: torch.cat([m.extras[name] for m in made]) for name in made[0].extras}
+    import torch
+    import torch.nn.functional as F
+
+    from ..stages.text import PromptEmbeds
+
+    with torch.inference_mode():
+        made = [text(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH)]
+        longest = max(m.embeds.shape[1] for m in made)
+        embeds = torch.cat([F.pad(m.embeds, (0, 0, 0, longest - m.embeds.shape[1])) for m in made])
+        extras = {name: torch.cat([m.extras[name] for m in made]) for name in made[0].extras}
     lengths, truncated = (tuple(one for m in made for one in getattr(m, name)) for name in ("lengths", "truncated"))
     return PromptEmbeds(embeds, lengths, extras, truncated)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from ..options import LoadOptions
 from ..options import add_arguments as add_options
 from .options import add_mode, chosen_sampler, parse_size
+from .progress import doing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,19 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..export.program import export_model
 
-    def progress(doing: str) -> None:
-        print(f"{args.model}: {doing}", file=sys.stderr)
-
-    manifest = export_model(
-        args.model, args.output, sizes=[(height, width) for width, height in args.size], device=args.device,
-        dtype=args.dtype, sampler=chosen_sampler(args), loras=args.loras, text_encoder=args.text_encoder,
-        progress=progress,
-    )  # fmt: skip
+    with doing(f"exporting {args.model} (compiling takes minutes)") as progress:
+        manifest = export_model(
+            args.model, args.output, sizes=[(height, width) for width, height in args.size], device=args.device,
+            dtype=args.dtype, sampler=chosen_sampler(args), loras=args.loras, text_encoder=args.text_encoder,
+            progress=lambda doing: progress(doing),
+        )  # fmt: skip
     if args.json:
         shown = {k: v for k, v in manifest.items() if k not in ("programs", "weights", "files")}
         print(json.dumps(shown, indent=1))
     else:
         sizes = ", ".join(f"{width}x{height}" for height, width in manifest["sizes"])
         total = args.output.stat().st_size / 1e6
-        print(f"wrote {args.output}: {manifest['family']}, {manifest['nfe']} evaluation(s), {sizes}; {total:,.1f} MB")
+        what = f"{manifest['family']}, {manifest['dtype']}, {manifest['nfe']} evaluation(s)"
+        print(f"wrote {args.output}: {what}, {sizes}; {total:,.1f} MB")
     return 0

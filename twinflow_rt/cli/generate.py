@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import ConfigError
 from ..options import LoadOptions
 from ..options import add_arguments as add_options
 from .options import add_mode, add_model, add_on_oom, chosen_sampler, load_model, parse_size
+from .progress import counting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="images per prompt (default %(default)s)"
     )
+    parser.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="images made together, and then written (default 4)"
+    )
     add_model(parser)
     add_options(parser, LoadOptions)
     add_on_oom(parser)
@@ -50,42 +55,77 @@ def run(args: argparse.Namespace) -> int:
     names = list(saved.names()) if saved is not None else args.prompt
     paths = output_paths(args.output, len(names) * args.num_images)
     from ..config import check_count, dtype_name
+    from ..sampling.noise import resolve_seeds
 
     check_count("num_images", args.num_images)
+    check_count("batch_size", args.batch_size)
+    seeds = resolve_seeds(args.seed, len(names) * args.num_images)
     start = time.perf_counter()
     width, height = args.size or (None, None)
-    largest = (height, width, len(names) * args.num_images)
+    largest = (height, width, min(len(seeds), args.batch_size))
     pipe = load_model(args, nfe=None, sampler=chosen_sampler(args), largest=largest)
     load_seconds = time.perf_counter() - start
     given = args.prompt if saved is None else pipe.accept(saved, args.prompt_embeds)
-    how = {"num_images": args.num_images, "preview": args.preview is not None, "on_oom": args.on_oom}
-    result = pipe(given, width=width, height=height, seed=args.seed, **how)
-    prompts, nfe = [p for p in names for _ in range(args.num_images)], len(pipe.program.schedule)
-    loras = [str(lora) for lora in pipe.program.plan.loras]
-    for path, image, prompt, seed in zip(paths, result.images, prompts, result.seeds, strict=False):
-        facts = {"prompt": prompt, "seed": seed, "model": args.model, "nfe": nfe}
-        save_image(image, path, facts | ({"loras": loras} if loras else {}))
-    if len(result.images) > 1:
-        save_image(grid(result.images, args.num_images if len(names) > 1 else None), paths[-1])
+    facts: dict[str, Any] = {"model": args.model, "nfe": len(pipe.program.schedule)}
+    if loras := [str(lora) for lora in pipe.program.plan.loras]:
+        facts["loras"] = loras
+    images: list[Any] = []
+    calls = []
+    for result in paint(pipe, given, seeds, args):
+        for image, seed in zip(result.images, result.seeds, strict=True):
+            path, prompt = paths[len(images)], names[len(images) // args.num_images]
+            save_image(image, path, {"prompt": prompt, "seed": seed, **facts})
+            images.append(image)
+            if not args.json:
+                print(f"wrote {path} (seed {seed})", flush=True)
+        calls.append(result)
+    if len(images) > 1:
+        save_image(grid(images, args.num_images if len(names) > 1 else None), paths[-1])
     report = {
         "files": [str(p) for p in paths],
-        "seeds": result.seeds,
-        "truncated": list(result.truncated),
-        "size": list(result.images[0].size),
-        "seconds": {"load": load_seconds, **result.timings},
-        "peak_bytes": result.memory,
-        "at_once": result.at_once,
+        "seeds": seeds,
+        "truncated": [cut for call in calls for cut in call.truncated],
+        "size": list(images[0].size),
+        "seconds": {"load": load_seconds, **{k: sum(c.timings[k] for c in calls) for k in calls[0].timings}},
+        "peak_bytes": {k: max(c.memory[k] for c in calls) for k in calls[0].memory},
+        "at_once": max(c.at_once for c in calls),
         "device": str(pipe.device),
         "dtype": dtype_name(pipe.dtype),
+        "precision": pipe.program.plan.arithmetic,
     }
     print(json.dumps(report, indent=1) if args.json else summary(report))
     return 0
 
 
+def paint(pipe: Any, prompts: Any, seeds: list[int], args: argparse.Namespace) -> Iterator[Any]:
+    """Yield the results of calls of at most --batch-size images, and say how far they are."""
+    width, height = args.size or (None, None)
+    how = {"width": width, "height": height, "preview": args.preview is not None, "on_oom": args.on_oom}
+    evaluations = len(pipe.program.schedule)
+    with counting(f"making {len(seeds)} images", len(seeds)) as advance:
+        if evaluations > 1:  # one is over at once, and has kernels that go on to the decoder
+            how["callback"] = lambda done, total, x0: advance(0, f"evaluation {done} of {total}")
+        for part, repeats in calls_of(len(seeds) // args.num_images, args.num_images, args.batch_size):
+            some = [prompts[i] for i in part] if isinstance(prompts, list) else prompts.select(part)
+            count = len(part) * repeats
+            yield pipe(some, num_images=repeats, seed=seeds[:count], **how)
+            seeds = seeds[count:]
+            advance(count)
+
+
+def calls_of(prompts: int, repeats: int, most: int) -> list[tuple[range, int]]:
+    """Return calls of at most `most` images that make `repeats` of each prompt, in order: (prompts, images of each)."""
+    if repeats <= most:
+        step = most // repeats
+        return [(range(i, min(i + step, prompts)), repeats) for i in range(0, prompts, step)]
+    parts = [min(most, repeats - made) for made in range(0, repeats, most)]
+    return [(range(i, i + 1), part) for i in range(prompts) for part in parts]
+
+
 def summary(report: dict[str, Any]) -> str:
-    """Return the report as text: a line per file, then time and memory."""
-    seeds = [f" (seed {seed})" for seed in report["seeds"]]
-    lines = [f"wrote {file}{seed}" for file, seed in zip(report["files"], [*seeds, ""], strict=False)]
+    """Return the report as text: the sheet's file, then time and memory."""
+    files, made = report["files"], len(report["seeds"])
     stages = ", ".join(f"{name} {1e3 * s:.1f} ms" for name, s in report["seconds"].items())
     peak = max(report["peak_bytes"].values()) / 1e6
-    return "\n".join([*lines, f"{report['device']} {report['dtype']}: {stages}; peak {peak:,.0f} MB"])
+    lines = [f"wrote {file}" for file in files[made:]]
+    return "\n".join([*lines, f"{report['precision']}, on {report['device']}: {stages}; peak {peak:,.0f} MB"])

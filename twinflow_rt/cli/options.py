@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import TwinFlowError
 from ..options import LoadOptions, read_arguments
+from .progress import counting, say
 
 if TYPE_CHECKING:
     from ..pipeline import Pipeline
@@ -52,21 +54,30 @@ def chosen_sampler(args: argparse.Namespace) -> Any:
 
 
 def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:
-    """Load `args.model` with the options of `load` among `args`, or `others` in their place, and show progress."""
-    from ..loading import load
+    """Load `args.model` with the options of `load` among `args`, or `others` in their place; say on stderr how far
+    that is, then what the network computes in, and why if that was left to "auto"."""
+    from ..loading import load, model_path
+    from ..planning.precision import AUTO
 
-    with _progress(args.model) as progress:
-        return load(args.model, **vars(read_arguments(args, LoadOptions, progress=progress, **others)))
+    options = read_arguments(args, LoadOptions, **others)
+    folder = model_path(args.model, options.download)
+    with counting(f"loading {args.model}", bytes_of(folder), unit="bytes") as advance:
+        tell = lambda part, size: advance(size, part)
+        pipe = load(folder, **vars(replace(options, progress=tell)))
+    plan = pipe.program.plan
+    say(f"{args.model}: {plan.family}, {plan.arithmetic}, on {pipe.device}, {len(plan.schedule)} evaluation(s)")
+    for note in plan.notes:
+        if note.startswith(AUTO):
+            say(f"{args.model}: {note}")
+    return pipe
 
 
-@contextmanager
-def _progress(model: str) -> Iterator[Callable[[str, int], None]]:
-    """Show on stderr, where that is a terminal, what is being loaded; yield the callback of `load`."""
-    from rich.console import Console
-    from rich.progress import DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+def bytes_of(folder: Path) -> int | None:
+    """Return how many bytes the weights of a model folder have; None where `load` will refuse it."""
+    from ..checkpoint.checkpoint import Checkpoint
 
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("loading {task.description}"), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(model, total=None)
-        yield lambda part, size: bar.update(task, advance=size, description=f"{model}: {part}")
+    try:
+        parts = {path.parent for path in folder.glob("*/*.safetensors")}
+        return sum(Checkpoint(part, quantized=True).total_bytes() for part in parts) or None
+    except (TwinFlowError, OSError):
+        return None

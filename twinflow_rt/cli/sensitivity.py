@@ -8,17 +8,18 @@ import json
 from ..options import LoadOptions
 from ..options import add_arguments as add_options
 from .options import MODEL, load_model
+from .progress import doing
+
+MEASURED = ("int8", "fp8", "bf16")  # as planning.precision, whose import takes seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..planning.precision import MEASURED
-    from ..planning.sensitivity import BUDGETS
-
     parser.add_argument("model", help=MODEL)
     add_options(parser, LoadOptions, only=("device", "dtype", "download"))
     parser.add_argument("--precision", choices=MEASURED, help="default: fp8 on a GPU, int8 on a CPU")
-    budgets = ", ".join(f"{name}: {budget:g}" for name, budget in BUDGETS.items())
-    parser.add_argument("--budget", type=float, help=f"error of one forward to stay within (default {budgets})")
+    parser.add_argument(
+        "--budget", type=float, help="error of one forward to stay within; default: 0.06 for fp8, else 0.03"
+    )
     parser.add_argument(
         "--save", nargs="?", const="", metavar="FILE",
         help="write the measurement to FILE, for load(..., skip_layers=FILE) and --skip-layers FILE; without FILE to "
@@ -37,11 +38,12 @@ def run(args: argparse.Namespace) -> int:
         precisions.check_save(args.save or None)
     pipe = load_model(args, precision=None)
     precision = args.precision or ("fp8" if pipe.device.type == "cuda" else "int8")
-    if precision == "bf16":
-        reload = lambda dtype: load(pipe.folder, device=pipe.device, dtype=dtype, sampler=pipe.sampler)
-        found = sensitivity.of_bfloat16(pipe, reload, args.budget)
-    else:
-        found = sensitivity.of_pipeline(pipe, precision, args.budget)
+    with doing(f"measuring {precision}, one kind of layers after the other"):
+        if precision == "bf16":
+            reload = lambda dtype: load(pipe.folder, device=pipe.device, dtype=dtype, sampler=pipe.sampler)
+            found = sensitivity.of_bfloat16(pipe, reload, args.budget)
+        else:
+            found = sensitivity.of_pipeline(pipe, precision, args.budget)
     where = None if args.save is None else precisions.save(found, args.save or None)
     if args.json:
         print(json.dumps(found.to_dict(), indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..errors import extra_missing
+from ..errors import require_extra
 from ..serve.settings import Settings
 from .options import load_model
 
@@ -14,9 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        from ..serve import server
-    except ModuleNotFoundError as error:
-        raise extra_missing(f"serving needs {error.name}", "serve") from None
+    require_extra("serving", "serve", "fastapi", "uvicorn", "prometheus_client")
+    if args.ray is not None:
+        require_extra("--ray", "ray", "ray")
+    from ..serve import server
+
     settings = Settings.of(args)
     return server.run(settings, lambda: load_model(args, largest=settings.load.largest))
