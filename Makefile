@@ -5,6 +5,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# $(call step,what it does and about how long that takes,command): says the first, runs the second, says how long it took.
+comma := ,
+step = echo "$(strip $(1))"; began=$$(date +%s); { $(2); } && echo "  done in $$(($$(date +%s) - began)) s"
+
 # torch: the CPU build, so that nothing pulls gigabytes of CUDA unasked. On a GPU machine:
 #   make demo TORCH="torch==2.13.0 triton==3.7.1" TORCH_INDEX=https://download.pytorch.org/whl/cu130
 # Building the GPU kernels of csrc/cuda: TWINFLOW_CUDA=AUTO (default: where nvcc is found), ON or OFF.
@@ -14,7 +18,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # Processes that the tests run in; 0: this one alone.
 WORKERS ?= $(shell $(PYTHON) -c "import os; print(min(os.cpu_count(), 4))")
 
-PROMPT ?= a green triangle
+PROMPT ?= a blue circle left of a red square
 OUT    ?= demo.png
 
 NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproject.toml
@@ -23,7 +27,8 @@ NATIVE := $(shell find csrc -type f 2>/dev/null) CMakeLists.txt setup.py pyproje
 build: $(VENV)/.built
 
 demo: $(VENV)/.built
-	$(BIN)/twinflow-rt generate "$(PROMPT)" --seed 0 -o $(OUT)
+	@echo "drawing \"$(PROMPT)\" with the model that ships along, into $(OUT)"
+	@$(BIN)/twinflow-rt generate "$(PROMPT)" --seed 0 -o $(OUT)
 
 test: $(VENV)/.built $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -87,25 +92,23 @@ clean:
 # A wheel that pip finds by itself (PIP_FIND_LINKS, a mirror) comes first, then PyTorch's own index.
 $(VENV)/.torch:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python 3.11 or newer is needed: make PYTHON=...')"
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing $(TORCH)"
-	@$(PIP) $(TORCH) 2>/dev/null || $(PIP) --extra-index-url $(TORCH_INDEX) $(TORCH)
+	@$(call step,1 of 3: making a virtual environment in $(VENV)$(comma) seconds,$(PYTHON) -m venv $(VENV))
+	@$(call step,2 of 3: installing $(TORCH)$(comma) minutes if it has to be downloaded, \
+	  $(PIP) $(TORCH) 2>/dev/null || $(PIP) --extra-index-url $(TORCH_INDEX) $(TORCH))
 	@touch $@
 
 # Editable: Python changes need no rebuild, native sources are rebuilt when they change.
 $(VENV)/.built: $(VENV)/.torch $(NATIVE)
-	@echo "building twinflow_rt"
-	@$(PIP) --editable .
+	@$(call step,3 of 3: compiling twinflow_rt's C++ kernels$(comma) minutes,$(PIP) --editable .)
 	@touch $@
 
 # What an extra needs, without another build of the project: the tests' from the lock, which names all but torch.
 $(VENV)/.test: $(VENV)/.torch requirements/test.lock
-	@echo "installing what 'test' needs"
-	@$(PIP) --no-deps --require-hashes --requirement requirements/test.lock
+	@$(call step,installing what 'test' needs$(comma) minutes if it has to be downloaded, \
+	  $(PIP) --no-deps --require-hashes --requirement requirements/test.lock)
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	@echo "installing what 'lint' needs"
 	@$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'], sep='\n')" > $@.txt
-	@$(PIP) --requirement $@.txt
+	@$(call step,installing what 'lint' needs,$(PIP) --requirement $@.txt)
 	@touch $@

@@ -14,12 +14,17 @@ from twinflow_rt import cli
 from twinflow_rt.evaluate import check, examine
 from twinflow_rt.evaluate.detect import detect
 from twinflow_rt.loading import DEMO, load
-from twinflow_rt.training.scenes import prompts
+from twinflow_rt.training.scenes import Requirement, Scene, prompts
 
 pytest.importorskip("scipy")
-PROMPT = "a green triangle"  # of `make demo`
+PROMPT = "a green triangle"
 SHOWN = (PROMPT, "a red circle")  # the prompts of docstrings, pages, nodes and docs
 ROOT = Path(__file__).parents[1]
+# docs/demo.png: `twinflow-rt generate` of these, --num-images 6 --seed 0
+ROWS = (
+    PROMPT, "a purple triangle right of a yellow circle", "a blue circle left of a red square",
+    "a black cross right of a green circle",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,36 @@ def test_one_evaluation_draws_what_the_prompt_asks_for(pipe):
     assert scores.per_kind["single"] >= 0.8 and scores.per_kind["colors"] >= 0.8 and scores.mean >= 0.4, str(scores)
     shown = scores.confusion["color"]
     assert sum(n for (asked, seen), n in shown.items() if asked == seen) >= 0.75 * sum(shown.values()), shown
+
+
+def asked(caption: str) -> Scene:
+    """Return what a caption of one object, or of two and their relation, asks for."""
+    words = re.fullmatch(r"a (\w+) (\w+)(?: (left of|right of|above|below) a (\w+) (\w+))?", caption)
+    assert words, caption
+    objects = [Requirement(words[k + 1], words[k]) for k in (1, 4) if words[k]]
+    return Scene("position" if words[3] else "colors", caption, (), tuple(objects), words[3])
+
+
+@pytest.mark.parametrize("file", ["README.md", "Makefile"])
+def test_prompts_of_the_readme_are_drawn(pipe, file):
+    """What a new user types first comes out right."""
+    found = re.findall(r'(?:"|^PROMPT \?= )(a [a-z ]+?)(?:"|$)', (ROOT / file).read_text(), re.M)
+    assert found and (file != "README.md" or len(set(found)) >= 4)
+    for caption in dict.fromkeys(found):
+        verdict = check(pipe(caption, seed=0, output="np").images[0], asked(caption))
+        assert verdict.correct, f"{caption}: {verdict.reason}"
+
+
+def test_the_readmes_picture_is_right():
+    from PIL import Image
+
+    with Image.open(ROOT / "docs" / "demo.png") as image:
+        sheet = np.asarray(image.convert("RGB"))
+    for row, caption in enumerate(ROWS):
+        for column in range(6):
+            cell = sheet[64 * row : 64 * (row + 1), 64 * column : 64 * (column + 1)]
+            verdict = check(np.ascontiguousarray(cell), asked(caption))
+            assert verdict.correct, f"{caption}, {column}: {verdict.reason}"
 
 
 def test_the_picture_of_make_demo(pipe, tmp_path, capsys):

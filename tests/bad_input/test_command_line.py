@@ -53,7 +53,7 @@ GENERATE = [
     (["--size", "-64"], "width -64|height"), (["--size", "64x63"], "nearest is 64"), (["--size", "1e2"], "not WxH"),
     (["--size", "64x64x64"], "not WxH"), (["--size", ""], "not WxH"), (["--size", "9" * 30], "nearest"),
     (["--nfe", "0"], "nfe"), (["--nfe", "101"], "nfe"), (["--nfe", "1.5"], "invalid int"),
-    (["--nfe", "9", "--mode", "few"], "1..8"), (["--mode", "best"], "invalid choice"),
+    (["--nfe", "9", "--mode", "few"], "1..8"), (["--mode", "best"], "'best' is none of few, any, multi"),
     (["--num-images", "0"], "num_images"), (["--num-images", "1000000000"], "at most 10000"),
     (["--num-images", "-3"], "num_images"), (["--dtype", "int7"], "dtype"), (["--precision", "int3"], "precision"),
     (["--device", "tpu"], "device"), (["--device", "cuda:64"], "absent"),
@@ -67,10 +67,10 @@ GENERATE = [
     (["--model", "nowhere"], "does not exist"), (["--model", "file"], "single file"),
     (["--model", "empty"], "model_index"), (["--model", "hf://x"], "no model of the hub"),
     (["--model", "hf://x/y"], "not in the local cache"), (["--model", "a\0b"], "cannot be read"),
-    (["--unknown"], "unrecognized"),
+    (["--unknown"], "no option --unknown"),
 ]  # fmt: skip
 OTHERS = [
-    ([], "required: command"), (["paint"], "invalid choice"), (["generate"], "give prompts"),
+    (["paint"], "'paint' is none of generate, "), (["generate"], "give prompts"),
     (["generate", "\udcff\udcfe", "--model", "demo"], "surrogate"), (["generate", "a" * 100_001], "at most 100,000"),
     (["inspect"], "required: model"), (["inspect", "nowhere"], "does not exist"), (["inspect", "file"], "single file"),
     (["inspect", "hf://a/b/../c"], "no model of the hub"), (["serve", "nowhere", "--port", "0"], "does not exist"),
@@ -95,8 +95,8 @@ OTHERS = [
     (["bench", "demo", "--batches", "a"], "not a list"), (["bench", "--random-weights", "gpt"], "gpt"),
     (["bench", "demo", "--json", "no/such.json"], "does not exist; create"),
     (["bench", "demo", "--html", "empty"], "a folder"), (["bench", "demo", "--repeats", "0"], "repeats"),
-    (["eval", "--nfe", "0", "--model", "nowhere"], "does not exist"), (["sensitivity", "nowhere"], "does not exist"),
-    (["kernels", "--nonsense"], "unrecognized"), (["batch", "demo", "nowhere.txt", "-o", "o"], "nowhere.txt"),
+    (["eval", "--nfe", "0", "--model", "nowhere"], "nfe"), (["sensitivity", "nowhere"], "does not exist"),
+    (["kernels", "--nonsense"], "no option --nonsense"), (["batch", "demo", "nowhere.txt", "-o", "o"], "nowhere.txt"),
     (["batch", "demo", "folder.png", "-o", "o"], "must end in"), (["batch", "demo", "binary.txt", "-o", "o"], "UTF-8"),
     (["batch", "demo", "blank.txt", "-o", "o"], "no prompt"),
     (["batch", "demo", "rows.jsonl", "-o", "o"], "must be an integer"),
@@ -111,7 +111,7 @@ def check(argv: list[str], message: str, desk: Path, capsys) -> None:
     code, out, err = run(argv, capsys)
     assert code == 2, (code, err)
     assert out == "" and "Traceback" not in err
-    assert err.startswith(("twinflow-rt: ", "usage: ")) and err.splitlines()[-1].startswith("twinflow-rt")
+    assert err.splitlines()[-1].startswith("twinflow-rt")
     assert re.search(message, err), err
     assert listing(desk) == before, "something was written"
 

@@ -53,7 +53,7 @@ def test_prompts_that_are_cut_are_told(model, tmp_path, capsys):
     assert main(["encode", "a", long, "--json", *args, str(path)]) == 0
     out = capsys.readouterr()
     assert json.loads(out.out)["truncated"] == [False, True]
-    assert out.err.startswith("twinflow-rt: warning: the prompt 'word ") and "the end'" in out.err
+    assert "\ntwinflow-rt: warning: the prompt 'word " in out.err and "the end'" in out.err
     assert read(path).embeds.truncated == (False, True)
     assert main(["generate", "--prompt-embeds", str(path), *SIZE, "--json", *args, str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr()

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 0, 2 for a TwinFlowError (a full disk among them), 1 for
     any other OSError (a port in use), 130 when interrupted. Errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not {"-h", "--help"} & {*(argv or ["-h"])} and (lack := lacking_address_space(torch_bytes() + address_space_margin(1))):
+    asks = not argv or bool({"-h", "--help"} & {*argv})
+    if not asks and (lack := lacking_address_space(torch_bytes() + address_space_margin(1))):
         print(f"twinflow-rt: too little memory to start ({lack})", file=sys.stderr)
         return 2
     for stream in (sys.stdout, sys.stderr):  # names of files may be no Unicode, and terminals no UTF-8

@@ -54,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
         saved = read(args.prompt_embeds)
     names = list(saved.names()) if saved is not None else args.prompt
     paths = output_paths(args.output, len(names) * args.num_images)
-    from ..config import check_count, dtype_name
+    from ..config import check_count, dtype_name, resolve_prompts
     from ..sampling.noise import resolve_seeds
 
     check_count("num_images", args.num_images)
     check_count("batch_size", args.batch_size)
+    resolve_prompts(names)
     seeds = resolve_seeds(args.seed, len(names) * args.num_images)
     start = time.perf_counter()
     width, height = args.size or (None, None)

@@ -56,11 +56,12 @@ def chosen_sampler(args: argparse.Namespace) -> Any:
 def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:
     """Load `args.model` with the options of `load` among `args`, or `others` in their place; say on stderr how far
     that is, then what the network computes in, and why if that was left to "auto"."""
+    from ..checkpoint.model_folder import model_folder
     from ..loading import load, model_path
     from ..planning.precision import AUTO
 
     options = read_arguments(args, LoadOptions, **others)
-    folder = model_path(args.model, options.download)
+    folder = model_folder(model_path(args.model, options.download))
     with counting(f"loading {args.model}", bytes_of(folder), unit="bytes") as advance:
         tell = lambda part, size: advance(size, part)
         pipe = load(folder, **vars(replace(options, progress=tell)))
