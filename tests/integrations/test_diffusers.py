@@ -166,12 +166,12 @@ def test_parts_of_different_dtypes(loaded, family, kinds):
         if name.startswith("text_encoder"):
             part.to(kinds[TEXT])
     try:
-        own = np.abs(generate(pipe, family, **options) - exact).max()
+        own = np.abs(generate(pipe, family, **options) - exact).mean()
     except RuntimeError:  # diffusers hands one part's dtype to the next
         own = 0
     with accelerated(pipe, twinflow=False):
-        error = np.abs(generate(pipe, family, **options) - exact).max()
-    assert error < max(2.5 * own, 0.05 if torch.bfloat16 in kinds else 0.01)
+        error = np.abs(generate(pipe, family, **options) - exact).mean()
+    assert error < max(3 * own, 0.02 if torch.bfloat16 in kinds else 0.003)
 
 
 def test_dynamic_shifting_folds_for_each_size(loaded):
