@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 run=${TWINFLOW:-.venv/bin/twinflow-rt}
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
-"$run" generate "a green triangle" "a red circle" "two blue squares" "a yellow circle above a black cross" \
+"$run" generate "a green triangle" "a purple triangle right of a yellow circle" \
+    "a blue circle left of a red square" "a black cross right of a green circle" \
     --num-images 6 --seed 0 -o "$folder/demo.png"
 cp "$folder/demo-grid.png" docs/demo.png
 "$run" eval --nfe 1 --per-kind 8 --sheet docs/sheet.png

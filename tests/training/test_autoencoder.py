@@ -98,4 +98,6 @@ def test_shipped_autoencoder_reconstructs_fresh_scenes():
         y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
     assert 10 * np.log10(4 / (y - x).square().mean().item()) > 32
     assert sum(p.numel() for p in vae.parameters()) < 700_000
+    corners = (y - x).mean(0)[:, [0, 0, -1, -1], [0, -1, 0, -1]] * 127.5
+    assert corners.abs().max() < 6  # no tint, in 1/255
     assert 0.8 < encode_images(vae, pixels).std().item() < 1.25

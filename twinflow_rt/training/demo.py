@@ -200,6 +200,7 @@ def _stage(
     """Run or resume one stage; return its EMA model, whose parameters are trainable again."""
     trainer = Trainer(name, model, loss, config, folder, log)
     if compile:
+        torch.compiler.reset()  # graphs of one stage count against the limit of the next
         for each in (trainer.model, trainer.ema):
             each.network.compile(dynamic=False)
     return trainer.run().requires_grad_(True)
