@@ -228,7 +228,7 @@ def test_a_model_that_a_worker_cannot_load_is_told_by_its_first_batch():
     """Ray itself would start such a worker again and again."""
     painter = ray_data.Painter("demo", LoadOptions(device="cpu", dtype="int4"), "raise")
     with pytest.raises(ConfigError, match="dtype 'int4' is not supported"):
-        painter({"requests": []})
+        painter({"requests": "[]"})
 
 
 class Handle:

@@ -6,6 +6,7 @@ worker is lost runs again on another one.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ class Painter:
     def __call__(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         if self.refusal is not None:
             raise self.refusal
-        requests = [Request(**request) for request in row["requests"]]
+        requests = [Request(**request) for request in json.loads(row["requests"])]
         return [{"file": file, "content": content} for file, content in paint(self.pipe, requests, self.on_oom)]
 
 
@@ -54,7 +55,8 @@ def painted(
     DeviceError for what else becomes of it."""
     with session(asked.ray or ""):
         workers = plan_workers(options.device, asked)
-        rows = [{"requests": [asdict(request) for request in requests]} for requests in groups]
+        # as text, for seeds may be wider than Arrow's integers
+        rows = [{"requests": json.dumps([asdict(request) for request in requests])} for requests in groups]
         dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).flat_map(
             Painter,
             fn_constructor_args=(model_path(model), for_workers(options, workers.device), on_oom),
