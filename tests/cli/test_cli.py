@@ -44,7 +44,7 @@ def pixels(path):
 def test_one_image(generate, model, tmp_path):
     code, out = generate("--seed", 5, "--size", "24x16")
     assert code == 0 and "(seed 5)" in out.out and "float32, on cpu: load" in out.out
-    steps = [f"loading {model}", f"{model}: z-image, float32, on cpu, 1 evaluation(s)", "making 1 images"]
+    steps = [f"loading {model}", f"{model}: z-image, float32, on cpu, 1 evaluation(s)", "making 1 image"]
     assert out.err.splitlines()[:3] == steps and out.err.isprintable() is False and "\x1b" not in out.err
     expected = load(model, device="cpu")("a red square", width=24, height=16, seed=5, output="np").images[0]
     assert np.array_equal(pixels(tmp_path / "out.png"), expected)

@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     groups = batch.group(missing, args.batch_size)
     try:
         if groups:
-            with painted(groups, args) as images, counting(f"making {len(missing)} images", len(missing)) as advance:
+            what = f"making {len(missing)} image{'s' * (len(missing) > 1)}"
+            with painted(groups, args) as images, counting(what, len(missing)) as advance:
                 for name, content in images:
                     with replacing(args.output / name, durable=False) as partial:
                         partial.write_bytes(content)

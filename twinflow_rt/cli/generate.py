@@ -103,7 +103,7 @@ def paint(pipe: Any, prompts: Any, seeds: list[int], args: argparse.Namespace) -
     width, height = args.size or (None, None)
     how = {"width": width, "height": height, "preview": args.preview is not None, "on_oom": args.on_oom}
     evaluations = len(pipe.program.schedule)
-    with counting(f"making {len(seeds)} images", len(seeds)) as advance:
+    with counting(f"making {len(seeds)} image{'s' * (len(seeds) > 1)}", len(seeds)) as advance:
         if evaluations > 1:  # one is over at once, and has kernels that go on to the decoder
             how["callback"] = lambda done, total, x0: advance(0, f"evaluation {done} of {total}")
         for part, repeats in calls_of(len(seeds) // args.num_images, args.num_images, args.batch_size):
