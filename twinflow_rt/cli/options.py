@@ -61,6 +61,8 @@ def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:
     from ..planning.precision import AUTO
 
     options = read_arguments(args, LoadOptions, **others)
+    if options.download:
+        say(f"fetching what is missing of {args.model}")
     folder = model_folder(model_path(args.model, options.download))
     with counting(f"loading {args.model}", bytes_of(folder), unit="bytes") as advance:
         tell = lambda part, size: advance(size, part)
