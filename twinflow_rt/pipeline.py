@@ -371,7 +371,7 @@ class Pipeline:
         like a model folder, skipping the passes. It holds the schedule that this pipeline was loaded with, and no
         other, whatever calls have run since; so does the plan from then on. Raises ConfigError where weights stream,
         and where the text encoder has 8 bits: those are made as it is read, of a saved program too."""
-        folder = Path(check_path("path", path))
+        artifact.check_place(folder := Path(check_path("path", path)))
         if self.memory is not None and (self.memory.streamed or self.memory.text_streams):
             raise ConfigError("this pipeline's weights stream: load it without memory_budget to save it")
         if self.text.options.precision is not None:

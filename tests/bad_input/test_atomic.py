@@ -194,6 +194,34 @@ def test_pipes_and_devices_are_written_into(tmp_path):
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
 
+@unix
+def test_standard_output_is_written_into(tmp_path):
+    """A pipe or a file, by any of its names; what the command says goes elsewhere."""
+    command = [sys.executable, "-m", "twinflow_rt.cli", "generate", "a", "--size", "32", "--seed", "1", "-o"]
+    done = subprocess.run([*command, "/dev/stdout"], capture_output=True, check=True)
+    assert done.stdout.startswith(b"\x89PNG") and done.stdout.endswith(b"IEND\xaeB`\x82") and b"wrote" in done.stderr
+    write = "from twinflow_rt.checkpoint import atomic; atomic.write_text('/dev/fd/1', 'b')"
+    (tmp_path / "a").write_text("a")
+    with (tmp_path / "a").open("a") as file:
+        subprocess.run([sys.executable, "-c", write], stdout=file, check=True)
+    assert (tmp_path / "a").read_text() == "ab" and os.listdir(tmp_path) == ["a"]
+    refused(lambda: image_files.output_paths(Path(os.devnull), 2), "takes one image, not 2", ConfigError)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc")
+def test_folders_that_nobody_writes_to(tmp_path):
+    """Permissions say that root may; only trying tells."""
+    refused(lambda: atomic.check_target(Path("/proc/a.png"), "--output"), "/proc is not writable", ConfigError)
+    (tmp_path / "a").write_text("")
+    refused(lambda: atomic.check_target(tmp_path / "a", "-o", make_parents=True), "exists and is no folder")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_saving_asks_before_the_work(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.program, "restore", lambda schedule: pytest.fail("worked"))
+    refused(lambda: pipe.save(Path("/proc/none/a")), "is not writable", ConfigError)
+
+
 def test_read_only_files_are_refused(tmp_path):
     """By the owner's wish, so root, who could, does not either."""
     file = tmp_path / "a.png"

@@ -124,6 +124,19 @@ def test_a_branch_that_moves_meanwhile(tmp_path, monkeypatch):
     refused(lambda: hub.folder(f"hf://{REPO}", True), "changed while it was fetched", CheckpointError)
 
 
+def test_caches_that_cannot_be_written(monkeypatch):
+    """No home folder, and a disk that refuses: said as what they are, not as a network that fails."""
+    full = OSError(28, "No space left on device")
+    client = SimpleNamespace(HfApi=lambda: SimpleNamespace(model_info=lambda *a, **k: (_ for _ in ()).throw(full)))
+    monkeypatch.setattr(hub, "_client", lambda: client)
+    monkeypatch.setenv("HF_HOME", "/x")
+    refused(lambda: hub.folder("hf://a/b", download=True), "No space left.*free some space, or set HF_HOME")
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    refused(lambda: hub.folder("hf://a/b", download=True), "no home folder to keep hf://a/b@main in: set HF_HOME")
+
+
 def test_without_the_client(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused(lambda: hub.folder(f"hf://{REPO}"), "pip install huggingface_hub", ConfigError)

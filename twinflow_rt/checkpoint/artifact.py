@@ -39,6 +39,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_place(folder: Path) -> None:
+    """Raise CheckpointError if something stands at `folder` already, ConfigError if nothing can be written there."""
+    if os.path.lexists(folder):
+        raise CheckpointError(f"{folder} exists; artifacts are not overwritten: choose another name or remove it")
+    check_target(folder, "the artifact's folder", make_parents=True)
+
+
 def write(
     folder: Path, parts: Mapping[str, tuple[dict[str, Any], Mapping[str, Tensor]]], source: Path, meta: dict[str, Any]
 ) -> Path:  # fmt: skip
@@ -47,9 +54,7 @@ def write(
     source: the model folder it was compiled from; its tokenizers are copied. Raises CheckpointError
     if something stands at `folder` already: artifacts are never changed.
     """
-    check_target(folder, "the artifact's folder", make_parents=True)
-    if os.path.lexists(folder):
-        raise CheckpointError(f"{folder} exists; artifacts are not overwritten: choose another name or remove it")
+    check_place(folder)
     with new_folder(folder) as partial:
         for name, (config, tensors) in parts.items():
             (partial / name).mkdir()

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -26,6 +27,7 @@ from typing import Any
 from ..errors import ConfigError, StorageError
 
 PREFIX, SUFFIX = ".twinflow-", ".part"
+OPEN_FILE = re.compile(r"/dev/std(out|err)|/(dev|proc/self)/fd/\d+")  # written into where it is a plain file, too
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: safetensors does not say
 
 _own: set[str] = set()  # names that this process writes to
@@ -43,10 +45,10 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """
     asked, path = Path(path), Path(os.path.realpath(path))
     with _named(asked):
-        if _is_stream(path):
+        if is_stream(asked):  # of /dev/stdout the system knows more than its name
             with tempfile.TemporaryDirectory() as folder:
                 yield (partial := Path(folder) / "content")
-                with partial.open("rb") as content, path.open("wb", buffering=0) as stream:
+                with partial.open("rb") as content, asked.open("ab", buffering=0) as stream:
                     shutil.copyfileobj(content, stream)
             return
         if _is_read_only(path):
@@ -164,13 +166,21 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Return whether a pipe, a device or a socket stands at `path`: to be written into, not replaced."""
     try:
         mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return OPEN_FILE.fullmatch(str(path)) is not None or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def is_stdout(path: object) -> bool:
+    """Return whether `path` is what standard output goes to, a pipe or terminal: nothing else should be said there."""
+    try:
+        return isinstance(path, Path) and is_stream(path) and os.path.samestat(os.stat(path), os.fstat(1))
     except OSError:
         return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def _is_read_only(path: Path) -> bool:
@@ -218,10 +228,19 @@ def check_target(path: Path, what: str, *, make_parents: bool = False) -> None:
     real = Path(os.path.realpath(path))
     if _is_read_only(real):
         raise ConfigError(f"{what} {path} is read-only; choose another")
-    if _is_stream(real):
+    if is_stream(path):
         return
+    if make_parents and real.exists() and not real.is_dir():
+        raise ConfigError(f"{what} {path} exists and is no folder; choose another name")
     parent = next((p for p in (real, *real.parents) if p.exists()), real.parent) if make_parents else real.parent
     if not parent.is_dir():
         raise ConfigError(f"{what} {path}: folder {parent} does not exist; create it first")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{what} {path}: folder {parent} is not writable; choose another")
+    probe = _partial(parent)
+    try:  # permissions do not tell of file systems that nobody, or not even root, writes to
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f"{what} {path}: folder {parent} is not writable ({reason}); choose another") from None
+    finally:
+        _own.discard(probe.name)

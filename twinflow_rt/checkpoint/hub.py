@@ -9,7 +9,9 @@ transfers, so its cache, its token and its variables (HF_HOME, HF_ENDPOINT, HF_T
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -99,6 +101,8 @@ def _cached(source: Source) -> Path:
 
 def _fetch(source: Source) -> Path:
     client = _client()
+    if os.path.expanduser("~") == "~" and not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & {*os.environ}:
+        raise ConfigError(f"there is no home folder to keep {source} in: set HF_HOME to a folder that can be written")
     try:
         info = client.HfApi().model_info(source.repo, revision=source.revision, files_metadata=True)
     except Exception as error:  # the client's, and those of whatever it speaks HTTP with
@@ -115,8 +119,11 @@ def _fetch(source: Source) -> Path:
         raise CheckpointError(_why(source, error)) from None
     if root.name != info.sha:
         raise CheckpointError(f"{source} changed while it was fetched ({info.sha} became {root.name}); fetch it again")
-    for name in names:
-        _verify(root / name, files[name], source)
+    try:
+        for name in names:
+            _verify(root / name, files[name], source)
+    except OSError as error:  # another process, to which it was damaged, has removed it
+        raise CheckpointError(f"{source} cannot be compared with the hub ({error}); fetch it again") from None
     return root / source.subfolder
 
 
@@ -145,4 +152,6 @@ def _why(source: Source, error: Exception) -> str:
         "RevisionNotFoundError": "check the revision after the @",
         "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: unset it, or leave out download",
     }.get(kind, "check the network, or leave out download where the model is in the cache")
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        remedy = "free some space, or set HF_HOME to a folder that can be written"
     return f"{source} could not be fetched ({kind}: {first:.200}); {remedy}"

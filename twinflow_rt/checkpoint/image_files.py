@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .atomic import check_target, replacing
+from .atomic import check_target, is_stream, replacing
 
 CHUNK = "twinflow_rt"  # the text chunk in which a PNG file says what it was made of
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
@@ -21,6 +21,8 @@ def output_paths(output: Path, count: int, option: str = "--output") -> list[Pat
         return [output]
     from ..sampling.noise import check_batch
 
+    if is_stream(output):
+        raise ConfigError(f"{option} {output} takes one image, not {count}: name a file, or make one at a time")
     check_batch(count)
     paths = [output.with_name(f"{output.stem}-{tag}{output.suffix}") for tag in (*range(count), "grid")]
     for path in paths:
@@ -29,19 +31,20 @@ def output_paths(output: Path, count: int, option: str = "--output") -> list[Pat
 
 
 def check_image_path(path: Path, option: str) -> None:
-    """Raises ConfigError where no image can be written."""
-    if path.suffix.lower() not in FORMATS:
+    """Raises ConfigError where no image can be written. A pipe or device may have any name, and gets a PNG."""
+    if path.suffix.lower() not in FORMATS and not is_stream(path):
         raise ConfigError(f"{option} {path!s:.300}: the name must end in one of {', '.join(FORMATS)}")
     check_target(path, option)
 
 
 def save_image(image: Any, path: Path, facts: dict[str, Any] | None = None) -> None:
     """Writes `path` whole or not at all; PNG files carry `facts` as a text chunk (`CHUNK`)."""
-    options: dict[str, Any] = {"quality": 95} if path.suffix.lower() != ".png" else {}
-    if facts and path.suffix.lower() == ".png":
+    kind = FORMATS.get(path.suffix.lower(), "PNG")
+    options: dict[str, Any] = {"quality": 95} if kind != "PNG" else {}
+    if facts and kind == "PNG":
         options["pnginfo"] = text_chunk(facts)
     with replacing(path, durable=False) as partial:
-        image.save(partial, format=FORMATS[path.suffix.lower()], **options)
+        image.save(partial, format=kind, **options)
 
 
 def text_chunk(facts: dict[str, Any]) -> Any:

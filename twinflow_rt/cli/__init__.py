@@ -17,11 +17,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from typing import Any, NoReturn, TextIO
 
 from .. import __version__
+from ..checkpoint.atomic import is_stdout
 from ..errors import PromptTruncatedWarning, TwinFlowError, require_extra
 from ..host_memory import address_space_margin, lacking_address_space, torch_bytes
 from .parser import Parser
@@ -84,7 +85,9 @@ def _run(argv: list[str]) -> int:
         parser.print_help()
         return 0
     args = parser.parse_args(argv)
-    status: int = _module(args.command).run(args)
+    aside = any(map(is_stdout, vars(args).values()))  # what is said goes elsewhere than what is written
+    with redirect_stdout(sys.stderr) if aside else nullcontext():
+        status: int = _module(args.command).run(args)
     return status
 
 

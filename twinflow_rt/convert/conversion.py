@@ -32,9 +32,9 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
     if not is_folder(base) or not (base / "model_index.json").is_file():
         raise CheckpointError(f"{base} is no model folder in diffusers' layout (it needs model_index.json)")
     check_tree(base)
-    check_target(target, "the folder to write", make_parents=True)
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists; choose another name or remove it")
+    check_target(target, "the folder to write", make_parents=True)
     slots = [Slot(p.parent) for p in sorted(base.glob("*/config.json"))]
     networks: dict[str, Converted] = {}
     reports: list[PartReport] = []
