@@ -19,6 +19,7 @@ from PIL import Image
 
 import twinflow_rt
 from tests.bad_input.conftest import refused
+from twinflow_rt import cli
 from twinflow_rt.bench import html, record
 from twinflow_rt.checkpoint import atomic, image_files
 from twinflow_rt.cli import eval as evaluate
@@ -292,6 +293,12 @@ def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     with atomic.new_folder(tmp_path / "f") as partial:
         (partial / "b").write_text("x")
     assert order[0] == "b" and order[1].endswith(".part") and order[2:] == ["renamed", tmp_path.name]
+
+
+def test_training_tries_its_folder_first(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["train", "demo", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert capsys.readouterr().err.startswith("twinflow-rt: --out ")
 
 
 # what writes in place, and why that is right

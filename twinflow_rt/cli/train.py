@@ -30,9 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_extra("training", "train", "diffusers", "transformers")
+    from ..checkpoint.atomic import check_target
     from ..config import resolve_device
     from ..training import demo as trainer
 
+    check_target(args.out, "--out", make_parents=True)
     names = {field.name for field in fields(trainer.Recipe)}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
     recipe = replace(trainer.RECIPES[args.recipe], **given)
