@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..export.program import export_model
 
-    with doing(f"exporting {args.model} (compiling takes minutes)") as progress:
+    with doing(f"exporting {args.model} (this takes minutes)") as progress:
         manifest = export_model(
             args.model, args.output, sizes=[(height, width) for width, height in args.size], device=args.device,
             dtype=args.dtype, sampler=chosen_sampler(args), loras=args.loras, text_encoder=args.text_encoder,
