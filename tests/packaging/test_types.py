@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 import twinflow_rt
 
@@ -46,6 +49,23 @@ def test_mypy_knows_what_load_returns_and_refuses_what_is_misspelt(tmp_path):
         3: "twinflow_rt.pipeline.Pipeline", 4: "twinflow_rt.stages.result.Result", 5: "schedule.SamplerConfig",
         6: 'Unexpected keyword argument "devcie"', 7: 'Unexpected keyword argument "hieght"',
         8: '"Pipeline" has no attribute "sav"', 9: 'Module has no attribute "lode"',
+    }.items():  # fmt: skip
+        assert text in lines.get(number, ""), done.stdout + done.stderr
+
+
+def test_pyright_knows_the_same(tmp_path):
+    """By basedpyright, which comes with all it needs (extra `lint`; too large for the tests' own)."""
+    checker = Path(sys.executable).with_name("basedpyright")
+    if not checker.exists():
+        pytest.skip("basedpyright is not installed")
+    (tmp_path / "use.py").write_text(USE)
+    command = [checker, "--outputjson", "--pythonpath", sys.executable, tmp_path / "use.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    lines = {item["range"]["start"]["line"] + 1: item["message"] for item in found}
+    for number, text in {
+        3: 'is "Pipeline"', 4: 'is "Result"', 5: 'is "SamplerConfig"', 6: 'No parameter named "devcie"',
+        7: 'No parameter named "hieght"', 8: 'Cannot access attribute "sav"', 9: '"lode" is not a known attribute',
     }.items():  # fmt: skip
         assert text in lines.get(number, ""), done.stdout + done.stderr
 
