@@ -59,7 +59,7 @@ GENERATE = [
     (["--device", "tpu"], "device"), (["--device", "cuda:64"], "absent"),
     (["--device", "cuda:-5"], "not a device|absent"), (["--lora", "nowhere.safetensors"], "does not exist"),
     (["--lora", "file"], "truncated or no safetensors"), (["--lora", "pickle.bin"], "can run code"),
-    (["--lora", "empty"], "must hold one of"), (["--lora", "file:nan"], "finite"), (["--lora", "file:inf"], "finite"),
+    (["--lora", "empty"], "holds no adapter"), (["--lora", "file:nan"], "finite"), (["--lora", "file:inf"], "finite"),
     (["--lora", "huge.safetensors"], "header of 26,214,401 bytes"), (["-o", "folder.png"], "that is a folder"),
     (["-o", "no/such/out.png"], "does not exist; create it"), (["-o", "file/out.png"], "cannot be written"),
     (["-o", "out.exe"], "must end in"), (["-o", ""], "must end in"), (["-o", "x" * 300 + ".png"], "cannot be written"),

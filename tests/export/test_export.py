@@ -108,7 +108,7 @@ def test_calls_that_cannot_work_are_refused(model):
     prompt = PromptEmbeds(torch.zeros(1, 4, 32), (4,))
     with pytest.raises(ConfigError, match=f"no program for 64x64.*{WIDTH}x{HEIGHT}"):
         model(prompt, height=64, width=64)
-    for ids in ([], [[]], [[1] * 513], [[259]], [[-1]]):
+    for ids in ([], [[]], [[1] * 545], [[259]], [[-1]]):
         with pytest.raises(ConfigError, match=r"token ids"):
             model.encode(ids)
 

@@ -118,6 +118,7 @@ class TextStage(Stage):
     width: int
     max_tokens: int
 
+    @isolated()
     def __call__(self, prompts: str | Sequence[str]) -> PromptEmbeds:
         """Return the embeddings of these prompts, in the weights' dtype, and warn of those that are cut. Raises
         ConfigError for what is no prompt."""
@@ -126,7 +127,7 @@ class TextStage(Stage):
         return replace(self.encode(texts), truncated=truncated)
 
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
-        """Return the same without a word about prompts that are cut."""
+        """Return the same without a word about prompts that are cut; for callers that are isolated themselves."""
         raise NotImplementedError
 
     def readers(self) -> Sequence[tuple[str, Tokenizer, int]]:
@@ -182,7 +183,6 @@ class TextEncoder(TextStage):
     def readers(self) -> Sequence[tuple[str, Tokenizer, int]]:
         return [("the model", self.tokenizer, self.max_tokens + self.dropped)]
 
-    @isolated()
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return embeddings [B, L, width] in the weights' dtype, L the longest prompt's token count."""
         ids = self.tokenizer(prompts, self.max_tokens + self.dropped)

@@ -14,7 +14,6 @@ from ..checkpoint.files import read_json
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
 from ..models.text_encoders.language_model import Past
-from ..runtime.host_state import isolated
 from .stage import open_part
 from .text import PromptEmbeds, TextEncoder, TextStage, check_vocabulary
 from .tokenizer import PaddingTokenizer, Tokenizer
@@ -108,7 +107,6 @@ class OpenUniText(TextEncoder):
                 f"before the connector's {self.connector.config.num_queries} queries; download both again"
             )
 
-    @isolated()
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         ids = self.tokenizer(prompts, self.max_tokens)
         prefix = self.prefix(ids)
@@ -182,7 +180,6 @@ class SD3Text(TextStage):
         names = (part.name for part in self.parts)
         return list(zip(names, self.tokenizers, self._lengths, strict=True))
 
-    @isolated()
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         device = self.parts[0].network.text_projection.weight.device
         ids = [torch.tensor(tokenizer(prompts, length), device=device) for _, tokenizer, length in self.readers()]
