@@ -83,9 +83,9 @@ class VaeDecoder(Stage):
         call = lambda part, run, x: self.captured(f"{self.recorded_as} {part}", run, x)
         return tiles.decode(self.network, latents, tile, check, call)
 
-    def decode_uint8(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
+    def decode_uint8(self, latents: Tensor) -> Tensor:
         """Return the images of normalised latents [B, C, h, w]: uint8 [B, H, W, 3]."""
-        return self.ops.to_uint8(self.decode(latents, raw=raw, check=check))
+        return self.ops.to_uint8(self.decode(latents))
 
     def probe(self, height: int, width: int) -> Tensor:
         """Do the stage's work for one image on the meta device, to be counted."""
