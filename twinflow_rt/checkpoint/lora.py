@@ -153,7 +153,7 @@ class Adapter:
         """Raise CheckpointError for factors that hold NaN or infinity, or whose multiplier is beyond float32."""
         for name, (a, b, factor) in self._pairs.items():
             if abs(factor) > torch.finfo(torch.float32).max or not all(
-                self._tensors.get_tensor(key).isfinite().all() for key in (a, b)
+                read_tensor(self._tensors, key).isfinite().all() for key in (a, b)
             ):
                 raise CheckpointError(
                     f"{self.path}: what it adds to {name} is NaN or infinity: damaged, or trained so; get it again, or "

@@ -17,6 +17,7 @@ POSITIVE = (
     "mlp_ratio", "interpolation_scale", "head_dim", "sliding_window",
 )  # fmt: skip
 EPSILONS = ("eps", "epsilon")
+# what a damaged file breaks with, when its content is used
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 

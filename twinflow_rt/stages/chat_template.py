@@ -10,9 +10,8 @@ from typing import Any
 
 from ..checkpoint.files import file_type, read_json, read_text
 from ..errors import CheckpointError
+from ..models.config import BROKEN
 
-# what a damaged template breaks with
-BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..checkpoint.files import file_type, is_folder, read_json, refuse_foreign, require_file
 from ..errors import CheckpointError
-from .chat_template import BROKEN, chat_template, token_text
+from ..models.config import BROKEN
+from .chat_template import chat_template, token_text
 
 # how Qwen2 and later cut text before merging bytes: contractions, words with their leading mark, single
 # digits, punctuation with its line ends, blanks (transformers: Qwen2Tokenizer)

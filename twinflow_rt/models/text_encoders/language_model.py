@@ -37,8 +37,7 @@ class LanguageConfig:
 
     qkv_bias: biases on queries, keys and values. qk_norm: RMS norms of queries and keys, per head. state: which of
     transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what leaves the closing norm. tie:
-    tie_word_embeddings, see `tied`. positions: tokens that the model was
-    made for; a longer text is read all the same.
+    tie_word_embeddings, see `tied`. positions: tokens that the model was made for; a longer text is read all the same.
     """
 
     vocab_size: int
