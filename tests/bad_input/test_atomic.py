@@ -281,6 +281,15 @@ def test_what_killed_processes_left_goes_and_nothing_else(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {*stays, "new"}
 
 
+def test_the_first_file_in_a_folder_removes_what_killed_processes_left_there(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / f".twinflow-{atomic._machine()}-{ended.pid}-aa.part").write_text("half")
+    (tmp_path / (other := f".twinflow-{atomic._machine()}-{os.getppid()}-aa.part")).write_text("being written")
+    atomic.write_text(tmp_path / "a", "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {other, "a"}
+
+
 def test_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     order = []
     sync, replace, rename = os.fsync, os.replace, Path.rename

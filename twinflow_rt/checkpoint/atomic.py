@@ -53,6 +53,7 @@ def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
             return
         if _is_read_only(path):
             raise PermissionError(0, "it is read-only")
+        _remove_leftovers_once(path.parent)
         partial = _partial(path.parent)
         try:
             yield partial
@@ -125,6 +126,10 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+# for files, of which a run may write thousands into one folder
+_remove_leftovers_once = cache(remove_leftovers)
 
 
 def _partial(parent: Path) -> Path:
