@@ -17,11 +17,13 @@ from twinflow_rt import cli
 from twinflow_rt.checkpoint import shards
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.layout import Layout
-from twinflow_rt.convert import convert, files, names
-from twinflow_rt.convert.networks import Converted
-from twinflow_rt.convert.report import Key
+from twinflow_rt.convert import convert, files
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import DEMO, load
+from twinflow_rt.single_files import names
+from twinflow_rt.single_files.networks import Converted
+from twinflow_rt.single_files.report import Key
+from twinflow_rt.single_files.sources import Source
 
 WEIGHTS = factory.WEIGHTS
 ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}
@@ -386,7 +388,7 @@ def test_halves_are_swapped_in_the_file_written(tmp_path):
     slot = SimpleNamespace(rules=names.sd3({"num_layers": 2}), bare=lambda name: name, layout=Layout())
     stored = "final_layer.adaLN_modulation.1.weight"
     key = Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
-    network = Converted(files.Source(file), slot, [key])
+    network = Converted(Source(file), slot, [key])
     shift, scale = shapes(SD3)[stored].chunk(2)
     assert key.action == "swapped"
     assert torch.equal(network.get("norm_out.linear.weight"), torch.cat((scale, shift)))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from ..checkpoint.atomic import check_target
-from ..checkpoint.files import check_tree, is_folder, some
-from ..checkpoint.layout import Layout, check
+from ..checkpoint.files import check_tree, is_folder
 from ..errors import CheckpointError, ConfigError
 from ..loading import model_path
 from ..planning.description import describe
 from ..runtime.host_state import isolated
-from .files import Source, open_sources, write_folder
-from .names import CONTAINERS, WRAPPERS
-from .networks import Converted, Slot
-from .report import Conversion, Key, PartReport
+from ..single_files.networks import Converted, Slot
+from ..single_files.recognition import recognise
+from ..single_files.report import PartReport
+from ..single_files.sources import open_sources
+from .files import write_folder
+from .report import Conversion
 
 
 @isolated()
@@ -39,7 +39,7 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
     networks: dict[str, Converted] = {}
     reports: list[PartReport] = []
     for source in open_sources(files):
-        for network, report in _recognise(source, slots):
+        for network, report in recognise(source, slots):
             if network.slot.name in networks:
                 raise ConfigError(f"{source.path}: a second {network.slot.name}; give each network once")
             networks[network.slot.name] = network
@@ -53,50 +53,6 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
     # describe makes all the checks that loading makes, but for reading the weights
     write_folder(target, base, copied, networks, describe)
     return result
-
-
-def _recognise(source: Source, slots: Sequence[Slot]) -> Iterator[tuple[Converted, PartReport]]:
-    """Yield the networks in a source. Keys in a container (`CONTAINERS`) belong to a network of that sort, the
-    others to any; which one, the names decide."""
-    groups: dict[tuple[str, str], dict[str, str]] = {}  # container -> key in the file -> key without it
-    for stored in source:
-        container, bare = _container(stored)
-        groups.setdefault(container, {})[stored] = bare
-    for (sort, _), group in groups.items():
-        candidates = [s for s in slots if s.name.startswith(sort)]
-        if not candidates:
-            raise CheckpointError(f"{source.path}: holds a {sort}, which the base has not")
-        shapes = {bare: source.shape(stored) for stored, bare in group.items()}
-        slot = max(candidates, key=lambda s: s.likeness(shapes))
-        if not slot.known(shapes):
-            raise CheckpointError(
-                f"{source.path}: {some(shapes)} belong to none of the base's networks "
-                f"({', '.join(s.name for s in slots)}); is the base the same model?"
-            )
-        keys = tuple(Key(stored, slot.rules.targets(b), slot.rules.swapped(b)) for stored, b in group.items())
-        network = Converted(source, slot, keys)
-        yield network, _account(network, keys)
-
-
-def _container(key: str) -> tuple[tuple[str, str], str]:
-    """Return (sort of network, its name among those), and the key without its container; ("", "") if it has none."""
-    key = re.sub(f"^{WRAPPERS}", "", key)
-    for sort, pattern in CONTAINERS.items():
-        if match := re.match(pattern, key):
-            return (sort, match.groupdict().get("name") or ""), re.sub(f"^{WRAPPERS}", "", key[match.end() :])
-    return ("", ""), key
-
-
-def _account(network: Converted, keys: tuple[Key, ...]) -> PartReport:
-    """Compare names, shapes and dtypes with what the network declares; return what was found."""
-    slot = network.slot
-    found = set(network.names)
-    missing = slot.wanted - found
-    unknown = {name for name in found - slot.wanted if not name.startswith(slot.layout.unused)}
-    if not missing:
-        check(slot.expected, network, Layout(slot.layout.fused, (*slot.layout.unused, *unknown)))
-    hint = slot.layout.absent(missing) if missing else None
-    return PartReport(slot.name, str(network.folder), keys, tuple(sorted(unknown)), tuple(sorted(missing)), hint)
 
 
 def _stays(path: Path, replaced: Container[str]) -> bool:

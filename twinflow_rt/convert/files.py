@@ -1,64 +1,15 @@
-"""Files on both sides of a conversion: what is read, and the folder that is written."""
+"""The folder that a conversion writes."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..checkpoint.atomic import new_folder
-from ..checkpoint.files import PICKLES, is_folder, open_tensors
 from ..checkpoint.shards import write_shards
-from ..checkpoint.tensor_files import INDEX, open_folder, read_tensor
-from ..errors import CheckpointError
-
-
-class Source:
-    """The tensors of one file, or of the shards that a folder's index lists, under their stored names."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        handle = None if is_folder(path) else open_tensors(path)
-        opened = open_folder(path) if handle is None else [(handle, handle.keys())]
-        self._where: dict[str, Any] = {key: handle for handle, keys in opened for key in keys}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._where[key].get_slice(key).get_shape())
-
-    def dtype(self, key: str) -> str:
-        """As safetensors names it, e.g. BF16."""
-        return str(self._where[key].get_slice(key).get_dtype())
-
-    def get(self, key: str) -> Tensor:
-        tensor: Tensor = read_tensor(self._where[key], key)
-        return tensor
-
-
-def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
-    """Open files as given; of a folder, every file in it and below; where an index or a config.json stands, those that
-    loading would read."""
-    for path in paths:
-        if not is_folder(path):
-            if path.suffix in PICKLES:
-                raise CheckpointError(
-                    f"{path} is a pickle, which can run code when read; save its tensors with safetensors first"
-                )
-            yield Source(path)
-            continue
-        files = sorted(path.rglob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{path} holds no .safetensors file; give the files to convert")
-        names = {f.parent: {other.name for other in f.parent.iterdir()} for f in files}
-        networks = {at for at, found in names.items() if "config.json" in found or any(map(INDEX.fullmatch, found))}
-        for source in (*sorted(networks), *(file for file in files if file.parent not in networks)):
-            yield Source(source)
 
 
 def write_folder(

@@ -17,9 +17,9 @@ from ..checkpoint.tensor_files import DTYPES, stored_bytes
 from ..errors import CheckpointError
 from ..families import CONNECTOR, family_of, parts_by_kind
 from ..models.config import reading
-from .files import Source
 from .names import FUSED, RULES, TEXT, Names
 from .report import Key
+from .sources import Source
 
 
 class Slot:
