@@ -104,8 +104,10 @@ class Checkpoint:
         return self._dtypes[max(read, key=lambda stored: sizes[stored])] if read else self.dtype(next(iter(self)))
 
     def nbytes(self, name: str) -> int:
-        """Return the bytes of a tensor in its file, whatever its dtype."""
+        """Return the bytes of a tensor in its file, whatever its dtype, quantized or not."""
         file, key = self._where[name]
+        if own := getattr(file, "nbytes", None):
+            return int(own(key))
         return stored_bytes(file.get_slice(key).get_dtype(), self.numel(name))
 
     def numel(self, name: str) -> int:

@@ -29,7 +29,11 @@ class TensorInfo(Protocol):
 
 
 class TensorFile(Protocol):
-    """The part of safetensors' `safe_open` that is used here; dtypes have safetensors' names ("BF16")."""
+    """The part of safetensors' `safe_open` that is used here; dtypes have safetensors' names ("BF16").
+
+    A file whose tensors are quantized serves them dense: `get_slice` names the dtype that they are best held in (BF16),
+    `get_tensor` may return float32, which is finer. It then has `nbytes(name)`, too: the bytes that it keeps for one.
+    """
 
     def keys(self) -> Iterable[str]: ...
     def get_slice(self, name: str) -> TensorInfo: ...
