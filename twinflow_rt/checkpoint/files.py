@@ -21,10 +21,9 @@ MAX_HEADER = 25 << 20  # bytes; 20-billion-parameter networks need 0.3 MB
 MAX_ENTRIES = 100_000  # files and folders of a model folder
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # can run code when read
 SHOWN = 8  # names listed in one message
-GGUF = "a GGUF file, which is not read yet; get these weights as safetensors"
 # how files begin that are found in place of the expected one
 FOREIGN = {
-    b"GGUF": GGUF,
+    b"GGUF": "a GGUF file; these are read as a network's weights, under a name that ends in .gguf",
     b"version https://git-lfs": "a Git LFS pointer in place of the file; download that with `git lfs pull`",
     b"PK\3\4": "a pickle of torch.save, which can run code when read; convert it with safetensors.torch.save_file",
     b"<!doctype html": "a web page in place of the file; download the file itself",
@@ -67,15 +66,15 @@ def require_file(path: Path, hint: str = "download it again") -> None:
         raise CheckpointError(f"{path} is {what}, where a file is expected; put the file in its place")
 
 
-def refuse_foreign(path: Path) -> None:
-    """Raise CheckpointError for a file that begins as one of another kind (`FOREIGN`)."""
+def refuse_foreign(path: Path, but: bytes | None = None) -> None:
+    """Raise CheckpointError for a file that begins as one of another kind (`FOREIGN`). but: the kind it should be."""
     try:
         with path.open("rb") as file:
             start = file.read(32).lstrip()
     except OSError:  # whoever reads the file says so
         return
     for beginning, what in FOREIGN.items():
-        if start.startswith(beginning) or start.lower().startswith(beginning):
+        if beginning != but and (start.startswith(beginning) or start.lower().startswith(beginning)):
             raise CheckpointError(f"{path} is {what}")
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import GGUF, PICKLES, open_tensors, read_json, some
+from .files import PICKLES, open_tensors, read_json, some
+from .gguf_file import GGUFFile
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTIZED = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # in saved programs only
@@ -93,6 +94,12 @@ def stored_bytes(code: str, numel: int) -> int:
     return -(-numel * (int(bits[0]) if bits else 8) // 8)  # a BOOL has 8
 
 
+def open_file(path: Path) -> TensorFile:
+    """Open a file of weights, mapped: GGUF by its name's end, else safetensors. Raises CheckpointError."""
+    opened: TensorFile = GGUFFile(path) if path.suffix.lower() == ".gguf" else open_tensors(path)
+    return opened
+
+
 def open_folder(folder: Path) -> list[tuple[TensorFile, list[str]]]:
     """Open the weight files of a network's folder, headers only, and return each with the keys it provides.
 
@@ -155,6 +162,11 @@ def _open_other(folder: Path) -> list[tuple[TensorFile, list[str]]]:
         if (folder / name).is_file():
             file = open_file(folder / name)
             return [(file, list(file.keys()))]
+    if quantized := [*folder.glob("*.gguf")]:
+        if len(quantized) > 1:
+            raise CheckpointError(f"{folder} has several GGUF files ({some(p.name for p in quantized)}); keep one")
+        file = open_file(quantized[0])
+        return [(file, list(file.keys()))]
     if shards := [p.name for p in folder.glob("*.safetensors")]:
         raise CheckpointError(f"{folder} has shards ({some(shards)}) without their index; download its .index.json")
     names = sorted(p.name for p in folder.iterdir())
@@ -163,6 +175,4 @@ def _open_other(folder: Path) -> list[tuple[TensorFile, list[str]]]:
             f"{folder} holds only pickles ({some(pickles)}), which can run code when read; "
             "convert them with safetensors.torch.save_file and try again"
         )
-    if quantized := [name for name in names if name.endswith(".gguf")]:
-        raise CheckpointError(f"{folder} holds only {some(quantized)}, {GGUF}")
     raise CheckpointError(f"{folder} has no .safetensors file; the download is incomplete")

@@ -1,0 +1,266 @@
+"""GGUF files, the quantized single files of llama.cpp and ComfyUI, read like safetensors.
+
+The `gguf` package has the layout of blocks, the values they stand for and llama.cpp's names. The header is read here:
+the package's reader makes arrays of every word of a text encoder's tokenizer, and believes any length that is stated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, OutOfMemoryError, require_extra
+from ..ops.int4 import CHUNK, Int4Weight, pack_codes
+from ..ops.linear import LIMITS, SMALLEST
+from .files import MAX_TEXT, refuse_foreign, require_file
+
+MAX_COUNT, MAX_AXES = 100_000, 8  # tensors or other values of a file; axes of a tensor
+AT_ONCE = 1 << 18  # numbers dequantized by a thread at a time: they stay in its cache
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that are not quantized
+# types of a header's values: those of numbers, as `struct` calls them, of text and of arrays
+NUMBERS, TEXT, ARRAY = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", 10)), 8, 9
+SHAPES = "comfy.gguf.orig_shape."  # where ComfyUI keeps the shapes of tensors that it stores in rows of 256
+AXES = {"x_pad_token": 2, "cap_pad_token": 2, "pos_embed": 3}  # of which llama.cpp's tools drop the first, a 1
+LANGUAGE_MODEL = (
+    r"model\.(embed_tokens|norm)|lm_head|model\.layers\.\d+\.(self_attn\.[qkvo]_(proj|norm)|mlp\.(gate|up|down)_proj"
+    r"|(input|post_attention|pre_feedforward|post_feedforward)_layernorm)"
+)
+# a part of names -> what the package calls the models that have it, and which of the many names that its maps give a
+# tensor are those of transformers' networks. Qwen2.5-VL's are all among Qwen3's.
+LLAMA_CPP = {
+    "enc.blk.": ("T5", r"shared|lm_head|(encoder|decoder)\..*(?<!\.wi)"),
+    ".post_ffw_norm.": ("GEMMA2", LANGUAGE_MODEL),
+    "blk.0.attn_q.": ("QWEN3", LANGUAGE_MODEL),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file: its type in the package, its shape there and in the network, numbers and bytes of a block,
+    where its bytes begin, and how many they are."""
+
+    kind: Any
+    stored: tuple[int, ...]
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    start: int
+    size: int
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.kind.name if self.kind.name in PLAIN else "F32"
+
+
+class GGUFFile:
+    """The tensors of a GGUF file, mapped and dequantized one at a time, as a `TensorFile`.
+
+    Text encoders in llama.cpp's names have those of transformers here. Whose they are is told from the names: what a
+    file says of its architecture is often wrong. Raises CheckpointError for a file that is damaged, in parts,
+    big-endian or of unknown types, ConfigError where the gguf package is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_extra("reading GGUF files", "gguf", "gguf")
+        require_file(path)
+        self.path = path
+        try:
+            self._bytes = np.asarray(np.memmap(path, mode="c"))
+            entries = _read(path, self._bytes)
+        except MemoryError as error:
+            raise OutOfMemoryError(f"{path} cannot be mapped ({error}); free memory, or raise `ulimit -v`") from None
+        except (OSError, ValueError, struct.error) as error:
+            refuse_foreign(path, but=b"GGUF")
+            raise CheckpointError(f"{path} is truncated or no GGUF file ({error}); download it again") from None
+        names, self._gemma = _transformers_names(entries)
+        self._entries = {names.get(name, name): entry for name, entry in entries.items()}
+
+    def keys(self) -> Iterable[str]:
+        return self._entries.keys()
+
+    def get_slice(self, name: str) -> Entry:
+        return self._entries[name]
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes that a tensor has in the file."""
+        return self._entries[name].size
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return a tensor: a view of the mapped file, or dequantized, in float32, bit for bit as `gguf.dequantize` has
+        it. Raises CheckpointError for scales of NaN or infinity."""
+        entry = self._entries[name]
+        plain = PLAIN.get(entry.kind.name)
+        tensor = self._dequantized(name) if plain is None else self._stored(entry).view(plain)
+        shaped: Tensor = tensor.view(entry.shape)
+        # a Gemma's norms multiply by 1 + w: llama.cpp keeps that, transformers w
+        return shaped - 1 if self._gemma and name.endswith("norm.weight") else shaped
+
+    def get_int4(self, name: str, limit: float = LIMITS[torch.int8]) -> Int4Weight | None:
+        """Return a matrix of 4-bit blocks (Q4_0, Q4_1, Q4_K) with the codes that it has; None for any other tensor.
+
+        limit: largest magnitude in units of a row's scale, in which scales and minimums are rounded to float16 (see
+        `ops.int4`). Raises CheckpointError for scales of NaN or infinity.
+        """
+        entry = self._entries[name]
+        if entry.kind.name not in ("Q4_0", "Q4_1", "Q4_K") or entry.shape != entry.stored:
+            return None
+        if len(entry.shape) != 2 or entry.shape[1] % CHUNK:
+            return None
+        packed, scales, minimums = _int4(self._stored(entry).view(entry.shape[0], -1, entry.block[1]))
+        lowest = 8 * scales if minimums is None else minimums
+        largest = torch.maximum(lowest.abs(), (15 * scales - lowest).abs()).amax(-1, keepdim=True)
+        self._require_finite(name, largest)
+        rows = largest.clamp_min(SMALLEST) / limit
+        return Int4Weight(packed, (scales / rows).half(), None if minimums is None else (minimums / rows).half(), rows)
+
+    def _stored(self, entry: Entry) -> Tensor:
+        return torch.from_numpy(self._bytes[entry.start : entry.start + entry.size])
+
+    def _dequantized(self, name: str) -> Tensor:
+        from gguf import dequantize
+
+        entry = self._entries[name]
+        stored, out = self._stored(entry).numpy(), torch.empty(math.prod(entry.shape), dtype=torch.float32)
+        step = AT_ONCE // entry.block[0] * entry.block[1]
+
+        def part(i: int) -> None:
+            with np.errstate(all="ignore"):  # what is not finite is found below
+                out.numpy()[i * AT_ONCE : (i + 1) * AT_ONCE] = dequantize(stored[i * step : (i + 1) * step], entry.kind)
+
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(part, range(-(-len(stored) // step))))
+        self._require_finite(name, out)
+        return out
+
+    def _require_finite(self, name: str, numbers: Tensor) -> None:
+        if not all(extreme.isfinite() for extreme in torch.aminmax(numbers)):
+            raise CheckpointError(f"{self.path}: {name:.200} has scales of NaN or infinity; download the file again")
+
+
+def _int4(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return packed codes, scales and minimums (None: 8 scales) of blocks [N, blocks of a row, bytes of a block]."""
+    from gguf.quants import Q4_K
+
+    if blocks.shape[-1] == Q4_K.type_size:  # two float16, eight scales and minimums of 6 bits, codes packed as here
+        factors = blocks[..., :4].contiguous().view(torch.float16).float()
+        small = np.stack(Q4_K.get_scale_min(blocks[..., 4:16].flatten(0, 1).numpy()), 1)
+        scales, minimums = (torch.from_numpy(small).view(*factors.shape, 8) * factors[..., None]).unbind(-2)
+        return blocks[..., 16:].flatten(1), scales.flatten(1), minimums.flatten(1)
+    codes = blocks[..., -16:]  # low halves of bytes are the first 16
+    scales, *least = blocks[..., :-16].contiguous().view(torch.float16).float().unbind(-1)
+    return pack_codes(torch.stack((codes & 15, codes >> 4), -2).flatten(1)), scales, -least[0] if least else None
+
+
+class _Header:
+    """Reads a header value by value. Raises ValueError where it ends too soon."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data, self.at = data, 0
+
+    def bytes(self, size: int) -> memoryview:
+        start, self.at = self.at, self.at + size
+        if self.at > len(self._data):
+            raise ValueError("it ends within its header")
+        return self._data[start : self.at]
+
+    def numbers(self, code: str) -> tuple[Any, ...]:
+        return struct.unpack(f"<{code}", self.bytes(struct.calcsize(f"<{code}")))
+
+    def text(self) -> str:
+        return str(self.bytes(*self.numbers("Q")), "utf-8")
+
+    def value(self) -> tuple[Any, ...]:
+        """Return a number or an array of a few; of anything else (), it is passed by."""
+        (kind,), count = self.numbers("I"), 1
+        if kind == ARRAY:
+            kind, count = self.numbers("IQ")
+        if kind == TEXT:
+            for _ in range(count):
+                self.bytes(*self.numbers("Q"))
+        elif kind not in NUMBERS:
+            raise ValueError(f"it has a value of type {kind}, which there is none of")
+        elif count <= MAX_AXES:
+            return self.numbers(NUMBERS[kind] * count)
+        else:
+            self.bytes(count * struct.calcsize(f"<{NUMBERS[kind]}"))
+        return ()
+
+
+def _read(path: Path, data: Any) -> dict[str, Entry]:
+    """Return the tensors of a file by their names. Raises ValueError for a damaged one, CheckpointError for others that
+    cannot be read."""
+    header = _Header(memoryview(data)[:MAX_TEXT])
+    magic, version = header.numbers("4sI")
+    if magic != b"GGUF":
+        raise ValueError("it does not begin as one")
+    if version and not version & 0xFFFF:
+        raise CheckpointError(f"{path} is big-endian; convert it with `gguf-convert-endian {path} little`")
+    if version not in (2, 3):
+        raise CheckpointError(f"{path} is GGUF of version {version}; versions 2 and 3 are read: get a newer file")
+    tensors, values = header.numbers("QQ")
+    if max(tensors, values) > MAX_COUNT:
+        raise ValueError(f"it claims {tensors:,} tensors and {values:,} values; none has more than {MAX_COUNT:,}")
+    metadata = {header.text(): header.value() for _ in range(values)}
+    if (parts := sum(metadata.get("split.count", ()))) > 1:
+        raise CheckpointError(f"{path} is one of {parts} parts; join them with `llama-gguf-split --merge`")
+    declared: dict[str, tuple[Any, ...]] = {}
+    for _ in range(tensors):
+        name, (axes,) = header.text(), header.numbers("I")
+        if name in declared or axes > MAX_AXES:
+            raise ValueError(f"{name:.200} stands twice or has {axes:,} axes")
+        declared[name] = header.numbers("Q" * axes + "IQ")
+    alignment = sum(metadata.get("general.alignment", (32,)))
+    if alignment not in (8 << i for i in range(20)):
+        raise ValueError(f"its alignment is {alignment}")
+    start, entries = -(-header.at // alignment) * alignment, {}
+    for name, (*shape, code, offset) in declared.items():
+        entry = _entry(path, name, tuple(shape[::-1]), metadata.get(SHAPES + name), code, start + offset)
+        if offset % 8 or entry.start + entry.size > len(data):
+            raise ValueError(f"{name:.200} has bytes {entry.start:,} to {entry.start + entry.size:,} of {len(data):,}")
+        entries[name] = entry
+    return entries
+
+
+def _entry(path: Path, name: str, stored: tuple[int, ...], original: Any, code: int, start: int) -> Entry:
+    """Return a tensor of the file. original: its shape in ComfyUI's metadata, or None. Raises as `_read` does."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+
+    try:
+        kind = GGMLQuantizationType(code)
+        numbers, size = GGML_QUANT_SIZES[kind]
+        dequantize(np.zeros(size, np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError):
+        raise CheckpointError(
+            f"{path}: {name:.200} is of type {code}, which the installed gguf package does not dequantize; get the "
+            "weights in another type, such as Q4_K or Q8_0, or a newer package: pip install --upgrade gguf"
+        ) from None
+    shape = original or (1,) * (AXES.get(name.rpartition(".")[2], 0) - len(stored)) + stored
+    total = math.prod(stored)
+    if not all(stored) or (stored or (1,))[-1] % numbers or min(shape, default=1) < 1 or math.prod(shape) != total:
+        raise ValueError(f"{name:.200} has shape {stored} or {shape}, of {kind.name} in blocks of {numbers}")
+    return Entry(kind, stored, shape, (numbers, size), start, total // numbers * size)
+
+
+def _transformers_names(names: Iterable[str]) -> tuple[dict[str, str], bool]:
+    """Return transformers' names of tensors in llama.cpp's, of those that have one, and whether they are a Gemma's."""
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    model, pattern = next((LLAMA_CPP[part] for part in LLAMA_CPP if any(part in name for name in names)), ("", ""))
+    if not model:
+        return {}, False
+    blocks = {match[1] for name in names if (match := re.search(r"\bblk\.(\d+)\.", name))}
+    known = get_tensor_name_map(MODEL_ARCH[model], len(blocks)).mapping
+    own = {llama: name for name, (_, llama) in known.items() if re.fullmatch(pattern, name)}
+    split = {name: name.rpartition(".") for name in names}
+    return {name: f"{own[stem]}.{leaf}" for name, (stem, _, leaf) in split.items() if stem in own}, model == "GEMMA2"
