@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1].resolve()
-EXTRAS = ("train", "eval", "report", "serve", "gpu")
+EXTRAS = ("train", "eval", "report", "serve", "gpu", "gguf")
 TOOLS = ("pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "httpx>=0.27")
 SHOWN = (
     "torch", "triton", "numpy", "safetensors", "tokenizers", "jinja2", "pillow", "rich", "transformers", "diffusers",
@@ -33,7 +33,8 @@ RUNTIME = (
 # with them: networks and text encoders against theirs, scipy, Triton's kernels in its interpreter
 OPTIONAL = (
     "tests/models/test_transformers.py", "tests/stages/test_text.py", "tests/stages/test_vae.py",
-    "tests/checkpoint/test_artifact.py", "tests/evaluate/test_check.py", "tests/kernels/test_norm.py",
+    "tests/checkpoint/test_artifact.py", "tests/checkpoint/test_gguf_file.py", "tests/evaluate/test_check.py",
+    "tests/kernels/test_norm.py",
 )  # fmt: skip
 
 # a model loads, makes the same image in every way of keeping it, and as int8

@@ -59,7 +59,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "metadata of numbers": (tensor_file({"__metadata__": {"a": 1}, **GOOD}, bytes(8)), "no safetensors file"),
     "a zip, as torch.save writes it": (b"PK\x03\x04" + bytes(200), "is a pickle of torch.save, which can run code"),
     "a pickle": (b"\x80\x04\x95" + bytes(200), "truncated or no safetensors file"),
-    "GGUF": (b"GGUF\x03" + bytes(200), "is a GGUF file, which is not read yet"),
+    "GGUF": (b"GGUF\x03" + bytes(200), "is a GGUF file; these are read as .* ends in .gguf"),
     "a web page": (b"<!doctype html><html><body>404</body></html>", "is a web page in place of the file"),
     "a pointer of git lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a Git LFS pointer .* `git lfs pull`"

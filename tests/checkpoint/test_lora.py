@@ -277,7 +277,7 @@ REFUSALS = [
     (lambda path: save_file({k.replace(".weight", f".{name}.weight"): v.clone() for k, v in load_file(path).items()
                              for name in ("default_0", "default_1")}, path),
      r"holds several adapters \(default_0, default_1\); save each in its own file"),
-    (lambda path: path.write_bytes(b"GGUF" + bytes(64)), "is a GGUF file, which is not read yet"),
+    (lambda path: path.write_bytes(b"GGUF" + bytes(64)), "is a GGUF file; these are read as a network's weights"),
 ]  # fmt: skip
 
 

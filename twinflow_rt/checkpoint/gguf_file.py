@@ -60,7 +60,7 @@ class Entry:
         return self.shape
 
     def get_dtype(self) -> str:
-        return self.kind.name if self.kind.name in PLAIN else "F32"
+        return self.kind.name if self.kind.name in PLAIN else "BF16"  # what it is best held in
 
 
 class GGUFFile:

@@ -118,8 +118,9 @@ class Converted:
         return {target: stored_bytes(code, math.prod(self.stored_shape(target))) for target, code in codes.items()}
 
     def read(self, targets: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors to write, by their new names."""
-        return {target: self.get(target).contiguous() for target in targets}
+        """Return tensors to write, by their new names; quantized ones in the dtype that they are best held in."""
+        codes = {target: self.source.dtype(self.where[target][0]) for target in targets}
+        return {target: self.get(target).to(DTYPES.get(code)).contiguous() for target, code in codes.items()}
 
     def get(self, target: str) -> Tensor:
         """Return the tensor to write; rows are copied out of what is split."""

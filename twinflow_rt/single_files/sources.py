@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint.files import PICKLES, is_folder, open_tensors
-from ..checkpoint.tensor_files import INDEX, open_folder, read_tensor
+from ..checkpoint.files import PICKLES, is_folder
+from ..checkpoint.tensor_files import INDEX, TensorFile, open_file, open_folder, read_tensor
 from ..errors import CheckpointError
+
+WEIGHTS = (".safetensors", ".gguf")
 
 
 class Source:
@@ -18,9 +19,9 @@ class Source:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        handle = None if is_folder(path) else open_tensors(path)
-        opened = open_folder(path) if handle is None else [(handle, handle.keys())]
-        self._where: dict[str, Any] = {key: handle for handle, keys in opened for key in keys}
+        handle = None if is_folder(path) else open_file(path)
+        opened = open_folder(path) if handle is None else [(handle, list(handle.keys()))]
+        self._where: dict[str, TensorFile] = {key: handle for handle, keys in opened for key in keys}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -30,11 +31,10 @@ class Source:
 
     def dtype(self, key: str) -> str:
         """As safetensors names it, e.g. BF16."""
-        return str(self._where[key].get_slice(key).get_dtype())
+        return self._where[key].get_slice(key).get_dtype()
 
     def get(self, key: str) -> Tensor:
-        tensor: Tensor = read_tensor(self._where[key], key)
-        return tensor
+        return read_tensor(self._where[key], key)
 
 
 def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
@@ -48,9 +48,9 @@ def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
                 )
             yield Source(path)
             continue
-        files = sorted(path.rglob("*.safetensors"))
+        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS)
         if not files:
-            raise CheckpointError(f"{path} holds no .safetensors file; give the files to convert")
+            raise CheckpointError(f"{path} holds no .safetensors or .gguf file; give the files to convert")
         names = {f.parent: {other.name for other in f.parent.iterdir()} for f in files}
         networks = {at for at, found in names.items() if "config.json" in found or any(map(INDEX.fullmatch, found))}
         for source in (*sorted(networks), *(file for file in files if file.parent not in networks)):
