@@ -170,6 +170,9 @@ class Model:
                 f"capture='graphs' records every stage; blocks stream within memory_budget "
                 f"{asked.options.memory_budget}, and such are not recorded: use capture='auto', or a larger budget"
             )
+        if asked.captures is not None and asked.captures.strict and (lacking := memory.unrecorded()):
+            stage, why = next(iter(lacking.items()))
+            raise ConfigError(f"capture='graphs' records every stage, {stage} too: {why}; use capture='auto'")
         return memory
 
 
@@ -216,7 +219,8 @@ def _assemble(
     """Read the weights, part by part, and return the pipeline of them. compile(progress): the network's program."""
     options, device, dtype, text, vae = asked.options, asked.device, model.dtype, model.text, model.vae
     captures = asked.captures if memory is None or device.type == "cuda" else None  # a CPU's budget counts every byte
-    text_options, network_options = asked.text_options(captures), StageOptions(captures)
+    recorders = _recorders(captures, memory)
+    text_options, network_options = asked.text_options(recorders["text"]), StageOptions(recorders["sample"])
     tile, preview = options.tile, None
     if memory is not None:
         text_options = replace(text_options, streams=memory.text_streams)
@@ -224,10 +228,10 @@ def _assemble(
     text.materialize(device, dtype, text_options, asked.progress("text encoder"))
     program = compile(asked.progress("transformer"))
     velocity = VelocityStage(program, device, dtype, network_options, options.prompt_cache)
-    vae.materialize(device, dtype, StageOptions(captures, tile=tile), asked.progress("vae"))
+    vae.materialize(device, dtype, StageOptions(recorders["decode"], tile=tile), asked.progress("vae"))
     if options.preview is not None:
         preview = PreviewDecoder(Path(options.preview), vae)
-        preview.materialize(device, dtype, StageOptions(captures), asked.progress("preview"))
+        preview.materialize(device, dtype, StageOptions(recorders["decode"]), asked.progress("preview"))
     pipe = Pipeline(
         text, velocity, vae, model.sizes, model.sampler, model.folder, preview=preview, memory=memory,
         batch_invariant=options.batch_invariant, check_finite=options.check_finite,
@@ -243,6 +247,18 @@ def _assemble(
         if memory is None:
             keep_freed_memory()
     return pipe
+
+
+def _recorders(captures: Captures | None, memory: MemoryPlan | None) -> dict[str, Captures | None]:
+    """Return what records each stage: within a budget, graphs have what the plan leaves, and a stage that would need
+    more is not recorded."""
+    recorders: dict[str, Captures | None] = dict.fromkeys(("text", "sample", "decode"), captures)
+    if captures is not None and memory is not None:
+        captures.budget = min(captures.budget, memory.graphs)
+        for stage, why in memory.unrecorded().items():
+            recorders[stage] = None
+            captures.refuse(stage, why)
+    return recorders
 
 
 def _require_precision(plan: Plan, folder: Path, options: LoadOptions) -> None:

@@ -100,7 +100,8 @@ class Pipeline:
     @property
     def captures(self) -> Captures | None:
         """What records the stages, or None."""
-        return self.velocity.options.captures
+        stages = (self.velocity, self.text, self.vae)  # within a memory budget some are not recorded
+        return next((stage.options.captures for stage in stages if stage.options.captures is not None), None)
 
     @property
     @isolated()

@@ -15,11 +15,13 @@ from twinflow_rt.bench.random_weights import skeleton
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.config import parse_bytes
 from twinflow_rt.errors import ConfigError
-from twinflow_rt.loading import load
+from twinflow_rt.loading import _recorders, load
 from twinflow_rt.passes.layers import QuantizedLinear
 from twinflow_rt.planning.footprint import peak_of
 from twinflow_rt.planning.memory_costs import Costs, Weights
 from twinflow_rt.planning.memory_plan import choose
+from twinflow_rt.runtime.capture import Captures
+from twinflow_rt.runtime.cpu_graph import CpuGraphs
 
 LARGEST = (1024, 1024, 1)
 EIGHT_BITS = {"precision": "int8", "text_precision": "int8"}
@@ -64,6 +66,20 @@ def test_a_budget_that_nothing_fits_is_refused_with_the_least_that_would():
     with pytest.raises(ConfigError, match=r"needs 0\.0 MB"):
         choose(costs(), 200, LARGEST)
     assert choose(costs(), 330, LARGEST).streamed == 3 and choose(costs(), 329, LARGEST).streamed == 4
+
+
+@pytest.mark.parametrize(
+    ("budget", "left", "recorded"),
+    [(830, 0, set()), (905, 75, {"text", "sample"}), (1335, 505, {"text", "sample", "decode"})],
+)
+def test_graphs_have_what_the_plan_leaves(budget, left, recorded):
+    """A stage is recorded if what it works in, which its graph keeps, fits beside the largest stage."""
+    plan, captures = choose(costs(), budget, LARGEST), Captures(CpuGraphs())
+    recorders = _recorders(captures, plan)
+    assert (plan.tile, plan.graphs, captures.budget) == (None, left, left)
+    assert {stage for stage, one in recorders.items() if one is captures} == recorded
+    refused = {stage for stage, stats in captures.stats().items() if "graph would hold" in stats.refused}
+    assert refused == plan.work.keys() - recorded and set(_recorders(None, plan).values()) == {None}
 
 
 def test_a_settled_tile_is_kept():

@@ -8,9 +8,14 @@ from torch import nn
 
 from tests.factory import FAMILIES, make_model
 from tests.memory import least
+from twinflow_rt.bench.random_weights import skeleton
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.reading import assign
 from twinflow_rt.errors import ConfigError
+from twinflow_rt.families import family_of
 from twinflow_rt.loading import load
+from twinflow_rt.models.text_encoders.language_model import embed
+from twinflow_rt.passes.blocks import token_tables
 from twinflow_rt.runtime.streaming import Buffers, Stream, Streaming, block_names, parameters_of
 
 CPU = torch.device("cpu")
@@ -126,6 +131,28 @@ def test_blocks_on_the_host_go_through_the_buffers(tmp_path, monkeypatch, how):
         exact = "precision" in how  # else layers of the plain one are packed
         assert torch.equal(ours, expected) if exact else (ours - expected).abs().max() < 1e-4 * expected.abs().max()
     assert all(lane.copies > 2 for lane in lanes)
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [("z-image", ["embed_tokens"]), ("sd3.5-m", ["embeddings.token_embedding"] * 2 + ["shared"])],
+)
+def test_a_row_per_token_is_found(tmp_path, name, tables):
+    folder = skeleton(name, tmp_path / "m", scale=0.1, layers=1)
+    config = Checkpoint(folder / "transformer").config
+    text, _, _ = family_of(config).open(folder, config)
+    assert [token_tables(part.network) for part in text.parts] == [[f"{table}.weight"] for table in tables]
+
+
+def test_tokens_are_looked_up_where_their_table_is():
+    """On the host, for a GPU that blocks stream through; tensors without values say where they are."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        ids = torch.zeros(2, 3, dtype=torch.int64, device="cuda")
+        for place in ("cpu", "cuda"):
+            rows = embed(ids, torch.zeros(7, 5, device=place))
+            assert (rows.device.type, rows.shape) == ("cuda", (2, 3, 5))
 
 
 class Steps(nn.Module):

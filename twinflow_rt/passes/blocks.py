@@ -55,6 +55,14 @@ def parameters_of(network: nn.Module, block: str) -> list[str]:
     ]
 
 
+def token_tables(network: nn.Module) -> list[str]:
+    """Return the names of a text encoder's parameters that have a row per token: a prompt reads a few of them."""
+    tokens = getattr(getattr(network, "config", None), "vocab_size", None)
+    layers = {f"{name}.weight" for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    tables = {name: p for name, p in network.named_parameters() if p.ndim == 2 and name not in layers}
+    return [name for name, p in tables.items() if len(p) == tokens]
+
+
 def group_of(name: str) -> str:
     """Return a layer's name without the number of its block, so that its like in all blocks form one group."""
     parts = name.split(".")

@@ -16,7 +16,7 @@ from ..checkpoint.fuse import sources
 from ..checkpoint.layout import Layout
 from ..ops import Target, select
 from ..passes import quantize
-from ..passes.blocks import block_names, parameters_of
+from ..passes.blocks import block_names, parameters_of, token_tables
 from ..passes.convolutions import folded_bytes, refuses, winograd_bytes
 from ..passes.layers import WEIGHT_DTYPES, quantized_values
 from ..stages import tiles
@@ -32,12 +32,14 @@ from .meta_model import MetaModel
 class Weights:
     """Bytes of one stage's weights: what stays in any case, each block that could stream, in order, and what
     each of these needs while it streams (on a CPU less: what is used as its file has it takes no room). making: what
-    is needed for a moment where a CPU quantizes a weight as it comes."""
+    is needed for a moment where a CPU quantizes a weight as it comes. tables: what of `fixed` a GPU's host keeps
+    while blocks stream."""
 
     fixed: int
     blocks: tuple[int, ...] = ()
     passing: tuple[int, ...] = ()
     making: int = 0
+    tables: int = 0
 
     @classmethod
     def of_parts(cls, parts: Iterable[Weights]) -> Weights:
@@ -45,7 +47,8 @@ class Weights:
         total = cls(0)
         for w in parts:
             making = max(total.making, w.making)
-            total = cls(total.fixed + w.fixed, total.blocks + w.blocks, total.passing + w.passing, making)
+            tables = total.tables + w.tables
+            total = cls(total.fixed + w.fixed, total.blocks + w.blocks, total.passing + w.passing, making, tables)
         return total
 
     def held(self, streamed: int, slots: int) -> int:
@@ -53,7 +56,8 @@ class Weights:
         if not streamed:
             return self.fixed + sum(self.blocks)
         first = len(self.blocks) - streamed
-        return self.fixed + sum(self.blocks[:first]) + min(slots, streamed) * max(self.passing[first:])
+        stays = self.fixed - self.tables + sum(self.blocks[:first])
+        return stays + min(slots, streamed) * max(self.passing[first:])
 
 
 @dataclass(frozen=True)
@@ -192,4 +196,5 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     kept, passing = (tuple(sum(size(n, streams) for n in names) for names in blocks) for streams in (False, True))
     if not network.streams:
         return Weights(fixed + sum(kept))
-    return Weights(fixed, kept, passing, max(map(making, eight_bit), default=0) if cpu else 0)
+    most = max(map(making, eight_bit), default=0) if cpu else 0
+    return Weights(fixed, kept, passing, most, 0 if cpu else sum(map(size, token_tables(module))))

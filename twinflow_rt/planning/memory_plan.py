@@ -38,7 +38,7 @@ class MemoryPlan:
     """How a model is held. budget: bytes, or None: no limit. largest: height, width and images of the largest
     call planned for. text_streams: whether the text encoder's blocks stream; streamed: how many of the network's
     do, of `blocks`. tile: side of the decoder's tiles in pixels, or None. weights: bytes held per stage;
-    stages: predicted peak while each runs."""
+    work: bytes that each stage needs besides while it runs."""
 
     budget: int | None
     largest: tuple[int, int, int]
@@ -47,7 +47,7 @@ class MemoryPlan:
     blocks: int = 0
     tile: int | None = None
     weights: Mapping[str, int] = field(default_factory=dict)
-    stages: Mapping[str, int] = field(default_factory=dict)
+    work: Mapping[str, int] = field(default_factory=dict)
 
     def require(self, height: int, width: int, images: int) -> None:
         """Raise ConfigError for a call that is larger than what was planned for."""
@@ -59,9 +59,25 @@ class MemoryPlan:
             )
 
     @property
+    def stages(self) -> dict[str, int]:
+        """Predicted peak while each stage runs."""
+        held = sum(self.weights.values())
+        return {name: held + size for name, size in self.work.items()}
+
+    @property
     def peak(self) -> int:
         """Predicted bytes at the peak of the largest call."""
         return max(self.stages.values())
+
+    @property
+    def graphs(self) -> int:
+        """Bytes that the budget leaves for graphs, whose pool stays while other stages run."""
+        return 0 if self.budget is None else self.budget - self.peak
+
+    def unrecorded(self) -> dict[str, str]:
+        """Return why stages are not recorded whose graph would need more than `graphs`: what a stage works in."""
+        left = f"its graph would hold {{}}, and memory_budget leaves {_mega(self.graphs)}"
+        return {name: left.format(_mega(size)) for name, size in self.work.items() if size > self.graphs}
 
     def notes(self) -> tuple[str, ...]:
         """Return lines for a plan."""
@@ -119,14 +135,12 @@ def _planned(
         "network": network.held(streamed, costs.slots),
         "vae": costs.weights["vae"].held(0, costs.slots),
     }
-    held = sum(weights.values())
     work = {
         "text": max(costs.text, text.making if text_streams else 0),
         "sample": costs.context + max(costs.velocity, network.making if streamed else 0),
         "decode": costs.context + costs.decode(tile),
     }
-    stages = {name: held + size for name, size in work.items()}
-    return MemoryPlan(budget, largest, text_streams, streamed, len(network.blocks), tile, weights, stages)
+    return MemoryPlan(budget, largest, text_streams, streamed, len(network.blocks), tile, weights, work)
 
 
 def plan_memory(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.layers import UpsampleConv
+from ..passes.blocks import token_tables
 from ..passes.layers import QuantizedLinear
 from ..stages.text import TextStage
 from ..stages.vae import VaeDecoder
@@ -62,7 +63,6 @@ def _eight_bit_weights(network: nn.Module, copy: nn.Module) -> Iterator[Tensor]:
 def _bytes_read(network: Any) -> int:
     """Return the bytes of weights without a text encoder's token embeddings, of which some rows are read, and without
     the kernels of a decoder that have a folded form."""
-    tokens = getattr(network.config, "vocab_size", None)
-    unread: list[Tensor] = [p for p in network.parameters() if p.ndim == 2 and p.shape[0] == tokens]
+    unread: list[Tensor] = [network.get_parameter(name) for name in token_tables(network)]
     unread += [m.weight for m in network.modules() if isinstance(m, UpsampleConv) and m.folded is not None]
     return parameter_bytes(network) - sum(weight.nbytes for weight in unread)

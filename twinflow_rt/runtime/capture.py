@@ -12,8 +12,9 @@ was compiled anew, a schedule folded anew), the stage's graphs are forgotten. On
 copy-out together, and each replay waits on the device for the one before: any thread and stream may call.
 
 Memory. All graphs share one pool, so their intermediate results lie in the same memory: together they need what the
-largest needs. The pool's bytes are counted as it grows; it shrinks only as a whole, so where it exceeds `budget` all
-graphs go and what is needed is recorded again. At most `entries` graphs are kept, the least recently used goes first.
+largest needs. The pool's bytes are counted as it grows; it shrinks only as a whole, so where it and inputs exceed
+`budget` all graphs go and what is needed is recorded again. At most `entries` graphs are kept, the least recently
+used goes first.
 """
 
 from __future__ import annotations
@@ -220,10 +221,11 @@ class Captures:
                 return None
             self._count(stage, recorded=1)
             self.pool_bytes += grown
-            if self.pool_bytes <= self.budget:
-                self._kept[key] = entry = _Entry(graph, static, outputs)
+            entry = _Entry(graph, static, outputs)
+            if self.nbytes + entry.nbytes <= self.budget:
+                self._kept[key] = entry
                 return entry
-            del graph, outputs
+            del graph, outputs, entry
             if alone or self.pool_bytes == grown:
                 break
             self._clear()  # then once more, in a pool of its own

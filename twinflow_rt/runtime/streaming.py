@@ -5,7 +5,8 @@ files on a CPU (the system keeps as much of them as it has room for), over the b
 where the next block is copied by a stream of its own while one computes, into two buffers in turn.
 
 What streams are the linear layers and convolutions of a network's repeated blocks. Tables, norms, embedders and
-whatever runs once per prompt stay; so do the first blocks, where only some need to go. Layers of 8 bits are
+whatever runs once per prompt stay; so do the first blocks, where only some need to go. A text encoder's token
+embeddings stay on the host, where a prompt's rows are picked out. Layers of 8 bits are
 quantized while loading for a GPU, so that only their 8 bits and scales cross the bus; for a CPU each time they come,
 since what lies in the files has more.
 """
@@ -22,7 +23,7 @@ from ..checkpoint.layout import check
 from ..checkpoint.load_report import LoadReport
 from ..checkpoint.reading import Progress, Reader, assign, read_into
 from ..passes import quantize
-from ..passes.blocks import block_names, parameters_of
+from ..passes.blocks import block_names, parameters_of, token_tables
 
 ALIGNMENT = 256  # bytes, of a tensor in a buffer
 NOT_RECORDED = "its blocks stream: copying them takes the time, behind which launches are hidden"
@@ -191,6 +192,7 @@ class Streaming:
         self.blocks = block_names(network)[-count:] if count else []
         self._stored = [parameters_of(network, block) for block in self.blocks]
         self.names = frozenset(name for names in self._stored for name in names)
+        self._on_host = frozenset(token_tables(network) if self.blocks else ())
         self._waiting: dict[str, Tensor] = {}
         quantize.declare_quantized(network, self.names, device, precision, skip_layers)
 
@@ -208,7 +210,7 @@ class Streaming:
         if name in self.names:
             self._waiting |= {n: t.to("cpu") for n, t in quantize.stored_form(self.network, name, tensor).items()}
             return
-        assign(self.network, name, tensor)
+        assign(self.network, name, tensor.to("cpu") if name in self._on_host else tensor)
         quantize.quantize_on_arrival(self.network, name, self.device, self.precision, self.skip_layers)
 
     def start(self) -> None:

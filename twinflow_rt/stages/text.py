@@ -180,6 +180,12 @@ class TextEncoder(TextStage):
         super().materialize(device, dtype, options, progress)
         self._prefix = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs: a norm's device, as token embeddings may lie on the host."""
+        device: torch.device = self.network.layers[0].input_layernorm.weight.device
+        return device
+
     def readers(self) -> Sequence[tuple[str, Tokenizer, int]]:
         return [("the model", self.tokenizer, self.max_tokens + self.dropped)]
 
@@ -201,8 +207,7 @@ class TextEncoder(TextStage):
         longest = max(len(i) for i in ids) - start
         if self.options.captures is not None and self.options.captures.buckets:
             longest = bucket(longest)
-        device = self.network.embed_tokens.weight.device
-        return torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=device)
+        return torch.tensor([i[start:] + [0] * (longest + start - len(i)) for i in ids], device=self.device)
 
     def _states(self, ids: Tensor, prefix: Prefix | None) -> Tensor:
         """Return the model's states of whole prompts, of which ids [B, L] come after `prefix`."""
@@ -225,8 +230,7 @@ class TextEncoder(TextStage):
         if len(fixed) < self.least_prefix or not all(len(i) > len(fixed) and i[: len(fixed)] == fixed for i in ids):
             return None
         if self._prefix is None:
-            device = self.network.embed_tokens.weight.device
-            self._prefix = Prefix(fixed, *self.network.read(torch.tensor([fixed], device=device)))
+            self._prefix = Prefix(fixed, *self.network.read(torch.tensor([fixed], device=self.device)))
         return self._prefix
 
     def shared(self, length: int) -> int:

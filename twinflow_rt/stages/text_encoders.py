@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checkpoint.files import read_json
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
-from ..models.text_encoders.language_model import Past
+from ..models.text_encoders.language_model import Past, embed
 from .stage import open_part
 from .text import PromptEmbeds, TextEncoder, TextStage, check_vocabulary
 from .tokenizer import PaddingTokenizer, Tokenizer
@@ -137,7 +137,7 @@ class OpenUniText(TextEncoder):
         """Return the embeddings of prompts ids [B, L], of which prompt b's first lengths[b] tokens count. past: of the
         tokens before them."""
         queries, count = connector.meta_queries, connector.config.num_queries
-        x = F.pad(F.embedding(ids, language.embed_tokens.weight), (0, 0, 0, count))
+        x = F.pad(embed(ids, language.embed_tokens.weight), (0, 0, 0, count))
         prompts = torch.arange(len(ids), device=ids.device)[:, None]
         at = lengths[:, None] + torch.arange(count, device=ids.device)
         x = x.index_put((prompts, at), queries.to(x.dtype))

@@ -19,7 +19,7 @@ from ...errors import ConfigError
 from ...ops import EAGER, OpTable, ops_for
 from ..architecture import Architecture
 from ..layers import ModuleDict, ModuleList
-from .language_model import Weight
+from .language_model import Weight, embed
 
 FUSED = {
     f"self_attn.qkv_proj.{leaf}": tuple(f"self_attn.{part}_proj.{leaf}" for part in "qkv")
@@ -119,7 +119,7 @@ class ClipText(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         tokens, positions = (e.weight for e in self.embeddings.values())
-        x = F.embedding(ids, tokens) + positions[: ids.shape[1]]
+        x = embed(ids, tokens) + positions[: ids.shape[1]]
         *layers, last = self.encoder["layers"]
         for layer in layers:
             x = layer(x, self.ops)

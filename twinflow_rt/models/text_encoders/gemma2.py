@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...checkpoint.layout import Layout, float32_where
@@ -21,7 +20,7 @@ from ...ops import EAGER, OpTable, ops_for
 from ..architecture import Architecture
 from ..config import rope_theta
 from ..layers import Module, ModuleList
-from .language_model import FUSED, FeedForward, Past, Weight, after, tied
+from .language_model import FUSED, FeedForward, Past, Weight, after, embed, tied
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
@@ -147,7 +146,7 @@ class Gemma2(nn.Module):
         if length > config.sliding_window:
             raise ConfigError(f"a prompt of {length} tokens exceeds the window of {config.sliding_window}; shorten it")
         weight = self.embed_tokens.weight
-        x = F.embedding(ids, weight) * rounded(config.hidden_size**0.5, weight.dtype)
+        x = embed(ids, weight) * rounded(config.hidden_size**0.5, weight.dtype)
         exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
         angles = torch.arange(start, length, device=device).float()[:, None] / config.rope_theta**exponents
         rope = angles.cos()[None], angles.sin()[None]

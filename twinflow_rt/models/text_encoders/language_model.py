@@ -101,6 +101,14 @@ class Weight(nn.Module):
         self.weight = nn.Parameter(torch.empty(*shape))
 
 
+def embed(ids: Tensor, table: Tensor) -> Tensor:
+    """Return the rows of `table` for tokens, on their device. While blocks stream through a GPU the table stays on the
+    host (`runtime.streaming`), and only these rows cross the bus."""
+    if table.device == ids.device:
+        return F.embedding(ids, table)
+    return F.embedding(ids.to(table.device), table).to(ids.device)
+
+
 class Attention(Module):
     """Attention up to `o_proj`, which the layer applies as it adds to the residual stream."""
 
@@ -168,12 +176,12 @@ class LanguageModel(Module):
 
     def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
         """Return the states of these tokens. past: of the P before them; positions then begin at P."""
-        return self.encode(F.embedding(ids, self.embed_tokens.weight), past)
+        return self.encode(embed(ids, self.embed_tokens.weight), past)
 
     def read(self, ids: Tensor) -> tuple[Tensor, Past]:
         """Return the states [1, P, hidden_size] of a beginning, ids [1, P], and its past for the tokens behind it."""
         kept: list[tuple[Tensor, Tensor]] = []
-        return self.encode(F.embedding(ids, self.embed_tokens.weight), kept=kept), tuple(kept)
+        return self.encode(embed(ids, self.embed_tokens.weight), kept=kept), tuple(kept)
 
     def blank_past(self, length: int) -> Past:
         """Return a past of `length` tokens without values, on the weights' device, for counting."""

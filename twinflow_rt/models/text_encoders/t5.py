@@ -19,7 +19,7 @@ from ...errors import ConfigError
 from ...ops import EAGER, OpTable
 from ..architecture import Architecture
 from ..layers import ModuleDict, ModuleList, with_residual
-from .language_model import Weight
+from .language_model import Weight, embed
 
 FUSED = {
     "SelfAttention.qkv.weight": ("SelfAttention.q.weight", "SelfAttention.k.weight", "SelfAttention.v.weight"),
@@ -109,7 +109,7 @@ class T5Encoder(nn.Module):
         self.final_layer_norm = Weight(config.d_model)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x, bias = F.embedding(ids, self.shared.weight), self._bias(ids.shape[1])
+        x, bias = embed(ids, self.shared.weight), self._bias(ids.shape[1])
         dtype = x.dtype
         for block in self.block:
             x = block(x, bias, dtype, self.ops)
