@@ -47,7 +47,7 @@ def open_text(folder: Path):
     """The text stage of a model folder, unread."""
     config = json.loads((folder / "transformer" / "config.json").read_text())
     family = family_of(config)
-    return family.text(folder, family.config.from_dict(config))
+    return family.text(folder, family.config.from_dict(config), {})
 
 
 def read(stage, dtype: torch.dtype = torch.float32):

@@ -155,7 +155,9 @@ class Program:
         ConfigError for a saved artifact, CheckpointError for what cannot be merged (nothing has changed then).
         """
         recipe = self._checkpoint("this artifact's adapters are merged into its weights; changing them")
-        self._replace(replace(recipe, source=Merged(recipe.source.folder, loras, check_finite)), self.plan.schedule)
+        base = recipe.source
+        merged = Merged(base.folder, loras, check_finite, files=base.files, config=base.config)
+        self._replace(replace(recipe, source=merged), self.plan.schedule)
 
     def _checkpoint(self, why: str) -> Recipe:
         if self.recipe is None:
@@ -203,7 +205,7 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
     folded, pruned = (group_parameters({k: n for k, n in away.items() if (k in into) is yes}) for yes in (True, False))
     before = sum(p.numel() for p in unfolded.parameters())
     plan = Plan(
-        family=family.name, source=Path(source.folder).parent.name, device=str(device), dtype=dtype_name(dtype),
+        family=family.name, source=source.source, device=str(device), dtype=dtype_name(dtype),
         schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
         bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
         absorbed=_is_absorbed(network), loras=source.loras, precision=precision, skip_layers=skip_layers, layers=layers,

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.checkpoint import OWN_FILES, Files
 from .checkpoint.layout import Layout
 from .config import SizeRule
 from .errors import CheckpointError
@@ -34,9 +35,9 @@ class Family:
     """A family of models.
 
     config, network, layout: the velocity network's config class, class, and how its files are read. autoencoder: of the
-    VAE. parts: it and the text encoders, by _class_name or model_type of their config.json. text(folder, config): opens
-    the text stage of a model folder whose transformer has this config, unread. sizes(config, text, vae): the image
-    sizes that the three make together; raises CheckpointError where they belong to different models.
+    VAE. parts: it and the text encoders, by _class_name or model_type of their config.json. text(folder, config,
+    files): opens the text stage of a model folder whose transformer has this config, unread. sizes(config, text, vae):
+    the image sizes that the three make together; raises CheckpointError where they belong to different models.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Family:
     layout: Layout
     autoencoder: Architecture
     parts: Mapping[str, Architecture]
-    text: Callable[[Path, Any], TextStage]
+    text: Callable[[Path, Any, Files], TextStage]
     sizes: Callable[[Any, Any, VaeDecoder], SizeRule]
 
     def build(self, config: Any, **options: Any) -> Any:
@@ -53,12 +54,15 @@ class Family:
         with reading("transformer/config.json"), meta_device():
             return self.network(config, **options)
 
-    def open(self, folder: Path, raw: dict[str, Any]) -> tuple[TextStage, VaeDecoder, SizeRule]:
+    def open(
+        self, folder: Path, raw: dict[str, Any], files: Files = OWN_FILES
+    ) -> tuple[TextStage, VaeDecoder, SizeRule]:
         """Return text stage, VAE and sizes of a model folder whose transformer/config.json holds `raw`. Reads file
-        headers, no weights. Raises CheckpointError, ConfigError."""
+        headers, no weights. files: of networks that come from elsewhere. Raises CheckpointError, ConfigError."""
         config = self.config.from_dict(raw)
         with reading(f"{folder}: the parts' config.json"):
-            text, vae = self.text(folder, config), VaeDecoder(folder / "vae", self.autoencoder)
+            text = self.text(folder, config, files)
+            vae = VaeDecoder(folder / "vae", self.autoencoder, files)
             return text, vae, self.sizes(config, text, vae)
 
 
@@ -79,9 +83,9 @@ def z_image() -> Family:
     from .models.text_encoders import qwen3
     from .models.transformers.z_image import LAYOUT, SEQ_MULTIPLE, ZImageConfig, ZImageTransformer
 
-    def text(folder: Path, config: ZImageConfig) -> TextStage:
+    def text(folder: Path, config: ZImageConfig, files: Files) -> TextStage:
         positions = (config.axes_lens[0] - 2) // SEQ_MULTIPLE * SEQ_MULTIPLE  # of prompts, before the image's
-        return TextEncoder(folder, qwen3.MODEL, ChatTokenizer, max_tokens=min(Z_IMAGE_TOKENS, positions))
+        return TextEncoder(folder, qwen3.MODEL, ChatTokenizer, files, max_tokens=min(Z_IMAGE_TOKENS, positions))
 
     def sizes(config: ZImageConfig, text: TextStage, vae: VaeDecoder) -> SizeRule:
         """Latents are cut in 2x2 patches, and rope counts at most axes_lens[1] x axes_lens[2] of them. The default is
@@ -107,8 +111,8 @@ def qwen_image() -> Family:
     from .models.text_encoders import qwen2_5_vl
     from .models.transformers.qwen_image import LAYOUT, QwenImageConfig, QwenImageTransformer
 
-    def text(folder: Path, config: QwenImageConfig) -> TextStage:
-        return TextEncoder(folder, qwen2_5_vl.MODEL, QwenImageTokenizer, max_tokens=1024, dropped=34)
+    def text(folder: Path, config: QwenImageConfig, files: Files) -> TextStage:
+        return TextEncoder(folder, qwen2_5_vl.MODEL, QwenImageTokenizer, files, max_tokens=1024, dropped=34)
 
     def sizes(config: QwenImageConfig, text: TextStage, vae: VaeDecoder) -> SizeRule:
         """Latents are packed 2x2; positions are computed, so nothing but memory bounds a size."""
@@ -133,8 +137,8 @@ def sd3() -> Family:
     from .models.text_encoders import clip_text, t5
     from .models.transformers.sd3 import LAYOUT, SD3Config, SD3Transformer
 
-    def text(folder: Path, config: SD3Config) -> SD3Text:
-        return SD3Text(folder, clip_text.MODEL, t5.MODEL, config.joint_attention_dim)
+    def text(folder: Path, config: SD3Config, files: Files) -> SD3Text:
+        return SD3Text(folder, clip_text.MODEL, t5.MODEL, config.joint_attention_dim, files)
 
     def sizes(config: SD3Config, text: SD3Text, vae: VaeDecoder) -> SizeRule:
         """Latents are cut in 2x2 patches, and the checkpoint has positions for so many of them."""
@@ -165,10 +169,10 @@ def sana() -> Family:
     from .models.text_encoders import gemma2, openuni
     from .models.transformers.sana import LAYOUT, SanaConfig, SanaTransformer
 
-    def text(folder: Path, config: SanaConfig) -> TextStage:
+    def text(folder: Path, config: SanaConfig, files: Files) -> TextStage:
         if (folder / CONNECTOR).is_dir():
-            return OpenUniText(folder, openuni.LANGUAGE, openuni.CONNECTOR)
-        return SanaText(folder, gemma2.MODEL)
+            return OpenUniText(folder, openuni.LANGUAGE, openuni.CONNECTOR, files)
+        return SanaText(folder, gemma2.MODEL, files)
 
     def sizes(config: SanaConfig, text: TextStage, vae: VaeDecoder) -> SizeRule:
         """A latent is a token; its position is nowhere but in its neighbours, so nothing bounds a size."""

@@ -183,7 +183,7 @@ def _load_folder(folder: Path, asked: Asked) -> Pipeline:
     family = family_of(checkpoint.config)
     dtype = resolve_dtype(asked.dtype, asked.device, checkpoint.main_dtype())
     arithmetic = precisions.resolve(
-        network, options.precision, options.skip_layers, options.fp8_attention, asked.device, dtype,
+        checkpoint, options.precision, options.skip_layers, options.fp8_attention, asked.device, dtype,
         free=asked.dtype is None,
     )  # fmt: skip
     model = Model.open(folder, checkpoint, family, arithmetic.dtype, asked.sampler or preset(1), asked)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import artifact
+from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.lora import Loras, resolve_loras
 from .compile import Program
 from .config import (
@@ -96,6 +97,12 @@ class Pipeline:
     def program(self) -> Program:
         """The compiled velocity network."""
         return self.velocity.program
+
+    @property
+    def source(self) -> Checkpoint:
+        """What the velocity network was read from, open."""
+        recipe = self.program.recipe
+        return Checkpoint(self.folder / "transformer", quantized=True) if recipe is None else recipe.source
 
     @property
     def captures(self) -> Captures | None:
@@ -385,7 +392,7 @@ class Pipeline:
             }
             meta = {
                 "sampler": asdict(self.sampler),
-                "source": artifact.source_hash(self.folder / "transformer"),
+                "source": artifact.source_hash(self.source),
                 "plan": self.plan.to_dict(),
             }
             return artifact.write(folder, parts, self.folder, meta)

@@ -16,6 +16,7 @@ import torch
 from tests import qwen_image_factory
 from tests.factory import make_model
 from twinflow_rt.checkpoint import artifact, shards
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 
@@ -44,7 +45,7 @@ def test_artifact_gives_the_same_images_without_the_source(model, saved):
     names = [n for n, _ in again.program.network.named_parameters()]
     assert not any("adaLN" in n or "t_embedder" in n for n in names)
     manifest = json.loads((saved / "artifact.json").read_text())
-    assert manifest["source"] == artifact.source_hash(model / "transformer")
+    assert manifest["source"] == artifact.source_hash(Checkpoint(model / "transformer"))
 
 
 @pytest.mark.parametrize("change", [{"nfe": 1}, {"nfe": 4}])
@@ -108,7 +109,7 @@ def test_failed_save_leaves_nothing(model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artifact, "sha256", full)
-    monkeypatch.setattr(artifact, "source_hash", lambda folder: "")
+    monkeypatch.setattr(artifact, "source_hash", lambda network: "")
     with pytest.raises(OSError, match="No space"):
         pipe.save(tmp_path / "artifact")
     assert list(tmp_path.iterdir()) == []
@@ -181,7 +182,7 @@ def test_precision_and_source_are_recorded(model, tmp_path):
     assert "compiled for bfloat16 on cpu and saved" in str(pipe.plan)
     manifests = [json.loads((f / "artifact.json").read_text()) for f in (first, pipe.save(tmp_path / "second"))]
     assert [m["plan"]["dtype"] for m in manifests] == ["bfloat16", "float32"]
-    assert {m["source"] for m in manifests} == {artifact.source_hash(model / "transformer")}
+    assert {m["source"] for m in manifests} == {artifact.source_hash(Checkpoint(model / "transformer"))}
 
 
 def test_another_precision_is_as_if_compiled_for_it(model, tmp_path):

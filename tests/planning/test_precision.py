@@ -11,6 +11,7 @@ import torch
 
 from tests.factory import make_model
 from twinflow_rt import load
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.cli import main
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.families import family_of
@@ -75,7 +76,7 @@ def test_the_fastest_of_several_is_taken():
 
 def test_a_measurement_says_what_it_measured(measured, folder):
     assert measured.precision == "int8" and measured.family == "z-image" and measured.dtype == "float32"
-    assert measured.weights == precision.fingerprint(folder / "transformer")
+    assert measured.weights == precision.fingerprint(Checkpoint(folder / "transformer"))
     assert measured.skip_layers == (measured.groups[0].name,) and 0 < measured.error <= 1.5 * measured.budget
     assert measured.seconds > 0 and measured.seconds_before > 0
 
@@ -150,13 +151,13 @@ def test_bfloat16_is_no_choice_where_it_is_emulated(folder, monkeypatch):
     pipe = load(folder, device="cpu")
     with pytest.raises(ConfigError, match="only emulates bfloat16"):
         sensitivity.of_bfloat16(pipe, reload(folder))
-    _, said = precision.automatic(folder / "transformer", pipe.device, pipe.dtype, free=True)
+    _, said = precision.automatic(Checkpoint(folder / "transformer"), pipe.device, pipe.dtype, free=True)
     assert not any("bf16" in one for one in said)
 
 
 def test_measurements_hold_for_one_machine_and_dtype(measured, folder, monkeypatch):
     precision.save(measured)
-    here = folder / "transformer", torch.device("cpu")
+    here = Checkpoint(folder / "transformer"), torch.device("cpu")
     assert not any("was not measured" in said for said in precision.automatic(*here, torch.float32)[1])
     assert "was not measured" in precision.automatic(*here, torch.bfloat16)[1][0]
     monkeypatch.setattr(precision, "device_name", lambda device: "another chip")

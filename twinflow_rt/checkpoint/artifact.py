@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..sampling.schedule import SamplerConfig
 from .atomic import check_target, new_folder
+from .checkpoint import Checkpoint
 from .files import read_json, some
 from .shards import write_shards
 from .typed_json import typed
@@ -120,15 +121,15 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def source_hash(folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of a network folder's weight files, in order.
+def source_hash(network: Checkpoint) -> str:
+    """Return the SHA-256 over the names and contents of a network's weight files, in order.
 
     Of an artifact's network it is that of the files it was compiled from.
     """
-    if is_artifact(folder.parent):
-        return str(read_json(folder.parent / MANIFEST)["source"])
+    if is_artifact(network.folder.parent):
+        return str(read_json(network.folder.parent / MANIFEST)["source"])
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in network.paths:
         digest.update(path.name.encode())
         digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()

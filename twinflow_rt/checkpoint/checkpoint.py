@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from ..errors import CheckpointError
 from .files import is_folder, read_json
 from .load_report import Meter
 from .tensor_files import DTYPES, QUANTIZED, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
+
+
+class NetworkFile(TensorFile, Protocol):
+    """The tensors of one network in place of those in its folder. paths: the files they come from."""
+
+    paths: tuple[Path, ...]
+
+
+Files = Mapping[str, NetworkFile]  # folder of a network -> what is read in place of its files
+OWN_FILES: Files = {}  # every network is read from its own folder
 
 
 class Checkpoint:
@@ -36,13 +46,15 @@ class Checkpoint:
         files: Iterable[TensorFile] | None = None, config: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.folder = Path(folder)
+        self.files = None if files is None else tuple(files)
         self.meter = Meter()
         self._dtypes = DTYPES | QUANTIZED if quantized else DTYPES
-        if files is None and not is_folder(self.folder):
+        if self.files is None and not is_folder(self.folder):
             raise CheckpointError(f"{self.folder} is missing; the model folder is incomplete")
         self.config = read_json(self.folder / "config.json") if config is None else dict(config)
         prefixes = (strip,) if isinstance(strip, str) else strip
-        opened = open_folder(self.folder) if files is None else [(file, list(file.keys())) for file in files]
+        given = [(file, list(file.keys())) for file in self.files or ()]
+        opened = open_folder(self.folder) if self.files is None else given
         self._where: dict[str, tuple[TensorFile, str]] = {}  # name -> the file that has it, and its key there
         for file, keys in opened:
             for key in keys:
@@ -51,7 +63,7 @@ class Checkpoint:
                 if name in self._where:
                     raise CheckpointError(f"{self.folder}: {name} stands twice, with and without {prefix}; keep one")
                 self._where[name] = (file, key)
-        if not self._where and files is None:
+        if not self._where and self.files is None:
             raise CheckpointError(f"{self.folder} has files without any tensor; download them again")
 
     @classmethod
@@ -61,6 +73,29 @@ class Checkpoint:
         `get` returns them as they are, not copies, where dtype and device are the ones they have.
         """
         return cls(name, files=[MemoryFile(tensors)], config=config)
+
+    @classmethod
+    def of_part(cls, folder: Path, files: Files, *args: Any, **options: Any) -> Self:
+        """Return the network in `folder`; where `files` has it, only config.json is read there.
+
+        args, options: of the constructor, beside the folder.
+        """
+        if (file := files.get(folder.name)) is None:
+            return cls(folder, *args, **options)
+        name = " + ".join(map(str, file.paths))
+        return cls(name, *args, files=[file], config=read_json(folder / "config.json"), **options)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The weight files."""
+        if self.files is not None:
+            return tuple(path for file in self.files for path in getattr(file, "paths", ()))
+        return tuple(sorted((*self.folder.glob("*.safetensors"), *self.folder.glob("*.gguf"))))
+
+    @property
+    def source(self) -> str:
+        """The name of what this is a part of: the model folder's, or the file's."""
+        return self.folder.parent.name if self.files is None else self.folder.name
 
     def name_tied(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Find tensors that the files have under another name. tied: name -> its other names, the likeliest first."""

@@ -92,13 +92,14 @@ class Merged(Checkpoint):
     """A checkpoint with adapters merged in; reads like the checkpoint alone.
 
     loras: (path, weight) of each, as `resolve_loras` gives. check_finite: whether NaN and infinity in adapters are
-    refused. Raises CheckpointError for what `Checkpoint` and `Adapter` refuse.
+    refused. files: `files` and `config` of a `Checkpoint`. Raises CheckpointError for what `Checkpoint` and `Adapter`
+    refuse.
     """
 
     def __init__(
-        self, folder: str | Path, loras: Sequence[tuple[Path, float]], check_finite: bool = True
+        self, folder: str | Path, loras: Sequence[tuple[Path, float]], check_finite: bool = True, **files: Any
     ) -> None:
-        super().__init__(folder)
+        super().__init__(folder, **files)
         self.adapters = tuple(Adapter(path, weight, self) for path, weight in loras)
         if check_finite:
             for adapter in self.adapters:

@@ -9,6 +9,7 @@ and its error within the budget; `load(..., skip_layers=FILE)` skips the layers 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.atomic import check_target, write_json
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import read_json
 from ..checkpoint.typed_json import typed
 from ..checkpoint.versions import refusal
@@ -103,15 +105,15 @@ class Arithmetic:
 
 
 def resolve(
-    folder: Path, precision: str | None, skip_layers: Sequence[str] | str | Path, fp8_attention: bool,
+    network: Checkpoint, precision: str | None, skip_layers: Sequence[str] | str | Path, fp8_attention: bool,
     device: torch.device, dtype: torch.dtype, free: bool = False,
 ) -> Arithmetic:  # fmt: skip
-    """Return what the arguments of `load` amount to for the network in `folder`. free: whether another dtype than
+    """Return what the arguments of `load` amount to for `network`. free: whether another dtype than
     `dtype` may be chosen for it. Raise ConfigError for arguments that do not go together."""
     if precision == "auto":
         if skip_layers or fp8_attention:
             raise ConfigError("precision 'auto' takes what was measured: leave skip_layers and fp8_attention out")
-        found, notes = automatic(folder, device, dtype, free)
+        found, notes = automatic(network, device, dtype, free)
         nothing = f"{dtype_name(dtype)}: nothing was measured that is faster here"
         chosen = nothing if found is None else found.precision
         notes = (AUTO + chosen, *notes)
@@ -164,14 +166,14 @@ def choose(measured: Mapping[str, Measurement | None]) -> tuple[Measurement | No
 
 
 def automatic(
-    folder: Path, device: torch.device, dtype: torch.dtype, free: bool = False
+    network: Checkpoint, device: torch.device, dtype: torch.dtype, free: bool = False
 ) -> tuple[Measurement | None, tuple[str, ...]]:
-    """`choose` among the precisions that `device` multiplies, by what was measured here of the network in `folder`.
+    """`choose` among the precisions that `device` multiplies, by what was measured here of `network`.
     free: bfloat16 is one of them, in place of a float32 that nobody asked for."""
     names = [name for name in WEIGHT_DTYPES if refuses(name, device, dtype) is None]
     names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
     names += ["bf16"] * (free and refuses_bf16(device, dtype) is None)
-    here = fingerprint(folder), device_name(device), dtype_name(dtype)
+    here = fingerprint(network), device_name(device), dtype_name(dtype)
     try:
         paths = {name: kept(name, *here) for name in names}
     except ConfigError as error:  # then nothing can have been measured
@@ -212,9 +214,8 @@ def save(found: Measurement, path: str | Path | None = None) -> Path:
     return write_json(path, found.to_dict())
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(network: Checkpoint) -> str:
     """Return a hash of a network's config and of the names and sizes of its weight files, which are not read."""
-    files = sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    digest.update("".join(f"{path.name} {path.stat().st_size}\n" for path in files).encode())
+    digest = hashlib.sha256(json.dumps(network.config, sort_keys=True).encode())
+    digest.update("".join(f"{path.name} {path.stat().st_size}\n" for path in network.paths).encode())
     return digest.hexdigest()

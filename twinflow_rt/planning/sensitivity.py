@@ -97,9 +97,8 @@ def _measurement(
     pipe: Any, precision: str, budget: float, skipped: tuple[str, ...], found: tuple[Group, ...], error: float,
     seconds: float, before: float,
 ) -> precisions.Measurement:  # fmt: skip
-    folder = pipe.folder / "transformer"
     return precisions.Measurement(
-        precision=precision, family=pipe.program.plan.family, weights=precisions.fingerprint(folder),
+        precision=precision, family=pipe.program.plan.family, weights=precisions.fingerprint(pipe.source),
         device=device_name(pipe.device), torch=torch.__version__, dtype=pipe.program.plan.dtype,
         budget=budget, skip_layers=skipped, error=error, seconds=seconds, seconds_before=before, groups=found,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
 from ..checkpoint.fuse import sources
 from ..checkpoint.layout import Layout
 from ..checkpoint.load_report import LoadReport
@@ -86,10 +86,10 @@ class Part:
         return network
 
 
-def open_part(folder: Path, model: Architecture) -> Part:
-    """Return the network of `folder`, which must be of this architecture, not yet read. Raises CheckpointError,
-    ConfigError."""
-    checkpoint = model.read(folder, strip=model.strip)
+def open_part(folder: Path, model: Architecture, files: Files = OWN_FILES) -> Part:
+    """Return the network of `folder`, which must be of this architecture, not yet read. files: in place of the
+    folder's, where they have it. Raises CheckpointError, ConfigError."""
+    checkpoint = model.read.of_part(folder, files, strip=model.strip)
     network, layout = model.declare(checkpoint.config, str(folder / "config.json"))
     checkpoint.name_tied(layout.tied)
     return Part(folder.name, checkpoint, network, layout)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint.checkpoint import OWN_FILES, Files
 from ..checkpoint.reading import Progress
 from ..config import check_flag, integer, items, resolve_prompts, shown
 from ..errors import CheckpointError, ConfigError, PromptTruncatedWarning
@@ -158,15 +159,16 @@ class TextEncoder(TextStage):
     """Prompts to the hidden states that one causal language model has of them, each prompt at its own length.
 
     model: the architecture in `text_encoder`. tokenizer: class that writes prompts out and cuts them into tokens.
-    dropped: tokens of the prompt's fixed beginning, which the model reads but whose embeddings are left out.
-    least_prefix: see `PREFIX_FLOOR`. The network is recorded per bucket of lengths.
+    files: of networks that come from elsewhere. dropped: tokens of the prompt's fixed beginning, which the model reads
+    but whose embeddings are left out. least_prefix: see `PREFIX_FLOOR`. The network is recorded per bucket of lengths.
     """
 
     def __init__(
-        self, folder: Path, model: Architecture, tokenizer: type[Tokenizer], *, max_tokens: int, dropped: int = 0
-    ) -> None:
+        self, folder: Path, model: Architecture, tokenizer: type[Tokenizer], files: Files = OWN_FILES, *,
+        max_tokens: int, dropped: int = 0,
+    ) -> None:  # fmt: skip
         self.tokenizer = tokenizer(folder / "tokenizer")
-        self.parts = (open_part(folder / "text_encoder", model),)
+        self.parts = (open_part(folder / "text_encoder", model, files),)
         self.network = self.parts[0].network
         check_vocabulary(self.tokenizer, self.parts[0])
         self.width, self.max_tokens, self.dropped = self.network.config.hidden_size, max_tokens, dropped

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint.checkpoint import OWN_FILES, Files
 from ..checkpoint.files import read_json
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
@@ -63,8 +64,8 @@ class SanaText(TextEncoder):
     As in diffusers' SanaPipeline, but for padding: that pads to 300 tokens and masks, here a prompt has its own length.
     """
 
-    def __init__(self, folder: Path, model: Architecture) -> None:
-        super().__init__(folder, model, SanaTokenizer, max_tokens=300)
+    def __init__(self, folder: Path, model: Architecture, files: Files = OWN_FILES) -> None:
+        super().__init__(folder, model, SanaTokenizer, files, max_tokens=300)
         self.tokenizer.core.no_truncation()
         self.dropped = len(self.tokenizer.core.encode(INSTRUCTION).ids) - 2  # all but its first and last token
 
@@ -88,9 +89,11 @@ class OpenUniText(TextEncoder):
     own last token, which is the same.
     """
 
-    def __init__(self, folder: Path, model: Architecture, connector: Architecture) -> None:
-        super().__init__(folder, model, OpenUniTokenizer, max_tokens=0)
-        part = open_part(folder / "connector", connector)
+    def __init__(
+        self, folder: Path, model: Architecture, connector: Architecture, files: Files = OWN_FILES
+    ) -> None:
+        super().__init__(folder, model, OpenUniTokenizer, files, max_tokens=0)
+        part = open_part(folder / "connector", connector, files)
         self.parts += (part,)
         self.connector = part.network
         inner, outer = self.network.config.hidden_size, self.connector.config.hidden_size
@@ -156,12 +159,15 @@ class SD3Text(TextStage):
     t5_width: features that the encoders have, the latter None without T5.
     """
 
-    def __init__(self, folder: Path, clip: Architecture, t5: Architecture, width: int) -> None:
+    def __init__(
+        self, folder: Path, clip: Architecture, t5: Architecture, width: int, files: Files = OWN_FILES
+    ) -> None:
         entry = read_json(folder / "model_index.json").get("text_encoder_3", True)
         has_t5 = entry is not None and entry != [None, None]
         models = {"": clip, "_2": clip} | ({"_3": t5} if has_t5 else {})
         self.tokenizers = tuple(PaddingTokenizer(folder / f"tokenizer{suffix}") for suffix in models)
-        self.parts = tuple(open_part(folder / f"text_encoder{suffix}", model) for suffix, model in models.items())
+        parts = (open_part(folder / f"text_encoder{suffix}", model, files) for suffix, model in models.items())
+        self.parts = tuple(parts)
         for tokenizer, part in zip(self.tokenizers, self.parts, strict=True):
             check_vocabulary(tokenizer, part)
         configs = [part.network.config for part in self.parts]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint.checkpoint import OWN_FILES, Files
 from ..checkpoint.reading import Progress
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
@@ -32,8 +33,8 @@ class VaeDecoder(Stage):
     recorded_as = "decode"
     convolutions: tuple[Layers, ...] = ()
 
-    def __init__(self, folder: Path, model: Architecture) -> None:
-        self.parts = (open_part(folder, model),)
+    def __init__(self, folder: Path, model: Architecture, files: Files = OWN_FILES) -> None:
+        self.parts = (open_part(folder, model, files),)
         self.network = self.parts[0].network
         self.config = self.network.config
 
