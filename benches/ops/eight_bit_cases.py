@@ -1,4 +1,4 @@
-"""The ops of 8-bit networks, at their networks' sizes: as `op_cases`, for `QuantizedOps` and float8 attention."""
+"""The ops of quantized networks, at their networks' sizes: as `op_cases`, for `QuantizedOps` and float8 attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from benches.ops.op_cases import cases
 from twinflow_rt import ops
 from twinflow_rt.ops import Target
 from twinflow_rt.ops.declaration import Op
-from twinflow_rt.ops.implementations import IMPLEMENTATIONS, QUANTIZED_OPS
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS, INT4_OPS, QUANTIZED_OPS
+from twinflow_rt.ops.int4 import CHUNK, quantize_int4, row_units, widen
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 # ops whose results a linear layer multiplies
@@ -54,7 +55,7 @@ def eight_bit_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str
             _product(sizes, draw, kind),
         )
     ]
-    return [*rows, _attention(sizes, draw)]
+    return [*rows, _attention(sizes, draw), *_four_bit(sizes, draw)]
 
 
 def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -91,6 +92,34 @@ def _product(s: Sizes, draw: Draw, kind: str) -> Case:
 
     moved = s.tokens * s.width * (1 + draw.item) + s.width**2
     return Case("linear_quantized", f"linear_quantized, {kind}", inputs, exact, moved, 2 * s.tokens * s.width**2)
+
+
+def _four_bit(s: Sizes, draw: Draw) -> list[Case]:
+    """Return the cases of a block's products with weights of 4 bits, groups of 64, whose minimums the second has."""
+    width, hidden = (-(-n // CHUNK) * CHUNK for n in (s.width, s.hidden))
+    shapes = {"qkv": (3 * width, width), "out": (width, width), "w13": (2 * hidden, width), "w2": (width, hidden)}
+
+    def case(op: str, name: str) -> Case:
+        n, k = shapes[name]
+
+        def inputs() -> tuple[Any, ...]:
+            weight = quantize_int4(draw(n, k, seed=1, dtype=torch.float32) * k**-0.5, CHUNK, limit=110)
+            if name == "out":
+                weight = weight._replace(group_minimums=(7.5 * weight.group_scales.float()).half())
+            x, bias = draw(1, s.tokens, k), draw(n, seed=2)
+            if op == "linear_w4a16":
+                return x, *weight, bias
+            return *ops.quantize_rows(x, torch.int8), *weight, bias, draw.dtype
+
+        def exact(x: Tensor, *rest: Any) -> tuple[Tensor]:
+            x_scales, *weight, bias = rest[:-1] if op == "linear_w4a8" else (1, *rest)
+            units = widen(*weight[:3]) if op == "linear_w4a8" else row_units(*weight[:3])
+            return ((x.double() * x_scales) @ (units.double() * weight[3].double()).t() + bias.double(),)
+
+        moved = s.tokens * ((1 if op == "linear_w4a8" else draw.item) * k + n * draw.item) + n * k * 17 // 32
+        return Case(op, f"{op}, {name}", inputs, exact, moved, 2 * s.tokens * n * k)
+
+    return [case(op, name) for op in INT4_OPS for name in shapes]
 
 
 def _attention(s: Sizes, draw: Draw) -> Case:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-MODULES = ("attention", "attention_fp8", "decode", "linear", "mlp", "norm", "rope", "sample")
+MODULES = ("attention", "attention_fp8", "decode", "int4", "linear", "mlp", "norm", "rope", "sample")
 
 
 def _interpret(monkeypatch, module) -> None:
@@ -42,7 +42,8 @@ def _mend(monkeypatch) -> None:
         return bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[target.itemsize]).numpy()
 
     def widened(self, a, b, d, precision, imprecise):
-        a, b = (self.create_fp_to_fp(x, tl.float32, None) if x.dtype.scalar != tl.float32 else x for x in (a, b))
+        plain = (tl.float32, tl.int8)
+        a, b = (x if x.dtype.scalar in plain else self.create_fp_to_fp(x, tl.float32, None) for x in (a, b))
         return dot(self, a, b, d, precision, imprecise)
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)

@@ -15,7 +15,8 @@ import torch
 from oracle import draw
 
 from twinflow_rt import ops
-from twinflow_rt.kernels import attention, decode, launch, linear, mlp, norm, rope, sample
+from twinflow_rt.kernels import attention, decode, int4, launch, linear, mlp, norm, rope, sample
+from twinflow_rt.ops.int4 import quantize_int4
 
 EPS = 1e-5
 HALF = torch.bfloat16
@@ -96,6 +97,22 @@ def test_linear_swiglu():
     (x, row), weight = rows(4096), reserve(8192, 4096, dtype=HALF)
     weight[4032:4096], weight[8128:] = draw(64, 4096) / 64, draw(64, 4096, seed=1) / 64  # the last tile of each half
     same(mlp.linear_swiglu(x, weight)[:, -1:, -64:], ops.linear_swiglu(row, weight)[..., -64:])
+
+
+def test_products_of_4_bits():
+    (x, row), weight = rows(4096), quantize_int4(draw(96, 4096) / 64, 64)
+    same(int4.linear_w4a16(x, *weight, None)[:, -1:, -32:], ops.linear_w4a16(row, *weight, None)[..., -32:])
+    # as many outputs, of which the last tile's are not zero
+    packed, groups, scales = (
+        reserve(BEYOND // 64, *size, dtype=dtype)
+        for size, dtype in (((64,), torch.uint8), ((2,), torch.float16), ((1,), torch.float32))
+    )
+    for whole, part in ((packed, weight.packed[:, :64]), (groups, weight.group_scales[:, :2]), (scales, weight.scales)):
+        whole[-96:] = part
+    values, x_scales = ops.quantize_rows(row[0, :, :128], torch.int8)
+    got = int4.linear_w4a8(values, x_scales, packed, groups, None, scales, None, HALF)[:, -32:]
+    part = packed[-32:], groups[-32:], None, scales[-32:], None, HALF
+    same(got, ops.linear_w4a8(values, x_scales, *part))
 
 
 def test_rope():

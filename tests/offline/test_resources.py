@@ -12,7 +12,7 @@ import pytest
 import torch
 from compiler import SHARED_LIMIT, build, record
 
-from twinflow_rt.kernels import attention, attention_fp8, decode, launch, linear, mlp, norm, rope, sample
+from twinflow_rt.kernels import attention, attention_fp8, decode, int4, launch, linear, mlp, norm, rope, sample
 
 ARCHS = tuple(SHARED_LIMIT)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -174,6 +174,24 @@ def test_linear_attention(monkeypatch, tmp_path, arch, d, dtype):
     q, k, v = meta(2, 1024, 3, 70, d, dtype=dtype).unbind(2)
     state, _ = check(monkeypatch, tmp_path, attention, arch, lambda: attention.linear_attention(q, k, v))
     assert dtype == torch.float32 or "mma" in state.ptx
+
+
+INT8_UNIT = dict.fromkeys(ARCHS, "mma.sync.aligned.m16n8k32") | {90: "wgmma.mma_async"}  # integers of 10.0, too
+
+
+@pytest.mark.parametrize("arch, rows, group, dtype", matrix((4224, 256, 64, 20), (64, 128, 32), DTYPES[:2]))
+def test_int4(monkeypatch, tmp_path, arch, rows, group, dtype):
+    """With a minimum and a bias where groups are those of GGUF files; Z-Image's down projection."""
+    n, k, files = 3840, 10240, group == 32
+    x, values = meta(1, rows, k, dtype=dtype), meta(1, rows, k, dtype=torch.int8)
+    groups = meta(n, k // group, dtype=torch.float16)
+    weight = meta(n, k // 2, dtype=torch.uint8), groups, groups if files else None, meta(n, 1)
+    bias = meta(n, dtype=dtype) if files else None
+    call = lambda: (
+        int4.linear_w4a8(values, meta(1, rows, 1), *weight, bias, dtype), int4.linear_w4a16(x, *weight, bias)
+    )  # fmt: skip
+    w4a8, w4a16 = check(monkeypatch, tmp_path, int4, arch, call)
+    assert INT8_UNIT[arch] in w4a8.ptx and "s32.s8.s8" in w4a8.ptx and MATRIX_UNIT[arch] in w4a16.ptx
 
 
 @pytest.mark.parametrize("arch, inner, dtype", matrix((3840, 144), DTYPES[:2]))

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from tests.registered import NATIVE
 from twinflow_rt import ops
 from twinflow_rt.ops import OpTable, Target, backends, mlp, optional, select
-from twinflow_rt.ops.implementations import IMPLEMENTATIONS, QUANTIZED_OPS, RAGGED
-from twinflow_rt.ops.selection import SEPARATE, choose, rank
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS, INT4_OPS, QUANTIZED_OPS, RAGGED
+from twinflow_rt.ops.selection import SEPARATE, choose, rank, select_quantized
 
 OPS = tuple(f.name for f in fields(OpTable))
 H100 = Target("cuda", torch.bfloat16, arch=90, head_dim=128)
@@ -133,6 +133,15 @@ def test_rows_of_a_cpu_are_made_by_its_kernels():
     assert all(rank(op, cpu) == ("native",) for op in QUANTIZED_OPS if op != "linear_quantized")
     float8 = replace(cpu, quantized=torch.float8_e4m3fn)  # which a CPU emulates, by the references
     assert all("not float8" in IMPLEMENTATIONS[op]["native"].refuses(float8) for op in QUANTIZED_OPS)
+
+
+def test_ops_of_4_bits_are_chosen_where_there_are_such_weights():
+    target = replace(H100, quantized=torch.int8)
+    assert all(rank(op, target) == ("triton",) for op in INT4_OPS)
+    eight, four = ([c.op for c in select_quantized(target, int4=int4)[1]] for int4 in (False, True))
+    assert (eight, four) == ([*QUANTIZED_OPS], [*QUANTIZED_OPS, *INT4_OPS])
+    plain = IMPLEMENTATIONS["linear_w4a16"]["triton"].refuses
+    assert "not float32" in plain(replace(H100, dtype=torch.float32)) and "8.0" in plain(replace(H100, arch=75))
 
 
 def test_products_of_rows_say_what_they_multiply():

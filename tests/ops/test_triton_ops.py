@@ -87,6 +87,9 @@ def test_ops_keep_torchs_rules(table):
     check(o.triton_group_norm_silu.default, image, 2, w[:4], w[4:8], EPS)
     check(o.triton_rms_norm_silu.default, image, w[:4], EPS)
     check(o.triton_linear_swiglu.default, torch.randn(2, 3, 64).half(), torch.randn(10, 64).half())
+    weight = (torch.zeros(5, 32, dtype=torch.uint8), torch.ones(5, 1).half(), None, torch.ones(5, 1), torch.ones(5))
+    check(o.triton_linear_w4a8.default, torch.ones(2, 3, 64, dtype=torch.int8), w[:6].view(2, 3, 1), *weight, x.dtype)
+    check(o.triton_linear_w4a16.default, torch.randn(2, 3, 64).half(), *weight)
     assert checked == registered("triton")
 
 

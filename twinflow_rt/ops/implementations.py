@@ -14,6 +14,7 @@ import torch
 from . import backends, optional
 from .attention import attention_fp8
 from .declaration import Op
+from .int4 import Int4Ops
 from .native import library
 from .table import EAGER, EAGER_QUANTIZED, OpTable, QuantizedOps
 from .target import Refusal, Target, either, in_training, larger_heads, no_gpu, off_gpu, other_dtype
@@ -24,7 +25,8 @@ FLOAT8_ARCH = 89  # the first compute capability that stores and multiplies floa
 INT8_ARCH = 80  # the first that torch._int_mm serves
 RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of several lengths
 FP8 = "attention_fp8"  # attention with float8 scores, where the target asks for it
-QUANTIZED_OPS = tuple(f.name for f in fields(EAGER_QUANTIZED))
+INT4_OPS = tuple(f.name for f in fields(Int4Ops))
+QUANTIZED_OPS = tuple(f.name for f in fields(EAGER_QUANTIZED) if f.name not in INT4_OPS)  # of weights of 8 bits
 CPU, GPU = ("cpu",), ("cuda",)
 
 
@@ -91,7 +93,8 @@ _QUANTIZING_REFUSES = {
 _OWN_REFUSES: dict[tuple[str, str], Refusal] = {
     ("attention", "triton"): _triton_attention,
     ("linear_attention", "triton"): either(larger_heads(32, "linear_head_dim"), _triton),
-    ("linear_swiglu", "triton"): either(backends.other_than_half, _triton), ("qk_norm_rope", "cuda"): _cuda_rope,
+    ("linear_swiglu", "triton"): either(backends.other_than_half, _triton),
+    ("linear_w4a16", "triton"): either(backends.other_than_half, _triton), ("qk_norm_rope", "cuda"): _cuda_rope,
     ("joint_qk_norm_rope", "cuda"): _cuda_rope, ("linear_quantized", "cuda"): either(_int8_only, library.cuda_refuses),
 }  # fmt: skip
 _cublas = either(off_gpu, no_gpu)

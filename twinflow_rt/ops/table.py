@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .attention import AttentionOps
 from .conv import ConvOps
 from .decode import DecodeOps
+from .int4 import Int4Ops
 from .linear import QuantizedLinearOps, QuantizedRows
 from .mlp import MlpOps, QuantizedMlpOps
 from .norm import NormOps, QuantizedNormOps
@@ -32,7 +33,7 @@ class OpTable(ConvOps, DecodeOps, SampleOps, MlpOps, AttentionOps, RopeOps, Norm
 
 
 @dataclass(frozen=True)
-class QuantizedOps(QuantizedMlpOps, QuantizedNormOps, QuantizedLinearOps):
+class QuantizedOps(QuantizedMlpOps, QuantizedNormOps, QuantizedLinearOps, Int4Ops):
     """The callables of a network's quantized layers and of what feeds them; by default the eager references."""
 
 
