@@ -33,7 +33,8 @@ def q4_k(weight: np.ndarray) -> np.ndarray:
     """Quantize rows of multiples of 256 to Q4_K, for which the package has no code: plain minima and maxima."""
     groups = weight.astype(np.float32).reshape(*weight.shape[:-1], -1, 8, 32)
     low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
-    d, dmin = (np.maximum(x.max(-1, keepdims=True), 1e-8).astype(np.float16) for x in ((high - low) / 15 / 63, -low / 63))
+    largest = ((x / 63).max(-1, keepdims=True) for x in ((high - low) / 15, -low))
+    d, dmin = (np.maximum(x, 1e-7).astype(np.float16) for x in largest)
     scales = np.clip(np.ceil((high - low) / 15 / d.astype(np.float32)), 1, 63).astype(np.uint8)
     least = np.clip(np.rint(-low / dmin.astype(np.float32)), 0, 63).astype(np.uint8)
     steps, offsets = (x.astype(np.float32) * n for x, n in ((d, scales), (dmin, least)))

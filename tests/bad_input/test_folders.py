@@ -340,7 +340,10 @@ def test_shards_that_are_links_out(source, model, capsys):
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123\n"
 FOREIGN = {
-    "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file; these are read as a network's weights, under a name that ends in .gguf"),
+    "GGUF": (
+        b"GGUF\3\0\0\0" + bytes(64),
+        "is a GGUF file; these are read as a network's weights, under a name that ends in .gguf",
+    ),
     "LFS": (LFS, "is a Git LFS pointer in place of the file; download that with `git lfs pull`"),
     "a pickle": (b"PK\3\4" + bytes(64), "is a pickle of torch.save.*convert it with safetensors"),
     "a page": (b"\n<!DOCTYPE html><html>", "is a web page in place of the file; download the file itself"),

@@ -91,7 +91,7 @@ def without_index(folder):
 REFUSED = [
     (two_variants, r"several weight files \(model.safetensors.index.bf16.json, model.fp16.safetensors\).*keep one"),
     (without_index, r"shards \(model-00001-of-00002.safetensors.*without their index; download"),
-    (lambda folder: [(folder / f"{x}.gguf").touch() for x in "ab"], r"several GGUF files \(a.gguf, b.gguf\); keep one"),
+    (lambda folder: [(folder / x).touch() for x in ("a.gguf", "B.GGUF")], r"several .* \(B.GGUF, a.gguf\); keep one"),
 ]
 
 

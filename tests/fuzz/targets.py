@@ -11,8 +11,9 @@ import torch
 
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.files import open_tensors, read_json
+from twinflow_rt.checkpoint.gguf_file import GGUFFile
 from twinflow_rt.checkpoint.typed_json import typed
-from twinflow_rt.errors import TwinFlowError
+from twinflow_rt.errors import CheckpointError, TwinFlowError
 from twinflow_rt.families import FAMILIES, family_of, parts_by_kind
 from twinflow_rt.plan import Plan
 from twinflow_rt.sampling.schedule import SamplerConfig
@@ -28,6 +29,15 @@ def tensors(file: Path) -> None:
         shape, dtype = part.get_shape(), part.get_dtype()
         if dtype == "F32":
             assert list(handle.get_tensor(name).shape) == list(shape)
+
+
+def gguf(file: Path) -> None:
+    """A GGUF file: its header, then every tensor it declares, dense and in 4 bits."""
+    handle = GGUFFile(file)
+    for name in handle.keys():  # noqa: SIM118 (not a dict)
+        with suppress(CheckpointError):  # scales of NaN
+            assert handle.get_tensor(name).shape == handle.get_slice(name).get_shape()
+            handle.get_int4(name)
 
 
 def plan(file: Path) -> None:
@@ -66,7 +76,7 @@ def index(file: Path) -> None:
         checkpoint.get(name)
 
 
-TARGETS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (tensors, plan, config, index)}
+TARGETS: dict[str, Callable[[Path], None]] = {f.__name__: f for f in (tensors, gguf, plan, config, index)}
 KINDS = (*FAMILIES, *parts_by_kind())
 
 

@@ -12,7 +12,7 @@ from twinflow_rt.families import CONNECTOR
 from twinflow_rt.plan import Plan
 from twinflow_rt.sampling.schedule import PRESETS
 
-DAMAGES = {"tensors": 300, "plan": 250, "config": 300, "index": 150}
+DAMAGES = {"tensors": 300, "gguf": 300, "plan": 250, "config": 300, "index": 150}
 
 
 def fresh_plan() -> bytes:

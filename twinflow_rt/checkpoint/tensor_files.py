@@ -19,6 +19,7 @@ QUANTIZED = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # in saved progr
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PLAIN_INDEX = ".safetensors.index.json"
 INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")  # a variant stands in any of three places
+GGUF = ".gguf"
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -96,7 +97,7 @@ def stored_bytes(code: str, numel: int) -> int:
 
 def open_file(path: Path) -> TensorFile:
     """Open a file of weights, mapped: GGUF by its name's end, else safetensors. Raises CheckpointError."""
-    opened: TensorFile = GGUFFile(path) if path.suffix.lower() == ".gguf" else open_tensors(path)
+    opened: TensorFile = GGUFFile(path) if path.suffix.lower() == GGUF else open_tensors(path)
     return opened
 
 
@@ -158,14 +159,11 @@ def _open_shards(folder: Path, index: Path) -> list[tuple[TensorFile, list[str]]
 
 def _open_other(folder: Path) -> list[tuple[TensorFile, list[str]]]:
     """Open what a folder without weights to choose has in their place; else say what it lacks."""
-    for name, open_file in READERS.items():
-        if (folder / name).is_file():
-            file = open_file(folder / name)
-            return [(file, list(file.keys()))]
-    if quantized := [*folder.glob("*.gguf")]:
-        if len(quantized) > 1:
-            raise CheckpointError(f"{folder} has several GGUF files ({some(p.name for p in quantized)}); keep one")
-        file = open_file(quantized[0])
+    others = [path for path in folder.iterdir() if path.suffix.lower() == GGUF or path.name in READERS]
+    if len(others) > 1:
+        raise CheckpointError(f"{folder} has several weight files ({some(p.name for p in others)}); keep one")
+    if others:
+        file = READERS.get(others[0].name, open_file)(others[0])
         return [(file, list(file.keys()))]
     if shards := [p.name for p in folder.glob("*.safetensors")]:
         raise CheckpointError(f"{folder} has shards ({some(shards)}) without their index; download its .index.json")

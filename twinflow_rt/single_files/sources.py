@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoint.files import PICKLES, is_folder
-from ..checkpoint.tensor_files import INDEX, TensorFile, open_file, open_folder, read_tensor
+from ..checkpoint.tensor_files import GGUF, INDEX, TensorFile, open_file, open_folder, read_tensor
 from ..errors import CheckpointError
 
-WEIGHTS = (".safetensors", ".gguf")
+WEIGHTS = (".safetensors", GGUF)
 
 
 class Source:
@@ -48,7 +48,7 @@ def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
                 )
             yield Source(path)
             continue
-        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHTS)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in WEIGHTS)
         if not files:
             raise CheckpointError(f"{path} holds no .safetensors or .gguf file; give the files to convert")
         names = {f.parent: {other.name for other in f.parent.iterdir()} for f in files}
