@@ -165,14 +165,13 @@ class Model:
             resolve_largest(asked.options.largest, self.sizes), asked.options.tile,
             text_options=asked.text_options(), **network,
         )  # fmt: skip
-        if asked.captures is not None and asked.captures.strict and (memory.text_streams or memory.streamed):
+        unrecorded = ["blocks stream"] * (memory.text_streams or memory.streamed > 0)
+        unrecorded += [f"{stage}: {why}" for stage, why in memory.unrecorded().items()]
+        if asked.captures is not None and asked.captures.strict and unrecorded:
             raise ConfigError(
-                f"capture='graphs' records every stage; blocks stream within memory_budget "
-                f"{asked.options.memory_budget}, and such are not recorded: use capture='auto', or a larger budget"
+                f"capture='graphs' records every stage; within memory_budget {asked.options.memory_budget} not all are "
+                f"({'; '.join(unrecorded)}): use capture='auto', or a larger budget"
             )
-        if asked.captures is not None and asked.captures.strict and (lacking := memory.unrecorded()):
-            stage, why = next(iter(lacking.items()))
-            raise ConfigError(f"capture='graphs' records every stage, {stage} too: {why}; use capture='auto'")
         return memory
 
 

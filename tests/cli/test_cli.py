@@ -263,6 +263,16 @@ def test_inspect_counts_what_the_plan_counts(model, capsys, tmp_path):
     assert cli.main([*asked, "--dtype", "bfloat16"]) == 2 and "not bfloat16" in capsys.readouterr().err
 
 
+def test_inspect_says_what_fits_a_card(model, capsys):
+    assert cli.main(["inspect", model, "--cards", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["card"] for row in rows] == ["6 GB", "8 GB", "12 GB", "16 GB", "24 GB"]
+    assert all((row["image"], row["precision"], row["network"]) == ("64x64", "bf16", "stays") for row in rows)
+    assert cli.main(["inspect", model, "--cards", "--size", "32x64"]) == 0
+    assert "| 32x64 | 6 GB | bf16 | stays | stays | whole | 0.0 GB |" in capsys.readouterr().out
+    assert cli.main(["inspect"]) == 2 and "inspect needs a model" in capsys.readouterr().err
+
+
 def test_inspect_refuses_what_load_refuses(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path)]) == 2
     assert "model_index.json is missing" in capsys.readouterr().err

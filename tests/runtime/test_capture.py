@@ -281,7 +281,7 @@ def test_blocks_that_stream_are_not_recorded_and_the_plan_says_why(tmp_path, mon
     assert all("its blocks stream" in stats[name].refused for name in ("text", "velocity"))
     assert "graphs of velocity: 0 kept" in str(pipes[1].plan) and "launches are hidden" in str(pipes[1].plan)
     monkeypatch.setattr("twinflow_rt.loading.open_captures", lambda *args: Captures(FakeGraphs(), strict=True))
-    with pytest.raises(ConfigError, match="blocks stream within memory_budget"):
+    with pytest.raises(ConfigError, match="blocks stream; text: its graph would hold"):
         load(folder, device="cpu", memory_budget=budget)
 
 

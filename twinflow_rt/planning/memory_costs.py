@@ -4,7 +4,7 @@ each stage on the meta device (`meta_model`)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
 
@@ -44,12 +44,8 @@ class Weights:
     @classmethod
     def of_parts(cls, parts: Iterable[Weights]) -> Weights:
         """Return the bytes of a stage of several networks."""
-        total = cls(0)
-        for w in parts:
-            making = max(total.making, w.making)
-            tables = total.tables + w.tables
-            total = cls(total.fixed + w.fixed, total.blocks + w.blocks, total.passing + w.passing, making, tables)
-        return total
+        fixed, blocks, passing, making, tables = zip(*map(astuple, parts), strict=True)
+        return cls(sum(fixed), sum(blocks, ()), sum(passing, ()), max(making), sum(tables))
 
     def held(self, streamed: int, slots: int) -> int:
         """Return the bytes resident while the last `streamed` blocks go through `slots` buffers."""
@@ -109,8 +105,7 @@ def costs_of(
 ) -> Costs:  # fmt: skip
     """Count a model whose stages are open but not read. text_options: how the text stage will be read."""
     height, width, images = largest
-    kind, skip = text_options.precision, text_options.skip_layers
-    encoders = [Network(p.network, p.checkpoint, p.layout, precision=kind, skip_layers=skip) for p in text.parts]
+    encoders = _encoders(text, text_options)
     target = Target.of(torch.device("cpu"), torch.float32)  # whose ops run on the meta device, too
     model = MetaModel.of(text, network.module, vae, (height, width), images, select(target)[0])
     if device.type == "cpu":  # whose products of 8 bits need more room for their results than others
@@ -126,16 +121,26 @@ def costs_of(
     image = 4 * images * 3 * height * width
     # beside what the decoder makes: the float image becomes bytes in float32 (see ops.decode.to_uint8)
     decode = cache(lambda tile: round(ratio * _decode(model, tile, image)))
-    decoders = [Network(p.network, p.checkpoint, p.layout, channels_last=True) for p in vae.parts]
-    weights = {
-        name: Weights.of_parts(_weights(one, device, dtype) for one in several)
-        for name, several in (("text", encoders), ("network", [network]), ("vae", decoders))
-    }
     return Costs(
-        weights, round(ratio * max(text_work, prompt.embeds.nbytes + context_work)),
+        weights_of(text, vae, network, device, dtype, text_options), round(ratio * max(text_work, prompt.embeds.nbytes + context_work)),
         round(ratio * context_bytes(context)), round(ratio * velocity), decode, tiles.smallest(model.decoder),
         slots=1 if device.type == "cpu" else 2,
     )  # fmt: skip
+
+
+def weights_of(
+    text: TextStage, vae: VaeDecoder, network: Network, device: torch.device, dtype: torch.dtype,
+    text_options: StageOptions = DEFAULTS,
+) -> dict[str, Weights]:  # fmt: skip
+    """Return `Costs.weights` of a model whose stages are open but not read."""
+    decoders = [Network(p.network, p.checkpoint, p.layout, channels_last=True) for p in vae.parts]
+    parts = {"text": _encoders(text, text_options), "network": [network], "vae": decoders}
+    return {name: Weights.of_parts(_weights(one, device, dtype) for one in some) for name, some in parts.items()}
+
+
+def _encoders(text: TextStage, options: StageOptions) -> list[Network]:
+    kind, skip = options.precision, options.skip_layers
+    return [Network(p.network, p.checkpoint, p.layout, precision=kind, skip_layers=skip) for p in text.parts]
 
 
 def _decode(model: MetaModel, tile: int | None, image: int) -> int:
