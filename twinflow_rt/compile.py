@@ -15,7 +15,7 @@ merged into the checkpoint's tensors as these passes read them (`checkpoint.lora
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from .errors import ConfigError
 from .families import Family
 from .models.meta_device import meta_device
 from .ops import Target, select
+from .ops.int4 import Int4Weight
 from .ops.selection import Choice
 from .passes import fold as folding
 from .passes import quantize
@@ -71,8 +72,10 @@ class Recipe:
 
     @property
     def absorbs(self) -> bool:
-        """`absorb`, but where a CPU's blocks stream: those are read from the checkpoint as they run."""
-        return self.absorb and not (self.streamed and self.device.type == "cpu")
+        """`absorb`, but where a CPU's blocks stream: those are read from the checkpoint as they run; and where weights
+        are stored or held in blocks, which constants would have to be rounded into: they stay in norms and gates."""
+        blocks = quantize.keeps_blocks(self.source, self.precision, self.skip_layers)
+        return self.absorb and not blocks and not (self.streamed and self.device.type == "cpu")
 
     def unfolded(self) -> nn.Module:
         """The network as the checkpoint has it, on the meta device."""
@@ -183,7 +186,7 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
     """
     schedule, source, family = _checked(schedule), recipe.source, recipe.family
     device, dtype, precision, skip_layers = recipe.device, recipe.dtype, recipe.precision, recipe.skip_layers
-    quantize.require(precision, device, dtype)
+    quantize.require(precision, device, dtype, skip_layers)
     source.meter.start()
     unfolded = recipe.unfolded()
     check(unfolded.state_dict(), source, family.layout)
@@ -192,9 +195,9 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
     expected = network.state_dict()
     into: set[str] = set()
     reader = Reader(expected, source, family.layout, device, dtype)
-    streaming = Streaming(network, recipe.streamed, device, reader.tensor, precision, skip_layers)
+    streaming = Streaming(network, recipe.streamed, reader, precision, skip_layers)
     tables = recipe.tables(unfolded, schedule, into.add)
-    tensors = _tensors(reader, network, tables, without=streaming.in_files)
+    tensors = _tensors(reader, network, tables, streaming)
     read_into(streaming.take, tensors, source.meter, progress)
     layers = quantize.convert_layers(network, device, precision, skip_layers)
     network.eval()
@@ -231,7 +234,7 @@ def load_program(
             return None
         return torch.float32 if name in tables else family.layout.dtype_of(name, kind)
 
-    as_saved = quantize.expect_quantized(network, saved, plan.precision)
+    as_saved = quantize.expect_quantized(network, saved, plan.precision, plan.skip_layers)
     report = materialize(network, saved, Layout(dtype_of=dtype_of), device, dtype, progress)
     quantize.check_quantized(network, device, dtype, plan.precision)
     layers = quantize.convert_layers(network, device)
@@ -249,10 +252,10 @@ def _folded(family: Family, config: Any, steps: int, absorb: bool) -> Any:
 
 
 def _tensors(
-    reader: Reader, network: Any, tables: Mapping[str, Tensor], without: Collection[str]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the compiled `network` for every tensor but those named in `without`, made one at a
-    time: with constants of `tables` inside, from `tables`, or as read."""
+    reader: Reader, network: Any, tables: Mapping[str, Tensor], streaming: Streaming
+) -> Iterator[tuple[str, Tensor | Int4Weight]]:
+    """Yield (name, tensor) of the compiled `network` for every tensor but those that stay in files, made one at a
+    time: with constants of `tables` inside, from `tables`, or as `streaming` reads it."""
     done = set()
     if _is_absorbed(network):
         read = partial(reader.tensor, dtype=torch.float32)
@@ -264,8 +267,8 @@ def _tensors(
     for name in reader.expected:
         if name in tables:
             yield name, tables[name].to(reader.device)
-        elif name not in done and name not in without:
-            yield name, reader.tensor(name)
+        elif name not in done and name not in streaming.in_files:
+            yield name, streaming.read(name)
 
 
 def _select(network: Any, device: torch.device, dtype: torch.dtype, fp8_attention: bool) -> tuple[Choice, ...]:

@@ -20,7 +20,8 @@ import torch
 from .errors import ConfigError, DeviceError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": None, "fp8": None}
+QUANTIZED = ("int8", "fp8", "int4", "w4a16")  # what linear layers can be, see passes.layers.KINDS
+PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | dict.fromkeys(QUANTIZED)
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 ON_OOM = ("raise", "split")
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -218,10 +219,10 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device, stored:
 
 
 def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) -> tuple[str | None, Any]:
-    """Return what linear layers are quantized to ("int8", "fp8" or None), and the dtype asked for.
+    """Return what linear layers are quantized to (one of `QUANTIZED` or None), and the dtype asked for.
 
     "fp32", "fp16" and "bf16" are dtypes, "auto" is what None is: the dtype that suits checkpoint and
-    device. Beside "int8" and "fp8", dtype is that of activations and of the layers that are not quantized.
+    device. Beside those of `QUANTIZED`, dtype is that of activations and of the layers that are not quantized.
     """
     if precision is None:
         return None, dtype
@@ -230,7 +231,7 @@ def resolve_precision(precision: str | None, dtype: str | torch.dtype | None) ->
     name = None if dtype is None else check_dtype("dtype", dtype)
     if implied and name and name != implied:
         raise ConfigError(f"precision {precision} is dtype {implied}, not {name}; give one of the two")
-    return (precision if precision in ("int8", "fp8") else None), implied or dtype
+    return (precision if precision in QUANTIZED else None), implied or dtype
 
 
 def resolve_prompts(prompt: str | Sequence[str]) -> tuple[str, ...]:
@@ -402,7 +403,7 @@ LOAD_NAMES = {
     "variant": Elsewhere(instead="a variant is read where a folder has nothing else; leave it out"),
     "use_safetensors": Elsewhere(instead="only safetensors are read; convert the model", idle=_is(None, True)),
     "trust_remote_code": Elsewhere(instead="no code of a model is run; leave it out", idle=_is(None, False)),
-    "quantization_config": Elsewhere(instead="give precision='int8' or 'fp8'"),
+    "quantization_config": Elsewhere(instead="give precision='int8', 'fp8' or 'int4'"),
     "low_cpu_mem_usage": Elsewhere(instead="it always is", idle=_is(None, True, False)),
     "safety_checker": Elsewhere(instead="there is none; leave it out"),
     **_each("max_memory offload_folder", Elsewhere(instead=OFFLOADED)),

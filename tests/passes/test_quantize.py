@@ -12,7 +12,7 @@ from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.ops import QuantizedRows, linear
 from twinflow_rt.passes import layers, quantize
-from twinflow_rt.passes.layers import WEIGHT_DTYPES, PackedLinear, QuantizedLinear
+from twinflow_rt.passes.layers import KINDS, PackedLinear, QuantizedLinear
 from twinflow_rt.plan import Plan
 from twinflow_rt.planning import sensitivity
 
@@ -89,7 +89,7 @@ def test_blocks_only_are_quantized(folder, exact, precision):
     pipe = load(folder, device="cpu", dtype="float32", precision=precision)
     blocks = {n: m for n, m in pipe.program.network.named_modules() if isinstance(m, QuantizedLinear)}
     assert blocks and all(n.startswith(("layers.", "noise_refiner.")) for n in blocks)
-    assert {m.weight.dtype for m in blocks.values()} == {WEIGHT_DTYPES[precision]}
+    assert {m.weight.dtype for m in blocks.values()} == {KINDS[precision].weight}
     assert kinds(pipe.plan)[precision] == len(blocks) and pipe.plan.precision == precision
     assert pipe.plan.bytes_after < load(folder, device="cpu", dtype="float32").plan.bytes_after
     error = distance(pipe("a red square", **ARGUMENTS).images, exact)
@@ -145,8 +145,8 @@ def test_artifacts_hold_what_was_computed_with(folder, tmp_path, precision):
     pipe = load(folder, device="cpu", dtype="float32", precision=precision)
     first, saved = pipe("a red square", **ARGUMENTS).images, pipe.save(tmp_path / "saved")
     stored = Checkpoint(saved / "transformer", quantized=True)
-    kept = {stored.dtype(n) for n in stored} & set(WEIGHT_DTYPES.values())
-    assert kept == ({WEIGHT_DTYPES[precision]} if precision else set())
+    kept = {stored.dtype(n) for n in stored} & {kind.weight for kind in KINDS.values()}
+    assert kept == ({KINDS[precision].weight} if precision else set())
     again = load(saved, device="cpu")
     assert kinds(again.plan) == kinds(pipe.plan) and again.plan.precision == precision
     assert torch.equal(again("a red square", **ARGUMENTS).images, first)
@@ -182,8 +182,8 @@ def test_emulated_bfloat16_is_never_multiplied(folder, monkeypatch):
 
 
 def test_precision_is_checked(folder):
-    with pytest.raises(ConfigError, match="one of auto, fp32, fp16, bf16, int8, fp8"):
-        load(folder, precision="int4")
+    with pytest.raises(ConfigError, match="one of auto, fp32, fp16, bf16, int8, fp8, int4, w4a16"):
+        load(folder, precision="int3")
     with pytest.raises(ConfigError, match="give one of the two"):
         load(folder, precision="bf16", dtype="float32")
     with pytest.raises(ConfigError, match="runs on CPUs and NVIDIA GPUs, not on mps"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..ops.int4 import Int4Form, Int4Weight
 from .files import is_folder, read_json
 from .load_report import Meter
 from .tensor_files import DTYPES, QUANTIZED, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
@@ -144,6 +145,27 @@ class Checkpoint:
         if own := getattr(file, "nbytes", None):
             return int(own(key))
         return stored_bytes(file.get_slice(key).get_dtype(), self.numel(name))
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether weights are stored in fewer bits than they are read in."""
+        return any(
+            file.nbytes(key) < stored_bytes(file.get_slice(key).get_dtype(), self.numel(name))
+            for name, (file, key) in self._where.items() if hasattr(file, "nbytes")
+        )  # fmt: skip
+
+    def int4_form(self, name: str) -> Int4Form | None:
+        """Return how the file has a weight in 4 bits, as `get_int4` returns it; None where it does not."""
+        file, key = self._where[name]
+        return file.int4_form(key) if hasattr(file, "int4_form") else None
+
+    def get_int4(self, name: str, device: torch.device | str = "cpu") -> Int4Weight:
+        """Return the file's own 4 bits of a weight that has an `int4_form`, on `device`."""
+        file, key = self._where[name]
+        weight = file.get_int4(key)  # type: ignore[attr-defined]  # whoever has an int4_form
+        self.meter.add(self.nbytes(name))
+        minimums = None if weight.group_minimums is None else weight.group_minimums.to(device)
+        return Int4Weight(weight.packed.to(device), weight.group_scales.to(device), minimums, weight.scales.to(device))
 
     def numel(self, name: str) -> int:
         """Return how many numbers a tensor has in its file."""

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, OutOfMemoryError, require_extra
-from ..ops.int4 import CHUNK, Int4Weight, pack_codes
+from ..ops.int4 import CHUNK, Int4Form, Int4Weight, pack_codes
 from ..ops.linear import LIMITS, SMALLEST
 from .files import MAX_TEXT, refuse_foreign, require_file
 
 MAX_COUNT, MAX_AXES = 100_000, 8  # tensors or other values of a file; axes of a tensor
 AT_ONCE = 1 << 18  # numbers dequantized by a thread at a time: they stay in its cache
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that are not quantized
+INT4_FORMS = {"Q4_0": Int4Form(32), "Q4_1": Int4Form(32, True), "Q4_K": Int4Form(32, True)}
 # types of a header's values: those of numbers, as `struct` calls them, of text and of arrays
 NUMBERS, TEXT, ARRAY = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", 10)), 8, 9
 SHAPES = "comfy.gguf.orig_shape."  # where ComfyUI keeps the shapes of tensors that it stores in rows of 256
@@ -106,16 +107,20 @@ class GGUFFile:
         # a Gemma's norms multiply by 1 + w: llama.cpp keeps that, transformers w
         return shaped - 1 if self._gemma and name.endswith("norm.weight") else shaped
 
+    def int4_form(self, name: str) -> Int4Form | None:
+        """Return how `get_int4` gives a matrix of 4-bit blocks (Q4_0, Q4_1, Q4_K); None for any other tensor."""
+        entry = self._entries[name]
+        whole = entry.shape == entry.stored and len(entry.shape) == 2 and entry.shape[1] % CHUNK == 0
+        return INT4_FORMS.get(entry.kind.name) if whole else None
+
     def get_int4(self, name: str, limit: float = LIMITS[torch.int8]) -> Int4Weight | None:
-        """Return a matrix of 4-bit blocks (Q4_0, Q4_1, Q4_K) with the codes that it has; None for any other tensor.
+        """Return a matrix that has an `int4_form` with the codes that it has; None for any other tensor.
 
         limit: largest magnitude in units of a row's scale, in which scales and minimums are rounded to float16 (see
         `ops.int4`). Raises CheckpointError for scales of NaN or infinity.
         """
         entry = self._entries[name]
-        if entry.kind.name not in ("Q4_0", "Q4_1", "Q4_K") or entry.shape != entry.stored:
-            return None
-        if len(entry.shape) != 2 or entry.shape[1] % CHUNK:
+        if self.int4_form(name) is None:
             return None
         packed, scales, minimums = _int4(self._stored(entry).view(entry.shape[0], -1, entry.block[1]))
         lowest = 8 * scales if minimums is None else minimums

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..config import check_path, items, number, shown
 from ..errors import CheckpointError, ConfigError
+from ..ops.int4 import Int4Form
 from .artifact import sha256
 from .checkpoint import Checkpoint
 from .files import PICKLES, file_type, is_folder, open_tensors, parse_json, read_json, require_file, some
@@ -105,6 +106,9 @@ class Merged(Checkpoint):
             for adapter in self.adapters:
                 adapter.require_finite()
         self.loras = tuple(adapter.facts for adapter in self.adapters)
+
+    def int4_form(self, name: str) -> Int4Form | None:
+        return None if any(name in adapter for adapter in self.adapters) else super().int4_form(name)
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         touching = [adapter for adapter in self.adapters if name in adapter]

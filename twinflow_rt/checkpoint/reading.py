@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.int4 import Int4Form, Int4Weight
 from .checkpoint import Checkpoint
 from .fuse import sources, stack
 from .layout import Layout, check
 from .load_report import LoadReport, Meter
 
 Progress = Callable[[int], None]  # called with the bytes just read
-Sink = Callable[[str, Tensor], None]  # takes one tensor, under the name the network has for it
+Sink = Callable[[str, Any], None]  # takes one tensor (or an Int4Weight), under the name the network has for it
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,25 @@ class Reader:
             return self.checkpoint.get(name, self.device, target)
         return stack((self.checkpoint.get(p, self.device, target) for p in parts), len(self.expected[name]))
 
+    def int4_form(self, name: str) -> tuple[Int4Form | None, str]:
+        """Return how files have a weight in 4 bits, None where they do not, and where its 4 bits are from, in words."""
+        parts = sources(name, self.layout.fused)
+        forms = {self.checkpoint.int4_form(part) for part in parts}
+        if len(forms) == 1 and None not in forms:
+            return forms.pop(), "the file's own"
+        if any(name in lora for lora in getattr(self.checkpoint, "adapters", ()) for name in parts):
+            return None, "made anew: an adapter is merged into them"
+        if len(forms) > 1:
+            return None, "made anew: merged layers are stored in several forms"
+        return None, "made anew of blocks of another form" if self.checkpoint.has_blocks else "made here"
+
+    def int4(self, name: str) -> Int4Weight:
+        """Return a weight in the files' own 4 bits, where it has such a form, stacked like `tensor`."""
+        parts = [self.checkpoint.get_int4(part, self.device) for part in sources(name, self.layout.fused)]
+        packed, group_scales, minimums, scales = zip(*parts, strict=True)
+        joined = None if minimums[0] is None else torch.cat(minimums)
+        return Int4Weight(torch.cat(packed), torch.cat(group_scales), joined, torch.cat(scales))
+
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) for each of `names`; none is kept here."""
         for name in names:
@@ -57,7 +78,7 @@ class Reader:
 
 
 def read_into(
-    sink: Sink, tensors: Iterable[tuple[str, Tensor]], meter: Meter, progress: Progress | None = None
+    sink: Sink, tensors: Iterable[tuple[str, Any]], meter: Meter, progress: Progress | None = None
 ) -> None:
     """Hand every tensor to `sink` and let go of it before the next one is read.
 

@@ -15,7 +15,7 @@ from .files import PICKLES, open_tensors, read_json, some
 from .gguf_file import GGUFFile
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-QUANTIZED = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}  # in saved programs only
+QUANTIZED = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}  # in saved programs only
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PLAIN_INDEX = ".safetensors.index.json"
 INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")  # a variant stands in any of three places
@@ -35,6 +35,8 @@ class TensorFile(Protocol):
 
     A file whose tensors are quantized serves them dense: `get_slice` names the dtype that they are best held in (BF16),
     `get_tensor` may return float32, which is finer. It then has `nbytes(name)`, too: the bytes that it keeps for one.
+    Where it keeps weights in 4 bits it has `int4_form(name)`, their Int4Form by its header or None, and
+    `get_int4(name)`, their Int4Weight, not rounded again, in row units of at most 127 (`ops.int4`).
     """
 
     def keys(self) -> Iterable[str]: ...

@@ -39,6 +39,13 @@ class Int4Weight(NamedTuple):
     scales: Tensor
 
 
+class Int4Form(NamedTuple):
+    """How an `Int4Weight` is made: inputs that share a scale, and whether they share a minimum."""
+
+    group: int
+    minimums: bool = False
+
+
 def pack_codes(codes: Tensor) -> Tensor:
     """Return codes, uint8 [..., K] of 0 to 15, as bytes [..., K / 2]: of every 64, the first 32 in the low halves."""
     low, high = codes.unflatten(-1, (-1, 2, CHUNK // 2)).unbind(-2)
@@ -69,6 +76,17 @@ def widen(packed: Tensor, group_scales: Tensor, group_minimums: Tensor | None) -
 def dense(weight: Int4Weight) -> Tensor:
     """Return the weight that the codes stand for, float32 [N, K]."""
     return row_units(*weight[:3]) * weight.scales
+
+
+def within(weight: Int4Weight, limit: float) -> Int4Weight:
+    """Return the same weight for int8 products of at most `limit`: where that is 63, in units twice as large, which
+    floats are exactly (127 becomes 64, whose products with pairs of bytes still fit 16 bits)."""
+    if limit == LIMITS[torch.int8] or weight.packed.is_meta:
+        return weight
+    if row_units(*weight[:3]).abs().amax() <= limit + 1:
+        return weight
+    minimums = None if weight.group_minimums is None else weight.group_minimums / 2
+    return Int4Weight(weight.packed, weight.group_scales / 2, minimums, weight.scales * 2)
 
 
 def quantize_int4(weight: Tensor, group: int, limit: float = LIMITS[torch.int8]) -> Int4Weight:

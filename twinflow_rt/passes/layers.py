@@ -5,29 +5,54 @@
     upcast    CPU without bfloat16 instructions: bfloat16 weights multiplied in float32
     int8      CPU: int8 weights with a scale per row, rows of activations quantized too
     fp8       NVIDIA GPUs from 8.9 on: the same with float8_e4m3fn; a CPU emulates it, slowly
+    int4      weights of 4 bits in groups (`ops.int4`), rows of activations in int8 (W4A8)
+    w4a16     the same weights, rows of activations as they are: as exact as the weights
 
 A layer of another kind is another module, set on the parent in place of the old one (`replace_module`). It is still an
-`nn.Linear` with a `weight` of its dtype, device and size; `state_dict` has the weight as it was loaded (packed), or
-quantized, with its scales.
+`nn.Linear` with a `weight`, whose size is `in_features` and `out_features` (of 4 bits, two are in a byte); `state_dict`
+has the weight as it was loaded (packed), or quantized, with its scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import OpTable
+from ..ops.int4 import Int4Form, Int4Weight, dense, quantize_int4, within
 from ..ops.linear import LIMITS, QuantizedRows, int8_limit, linear_packed, linear_upcast, pack, quantize_weight
 from ..ops.table import EAGER_QUANTIZED, QuantizedOps
 from .convolutions import plain_convolutions
 from .replace import replace_module, take_over
 
-WEIGHT_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # kind of a quantized layer -> dtype of its weight
-ACTIVATION_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # ... -> what its input is quantized to
-SCALE = "weight_scale"  # beside a quantized weight
+
+class Kind(NamedTuple):
+    """What a quantized layer is made of. weight: dtype of its `weight`; rows: what its input is quantized to, None
+    where it is taken as it is; product: the op that multiplies the two."""
+
+    weight: torch.dtype
+    rows: torch.dtype | None
+    product: str
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether weights have 4 bits, and scales in groups."""
+        return self.weight == torch.uint8
+
+
+KINDS = {
+    "int8": Kind(torch.int8, torch.int8, "linear_quantized"),
+    "fp8": Kind(torch.float8_e4m3fn, torch.float8_e4m3fn, "linear_quantized"),
+    "int4": Kind(torch.uint8, torch.int8, "linear_w4a8"),
+    "w4a16": Kind(torch.uint8, None, "linear_w4a16"),
+}
+GROUP = Int4Form(64)  # of weights that get their 4 bits here
+# beside a quantized weight: a scale per row, and where it has 4 bits what its groups have
+SCALE, GROUP_SCALE, GROUP_MINIMUM = BESIDE = ("weight_scale", "weight_group_scale", "weight_group_minimum")
+INT4_LEAVES = ("weight", GROUP_SCALE, GROUP_MINIMUM, SCALE)  # in the order of `Int4Weight`
 
 
 class ConvertedLinear(nn.Linear):
@@ -63,31 +88,48 @@ class UpcastLinear(ConvertedLinear):
 
 
 class QuantizedLinear(ConvertedLinear):
-    """A linear layer with an int8 or float8_e4m3fn weight [N, K] and its float32 scales `weight_scale` [N, 1].
+    """A linear layer with a weight of 8 bits [N, K] and its float32 scales `weight_scale` [N, 1], or one of 4 bits, see
+    `ops.int4.Int4Weight`.
 
-    Takes rows that are quantized already, or a tensor, whose rows it quantizes. It computes with the reference ops
-    until `bind` gives it others. kind: "int8" or "fp8". The layer it is made of may be on the meta device.
+    Takes rows that are quantized already, or a tensor, whose rows it quantizes where its kind says so. It computes with
+    the reference ops until `bind` gives it others. kind: of `KINDS`. values: what `quantized_values` returns; None: of
+    `layer`, which may be on the meta device. origin: where values of 4 bits are from, in words.
     """
 
     weight_scale: nn.Parameter
-    input_ops: OpTable  # absent before `bind`: see `ops.ops_for`
+    input_ops: OpTable  # absent before `bind`, and where rows are taken as they are: see `ops.ops_for`
 
-    def __init__(self, layer: nn.Linear, kind: str) -> None:
-        values, scales = quantized_values(dense_weight(layer), kind)
-        super().__init__(layer, values)
-        self.register_parameter(SCALE, nn.Parameter(scales, requires_grad=False))
-        self.kind, self.activations, self.quantized_ops = kind, ACTIVATION_DTYPES[kind], EAGER_QUANTIZED
+    def __init__(
+        self, layer: nn.Linear, kind: str, values: Mapping[str, Tensor] | None = None, origin: str = ""
+    ) -> None:
+        values = quantized_values(dense_weight(layer), kind) if values is None else values
+        super().__init__(layer, values["weight"])
+        for leaf in BESIDE:
+            self.register_parameter(leaf, None if (v := values.get(leaf)) is None else nn.Parameter(v, False))
+        self.kind, self.activations, self.origin, self.quantized_ops = kind, KINDS[kind].rows, origin, EAGER_QUANTIZED
 
     def bind(self, quantized_ops: QuantizedOps, input_ops: OpTable) -> None:
         """Compute with `quantized_ops` from now on. input_ops: ops whose outputs are quantized for this layer, which
         `ops.ops_for` returns for it."""
-        self.quantized_ops, self.input_ops = quantized_ops, input_ops
+        self.quantized_ops = quantized_ops
+        if self.activations is not None:
+            self.input_ops = input_ops
+
+    @property
+    def int4(self) -> Int4Weight:
+        """The weight of a layer that has 4 bits."""
+        return Int4Weight(*(getattr(self, leaf) for leaf in INT4_LEAVES))
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        ops = self.quantized_ops
+        if self.activations is None:
+            assert isinstance(x, Tensor)
+            return ops.linear_w4a16(x, *self.int4, self.bias)
         if not isinstance(x, QuantizedRows):
-            x = QuantizedRows(*self.quantized_ops.quantize_rows(x, self.activations), x.dtype)
-        multiply = self.quantized_ops.linear_quantized
-        return multiply(x.values, x.scales, self.weight, self.weight_scale, self.bias, x.dtype)
+            x = QuantizedRows(*ops.quantize_rows(x, self.activations), x.dtype)
+        if KINDS[self.kind].in_groups:
+            return ops.linear_w4a8(x.values, x.scales, *self.int4, self.bias, x.dtype)
+        return ops.linear_quantized(x.values, x.scales, self.weight, self.weight_scale, self.bias, x.dtype)
 
 
 def linear_layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -101,21 +143,40 @@ def converted(layer: nn.Linear, kind: str) -> nn.Linear:
         return PackedLinear(layer)
     if kind == "upcast":
         return UpcastLinear(layer)
-    if kind in WEIGHT_DTYPES and not isinstance(layer, QuantizedLinear):
+    if kind in KINDS and not isinstance(layer, QuantizedLinear):
         return QuantizedLinear(layer, kind)
     return layer
 
 
 def dense_weight(layer: nn.Linear) -> Tensor:
-    """Return the weight of a layer that is not quantized, in torch's own layout."""
+    """Return the weight of a layer that has not 8 bits, in torch's own layout."""
+    if isinstance(layer, QuantizedLinear):
+        return dense(layer.int4)
     weight = layer.weight.detach()
     return weight.to_dense() if weight.is_mkldnn else weight
 
 
-def quantized_values(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Return the values and scales that a QuantizedLinear of `kind` has on the device of `weight`."""
-    limit = largest_int8(weight.device) if kind == "int8" else None
-    return quantize_weight(weight, WEIGHT_DTYPES[kind], limit)
+def quantized_values(weight: Tensor | Int4Weight, kind: str) -> dict[str, Tensor]:
+    """Return the tensors of a QuantizedLinear of `kind`, by their names in it, on the device of `weight` [N, K]: a
+    dense one, or one that has 4 bits already."""
+    limit = largest_int8(weight[0].device)
+    if not KINDS[kind].in_groups:
+        assert isinstance(weight, Tensor)
+        values = quantize_weight(weight, KINDS[kind].weight, limit if kind == "int8" else None)
+        return dict(zip(("weight", SCALE), values, strict=True))
+    made = quantize_int4(weight, GROUP.group, limit) if isinstance(weight, Tensor) else within(weight, limit)
+    return {leaf: tensor for leaf, tensor in zip(INT4_LEAVES, made, strict=True) if tensor is not None}
+
+
+def declared_values(kind: str, rows: int, inputs: int, form: Int4Form = GROUP) -> dict[str, Tensor]:
+    """Return what `quantized_values` would for a weight [rows, inputs], on the meta device. form: of 4 bits."""
+    shapes: dict[str, tuple[int, torch.dtype]] = {"weight": (inputs, KINDS[kind].weight)}
+    if KINDS[kind].in_groups:
+        groups = (inputs // form.group, torch.float16)
+        shapes = {"weight": (inputs // 2, torch.uint8), GROUP_SCALE: groups}
+        shapes |= {GROUP_MINIMUM: groups} if form.minimums else {}
+    shapes[SCALE] = (1, torch.float32)
+    return {leaf: torch.empty(rows, n, dtype=dtype, device="meta") for leaf, (n, dtype) in shapes.items()}
 
 
 def largest_int8(device: torch.device) -> float:
@@ -129,12 +190,12 @@ def quantized_layers(layers: Mapping[str, nn.Linear], kind: str) -> dict[str, Qu
 
 
 def unpack(network: nn.Module) -> None:
-    """Give packed layers and converted convolutions their plain weights back: for tracers, which cannot see into
-    oneDNN's layout."""
+    """Give packed layers, converted convolutions and layers of 4 bits plain weights: for tracers, which cannot see into
+    oneDNN's layout, and for programs that have no products of 4 bits."""
     plain_convolutions(network)
-    for name in [name for name, layer in linear_layers(network) if isinstance(layer, PackedLinear)]:
-        layer = network.get_submodule(name)
-        assert isinstance(layer, PackedLinear)
+    for name, layer in list(linear_layers(network)):
+        if not isinstance(layer, (PackedLinear, QuantizedLinear)):
+            continue
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=torch.float32)
         take_over(plain, layer, dense_weight(layer))
         replace_module(network, name, plain)

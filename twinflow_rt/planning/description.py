@@ -20,6 +20,7 @@ from ..families import family_of
 from ..passes import quantize
 from ..passes.convolutions import fold_upsampling, folded_bytes
 from ..passes.fold import folded_away
+from ..passes.layers import declared_values
 from ..stages import stage
 from .meta_model import FOLDED
 from .parameters import group_parameters
@@ -179,7 +180,8 @@ def resident_bytes(
     )
     groups = {} if precision is None else quantize.layer_groups(network, precision)
     for layer in (layer for name, some in groups.items() if name not in skip_layers for layer in some.values()):
-        total -= layer.weight.numel() * (dtype.itemsize - 1) - 4 * layer.out_features  # a byte each, and a scale a row
+        values = declared_values(precision or "", layer.out_features, layer.in_features).values()
+        total += sum(value.nbytes for value in values) - layer.weight.numel() * dtype.itemsize
     return total
 
 

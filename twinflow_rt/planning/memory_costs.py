@@ -18,7 +18,7 @@ from ..ops import Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of, token_tables
 from ..passes.convolutions import folded_bytes, refuses, winograd_bytes
-from ..passes.layers import WEIGHT_DTYPES, quantized_values
+from ..passes.layers import KINDS, declared_values, quantized_values
 from ..stages import tiles
 from ..stages.prompt_cache import context_bytes
 from ..stages.stage import DEFAULTS, StageOptions
@@ -26,6 +26,8 @@ from ..stages.text import TextStage
 from ..stages.vae import VaeDecoder
 from .footprint import peak_of
 from .meta_model import MetaModel
+
+WEIGHTS = {kind.weight for kind in KINDS.values()}
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     def held_in(name: str) -> tuple[torch.dtype, bool]:
         """Return the dtype of a tensor when read, and whether it is another then than in its file."""
         parts = sources(name, layout.fused)
-        if name in known and checkpoint.dtype(name) in WEIGHT_DTYPES.values():
+        if name in known and checkpoint.dtype(name) in WEIGHTS:
             return checkpoint.dtype(name), False
         made = not all(part in known for part in parts)  # a folded table
         wanted = torch.float32 if made else layout.dtype_of(name, dtype) or checkpoint.dtype(parts[0])
@@ -179,7 +181,8 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     def size(name: str, streams: bool = False) -> int:
         tensor, (wanted, moved) = tensors[name], held_in(name)
         if name in eight_bit:
-            moved, nbytes = wanted not in WEIGHT_DTYPES.values(), tensor.numel() + 4 * len(tensor)  # a scale per row
+            values = declared_values(eight_bit[name], *tensor.shape)
+            moved, nbytes = wanted not in WEIGHTS, sum(value.nbytes for value in values.values())
         else:
             nbytes = tensor.numel() * wanted.itemsize
             if not streams:

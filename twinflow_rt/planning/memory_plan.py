@@ -24,6 +24,7 @@ from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..host_memory import return_freed_memory
 from ..models.meta_device import meta_device
+from ..passes.quantize import keeps_blocks
 from ..stages.stage import DEFAULTS, StageOptions
 from ..stages.text import TextStage
 from ..stages.vae import VaeDecoder
@@ -158,6 +159,7 @@ def plan_memory(
         module = family.network(family.config.from_dict(checkpoint.config), folded_steps=len(times))
     layout = Layout(dtype_of=family.layout.dtype_of) if saved else family.layout
     absorb = not saved and len(times) == 1 and hasattr(family.network, "absorptions")
+    absorb = absorb and not keeps_blocks(checkpoint, precision, skip_layers)
     network = Network(
         module, checkpoint, layout, streams=not saved, absorb=absorb, precision=precision, skip_layers=skip_layers
     )  # fmt: skip

@@ -26,12 +26,12 @@ from ..checkpoint.versions import refusal
 from ..config import dtype_name, has_native, resolve_precision
 from ..errors import CheckpointError, ConfigError
 from ..passes.layer_groups import Group
-from ..passes.layers import WEIGHT_DTYPES
 from ..passes.quantize import refuses
 from ..runtime.machine import device_name
 
 SCHEMA = 1
-MEASURED = (*WEIGHT_DTYPES, "bf16")
+EIGHT_BIT = ("int8", "fp8")
+MEASURED = (*EIGHT_BIT, "bf16")
 AUTO = "auto chose "  # how a plan's note on the choice begins
 FASTER = 1.03  # by less than this factor, a gain may be noise
 
@@ -125,7 +125,7 @@ def resolve(
         raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision}")
     names, measured = skipped(skip_layers, quantized)
     if names and quantized is None:
-        raise ConfigError("skip_layers names layers kept out of precision 'int8' or 'fp8': give one")
+        raise ConfigError("skip_layers names layers kept out of precision 'int8', 'fp8' or 'int4': give one")
     return Arithmetic(dtype, quantized, names, fp8_attention, measured)
 
 
@@ -170,7 +170,7 @@ def automatic(
 ) -> tuple[Measurement | None, tuple[str, ...]]:
     """`choose` among the precisions that `device` multiplies, by what was measured here of `network`.
     free: bfloat16 is one of them, in place of a float32 that nobody asked for."""
-    names = [name for name in WEIGHT_DTYPES if refuses(name, device, dtype) is None]
+    names = [name for name in EIGHT_BIT if refuses(name, device, dtype) is None]
     names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
     names += ["bf16"] * (free and refuses_bf16(device, dtype) is None)
     here = fingerprint(network), device_name(device), dtype_name(dtype)

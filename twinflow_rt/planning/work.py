@@ -56,7 +56,7 @@ def predict_stages(
 def _eight_bit_weights(network: nn.Module, copy: nn.Module) -> Iterator[Tensor]:
     """Yield the copy's weights of layers that have 8 bits in `network`."""
     for name, layer in network.named_modules():
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLinear) and layer.activations is not None:
             yield copy.get_parameter(f"{name}.weight")
 
 

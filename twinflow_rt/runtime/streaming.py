@@ -8,7 +8,7 @@ What streams are the linear layers and convolutions of a network's repeated bloc
 whatever runs once per prompt stay; so do the first blocks, where only some need to go. A text encoder's token
 embeddings stay on the host, where a prompt's rows are picked out. Layers of 8 bits are
 quantized while loading for a GPU, so that only their 8 bits and scales cross the bus; for a CPU each time they come,
-since what lies in the files has more.
+since what lies in the files has more, or is laid out otherwise.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..checkpoint.layout import check
 from ..checkpoint.load_report import LoadReport
 from ..checkpoint.reading import Progress, Reader, assign, read_into
+from ..ops.int4 import Int4Weight
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of, token_tables
 
@@ -162,7 +163,7 @@ class Stream:
     def _before(self, i: int) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
             for name, tensor in self.store.bring(i).items():
-                assign(self.network, name, tensor)
+                assign(self.network, name, tensor.to("cpu") if name in self._on_host else tensor)
 
         return hook
 
@@ -178,23 +179,25 @@ class Stream:
 class Streaming:
     """Take the weights of a network that is being loaded, of which the last `count` blocks will stream.
 
-    read(name): reads one tensor as `take` gets it. precision, skip_layers: see `passes.quantize.convert_layers`.
-    names: the parameters that stream. in_files: those of them that are not to be read while loading, because on a CPU
-    they are read from the mapped files as their block runs; on a GPU all are kept on the host.
+    reader: of its tensors. precision, skip_layers: see `passes.quantize.convert_layers`. names: the parameters that
+    stream. in_files: those of them that are not to be read while loading, because on a CPU they are read from the
+    mapped files as their block runs; on a GPU all are kept on the host.
     """
 
     def __init__(
-        self, network: nn.Module, count: int, device: torch.device, read: Callable[[str], Tensor],
-        precision: str | None = None, skip_layers: Sequence[str] = (),
+        self, network: nn.Module, count: int, reader: Reader, precision: str | None = None,
+        skip_layers: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self.network, self.device, self.read = network, device, read
+        self.network, self.device, self.reader = network, reader.device, reader
         self.precision, self.skip_layers = precision, skip_layers
+        in_4_bits = quantize.in_4_bits(network, self.device, precision, skip_layers)
+        self._int4 = {name: reader.int4_form(name) for name in in_4_bits}  # and where they come from
         self.blocks = block_names(network)[-count:] if count else []
         self._stored = [parameters_of(network, block) for block in self.blocks]
         self.names = frozenset(name for names in self._stored for name in names)
         self._on_host = frozenset(token_tables(network) if self.blocks else ())
         self._waiting: dict[str, Tensor] = {}
-        quantize.declare_quantized(network, self.names, device, precision, skip_layers)
+        quantize.declare_quantized(network, self.names, self.device, precision, skip_layers, self._int4)
 
     @property
     def mapped(self) -> bool:
@@ -205,13 +208,20 @@ class Streaming:
     def in_files(self) -> frozenset[str]:
         return self.names if self.mapped else frozenset()
 
-    def take(self, name: str, tensor: Tensor) -> None:
+    def read(self, name: str) -> Tensor | Int4Weight:
+        """Return one tensor as `take` gets it: a weight of a layer of 4 bits as the files have it, if they do."""
+        form, _ = self._int4.get(name, (None, ""))
+        return self.reader.tensor(name) if form is None else self.reader.int4(name)
+
+    def take(self, name: str, tensor: Tensor | Int4Weight) -> None:
         """Keep one tensor on the host if it streams; else put it into the network, quantized if its layer is to be."""
         if name in self.names:
             self._waiting |= {n: t.to("cpu") for n, t in quantize.stored_form(self.network, name, tensor).items()}
             return
-        assign(self.network, name, tensor.to("cpu") if name in self._on_host else tensor)
-        quantize.quantize_on_arrival(self.network, name, self.device, self.precision, self.skip_layers)
+        how = self.device, self.precision, self.skip_layers, self._int4.get(name, (None, ""))[1]
+        if not quantize.quantize_on_arrival(self.network, name, tensor, *how):
+            assert isinstance(tensor, Tensor)
+            assign(self.network, name, tensor)
 
     def start(self) -> None:
         """Have blocks stream from now on, when all parameters have come."""
@@ -241,9 +251,9 @@ def load_part(
     expected = network.state_dict()
     check(expected, checkpoint, part.layout)
     reader = Reader(expected, checkpoint, part.layout, device, dtype)
-    streaming = Streaming(network, count, device, reader.tensor, precision, skip_layers)
-    names = [name for name in expected if name not in streaming.in_files]
-    read_into(streaming.take, reader.tensors(names), checkpoint.meter, progress)
+    streaming = Streaming(network, count, reader, precision, skip_layers)
+    tensors = ((name, streaming.read(name)) for name in expected if name not in streaming.in_files)
+    read_into(streaming.take, tensors, checkpoint.meter, progress)
     network.eval()
     streaming.start()
     report: LoadReport = checkpoint.meter.report(len(expected), checkpoint.total_bytes())

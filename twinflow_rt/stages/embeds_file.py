@@ -27,7 +27,7 @@ from ..checkpoint.fuse import sources
 from ..checkpoint.tensor_files import read_tensor
 from ..checkpoint.versions import refusal
 from ..errors import CheckpointError, ConfigError
-from ..passes.layers import SCALE
+from ..passes.layers import BESIDE
 from .text import PromptEmbeds, TextStage
 
 FORMAT, VERSION = "twinflow_rt.prompt_embeds", "1"
@@ -67,7 +67,7 @@ def fingerprint(text: TextStage) -> str:
     for part in text.parts:
         digest.update(part.name.encode())
         checkpoint = part.checkpoint
-        mine = (name for name in part.network.state_dict() if not name.endswith(SCALE))  # quantized or not
+        mine = (name for name in part.network.state_dict() if not name.endswith(BESIDE))  # quantized or not
         names = sorted(s for name in mine for s in sources(name, part.layout.fused))
         for name in names:
             shape = checkpoint.shape(name)

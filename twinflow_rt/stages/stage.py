@@ -23,7 +23,7 @@ from ..passes import quantize
 from ..passes.blocks import block_names
 from ..passes.convolutions import fold_upsampling
 from ..passes.layer_groups import Layers
-from ..passes.layers import WEIGHT_DTYPES
+from ..passes.layers import KINDS
 from ..runtime.capture import Captures
 from ..runtime.streaming import NOT_RECORDED, load_part
 from ..runtime.timing import StageTimer
@@ -34,9 +34,9 @@ class StageOptions:
     """How a stage is read and run.
 
     captures: records its work per shape (`runtime.capture`), or None. streams: whether the blocks of its networks come
-    and go as they run (`runtime.streaming`). precision: "int8" or "fp8" for the linear layers of its repeated blocks,
-    or None; skip_layers: parts of names of layers kept out of that. tile: side in pixels of the tiles that a VAE
-    decodes larger images in (`tiles`); None: images whole.
+    and go as they run (`runtime.streaming`). precision: the kind of the linear layers of its repeated blocks
+    (`passes.layers.KINDS`), or None; skip_layers: parts of names of layers kept out of that. tile: side in pixels of
+    the tiles that a VAE decodes larger images in (`tiles`); None: images whole.
     """
 
     captures: Captures | None = None
@@ -129,12 +129,12 @@ class Stage:
     ) -> None:
         """Raise ConfigError where `device` cannot multiply linear layers of this precision, and for names in
         `skip_layers` that no layer has."""
-        if precision not in (None, *WEIGHT_DTYPES):
-            names = ", ".join(WEIGHT_DTYPES)
+        if precision not in (None, *KINDS):
+            names = ", ".join(KINDS)
             raise ConfigError(f"text_precision {precision!r:.40} is none of {names}; None keeps the dtype")
         if skip_layers and precision is None:
             raise ConfigError("text_skip_layers names layers kept out of text_precision: give one")
-        quantize.require(precision, device, dtype)
+        quantize.require(precision, device, dtype, skip_layers)
         quantize.check_names(nn.ModuleDict({part.name: part.network for part in self.parts}), skip_layers)
 
     def notes(self) -> tuple[str, ...]:
