@@ -106,7 +106,7 @@ def test_less_memory_is_planned_for(model):
 
 def test_arguments_are_checked(model):
     for wrong, said in (
-        ({"text_precision": "int4"}, "none of int8, fp8"),
+        ({"text_precision": "int3"}, "none of int8, fp8, int4, w4a16"),
         ({"text_skip_layers": ["mlp"]}, "text_skip_layers names layers"),
         ({"text_precision": "int8", "text_skip_layers": ["none_such"]}, "no linear layer is called none_such"),
     ):
