@@ -163,7 +163,7 @@ class Stream:
     def _before(self, i: int) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
             for name, tensor in self.store.bring(i).items():
-                assign(self.network, name, tensor.to("cpu") if name in self._on_host else tensor)
+                assign(self.network, name, tensor)
 
         return hook
 
@@ -221,7 +221,7 @@ class Streaming:
         how = self.device, self.precision, self.skip_layers, self._int4.get(name, (None, ""))[1]
         if not quantize.quantize_on_arrival(self.network, name, tensor, *how):
             assert isinstance(tensor, Tensor)
-            assign(self.network, name, tensor)
+            assign(self.network, name, tensor.to("cpu") if name in self._on_host else tensor)
 
     def start(self) -> None:
         """Have blocks stream from now on, when all parameters have come."""
