@@ -132,6 +132,12 @@ def check_names(name: str, value: object) -> tuple[str, ...]:
     return required(tuple(found or ()) if whole else None, name, "a list of names, none of them empty", value)
 
 
+def check_paths(name: str, value: object) -> tuple[str, ...]:
+    """Return the paths of a list, as text."""
+    found = required(items(value), name, "a list of paths", value)
+    return tuple(check_path(f"a path in {name}", item) for item in found)
+
+
 def check_names_or_file(name: str, value: object) -> tuple[str, ...] | str:
     """Return the names of a list, or the path of a file of them."""
     file = isinstance(value, os.PathLike) or (isinstance(value, str) and value.strip())

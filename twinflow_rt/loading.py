@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 
 from .checkpoint import artifact, hub
-from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
 from .checkpoint.lora import Loras, Merged, require_same, resolve_loras
-from .checkpoint.model_folder import model_folder
+from .checkpoint.model_folder import model_folder, weight_files
 from .checkpoint.reading import Progress
 from .compile import Program, Recipe, compile_network, load_program
 from .config import (
@@ -27,6 +28,7 @@ from .config import (
     resolve_device,
     resolve_dtype,
     resolve_precision,
+    shown,
     understands,
 )
 from .errors import CheckpointError, ConfigError
@@ -45,6 +47,7 @@ from .runtime.finite import SMALL
 from .runtime.host_state import isolated
 from .sampling.noise import check_batch
 from .sampling.schedule import SamplerConfig, preset, resolve_sampler, schedule
+from .single_files.recognition import open_files
 from .stages.stage import StageOptions
 from .stages.text import TextStage
 from .stages.tiles import check_tile
@@ -59,8 +62,9 @@ DEMO = Path(__file__).parent / "demo"
 @out_of_memory.named("loading")
 @isolated()
 def load(
-    path: str | Path = "demo", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None,
-    nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
+    path: str | Path = "demo", *, base: str | Path | None = None, files: Sequence[str | Path] = (),
+    device: str | torch.device | None = None, dtype: str | torch.dtype | None = None, nfe: int | None = None,
+    sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
     progress: Callable[[str, int], None] | None = None, precision: str | None = None,
     skip_layers: Sequence[str] | str | Path = (), fp8_attention: bool = False, text_precision: str | None = None,
     text_skip_layers: Sequence[str] = (), prompt_cache: int = 0, download: bool = False, capture: str = "auto",
@@ -71,23 +75,50 @@ def load(
     """Load and compile a model; return its Pipeline.
 
     path: a model folder in diffusers' layout, one that `Pipeline.save` wrote, "demo", the miniature that ships along,
-    or hf://owner/name[@revision][/subfolder] from the cache of the Hugging Face hub. The options are `LoadOptions`:
+    or hf://owner/name[@revision][/subfolder] from the cache of the Hugging Face hub; with `base`, a .gguf or
+    .safetensors file of one network, or a folder of such, hf://owner/name/file included. The options are `LoadOptions`:
     {options}
     Raises CheckpointError, ConfigError, DeviceError, OutOfMemoryError.
     """
     given = locals()  # the arguments alone: nothing else has a name yet
     asked = Asked.of(LoadOptions(**{option.name: given[option.name] for option in fields(LoadOptions)}))
-    folder = model_folder(model_path(path, download))
-    files = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
-    out_of_memory.require_address_space("loading", files)
-    pipe = _load_artifact(folder, asked) if artifact.is_artifact(folder) else _load_folder(folder, asked)
-    out_of_memory.require_address_space("generating, after loading,", threads=False)
-    return pipe
+    return load_opened(*open_model(path, asked.options), asked)
 
 
 load.__doc__ = (load.__doc__ or "").replace(
     "{options}", "\n    ".join(f"{option.name}: {describe(option)}." for option in fields(LoadOptions))
 )
+
+
+def open_model(path: str | Path, options: LoadOptions) -> tuple[Path, Files]:
+    """Return the model folder that `load` takes for `path`, `options.base` and `options.files`, and what is read in
+    place of its networks, by their folders' names. Raises CheckpointError, ConfigError."""
+    path, download = check_path("path", path), options.download
+    whole = path == "demo" or hub.is_model(path) or os.path.lexists(Path(path) / "model_index.json")
+    if whole and options.base is not None:
+        raise ConfigError(f"{shown(path)} is a whole model, not weights that go with base=: give one of the two alone")
+    given = options.files if whole else (path, *options.files)
+    base = path if whole else options.base
+    if not given or base is None:  # what is wrong with a path that is no model, `model_folder` says
+        return model_folder(model_path(path, download)), OWN_FILES
+    paths = [model_path(file, download) for file in given]
+    folder = model_folder(model_path(base, download, without=hub.NETWORKS))
+    if artifact.is_artifact(folder):
+        raise ConfigError(f"{folder} is a saved program, compiled for good: base must be the model folder it is of")
+    files = open_files(folder, paths)
+    return model_folder(model_path(base, download, without=tuple(files))) if download else folder, files
+
+
+@out_of_memory.named("loading")
+@isolated()
+def load_opened(folder: Path, files: Files, asked: Asked) -> Pipeline:
+    """Load what `open_model` returns."""
+    parts = (path for path in weight_files(folder) if path.parent.name not in files)
+    out_of_memory.require_address_space("loading", sum(path.stat().st_size for path in parts))
+    saved = artifact.is_artifact(folder)
+    pipe = _load_artifact(folder, asked) if saved else _load_folder(folder, files, asked)
+    out_of_memory.require_address_space("generating, after loading,", threads=False)
+    return pipe
 
 
 @dataclass(frozen=True)
@@ -143,11 +174,11 @@ class Model:
     @classmethod
     def open(
         cls, folder: Path, checkpoint: Checkpoint, family: Family, dtype: torch.dtype, sampler: SamplerConfig,
-        asked: Asked,
+        asked: Asked, files: Files = OWN_FILES,
     ) -> Model:  # fmt: skip
-        """Open the stages in `folder` beside the network in `checkpoint`."""
+        """Open the stages in `folder` beside the network in `checkpoint`. files: in place of the folder's."""
         options = asked.options
-        text, vae, sizes = family.open(folder, checkpoint.config)
+        text, vae, sizes = family.open(folder, checkpoint.config, files)
         text.require_precision(options.text_precision, options.text_skip_layers, asked.device, dtype)
         resolve_largest(options.largest, sizes)
         if options.tile is not None:
@@ -175,19 +206,24 @@ class Model:
         return memory
 
 
-def _load_folder(folder: Path, asked: Asked) -> Pipeline:
-    """Load a folder in diffusers' layout: the passes compile its network."""
+def _load_folder(folder: Path, files: Files, asked: Asked) -> Pipeline:
+    """Load a folder in diffusers' layout, with `files` in place of its own: the passes compile its network."""
     options, network = asked.options, folder / "transformer"
-    checkpoint = Merged(network, asked.loras, options.check_finite) if asked.loras else Checkpoint(network)
+    if asked.loras:
+        checkpoint: Checkpoint = Merged.of_part(network, files, asked.loras, options.check_finite)
+    else:
+        checkpoint = Checkpoint.of_part(network, files)
     family = family_of(checkpoint.config)
     dtype = resolve_dtype(asked.dtype, asked.device, checkpoint.main_dtype())
     arithmetic = precisions.resolve(
         checkpoint, options.precision, options.skip_layers, options.fp8_attention, asked.device, dtype,
         free=asked.dtype is None,
     )  # fmt: skip
-    model = Model.open(folder, checkpoint, family, arithmetic.dtype, asked.sampler or preset(1), asked)
+    model = Model.open(folder, checkpoint, family, arithmetic.dtype, asked.sampler or preset(1), asked, files)
     memory = model.plan_memory(asked, precision=arithmetic.precision, skip_layers=arithmetic.skip_layers)
     streamed = 0 if memory is None else memory.streamed
+    given = tuple(f"{part} from {file.folder}" for part, file in files.items())
+    arithmetic = replace(arithmetic, notes=(*given, *arithmetic.notes))
     recipe = Recipe(checkpoint, family, asked.device, **vars(arithmetic), streamed=streamed)
     return _assemble(model, asked, memory, partial(compile_network, recipe, model.times))
 
@@ -282,7 +318,8 @@ def resolve_largest(largest: tuple[int | None, int | None, int] | None, sizes: S
     return (*sizes.resolve(largest[0], largest[1]), largest[2])
 
 
-def model_path(path: str | Path, download: bool = False) -> Path:
-    """Return the local folder that `load` takes for `path`."""
+def model_path(path: str | Path, download: bool = False, without: Collection[str] = ()) -> Path:
+    """Return the local folder, or file, that `load` takes for `path`. without: parts of a model of the hub whose
+    weights are not to be fetched."""
     path = check_path("path", path)
-    return DEMO if path == "demo" else hub.folder(path, download)
+    return DEMO if path == "demo" else hub.folder(path, download, without)

@@ -53,6 +53,14 @@ class LoadOptions:
     """How to load a model. Raises ConfigError for values of another kind, and holds the others as Python's own types;
     what they mean for a machine and a model, `load` checks. Can be pickled where its values can."""
 
+    base: str | Path | None = field(default=None, metadata=about(
+        "where `path` is the weights of one network, a file or a folder of them: the model folder, or hf://owner/name, "
+        "whose configs, tokenizer and other networks go with it", "none", metavar="FOLDER", page="models.md",
+    ))  # fmt: skip
+    files: Sequence[str | Path] = field(default=(), metadata=about(
+        "more weights that take the place of the base's: GGUF or safetensors files of a network, text encoder, VAE or "
+        "second time embedder, told apart by their names and shapes", "none", metavar="FILE", page="models.md",
+    ))  # fmt: skip
     device: str | torch.device | None = field(
         default=None, metadata=about("cpu, cuda or cuda:N", "the GPU if there is one")
     )
@@ -171,6 +179,7 @@ def _checks() -> dict[str, Callable[[str, Any], Any]]:
         "str | torch.device | None": kept(config.check_device),
         "str | torch.dtype | None": kept(config.check_dtype),
         "Sequence[str]": config.check_names,
+        "Sequence[str | Path]": config.check_paths,
         "tuple[str, ...]": config.check_names,
         "tuple[int, ...]": config.check_counts,
         "tuple[int, int] | None": config.check_sides,
@@ -233,7 +242,7 @@ def _by_type(kind: str) -> dict[str, Any]:
     """Return what argparse is told of a field of this type, as its annotation reads."""
     if kind == "bool":
         return {"action": "store_true"}
-    if kind.startswith("Sequence[str]"):
+    if kind.startswith("Sequence["):
         return {"nargs": "+"}
     kinds = [name for name in kind.split(" | ") if name != "None"]
     return {"type": {"int": int, "float": float, "Path": Path}.get(kinds[0], str) if len(kinds) == 1 else str}

@@ -388,7 +388,8 @@ def test_halves_are_swapped_in_the_file_written(tmp_path):
     slot = SimpleNamespace(rules=names.sd3({"num_layers": 2}), bare=lambda name: name, layout=Layout())
     stored = "final_layer.adaLN_modulation.1.weight"
     key = Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
-    network = Converted(Source(file), slot, [key])
+    network = Converted(slot)
+    network.add(Source(file), [key])
     shift, scale = shapes(SD3)[stored].chunk(2)
     assert key.action == "swapped"
     assert torch.equal(network.get("norm_out.linear.weight"), torch.cat((scale, shift)))

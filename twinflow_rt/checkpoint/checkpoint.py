@@ -17,13 +17,17 @@ from ..errors import CheckpointError
 from ..ops.int4 import Int4Form, Int4Weight
 from .files import is_folder, read_json
 from .load_report import Meter
-from .tensor_files import DTYPES, QUANTIZED, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
+from .tensor_files import DTYPES, QUANTIZED, WEIGHTS, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
 
 
 class NetworkFile(TensorFile, Protocol):
-    """The tensors of one network in place of those in its folder. paths: the files they come from."""
+    """The tensors of one network in place of those in its folder. folder: what messages call them; paths: the files
+    that they come from."""
 
-    paths: tuple[Path, ...]
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def paths(self) -> tuple[Path, ...]: ...
 
 
 Files = Mapping[str, NetworkFile]  # folder of a network -> what is read in place of its files
@@ -83,20 +87,19 @@ class Checkpoint:
         """
         if (file := files.get(folder.name)) is None:
             return cls(folder, *args, **options)
-        name = " + ".join(map(str, file.paths))
-        return cls(name, *args, files=[file], config=read_json(folder / "config.json"), **options)
+        return cls(file.folder, *args, files=[file], config=read_json(folder / "config.json"), **options)
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The weight files."""
         if self.files is not None:
             return tuple(path for file in self.files for path in getattr(file, "paths", ()))
-        return tuple(sorted((*self.folder.glob("*.safetensors"), *self.folder.glob("*.gguf"))))
+        return tuple(path for path in sorted(self.folder.iterdir()) if path.suffix.lower() in WEIGHTS)
 
     @property
     def source(self) -> str:
-        """The name of what this is a part of: the model folder's, or the file's."""
-        return self.folder.parent.name if self.files is None else self.folder.name
+        """The name of what this is a part of: the model folder's, or the first file's."""
+        return self.folder.parent.name if self.files is None else (*self.paths, self.folder)[0].name
 
     def name_tied(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Find tensors that the files have under another name. tied: name -> its other names, the likeliest first."""

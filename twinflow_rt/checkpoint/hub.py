@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: hf://OWNER/NAME[@REVISION][/SUBFOLDER].
+"""Models of the Hugging Face hub: hf://OWNER/NAME[@REVISION][/SUBFOLDER]; or /FILE, for the weights of a network.
 
 Without `download` only the hub's local cache is looked into and no socket is opened. With it, the
 revision (a branch, a tag or a commit; default main) is resolved to a commit, the files that loading
@@ -13,7 +13,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,25 +23,30 @@ from ..errors import CheckpointError, ConfigError
 
 SCHEME = "hf:/"  # pathlib makes one slash of two
 NAME = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([^/@\s]+))?(?:/([^@\s]+?))?/?")
-PARTS = r"(?:transformer|text_encoder(?:_\d)?|tokenizer(?:_\d)?|vae|connector)"
+NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae", "connector")
+PARTS = rf"(?:{'|'.join(NETWORKS)}|tokenizer(?:_\d)?)"
 READ = re.compile(rf"(?:model_index\.json|artifact\.json|{PARTS}/[\w.-]+\.(?:json|safetensors|txt|jinja))")
+WEIGHTS = (".safetensors", ".gguf")
 WHOLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model of the hub. subfolder: "" or the path of the model folder in the repository, ending in /."""
+    """A model of the hub. subfolder: "" or the path of the model folder in the repository, ending in /; file: or the
+    path of one file of weights."""
 
     repo: str
     revision: str
     subfolder: str
+    file: str = ""
 
     def __str__(self) -> str:
-        return f"{f'hf://{self.repo}@{self.revision}' + (f'/{self.subfolder}' if self.subfolder else ''):.200}"
+        return f"hf://{self.repo}@{self.revision}/{self.subfolder or self.file}".rstrip("/")[:200]
 
 
-def folder(path: str | Path, download: bool = False) -> Path:
-    """Return the local folder of `path`, which may be one already. download: fetch or complete a model of the hub.
+def folder(path: str | Path, download: bool = False, without: Collection[str] = ()) -> Path:
+    """Return the local folder, or file, of `path`, which may be one already. download: fetch or complete a model of the
+    hub; without: parts whose weights are not needed.
 
     Raises ConfigError for a malformed hf:// name, CheckpointError for what is not in the cache, not on the
     hub, not reachable, or damaged.
@@ -49,7 +54,12 @@ def folder(path: str | Path, download: bool = False) -> Path:
     if not str(path).startswith(SCHEME):
         return Path(path)
     source = parse(str(path))
-    return _fetch(source) if download else _cached(source)
+    return _fetch(source, without) if download else _cached(source)
+
+
+def is_model(path: str) -> bool:
+    """Return whether `path` names a model of the hub, not a file there."""
+    return path.startswith(SCHEME) and not parse(path).file
 
 
 def parse(name: str) -> Source:
@@ -58,11 +68,13 @@ def parse(name: str) -> Source:
     folders = match[3].split("/") if match and match[3] else []
     if match is None or any(part in ("", ".", "..") for part in (*match[1].split("/"), *folders)):
         raise ConfigError(f"{name!r:.200} is no model of the hub; write hf://owner/name[@revision][/subfolder]")
+    if folders and folders[-1].endswith(WEIGHTS):
+        return Source(match[1], match[2] or "main", "", "/".join(folders))
     return Source(match[1], match[2] or "main", "".join(f"{part}/" for part in folders))
 
 
-def needed(names: Iterable[str], subfolder: str = "") -> list[str]:
-    """Return those of a repository's file names that loading reads.
+def needed(names: Iterable[str], subfolder: str = "", without: Collection[str] = ()) -> list[str]:
+    """Return those of a repository's file names that loading reads. without: parts whose weights it does not.
 
     Where a network has weights under the usual names, its variants (fp16 and the like) are left out.
     """
@@ -72,7 +84,9 @@ def needed(names: Iterable[str], subfolder: str = "") -> list[str]:
 
     def wanted(name: str) -> bool:
         part, _, file = name.rpartition("/")
-        return not file.endswith(".safetensors") or part not in usual or WHOLE.fullmatch(file) is not None
+        if not file.endswith(".safetensors"):
+            return True
+        return part not in without and (part not in usual or WHOLE.fullmatch(file) is not None)
 
     return [subfolder + name for name in sorted(read) if wanted(name)]
 
@@ -86,7 +100,7 @@ def _client() -> ModuleType:
 
 
 def _cached(source: Source) -> Path:
-    index = source.subfolder + "model_index.json"
+    index = source.file or source.subfolder + "model_index.json"
     try:
         found = _client().try_to_load_from_cache(source.repo, index, revision=source.revision)
     except (ValueError, OSError) as error:  # the client's rules for names, or the system's
@@ -96,10 +110,10 @@ def _cached(source: Source) -> Path:
             f"{source} is not in the local cache; fetch it with load(..., download=True) or --download, or where there "
             f"is no network, copy a model folder here and give its path"
         )
-    return Path(found).parent
+    return Path(found) if source.file else Path(found).parent
 
 
-def _fetch(source: Source) -> Path:
+def _fetch(source: Source, without: Collection[str]) -> Path:
     client = _client()
     if os.path.expanduser("~") == "~" and not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & {*os.environ}:
         raise ConfigError(f"there is no home folder to keep {source} in: set HF_HOME to a folder that can be written")
@@ -108,10 +122,13 @@ def _fetch(source: Source) -> Path:
     except Exception as error:  # the client's, and those of whatever it speaks HTTP with
         raise CheckpointError(_why(source, error)) from None
     files = {entry.rfilename: entry for entry in info.siblings or ()}
-    names = needed(files, source.subfolder)
-    if source.subfolder + "model_index.json" not in names:
+    names = [source.file] if source.file else needed(files, source.subfolder, without)
+    if source.file and source.file not in files:
+        raise CheckpointError(f"{source.file} is not in {source.repo} at {source.revision}; check its name on the hub")
+    if not source.file and source.subfolder + "model_index.json" not in names:
         raise CheckpointError(
-            f"{source} has no model_index.json; only model folders in diffusers' layout load: see `twinflow-rt convert`"
+            f"{source} has no model_index.json: no model folder in diffusers' layout; give one of its files (hf://owner/"
+            "name/file.gguf) and base=, the released model"
         )
     try:
         root = Path(client.snapshot_download(source.repo, revision=source.revision, allow_patterns=names))
@@ -124,7 +141,7 @@ def _fetch(source: Source) -> Path:
             _verify(root / name, files[name], source)
     except OSError as error:  # another process, to which it was damaged, has removed it
         raise CheckpointError(f"{source} cannot be compared with the hub ({error}); fetch it again") from None
-    return root / source.subfolder
+    return root / (source.file or source.subfolder)
 
 
 def _verify(path: Path, entry: Any, source: Source) -> None:

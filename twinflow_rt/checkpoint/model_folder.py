@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .files import check_tree, file_type, is_folder, read_json
+from .tensor_files import WEIGHTS
 
 IMAGE_TASKS = ("Edit", "Img2Img", "Inpaint", "ControlNet", "Layered", "Kontext")  # in names of pipelines
 
@@ -21,9 +22,12 @@ def model_folder(path: Path) -> Path:
             f"{path} does not exist; give a local model folder, 'demo', or hf://owner/name (docs/reliability.md)"
         )
     if not is_folder(path):
-        raise CheckpointError(f"{path} is a single file; give the model folder (diffusers layout) instead")
+        raise CheckpointError(f"{path} is a single file; say with base= (--base) which model folder it belongs to")
     if not os.path.lexists(path / "model_index.json"):  # before a whole disk is walked
-        raise CheckpointError(f"{path / 'model_index.json'} is missing; a model folder has the layout diffusers saves")
+        raise CheckpointError(
+            f"{path / 'model_index.json'} is missing; a model folder has the layout diffusers saves, and the "
+            "weights of one network alone go with base= (--base), the folder of their model"
+        )
     check_tree(path)
     pipeline = str(read_json(path / "model_index.json").get("_class_name", ""))
     if any(task in pipeline for task in IMAGE_TASKS):
@@ -35,3 +39,8 @@ def model_folder(path: Path) -> Path:
         if not is_folder(path / part):
             raise CheckpointError(f"{path} has no {part}/ folder; the download is incomplete")
     return path
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of weights in the parts of a model folder."""
+    return [path for path in folder.glob("*/*") if path.suffix.lower() in WEIGHTS]

@@ -20,6 +20,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PLAIN_INDEX = ".safetensors.index.json"
 INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")  # a variant stands in any of three places
 GGUF = ".gguf"
+WEIGHTS = (".safetensors", GGUF)  # how files of weights end
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_model(parser)
     add_options(parser, LoadOptions, only=(
-        "device", "dtype", "text_precision", "text_skip_layers", "check_finite", "download"
+        "base", "files", "device", "dtype", "text_precision", "text_skip_layers", "check_finite", "download"
     ))
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -73,16 +73,15 @@ def open_text(model: str | Path, options: LoadOptions) -> tuple[str, Any]:
     import torch
 
     from ..checkpoint.checkpoint import Checkpoint
-    from ..checkpoint.model_folder import model_folder
     from ..config import resolve_device, resolve_dtype
     from ..families import family_of
-    from ..loading import model_path
+    from ..loading import open_model
     from ..stages.stage import StageOptions
 
-    folder, target = model_folder(model_path(model, options.download)), resolve_device(options.device)
-    transformer = Checkpoint(folder / "transformer", quantized=True)
+    (folder, files), target = open_model(model, options), resolve_device(options.device)
+    transformer = Checkpoint.of_part(folder / "transformer", files, quantized=True)
     family = family_of(transformer.config)
-    text, _, _ = family.open(folder, transformer.config)
+    text, _, _ = family.open(folder, transformer.config, files)
     with torch.no_grad():
         dtype = resolve_dtype(options.dtype, target, transformer.main_dtype())
         precision, skip_layers = options.text_precision, tuple(options.text_skip_layers)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ..options import LoadOptions
 from ..options import add_arguments as add_options
-from .options import add_mode, chosen_sampler, parse_size
+from .options import MODEL, add_mode, chosen_sampler, parse_size
 from .progress import doing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="model folder (diffusers layout), or 'demo'")
+    parser.add_argument("model", help=MODEL)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the .pt2 file to write")
     parser.add_argument(
         "--size", type=parse_size, action="append", default=[], metavar="WxH",
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--text-encoder", action="store_true", help="export the text encoder, too: token ids in")
     add_mode(parser)
-    add_options(parser, LoadOptions, only=("nfe", "loras", "device", "dtype"))
+    add_options(parser, LoadOptions, only=("base", "files", "nfe", "loras", "device", "dtype"))
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON, but for lists of parts")
 
 
@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
 
     with doing(f"exporting {args.model} (this takes minutes)") as progress:
         manifest = export_model(
-            args.model, args.output, sizes=[(height, width) for width, height in args.size], device=args.device,
-            dtype=args.dtype, sampler=chosen_sampler(args), loras=args.loras, text_encoder=args.text_encoder,
-            progress=lambda doing: progress(doing),
+            args.model, args.output, sizes=[(height, width) for width, height in args.size], base=args.base,
+            files=args.files, device=args.device, dtype=args.dtype, sampler=chosen_sampler(args), loras=args.loras,
+            text_encoder=args.text_encoder, progress=lambda doing: progress(doing),
         )  # fmt: skip
     if args.json:
         shown = {k: v for k, v in manifest.items() if k not in ("programs", "weights", "files")}

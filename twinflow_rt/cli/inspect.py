@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..options import LoadOptions
+from ..options import LoadOptions, read_arguments
 from ..options import add_arguments as add_options
 from .options import MODEL, parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help=f"{MODEL}; with --cards all published models if left out")
-    add_options(parser, LoadOptions, only=("download",))
+    add_options(parser, LoadOptions, only=("base", "files", "download"))
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="of the image whose work is counted")
     parser.add_argument("--tokens", type=int, metavar="N", help="length of its prompt (default: 32)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
@@ -31,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..bench import record
     from ..config import DTYPES
-    from ..loading import model_path
+    from ..loading import open_model
     from ..planning.description import describe
 
     width, height = args.size or (None, None)
@@ -44,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
         options["dtype"] = DTYPES[args.dtype]
     if args.ceilings is not None:
         options["ceilings"] = record.load(args.ceilings)["ceilings"]
-    description = describe(model_path(args.model, args.download), (height, width), **options)
+    folder, files = open_model(args.model, read_arguments(args, LoadOptions))
+    description = describe(folder, (height, width), files=files, **options)
     print(json.dumps(description.to_dict(), indent=1) if args.json else description)
     return 0
 
@@ -53,14 +53,15 @@ def _print_cards(args: argparse.Namespace, size: tuple[int | None, int | None]) 
     """Print what fits which card: of the model asked for, else of all that have published configurations."""
     from ..bench.blueprints import BLUEPRINTS
     from ..bench.random_weights import temporary
-    from ..checkpoint.model_folder import model_folder
-    from ..loading import model_path
+    from ..loading import open_model
     from ..planning.cards import count, fits, table
 
     found = []
-    for name in [args.model] if args.model is not None else BLUEPRINTS:
-        at = nullcontext(model_folder(model_path(name, args.download))) if args.model is not None else temporary(name)
-        with at as folder:
+    if args.model is not None:
+        folder, files = open_model(args.model, read_arguments(args, LoadOptions))
+        found = fits(args.model, *count(folder, size, files))
+    for name in BLUEPRINTS if args.model is None else ():
+        with temporary(name) as folder:
             found += fits(name, *count(folder, size))
     print(json.dumps(found, indent=1) if args.json else table(found))
     return 0

@@ -12,9 +12,10 @@ from ..options import LoadOptions, read_arguments
 from .progress import counting, say
 
 if TYPE_CHECKING:
+    from ..checkpoint.checkpoint import Files
     from ..pipeline import Pipeline
 
-MODEL = "model folder (diffusers layout), hf://owner/name, or 'demo'"
+MODEL = "model folder (diffusers layout), hf://owner/name, or 'demo'; with --base, weights of one network"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -56,17 +57,16 @@ def chosen_sampler(args: argparse.Namespace) -> Any:
 def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:
     """Load `args.model` with the options of `load` among `args`, or `others` in their place; say on stderr how far
     that is, then what the network computes in, and why if that was left to "auto"."""
-    from ..checkpoint.model_folder import model_folder
-    from ..loading import load, model_path
+    from ..loading import Asked, load_opened, open_model
     from ..planning.precision import AUTO
 
     options = read_arguments(args, LoadOptions, **others)
     if options.download:
         say(f"fetching what is missing of {args.model}")
-    folder = model_folder(model_path(args.model, options.download))
-    with counting(f"loading {args.model}", bytes_of(folder), unit="bytes") as advance:
+    folder, files = open_model(args.model, options)
+    with counting(f"loading {args.model}", bytes_of(folder, files), unit="bytes") as advance:
         tell = lambda part, size: advance(size, part)
-        pipe = load(folder, **vars(replace(options, progress=tell)))
+        pipe = load_opened(folder, files, Asked.of(replace(options, progress=tell)))
     plan = pipe.program.plan
     say(f"{args.model}: {plan.family}, {plan.arithmetic}, on {pipe.device}, {len(plan.schedule)} evaluation(s)")
     for note in plan.notes:
@@ -75,12 +75,13 @@ def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:
     return pipe
 
 
-def bytes_of(folder: Path) -> int | None:
-    """Return how many bytes the weights of a model folder have; None where `load` will refuse it."""
+def bytes_of(folder: Path, files: Files) -> int | None:
+    """Return how many bytes the weights of a model that is open have; None where `load` will refuse it."""
     from ..checkpoint.checkpoint import Checkpoint
+    from ..checkpoint.model_folder import weight_files
 
     try:
-        parts = {path.parent for path in folder.glob("*/*.safetensors")}
-        return sum(Checkpoint(part, quantized=True).total_bytes() for part in parts) or None
+        parts = {path.parent for path in weight_files(folder)} | {folder / part for part in files}
+        return sum(Checkpoint.of_part(part, files, quantized=True).total_bytes() for part in parts) or None
     except (TwinFlowError, OSError):
         return None

@@ -15,7 +15,7 @@ MEASURED = ("int8", "fp8", "bf16")  # as planning.precision, whose import takes 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help=MODEL)
-    add_options(parser, LoadOptions, only=("device", "dtype", "download"))
+    add_options(parser, LoadOptions, only=("base", "files", "device", "dtype", "download"))
     parser.add_argument("--precision", choices=MEASURED, help="default: fp8 on a GPU, int8 on a CPU")
     parser.add_argument(
         "--budget", type=float, help="error of one forward to stay within; default: 0.06 for fp8, else 0.03"
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     precision = args.precision or ("fp8" if pipe.device.type == "cuda" else "int8")
     with doing(f"measuring {precision}, one kind of layers after the other"):
         if precision == "bf16":
-            reload = lambda dtype: load(pipe.folder, device=pipe.device, dtype=dtype, sampler=pipe.sampler)
+            options = {"base": args.base, "files": args.files, "device": pipe.device, "sampler": pipe.sampler}
+            reload = lambda dtype: load(args.model, dtype=dtype, **options)
             found = sensitivity.of_bfloat16(pipe, reload, args.budget)
         else:
             found = sensitivity.of_pipeline(pipe, precision, args.budget)

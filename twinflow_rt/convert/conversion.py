@@ -12,9 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..loading import model_path
 from ..planning.description import describe
 from ..runtime.host_state import isolated
-from ..single_files.networks import Converted, Slot
-from ..single_files.recognition import recognise
-from ..single_files.report import PartReport
+from ..single_files.recognition import find_slots, recognise
 from ..single_files.sources import open_sources
 from .files import write_folder
 from .report import Conversion
@@ -35,18 +33,11 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists; choose another name or remove it")
     check_target(target, "the folder to write", make_parents=True)
-    slots = [Slot(p.parent) for p in sorted(base.glob("*/config.json"))]
-    networks: dict[str, Converted] = {}
-    reports: list[PartReport] = []
-    for source in open_sources(files):
-        for network, report in recognise(source, slots):
-            if network.slot.name in networks:
-                raise ConfigError(f"{source.path}: a second {network.slot.name}; give each network once")
-            networks[network.slot.name] = network
-            reports.append(report)
+    found = recognise(open_sources(files), find_slots(base))
+    networks, reports = {network.slot.name: network for network, _ in found}, tuple(report for _, report in found)
     copied = [path for path in sorted(base.rglob("*")) if path.is_file() and _stays(path.relative_to(base), networks)]
     names = sorted({p.relative_to(base).parts[0] for p in copied})
-    result = Conversion(str(base), str(target), tuple(reports), tuple(names))
+    result = Conversion(str(base), str(target), reports, tuple(names))
     if dry_run:
         return result
     result.require_complete()

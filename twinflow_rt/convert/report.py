@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..checkpoint.files import some
-from ..errors import CheckpointError
 from ..single_files.report import PartReport
 
 
@@ -32,9 +30,5 @@ class Conversion:
 
     def require_complete(self) -> None:
         """Raises CheckpointError if a key is unknown or missing."""
-        for p in self.parts:
-            if p.unknown:
-                raise CheckpointError(f"{p.file}: unknown {some(p.unknown)}; the base is another model, or a variant")
-            if p.missing:
-                reason = p.hint or f"{p.part} lacks {some(p.missing)}; another model, or an incomplete file"
-                raise CheckpointError(f"{p.file}: {reason}")
+        for part in self.parts:
+            part.require_complete()

@@ -100,15 +100,16 @@ def extra_widths(pipe: Pipeline) -> dict[str, int]:
 
 @isolated()
 def export_model(
-    model: str | Path, output: str | Path, *, sizes: Sequence[tuple[int, int]] = (), device: str | None = None,
-    dtype: str | torch.dtype | None = None, nfe: int | None = None, sampler: SamplerConfig | str | None = None,
-    loras: Loras | None = None, text_encoder: bool = False, options: Mapping[str, Any] | None = None,
+    model: str | Path, output: str | Path, *, sizes: Sequence[tuple[int, int]] = (), base: str | Path | None = None,
+    files: Sequence[str | Path] = (), device: str | None = None, dtype: str | torch.dtype | None = None,
+    nfe: int | None = None, sampler: SamplerConfig | str | None = None, loras: Loras | None = None,
+    text_encoder: bool = False, options: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = lambda doing: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Compile a model for use without Python and write it to `output`; return the manifest.
 
-    model, device, dtype, nfe, sampler, loras: as for `load`; at most 8 evaluations. sizes: (height, width) in
-    pixels, one program each; default: the model's own size. text_encoder: whether to export that, too.
+    model, base, files, device, dtype, nfe, sampler, loras: as for `load`; at most 8 evaluations. sizes: (height, width)
+    in pixels, one program each; default: the model's own size. text_encoder: whether to export that, too.
     options: settings of torch._inductor. progress(doing) is called before each slow part.
 
     The code is for the kind of processor it is compiled on. Each program is run beside the model itself and must agree
@@ -123,7 +124,9 @@ def export_model(
         raise ConfigError(f"sizes must be a list of (height, width); got {shown(sizes)}")
     asked = [check_sides("sizes", size) for size in asked]
     progress("loading")
-    pipe = load(model, device=device, dtype=dtype, nfe=nfe, sampler=sampler, loras=loras)
+    pipe = load(
+        model, base=base, files=files, device=device, dtype=dtype, nfe=nfe, sampler=sampler, loras=loras
+    )
     check_exportable(pipe, model, text_encoder)
     use_eager_ops(pipe)
     chosen = tuple(dict.fromkeys(pipe.sizes.resolve(*size) for size in asked or ((None, None),)))

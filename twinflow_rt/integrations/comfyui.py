@@ -28,35 +28,47 @@ from ..stages.text import PromptEmbeds
 MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else
 MAX_BATCH = 64
 AUTO = "auto"  # of a widget: an option of `load` left at its default
-WIDGETS = {  # the options of `load` that the node has
-    "device": "STRING", "dtype": [AUTO, "float32", "bfloat16", "float16"], "precision": [AUTO, "int8", "fp8"]
+WIDGETS = {  # the options of `load` that the node has; of files, one a line
+    "base": "STRING", "files": "STRING", "device": "STRING",
+    "dtype": [AUTO, "float32", "bfloat16", "float16"], "precision": [AUTO, "int8", "fp8"]
 }  # fmt: skip
+MORE = {"files": {"multiline": True}}
+PATH = "model folder, hf://owner/name, or demo; with base, a file of one network's weights"
 Inputs = dict[str, dict[str, tuple[Any, ...]]]
 
 
 class Load:
-    """A model folder, compiled. ComfyUI keeps it until an input changes."""
+    """A model folder, or files beside one, compiled. ComfyUI keeps it until an input changes."""
 
     RETURN_TYPES: ClassVar = (MODEL,)
     RETURN_NAMES: ClassVar = ("model",)
     FUNCTION, CATEGORY = "load", "TwinFlow"
-    DESCRIPTION = "Loads a TwinFlow model folder (diffusers layout) and compiles it."
+    DESCRIPTION = "Loads a TwinFlow model folder (diffusers layout), or GGUF and safetensors files, and compiles it."
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
         return {
-            "required": {"path": ("STRING", {"default": "demo", "tooltip": "model folder, hf://owner/name, or demo"})},
+            "required": {"path": ("STRING", {"default": "demo", "tooltip": PATH})},
             "optional": {
-                option.name: (WIDGETS[option.name], {"default": AUTO, "tooltip": describe(option)})
+                option.name: (
+                    WIDGETS[option.name],
+                    {"default": AUTO, "tooltip": describe(option), **MORE.get(option.name, {})},
+                )
                 for option in fields(LoadOptions)
                 if option.name in WIDGETS
             },
         }
 
-    def load(self, path: str, device: str = AUTO, dtype: str = AUTO, precision: str = AUTO) -> tuple[Pipeline]:
+    def load(
+        self, path: str, base: str = AUTO, files: str = AUTO, device: str = AUTO, dtype: str = AUTO,
+        precision: str = AUTO,
+    ) -> tuple[Pipeline]:  # fmt: skip
         """Raises what `twinflow_rt.load` raises."""
-        given: dict[str, Any] = {"device": device, "dtype": dtype, "precision": precision}
-        options = LoadOptions(**{name: value for name, value in given.items() if value != AUTO})
+        given: dict[str, Any] = {"base": base, "files": files, "device": device, "dtype": dtype, "precision": precision}
+        given = {name: value.strip() for name, value in given.items() if value.strip() not in ("", AUTO)}
+        if "files" in given:
+            given["files"] = [line.strip() for line in given["files"].splitlines() if line.strip()]
+        options = LoadOptions(**given)
         return (load(path, **vars(options)),)
 
 

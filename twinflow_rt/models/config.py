@@ -150,7 +150,8 @@ def second_embedder(name: str, family: str, instead: str = "") -> Callable[[set[
             return None
         return (
             f"{name} is missing: this is a plain {family} checkpoint, or a community loader saved it without "
-            f"TwinFlow's second time embedder; get the original TwinFlow files{instead}"
+            f"TwinFlow's second time embedder; get the original TwinFlow files, or give a file that has it beside "
+            f"these (files=, --files){instead}"
         )
 
     return absent

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
 from ..errors import ConfigError
 from ..families import family_of
 from ..stages.stage import StageOptions
@@ -30,16 +30,16 @@ def usable(card: int) -> int:
 
 
 def count(
-    folder: Path, size: tuple[int | None, int | None] = (None, None)
+    folder: Path, size: tuple[int | None, int | None] = (None, None), files: Files = OWN_FILES
 ) -> tuple[dict[str, Costs], tuple[int, int, int]]:
     """Return what the model in `folder` takes on a GPU in each of `PRECISIONS`, and the call that is for.
 
-    size: height and width of its image; default: `SIDE`, or the model's own where it makes no such image. No weight is
-    read. Raises CheckpointError, ConfigError.
+    size: height and width of its image; default: `SIDE`, or the model's own where it makes no such image. files: read
+    in place of the folder's networks. No weight is read. Raises CheckpointError, ConfigError.
     """
-    checkpoint = Checkpoint(folder / "transformer")
+    checkpoint = Checkpoint.of_part(folder / "transformer", files)
     family = family_of(checkpoint.config)
-    text, vae, sizes = family.open(folder, checkpoint.config)
+    text, vae, sizes = family.open(folder, checkpoint.config, files)
     text.max_tokens = min(text.max_tokens, PROMPT_TOKENS)
     side = SIDE if min(sizes.max_height, sizes.max_width) >= SIDE else sizes.default
     largest = (*sizes.resolve(*(size if any(size) else (side, side))), 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
 from ..checkpoint.layout import Layout, check
 from ..checkpoint.model_folder import model_folder
 from ..checkpoint.reading import assign
@@ -107,19 +107,19 @@ class Description:
 
 def describe(
     path: Path, size: tuple[int | None, int | None] = (None, None), tokens: int = PROMPT_TOKENS,
-    dtype: torch.dtype | None = None, ceilings: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None, ceilings: Mapping[str, Any] | None = None, files: Files = OWN_FILES,
 ) -> Description:  # fmt: skip
     """Describes a model folder; raises CheckpointError where loading it would.
 
     size, tokens, dtype: height and width of the image whose work is counted, length of its prompt, and what it is
     computed in; default: the model's size, a short prompt, the checkpoint's dtype. ceilings: those in a bench's record,
-    for whose machine the least times are stated, too, beside those of `roofline.CEILINGS`. Raises ConfigError for what
-    these cannot be.
+    for whose machine the least times are stated, too, beside those of `roofline.CEILINGS`. files: what is read in
+    place of the folder's networks. Raises ConfigError for what these cannot be.
     """
     folder = model_folder(path)
-    transformer = Checkpoint(folder / "transformer")
+    transformer = Checkpoint.of_part(folder / "transformer", files)
     family = family_of(transformer.config)
-    text, vae, sizes = family.open(folder, transformer.config)
+    text, vae, sizes = family.open(folder, transformer.config, files)
     config = family.config.from_dict(transformer.config)
     network, folded = family.build(config), family.build(config, folded_steps=1)
     parts = (
@@ -144,7 +144,8 @@ def describe(
     stages = predict_stages(text, folded, vae, *size, dtype, tokens)
     known: dict[str, Ceiling] = CEILINGS if ceilings is None else {**CEILINGS, "measured": _measured(ceilings, dtype)}
     floors = {stage.name: stage.floors(known) for stage in stages}
-    return Description(family.name, str(path), parts, away, memory, size, tokens, dtype_name(dtype), stages, floors)
+    where = "".join((str(path), *(f", {part} from {file.folder}" for part, file in files.items())))
+    return Description(family.name, where, parts, away, memory, size, tokens, dtype_name(dtype), stages, floors)
 
 
 def _in_dtype(network: nn.Module, layout: Layout, dtype: torch.dtype) -> None:

@@ -183,9 +183,10 @@ def model_path(model: str) -> str:
 
 
 def for_workers(options: LoadOptions, device: str) -> LoadOptions:
-    """Return the options for workers, which run elsewhere: their `device`, adapters by their whole paths."""
+    """Return the options for workers, which run elsewhere: their `device`, and files by their whole paths."""
+    base, files = options.base and model_path(str(options.base)), tuple(model_path(str(file)) for file in options.files)
     loras = options.loras and [(Path(path).resolve(), weight) for path, weight in resolve_loras(options.loras)]
-    return replace(options, device=device, loras=loras)
+    return replace(options, base=base, files=files, device=device, loras=loras)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -240,5 +241,6 @@ def parse(args: dict[str, Any]) -> Settings:
     for name, value in args.items():
         if name != "model":
             flag = f"--{name.replace('_', '-')}"
-            words.append(flag if str(value).lower() == "true" else f"{flag}={value}")
+            several = [flag, *map(str, value)] if isinstance(value, (list, tuple)) else [f"{flag}={value}"]
+            words += [flag] if str(value).lower() == "true" else several
     return Settings.of(parser.parse_args(words))

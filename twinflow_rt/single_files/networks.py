@@ -7,14 +7,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checkpoint.files import read_json
 from ..checkpoint.fuse import sources
-from ..checkpoint.tensor_files import DTYPES, stored_bytes
-from ..errors import CheckpointError
+from ..checkpoint.tensor_files import DTYPES, Declared, stored_bytes
+from ..errors import CheckpointError, ConfigError
 from ..families import CONNECTOR, family_of, parts_by_kind
 from ..models.config import reading
 from .names import FUSED, RULES, TEXT, Names
@@ -64,22 +65,68 @@ class Slot:
         return 2 * len(known) - len(self.wanted) + int(agree)
 
 
-class Converted:
-    """Tensors of a source under their new names, for `layout.check` and for writing."""
+class Origin(NamedTuple):
+    """Where a tensor comes from: a key of a source, which of how many parts of it, and whether its row halves trade
+    places."""
 
-    def __init__(self, source: Source, slot: Slot, keys: Sequence[Key]) -> None:
-        self.folder, self.source, self.slot = source.path, source, slot
-        self.where: dict[str, tuple[str, int, int]] = {}
+    source: Source
+    key: str
+    part: int
+    parts: int
+    swapped: bool
+
+
+class Converted:
+    """A network whose tensors come from files: for `layout.check`, for writing, and read in place of a folder's
+    (`checkpoint.NetworkFile`).
+
+    where: origins by diffusers' names. names: the network's name of a tensor -> diffusers'. keys_found: what became of
+    each key of the files.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.where: dict[str, Origin] = {}
+        self.names: dict[str, str] = {}
+        self.keys_found: list[Key] = []
+        self._sources: list[Source] = []
+        self._held: tuple[object, Any] = (None, None)  # what is read part by part
+
+    def add(self, source: Source, keys: Sequence[Key]) -> None:
+        """Take what one more source has and those before have not.
+
+        Raises CheckpointError for a source with two tensors of one name, ConfigError for one that adds nothing."""
+        own: dict[str, str] = {}
         for key in keys:
-            for i, name in enumerate(key.targets):
-                if name in self.where:
-                    raise CheckpointError(f"{source.path}: {key.source} and {self.where[name][0]} are both {name}")
-                self.where[name] = (key.source, i, len(key.targets))
-        self.swapped = {t for k in keys if k.swapped for t in k.targets}
-        self.names = {slot.bare(target): target for target in self.where}
-        for name, others in slot.layout.tied.items():
+            for name in map(self.slot.bare, key.targets):
+                if name in own:
+                    raise CheckpointError(f"{source.path}: {key.source} and {own[name]} are both {name}")
+                own[name] = key.source
+        new = own.keys() - self.names.keys()
+        if self._sources and not new & self.slot.wanted:
+            name = self.slot.name
+            raise ConfigError(f"{source.path} is a second {name} beside {self.folder}; give each network once")
+        self._sources.append(source)
+        for key in keys:
+            for i, target in enumerate(key.targets):
+                if (name := self.slot.bare(target)) in new:
+                    self.where[target] = Origin(source, key.source, i, len(key.targets), key.swapped)
+                    self.names[name] = target
+        taken = (key for key in keys if not key.targets or new.intersection(map(self.slot.bare, key.targets)))
+        self.keys_found += taken
+        for name, others in self.slot.layout.tied.items():
             if name not in self.names and (found := next((other for other in others if other in self.names), None)):
                 self.names[name] = self.names.pop(found)
+
+    @property
+    def folder(self) -> Path:
+        """The files, as messages name them."""
+        return Path(" + ".join(str(source.path) for source in self._sources))
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The weight files."""
+        return tuple(path for source in self._sources for path in source.paths)
 
     def keys(self) -> KeysView[str]:
         return self.names.keys()
@@ -88,12 +135,12 @@ class Converted:
         return iter(self.names)
 
     def stored_shape(self, target: str) -> tuple[int, ...]:
-        """Return the tensor's shape in the new file."""
-        stored, _, parts = self.where[target]
-        shape = self.source.shape(stored)
+        """Return the tensor's shape under diffusers' name."""
+        source, stored, _, parts, _ = self.where[target]
+        shape = source.shape(stored)
         if parts > 1:
             if not shape or shape[0] % parts:
-                raise CheckpointError(f"{self.folder}: {stored} has rows that do not split in {parts}: {shape}")
+                raise CheckpointError(f"{source.path}: {stored} has rows that do not split in {parts}: {shape}")
             shape = (shape[0] // parts, *shape[1:])
         return shape[:2] if self._is_matrix(target, shape) else shape
 
@@ -103,33 +150,63 @@ class Converted:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return its dtype in the file. Raises CheckpointError for one that weights are not kept in."""
-        stored = self.where[self.names[name]][0]
-        dtype = self.source.dtype(stored)
+        source, stored, *_ = self.where[self.names[name]]
+        dtype = source.dtype(stored)
         if dtype not in DTYPES:
             raise CheckpointError(
-                f"{self.folder}: {stored} is stored as {dtype}; take the file in one of {', '.join(DTYPES)}: "
+                f"{source.path}: {stored} is stored as {dtype}; take the file in one of {', '.join(DTYPES)}: "
                 "quantize while loading (precision='int8' or 'fp8')"
             )
         return DTYPES[dtype]
 
+    def get_slice(self, name: str) -> Declared:
+        """Return shape and dtype of a tensor, as `TensorFile` has them."""
+        target = self.names[name]
+        return Declared(self.stored_shape(target), self._code(target))
+
+    def get_tensor(self, name: str) -> Tensor:
+        """Return a tensor by the network's name."""
+        return self.get(self.names[name])
+
+    def nbytes(self, name: str) -> int:
+        """Return its bytes in the file."""
+        source, stored, _, parts, _ = self.where[self.names[name]]
+        return source.nbytes(stored) // parts
+
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every tensor to write, by its new name."""
-        codes = {target: self.source.dtype(stored) for target, (stored, _, _) in self.where.items()}
-        return {target: stored_bytes(code, math.prod(self.stored_shape(target))) for target, code in codes.items()}
+        return {target: stored_bytes(self._code(target), math.prod(self.stored_shape(target))) for target in self.where}
 
     def read(self, targets: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors to write, by their new names; quantized ones in the dtype that they are best held in."""
-        codes = {target: self.source.dtype(self.where[target][0]) for target in targets}
-        return {target: self.get(target).to(DTYPES.get(code)).contiguous() for target, code in codes.items()}
+        """Return tensors to write, by their new names; rows are copied out of what is split."""
+        out = {}
+        for target in targets:
+            tensor = self.get(target)
+            tensor = tensor.clone() if self.where[target].parts > 1 else tensor
+            out[target] = tensor.to(DTYPES.get(self._code(target), tensor.dtype)).contiguous()
+        return out
 
     def get(self, target: str) -> Tensor:
-        """Return the tensor to write; rows are copied out of what is split."""
-        stored, index, parts = self.where[target]
-        tensor = self.source.get(stored)
-        rows = tensor.chunk(parts)[index].clone() if parts > 1 else tensor
-        if target in self.swapped:
+        """Return a tensor by diffusers' name; a part of another is a view of it."""
+        at = self.where[target]
+        rows: Tensor = self._whole(at, at.source.get)
+        if at.parts > 1:
+            rows = rows.chunk(at.parts)[at.part]
+        if at.swapped:
             rows = torch.cat(rows.chunk(2)[::-1])
         return rows.reshape(self.stored_shape(target))
+
+    def _whole(self, at: Origin, read: Callable[[str], Any]) -> Any:
+        """Return read(key of `at`), which its parts, asked for one after the other, share."""
+        wanted, (held, whole) = (at.source, at.key, read.__name__), self._held
+        if held != wanted:
+            whole = read(at.key)
+        self._held = (wanted, whole) if at.part + 1 < at.parts else (None, None)
+        return whole
+
+    def _code(self, target: str) -> str:
+        source, stored, *_ = self.where[target]
+        return source.dtype(stored)
 
     def _is_matrix(self, target: str, shape: tuple[int, ...]) -> bool:
         pattern = self.slot.rules.matrices

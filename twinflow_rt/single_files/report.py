@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..checkpoint.files import some
+from ..errors import CheckpointError
+
 LISTED = 12  # keys of one kind that the printed report names
 
 
@@ -49,3 +52,11 @@ class PartReport:
             lines += [f"  {name:<8} {len(keys):>6}", *(f"    {k}" for k in keys)] if keys else []
         lines += [f"  {self.hint}"] if self.hint else []
         return "\n".join(lines)
+
+    def require_complete(self) -> None:
+        """Raise CheckpointError if a key is unknown or missing."""
+        if self.unknown:
+            raise CheckpointError(f"{self.file}: unknown {some(self.unknown)}; the base is another model, or a variant")
+        if self.missing:
+            reason = self.hint or f"{self.part} lacks {some(self.missing)}; another model, or an incomplete file"
+            raise CheckpointError(f"{self.file}: {reason}")

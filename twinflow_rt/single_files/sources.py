@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from ..checkpoint.files import PICKLES, is_folder
-from ..checkpoint.tensor_files import GGUF, INDEX, TensorFile, open_file, open_folder, read_tensor
+from ..checkpoint.tensor_files import INDEX, WEIGHTS, TensorFile, open_file, open_folder, read_tensor, stored_bytes
 from ..errors import CheckpointError
-
-WEIGHTS = (".safetensors", GGUF)
 
 
 class Source:
@@ -21,6 +20,8 @@ class Source:
         self.path = path
         handle = None if is_folder(path) else open_file(path)
         opened = open_folder(path) if handle is None else [(handle, list(handle.keys()))]
+        files = sorted(path.iterdir()) if handle is None else [path]
+        self.paths = tuple(file for file in files if file.suffix.lower() in WEIGHTS)
         self._where: dict[str, TensorFile] = {key: handle for handle, keys in opened for key in keys}
 
     def __iter__(self) -> Iterator[str]:
@@ -32,6 +33,11 @@ class Source:
     def dtype(self, key: str) -> str:
         """As safetensors names it, e.g. BF16."""
         return self._where[key].get_slice(key).get_dtype()
+
+    def nbytes(self, key: str) -> int:
+        """Return the bytes of a tensor in its file."""
+        own = getattr(self._where[key], "nbytes", None)
+        return int(own(key)) if own else stored_bytes(self.dtype(key), math.prod(self.shape(key)))
 
     def get(self, key: str) -> Tensor:
         return read_tensor(self._where[key], key)
@@ -50,7 +56,7 @@ def open_sources(paths: Iterable[Path]) -> Iterator[Source]:
             continue
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in WEIGHTS)
         if not files:
-            raise CheckpointError(f"{path} holds no .safetensors or .gguf file; give the files to convert")
+            raise CheckpointError(f"{path} holds no .safetensors or .gguf file; give files of weights")
         names = {f.parent: {other.name for other in f.parent.iterdir()} for f in files}
         networks = {at for at, found in names.items() if "config.json" in found or any(map(INDEX.fullmatch, found))}
         for source in (*sorted(networks), *(file for file in files if file.parent not in networks)):
