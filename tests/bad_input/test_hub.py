@@ -18,6 +18,8 @@ from twinflow_rt.checkpoint import hub
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.planning.description import describe
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
 REPO = "owner/tiny"
 # asks for each (name, download) in turn: the folder, or the refusal
 SCRIPT = """
@@ -87,6 +89,27 @@ def test_fetching(source, repo, ask):
 
 
 @pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "vae/config.json"])
+def test_the_base_of_files(source, repo, ask, tmp_path, monkeypatch):
+    """A file of the hub beside a base of the hub, of which the weights it replaces are not fetched."""
+    (repo.folder / "all-in-one.safetensors").unlink()
+    shutil.copy(repo.folder / "vae" / WEIGHTS, repo.folder / "vae-only.safetensors")
+    file, absent = f"hf://{REPO}/vae-only.safetensors", f"hf://{REPO}/other.gguf"
+    with serving(repo) as endpoint:
+        before, (_, path), missing = ask(endpoint, (file, False), (file, True), (absent, True))
+        assert "not in the local cache" in before[1] and "other.gguf is not in owner/tiny at main" in missing[1]
+        assert Path(path).read_bytes() == (source / "vae" / WEIGHTS).read_bytes()
+        for name, value in {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}.items():
+            monkeypatch.setenv(name, value)
+        script = f"""from twinflow_rt.loading import open_model; from twinflow_rt.options import LoadOptions
+folder, files = open_model({file!r}, LoadOptions(base="hf://{REPO}", download=True)); print(folder, *files)"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    folder, *parts = done.stdout.split()
+    assert parts == ["vae"], done.stderr
+    assert Path(path) == Path(folder) / "vae-only.safetensors"
+    assert (Path(folder) / "text_encoder" / "model.safetensors").is_file()
+    assert "vae/config.json" in repo.asked and f"vae/{WEIGHTS}" not in repo.asked
+
+
 def test_damaged_files_are_refused_and_removed(repo, ask, name):
     """Right length, wrong content: a large file, whose SHA-256 is recorded, and a small one (git's name)."""
     repo.lies = {name}
@@ -143,7 +166,7 @@ def test_without_the_client(monkeypatch):
 
 
 NAMES = {
-    "hf://a/b": ("a/b", "main", ""), "hf:/a/b": ("a/b", "main", ""), "hf://a/b/": ("a/b", "main", ""),
+    "hf://a/b/c/d.gguf": ("a/b", "main", ""), "hf://a/b": ("a/b", "main", ""), "hf:/a/b": ("a/b", "main", ""), "hf://a/b/": ("a/b", "main", ""),
     "hf://a-1/b.c_d@v1.0": ("a-1/b.c_d", "v1.0", ""), "hf://a/b/c/d": ("a/b", "main", "c/d/"), "hf://a/b@x/c": ("a/b",
     "x", "c/"),
 }  # fmt: skip

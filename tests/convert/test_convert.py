@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests import factory, qwen_image_factory
+from tests.single_files.layouts import comfy_z_image, fuse, ldm_vae, same, to_file, wan_vae, written
 from twinflow_rt import cli
 from twinflow_rt.checkpoint import shards
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.checkpoint.layout import Layout
 from twinflow_rt.convert import convert, files
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import DEMO, load
-from twinflow_rt.single_files import names
-from twinflow_rt.single_files.networks import Converted
-from twinflow_rt.single_files.report import Key
-from twinflow_rt.single_files.sources import Source
 
 WEIGHTS = factory.WEIGHTS
 ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}
@@ -37,75 +31,6 @@ def z_image(tmp_path_factory):
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     return qwen_image_factory.make_model(tmp_path_factory.mktemp("q") / "m")
-
-
-# -- original layouts, made from diffusers' by rules of their own --------------------------------------
-
-
-def comfy_z_image(tensors):
-    """Fused attention, the authors' names, ComfyUI's container, and a norm that nothing reads."""
-    out = {"model.diffusion_model.norm_final.weight": torch.ones(factory.DIM)}
-    for name, tensor in tensors.items():
-        if ".attention.to_q." in name:
-            tensor = torch.cat([tensors[name.replace("to_q", f"to_{x}")] for x in "qkv"])
-            name = name.replace("to_q", "qkv")
-        elif re.search(r"attention\.to_[kv]\.", name):
-            continue
-        for new, old in (("all_x_embedder.2-1.", "x_embedder."), ("all_final_layer.2-1.", "final_layer."),
-                         ("attention.to_out.0.", "attention.out."), ("attention.norm_q.", "attention.q_norm."),
-                         ("attention.norm_k.", "attention.k_norm.")):  # fmt: skip
-            name = name.replace(new, old)
-        out["model.diffusion_model." + name] = tensor
-    return out
-
-
-def ldm_vae(tensors, levels=3):
-    out = {}
-    for name, tensor in tensors.items():
-        if "attentions.0.to_" in name and name.endswith("weight"):
-            tensor = tensor[..., None, None]
-        name = re.sub(r"up_blocks\.(\d)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
-        name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"mid.block_{int(m[1]) + 1}.", name)
-        for new, old in (("down_blocks.", "down."), (".resnets.", ".block."), (".downsamplers.0.", ".downsample."),
-                         (".upsamplers.0.", ".upsample."), ("conv_shortcut", "nin_shortcut"),
-                         ("conv_norm_out", "norm_out"), ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
-                         ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
-                         ("mid_block.attentions.0.to_", "mid.attn_1.")):  # fmt: skip
-            name = name.replace(new, old)
-        out[name] = tensor.contiguous()
-    return out
-
-
-LAYERS = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
-          "conv_shortcut": "shortcut"}  # fmt: skip
-
-
-def wan_vae(tensors, per_level=3):
-    out = {}
-    for name, tensor in tensors.items():
-        name = re.sub(r"decoder\.up_blocks\.(\d)\.resnets\.(\d)\.",
-                      lambda m: f"decoder.upsamples.{int(m[1]) * per_level + int(m[2])}.", name)  # fmt: skip
-        name = re.sub(r"decoder\.up_blocks\.(\d)\.upsamplers\.0\.",
-                      lambda m: f"decoder.upsamples.{(int(m[1]) + 1) * per_level - 1}.", name)  # fmt: skip
-        name = re.sub(r"mid_block\.resnets\.(\d)\.", lambda m: f"middle.{2 * int(m[1])}.", name)
-        for new, old in (("mid_block.attentions.0.", "middle.1."), ("encoder.down_blocks.", "encoder.downsamples."),
-                         ("coder.conv_in.", "coder.conv1."), ("coder.conv_out.", "coder.head.2."),
-                         ("coder.norm_out.", "coder.head.0."), ("post_quant_conv.", "conv2."),
-                         ("quant_conv.", "conv1.")):  # fmt: skip
-            name = name.replace(new, old)
-        parts = name.split(".")
-        inside = "middle" in parts or "upsamples" in parts or "downsamples" in parts
-        out[".".join(LAYERS.get(p, p) if inside else p for p in parts)] = tensor
-    return out
-
-
-def written(folder, part):
-    return load_file(folder / part / WEIGHTS)
-
-
-def to_file(path, tensors):
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
-    return path
 
 
 def same_images(*folders):
@@ -205,19 +130,6 @@ def test_prefixes_of_training_and_of_other_tools(z_image, tmp_path, change):
     same(written(tmp_path / "out", "transformer"), network)
 
 
-def fuse(tensors, merged, *parts):
-    """Stack `parts` of every module into `merged`, as names' last components but the leaf."""
-    out = dict(tensors)
-    for name in tensors:
-        module, _, leaf = name.rpartition(".")
-        if module.endswith("." + parts[0]):
-            stem = module.removesuffix(parts[0])
-            each = [f"{stem}{part}.{leaf}" for part in parts]
-            if all(key in out for key in each):
-                out[f"{stem}{merged}.{leaf}"] = torch.cat([out.pop(key) for key in each])
-    return out
-
-
 @pytest.mark.parametrize("family", ["z-image", "qwen-image", "sd3", "sana"])
 def test_projections_that_diffusers_has_fused(tmp_path, family):
     base = factory.make_model(tmp_path / "m", family)
@@ -292,120 +204,6 @@ def test_large_networks_are_written_in_shards(z_image, tmp_path, monkeypatch):
     again = convert([tmp_path / "out" / "transformer"], z_image, tmp_path / "again")
     assert [p.part for p in again.parts] == ["transformer"]
     assert {k.action for k in again.parts[0].keys} == {"kept"}
-
-
-# -- names, against diffusers' converters --------------------------------------------------------------
-
-
-def ours(rules, tensors):
-    """Names and tensors by our rules alone."""
-    out = {}
-    for key, tensor in tensors.items():
-        targets = rules.targets(key)
-        tensor = torch.cat(tensor.chunk(2)[::-1]) if rules.swapped(key) else tensor
-        for target, part in zip(targets, tensor.chunk(max(len(targets), 1)), strict=False):
-            out[target] = part.squeeze() if rules.matrices and re.search(rules.matrices, target) else part
-    return out
-
-
-def test_z_image_names_equal_diffusers(z_image):
-    from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers as theirs
-
-    original = comfy_z_image(written(z_image, "transformer"))
-    bare = {k.removeprefix("model.diffusion_model."): v for k, v in original.items()}
-    same(ours(names.z_image({}), bare), theirs(dict(original)))
-
-
-def test_ldm_names_equal_diffusers():
-    from diffusers import AutoencoderKL
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint as theirs
-
-    vae = AutoencoderKL(**{**factory.VAE, "use_quant_conv": True, "use_post_quant_conv": True})
-    original = ldm_vae(vae.state_dict())
-    same(ours(names.ldm_autoencoder(vae.config), original), theirs(dict(original), vae.config))
-
-
-def test_wan_names_equal_diffusers():
-    """Of a VAE with the released number of layers; diffusers' table holds for no other."""
-    from diffusers import AutoencoderKLQwenImage
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers as theirs
-
-    config = {**qwen_image_factory.VAE, "num_res_blocks": 2, "dim_mult": [1, 2, 4, 4]}
-    original = wan_vae(AutoencoderKLQwenImage(**config).state_dict(), per_level=4)
-    same(ours(names.wan_autoencoder(config), original), theirs(dict(original)))
-
-
-def shapes(text):
-    """Random tensors of the names in `text`: "name rows [columns]", {i} for each of two blocks, + for a layer's weight
-    and a bias of as many rows."""
-    generator = torch.Generator().manual_seed(0)
-    out = {}
-    for name, *size in (entry.split() for entry in text.split(",")):
-        rows, *columns = map(int, size)
-        leaves = {".weight": (rows, *columns), ".bias": (rows,)} if name.endswith("+") else {"": (rows, *columns)}
-        for i in range(2 if "{i}" in name else 1):
-            for leaf, shape in leaves.items():
-                out[name.removesuffix("+").format(i=i) + leaf] = torch.randn(shape, generator=generator)
-    return out
-
-
-SD3 = """pos_embed 1 4 8, x_embedder.proj+ 8 2 2, t_embedder.mlp.0+ 8 4, t_embedder.mlp.2+ 8 8, y_embedder.mlp.0+ 8 4,
-y_embedder.mlp.2+ 8 8, context_embedder+ 8 6, joint_blocks.{i}.x_block.attn.qkv+ 24 8,
-joint_blocks.{i}.x_block.attn.ln_q.weight 4, joint_blocks.{i}.x_block.attn.ln_k.weight 4,
-joint_blocks.{i}.x_block.attn.proj+ 8 8, joint_blocks.0.x_block.attn2.qkv+ 24 8,
-joint_blocks.0.x_block.attn2.ln_q.weight 4, joint_blocks.0.x_block.attn2.ln_k.weight 4,
-joint_blocks.0.x_block.attn2.proj+ 8 8, joint_blocks.{i}.x_block.adaLN_modulation.1+ 48 8,
-joint_blocks.{i}.x_block.mlp.fc1+ 32 8, joint_blocks.{i}.x_block.mlp.fc2+ 8 32,
-joint_blocks.{i}.context_block.attn.qkv+ 24 8, joint_blocks.{i}.context_block.attn.ln_q.weight 4,
-joint_blocks.{i}.context_block.attn.ln_k.weight 4, joint_blocks.0.context_block.attn.proj+ 8 8,
-joint_blocks.{i}.context_block.adaLN_modulation.1+ 16 8, joint_blocks.0.context_block.mlp.fc1+ 32 8,
-joint_blocks.0.context_block.mlp.fc2+ 8 32, final_layer.linear+ 4 8, final_layer.adaLN_modulation.1+ 16 8"""
-
-SANA = """pos_embed 1 4 8, x_embedder.proj+ 8 2 1 1, t_embedder.mlp.0+ 8 4, t_embedder.mlp.2+ 8 8, t_block.1+ 48 8,
-y_embedder.y_embedding 3 6, y_embedder.y_proj.fc1+ 8 6, y_embedder.y_proj.fc2+ 8 8, attention_y_norm.weight 8,
-blocks.{i}.scale_shift_table 6 8, blocks.{i}.attn.qkv.weight 24 8, blocks.{i}.attn.proj+ 8 8,
-blocks.{i}.cross_attn.q_linear+ 8 8, blocks.{i}.cross_attn.kv_linear+ 16 8, blocks.{i}.cross_attn.proj+ 8 8,
-blocks.{i}.mlp.inverted_conv.conv+ 40 8 1 1, blocks.{i}.mlp.depth_conv.conv+ 40 1 3 3,
-blocks.{i}.mlp.point_conv.conv.weight 8 20 1 1, final_layer.linear+ 4 8, final_layer.scale_shift_table 2 8"""
-
-
-@pytest.mark.parametrize(
-    ("theirs", "rules", "original"),
-    [
-        ("convert_sd3_transformer_checkpoint_to_diffusers", names.sd3({"num_layers": 2}), SD3),
-        ("convert_sana_transformer_to_diffusers", names.sana({}), SANA),
-    ],
-)
-def test_network_names_equal_diffusers(theirs, rules, original):
-    from diffusers.loaders import single_file_utils
-
-    same(ours(rules, shapes(original)), getattr(single_file_utils, theirs)(shapes(original)))
-
-
-def test_halves_are_swapped_in_the_file_written(tmp_path):
-    """Stable Diffusion 3's closing norm: shift | scale becomes scale | shift."""
-    file = to_file(tmp_path / "f.safetensors", shapes(SD3))
-    slot = SimpleNamespace(rules=names.sd3({"num_layers": 2}), bare=lambda name: name, layout=Layout())
-    stored = "final_layer.adaLN_modulation.1.weight"
-    key = Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
-    network = Converted(slot)
-    network.add(Source(file), [key])
-    shift, scale = shapes(SD3)[stored].chunk(2)
-    assert key.action == "swapped"
-    assert torch.equal(network.get("norm_out.linear.weight"), torch.cat((scale, shift)))
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[k], v) for k, v in b.items())
-
-
-@pytest.mark.parametrize(
-    "rules", [names.z_image({}), names.ldm_autoencoder(factory.VAE), names.wan_autoencoder(qwen_image_factory.VAE)]
-)
-def test_names_that_are_diffusers_already_stay(rules, z_image, qwen):
-    part, folder = ("transformer", z_image) if rules.splits else ("vae", z_image if rules.matrices else qwen)
-    assert all(rules.targets(k) == (k,) for k in written(folder, part))
 
 
 # -- refusals -------------------------------------------------------------------------------------------

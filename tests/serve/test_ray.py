@@ -333,11 +333,14 @@ def test_options_of_an_application():
     with pytest.raises(ConfigError, match=r"--max-bach.*options are those"):
         on_ray.build({"max_bach": 4})
     options = {"max_batch": "4", "download": "true", "batch_invariant": True, "memory_budget": "1GB", "lora": "a:2"}
+    options |= {"base": "b", "files": ["c", "hf://d/e/f.gguf"]}
     parsed = on_ray.parse({"model": "hf://a/b", **options})
     assert (parsed.model, parsed.limits.max_batch, parsed.server.timeout) == ("hf://a/b", 4, 120)
     changed = {"download": True, "batch_invariant": True, "memory_budget": "1GB", "loras": [("a", 2.0)]}
+    changed |= {"base": "b", "files": ("c", "hf://d/e/f.gguf")}
     assert parsed.load == LoadOptions(**changed, largest=(None, None, 4))
     there = on_ray.for_workers(parsed.load, "cuda")
-    assert there == replace(parsed.load, device="cuda", loras=[(Path("a").resolve(), 2.0)])
+    elsewhere = {"base": str(Path("b").resolve()), "files": (str(Path("c").resolve()), "hf://d/e/f.gguf")}
+    assert there == replace(parsed.load, device="cuda", loras=[(Path("a").resolve(), 2.0)], **elsewhere)
     assert on_ray.model_path("hf://a/b") == "hf://a/b" and on_ray.model_path("demo") == "demo"
     assert on_ray.model_path("m") == str(Path("m").resolve())

@@ -150,8 +150,8 @@ def second_embedder(name: str, family: str, instead: str = "") -> Callable[[set[
             return None
         return (
             f"{name} is missing: this is a plain {family} checkpoint, or a community loader saved it without "
-            f"TwinFlow's second time embedder; get the original TwinFlow files, or give a file that has it beside "
-            f"these (files=, --files){instead}"
+            f"TwinFlow's second time embedder; get the original TwinFlow files, or give what has it beside these "
+            f"(files=, --files): a file, or the released transformer's folder{instead}"
         )
 
     return absent
