@@ -51,7 +51,8 @@ def test_every_command_that_makes_images_takes_the_options(command):
         "--device": "cpu", "--dtype": "float32", "--nfe": "2", "--lora": "a:0.5", "--precision": "int8",
         "--skip-layers": "w2", "--text-precision": "int8", "--text-skip-layers": "mlp", "--prompt-cache": "100",
         "--capture": "off", "--memory-budget": "1GB", "--tile": "64", "--fp8-attention": None, "--download": None,
-        "--batch-invariant": None, "--no-check-finite": None, "--base": "b", "--files": "f", **dict.fromkeys(own, "folder"),
+        "--batch-invariant": None, "--no-check-finite": None, "--base": "b", "--files": "f",
+        **dict.fromkeys(own, "folder"),
     }  # fmt: skip
     assert {flag(option) for option in OPTIONS.values()} - {None} == {*given, "--preview"}
     words += [word for name, value in given.items() for word in (name, value) if word is not None]

@@ -34,6 +34,15 @@ for name, download in json.loads(sys.argv[1]):
         print(json.dumps([type(error).__name__, str(error)]))
 """
 
+OPEN = f"""
+import json, sys
+from twinflow_rt.loading import open_model
+from twinflow_rt.options import LoadOptions
+for name, download in json.loads(sys.argv[1]):
+    folder, files = open_model(name, LoadOptions(base="hf://{REPO}", download=download))
+    print(json.dumps([str(folder), *files]))
+"""
+
 
 @pytest.fixture
 def repo(source, tmp_path) -> Hub:
@@ -56,12 +65,14 @@ def repo(source, tmp_path) -> Hub:
 def ask(tmp_path):
     """Runs SCRIPT with a cache of its own; endpoint None: no hub can be reached."""
 
-    def run(endpoint: str | None, *asked: tuple[str, bool], **variables: str) -> list[tuple[str, str]]:
+    def run(
+        endpoint: str | None, *asked: tuple[str, bool], script: str = SCRIPT, **variables: str
+    ) -> list[tuple[str, str]]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
         env |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint or "http://127.0.0.1:9",
     "HF_HUB_DISABLE_XET": "1"}
         env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
-        command = [sys.executable, "-c", SCRIPT, json.dumps(asked)]
+        command = [sys.executable, "-c", script, json.dumps(asked)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
@@ -88,8 +99,7 @@ def test_fetching(source, repo, ask):
     assert ask(None, (plain, True))[0][0] == "CheckpointError"
 
 
-@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "vae/config.json"])
-def test_the_base_of_files(source, repo, ask, tmp_path, monkeypatch):
+def test_the_base_of_files(source, repo, ask):
     """A file of the hub beside a base of the hub, of which the weights it replaces are not fetched."""
     (repo.folder / "all-in-one.safetensors").unlink()
     shutil.copy(repo.folder / "vae" / WEIGHTS, repo.folder / "vae-only.safetensors")
@@ -98,18 +108,14 @@ def test_the_base_of_files(source, repo, ask, tmp_path, monkeypatch):
         before, (_, path), missing = ask(endpoint, (file, False), (file, True), (absent, True))
         assert "not in the local cache" in before[1] and "other.gguf is not in owner/tiny at main" in missing[1]
         assert Path(path).read_bytes() == (source / "vae" / WEIGHTS).read_bytes()
-        for name, value in {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}.items():
-            monkeypatch.setenv(name, value)
-        script = f"""from twinflow_rt.loading import open_model; from twinflow_rt.options import LoadOptions
-folder, files = open_model({file!r}, LoadOptions(base="hf://{REPO}", download=True)); print(folder, *files)"""
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    folder, *parts = done.stdout.split()
-    assert parts == ["vae"], done.stderr
+        (folder, *parts), *_ = ask(endpoint, (file, True), script=OPEN)
+    assert parts == ["vae"]
     assert Path(path) == Path(folder) / "vae-only.safetensors"
     assert (Path(folder) / "text_encoder" / "model.safetensors").is_file()
     assert "vae/config.json" in repo.asked and f"vae/{WEIGHTS}" not in repo.asked
 
 
+@pytest.mark.parametrize("name", ["vae/diffusion_pytorch_model.safetensors", "vae/config.json"])
 def test_damaged_files_are_refused_and_removed(repo, ask, name):
     """Right length, wrong content: a large file, whose SHA-256 is recorded, and a small one (git's name)."""
     repo.lies = {name}
@@ -166,9 +172,9 @@ def test_without_the_client(monkeypatch):
 
 
 NAMES = {
-    "hf://a/b/c/d.gguf": ("a/b", "main", ""), "hf://a/b": ("a/b", "main", ""), "hf:/a/b": ("a/b", "main", ""), "hf://a/b/": ("a/b", "main", ""),
-    "hf://a-1/b.c_d@v1.0": ("a-1/b.c_d", "v1.0", ""), "hf://a/b/c/d": ("a/b", "main", "c/d/"), "hf://a/b@x/c": ("a/b",
-    "x", "c/"),
+    "hf://a/b": ("a/b", "main", ""), "hf:/a/b": ("a/b", "main", ""), "hf://a/b/": ("a/b", "main", ""),
+    "hf://a-1/b.c_d@v1.0": ("a-1/b.c_d", "v1.0", ""), "hf://a/b/c/d": ("a/b", "main", "c/d/"),
+    "hf://a/b@x/c": ("a/b", "x", "c/"), "hf://a/b@x/c/d.gguf": ("a/b", "x", ""),
 }  # fmt: skip
 
 

@@ -20,8 +20,8 @@ class Source:
         self.path = path
         handle = None if is_folder(path) else open_file(path)
         opened = open_folder(path) if handle is None else [(handle, list(handle.keys()))]
-        files = sorted(path.iterdir()) if handle is None else [path]
-        self.paths = tuple(file for file in files if file.suffix.lower() in WEIGHTS)
+        inside = sorted(path.iterdir()) if handle is None else ()
+        self.paths = tuple(file for file in inside if file.suffix.lower() in WEIGHTS) or (path,)
         self._where: dict[str, TensorFile] = {key: handle for handle, keys in opened for key in keys}
 
     def __iter__(self) -> Iterator[str]:
