@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint.files import read_json
-from ..checkpoint.tensor_files import DTYPES, READERS, Declared
+from ..checkpoint.files import Declared, read_json
+from ..checkpoint.tensor_files import DTYPES, READERS
 from ..errors import CheckpointError
 
 FILE = "random_weights.json"

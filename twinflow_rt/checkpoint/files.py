@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, OutOfMemoryError
 
@@ -29,6 +29,19 @@ FOREIGN = {
     b"<!doctype html": "a web page in place of the file; download the file itself",
     b"<html": "a web page in place of the file; download the file itself",
 }  # fmt: skip
+
+
+class Declared(NamedTuple):
+    """Shape and stored dtype of a tensor that need not exist yet."""
+
+    shape: tuple[int, ...]
+    code: str
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.code
 
 
 def some(names: Iterable[str]) -> str:

@@ -11,9 +11,11 @@ import re
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from errno import ENOMEM
+from mmap import ACCESS_COPY, mmap
+from os import SEEK_CUR
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +24,9 @@ from torch import Tensor
 from ..errors import CheckpointError, OutOfMemoryError, require_extra
 from ..ops.int4 import CHUNK, Int4Form, Int4Weight, pack_codes
 from ..ops.linear import LIMITS, SMALLEST
-from .files import MAX_TEXT, refuse_foreign, require_file
+from .files import Declared, refuse_foreign, require_file
 
-MAX_COUNT, MAX_AXES = 100_000, 8  # tensors or other values of a file; axes of a tensor
+MAX_COUNT, MAX_VALUES, MAX_AXES = 100_000, 1 << 23, 8  # tensors or other values; of an array; axes of a tensor
 AT_ONCE = 1 << 18  # numbers dequantized by a thread at a time: they stay in its cache
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that are not quantized
 INT4_FORMS = {"Q4_0": Int4Form(32), "Q4_1": Int4Form(32, True), "Q4_K": Int4Form(32, True)}
@@ -45,31 +47,20 @@ LLAMA_CPP = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a file: its type in the package, its shape there and in the network, numbers and bytes of a block,
-    where its bytes begin, and how many they are."""
+class Entry(NamedTuple):
+    """A tensor of a file: its type in the package, its shape, numbers and bytes of a block, and its mapped bytes."""
 
     kind: Any
-    stored: tuple[int, ...]
     shape: tuple[int, ...]
     block: tuple[int, int]
-    start: int
-    size: int
-
-    def get_shape(self) -> tuple[int, ...]:
-        return self.shape
-
-    def get_dtype(self) -> str:
-        return self.kind.name if self.kind.name in PLAIN else "BF16"  # what it is best held in
+    stored: Tensor
 
 
 class GGUFFile:
     """The tensors of a GGUF file, mapped and dequantized one at a time, as a `TensorFile`.
 
-    Text encoders in llama.cpp's names have those of transformers here. Whose they are is told from the names: what a
-    file says of its architecture is often wrong. Raises CheckpointError for a file that is damaged, in parts,
-    big-endian or of unknown types, ConfigError where the gguf package is not installed.
+    Text encoders under llama.cpp's names have transformers' here. Which they are, names say: a file's architecture
+    field is often wrong. Raises CheckpointError for a file that is damaged, in parts, big-endian or of unknown types.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,11 +68,12 @@ class GGUFFile:
         require_file(path)
         self.path = path
         try:
-            self._bytes = np.asarray(np.memmap(path, mode="c"))
-            entries = _read(path, self._bytes)
-        except MemoryError as error:
-            raise OutOfMemoryError(f"{path} cannot be mapped ({error}); free memory, or raise `ulimit -v`") from None
-        except (OSError, ValueError, struct.error) as error:
+            with path.open("rb") as file:
+                mapped = mmap(file.fileno(), 0, access=ACCESS_COPY)
+            entries = _read(path, mapped)
+        except (OSError, ValueError, OverflowError, struct.error) as error:
+            if getattr(error, "errno", None) == ENOMEM:
+                raise OutOfMemoryError(f"{path} cannot be mapped; free memory, or raise `ulimit -v`") from None
             refuse_foreign(path, but=b"GGUF")
             raise CheckpointError(f"{path} is truncated or no GGUF file ({error}); download it again") from None
         names, self._gemma = _transformers_names(entries)
@@ -90,67 +82,57 @@ class GGUFFile:
     def keys(self) -> Iterable[str]:
         return self._entries.keys()
 
-    def get_slice(self, name: str) -> Entry:
-        return self._entries[name]
+    def get_slice(self, name: str) -> Declared:
+        kind, shape, *_ = self._entries[name]
+        return Declared(shape, kind.name if kind.name in PLAIN else "BF16")  # which its numbers are best held in
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a tensor has in the file."""
-        return self._entries[name].size
+        return len(self._entries[name].stored)
 
     def get_tensor(self, name: str) -> Tensor:
         """Return a tensor: a view of the mapped file, or dequantized, in float32, bit for bit as `gguf.dequantize` has
         it. Raises CheckpointError for scales of NaN or infinity."""
-        entry = self._entries[name]
-        plain = PLAIN.get(entry.kind.name)
-        tensor = self._dequantized(name) if plain is None else self._stored(entry).view(plain)
-        shaped: Tensor = tensor.view(entry.shape)
+        kind, shape, _, stored = self._entries[name]
+        plain = PLAIN.get(kind.name)
+        tensor = self._finite(name, _dequantized(self._entries[name])) if plain is None else stored.view(plain)
+        shaped: Tensor = tensor.view(shape)
         # a Gemma's norms multiply by 1 + w: llama.cpp keeps that, transformers w
         return shaped - 1 if self._gemma and name.endswith("norm.weight") else shaped
 
     def int4_form(self, name: str) -> Int4Form | None:
         """Return how `get_int4` gives a matrix of 4-bit blocks (Q4_0, Q4_1, Q4_K); None for any other tensor."""
-        entry = self._entries[name]
-        whole = entry.shape == entry.stored and len(entry.shape) == 2 and entry.shape[1] % CHUNK == 0
-        return INT4_FORMS.get(entry.kind.name) if whole else None
+        kind, shape, (numbers, _), _ = self._entries[name]
+        return INT4_FORMS.get(kind.name) if len(shape) == 2 and shape[1] % max(CHUNK, numbers) == 0 else None
 
-    def get_int4(self, name: str, limit: float = LIMITS[torch.int8]) -> Int4Weight | None:
-        """Return a matrix that has an `int4_form` with the codes that it has; None for any other tensor.
-
-        limit: largest magnitude in units of a row's scale, in which scales and minimums are rounded to float16 (see
-        `ops.int4`). Raises CheckpointError for scales of NaN or infinity.
-        """
-        entry = self._entries[name]
-        if self.int4_form(name) is None:
-            return None
-        packed, scales, minimums = _int4(self._stored(entry).view(entry.shape[0], -1, entry.block[1]))
+    def get_int4(self, name: str) -> Int4Weight:
+        """Return a matrix that has an `int4_form`, with the codes that it has; scales are rounded to float16 in units
+        of their row's (see `ops.int4`). Raises CheckpointError for scales of NaN or infinity."""
+        _, shape, (_, size), stored = self._entries[name]
+        packed, scales, minimums = _int4(stored.view(shape[0], -1, size))
         lowest = 8 * scales if minimums is None else minimums
         largest = torch.maximum(lowest.abs(), (15 * scales - lowest).abs()).amax(-1, keepdim=True)
-        self._require_finite(name, largest)
-        rows = largest.clamp_min(SMALLEST) / limit
+        rows = self._finite(name, largest).clamp_min(SMALLEST) / LIMITS[torch.int8]
         return Int4Weight(packed, (scales / rows).half(), None if minimums is None else (minimums / rows).half(), rows)
 
-    def _stored(self, entry: Entry) -> Tensor:
-        return torch.from_numpy(self._bytes[entry.start : entry.start + entry.size])
-
-    def _dequantized(self, name: str) -> Tensor:
-        from gguf import dequantize
-
-        entry = self._entries[name]
-        stored, out = self._stored(entry).numpy(), torch.empty(math.prod(entry.shape), dtype=torch.float32)
-        step = AT_ONCE // entry.block[0] * entry.block[1]
-
-        def part(i: int) -> None:
-            with np.errstate(all="ignore"):  # what is not finite is found below
-                out.numpy()[i * AT_ONCE : (i + 1) * AT_ONCE] = dequantize(stored[i * step : (i + 1) * step], entry.kind)
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(part, range(-(-len(stored) // step))))
-        self._require_finite(name, out)
-        return out
-
-    def _require_finite(self, name: str, numbers: Tensor) -> None:
+    def _finite(self, name: str, numbers: Tensor) -> Tensor:
         if not all(extreme.isfinite() for extreme in torch.aminmax(numbers)):
             raise CheckpointError(f"{self.path}: {name:.200} has scales of NaN or infinity; download the file again")
+        return numbers
+
+
+def _dequantized(entry: Entry) -> Tensor:
+    """Return a tensor's numbers in a row, dequantized part by part in threads."""
+    from gguf import dequantize
+
+    def part(numbers: Tensor, stored: Tensor) -> None:
+        with np.errstate(all="ignore"):  # what is not finite is named later
+            numbers.copy_(torch.from_numpy(dequantize(stored.numpy(), entry.kind)))
+
+    out = torch.empty(math.prod(entry.shape), dtype=torch.float32)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(part, out.split(AT_ONCE), entry.stored.split(AT_ONCE // entry.block[0] * entry.block[1])))
+    return out
 
 
 def _int4(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -167,77 +149,62 @@ def _int4(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return pack_codes(torch.stack((codes & 15, codes >> 4), -2).flatten(1)), scales, -least[0] if least else None
 
 
-class _Header:
-    """Reads a header value by value. Raises ValueError where it ends too soon."""
-
-    def __init__(self, data: memoryview) -> None:
-        self._data, self.at = data, 0
-
-    def bytes(self, size: int) -> memoryview:
-        start, self.at = self.at, self.at + size
-        if self.at > len(self._data):
-            raise ValueError("it ends within its header")
-        return self._data[start : self.at]
-
-    def numbers(self, code: str) -> tuple[Any, ...]:
-        return struct.unpack(f"<{code}", self.bytes(struct.calcsize(f"<{code}")))
-
-    def text(self) -> str:
-        return str(self.bytes(*self.numbers("Q")), "utf-8")
-
-    def value(self) -> tuple[Any, ...]:
-        """Return a number or an array of a few; of anything else (), it is passed by."""
-        (kind,), count = self.numbers("I"), 1
-        if kind == ARRAY:
-            kind, count = self.numbers("IQ")
-        if kind == TEXT:
-            for _ in range(count):
-                self.bytes(*self.numbers("Q"))
-        elif kind not in NUMBERS:
-            raise ValueError(f"it has a value of type {kind}, which there is none of")
-        elif count <= MAX_AXES:
-            return self.numbers(NUMBERS[kind] * count)
-        else:
-            self.bytes(count * struct.calcsize(f"<{NUMBERS[kind]}"))
-        return ()
+def _numbers(file: mmap, code: str) -> tuple[Any, ...]:
+    if len(data := file.read(size := struct.calcsize(f"<{code}"))) < size:
+        raise ValueError("it ends within its header")
+    return struct.unpack(f"<{code}", data)
 
 
-def _read(path: Path, data: Any) -> dict[str, Entry]:
+def _text(file: mmap) -> str:
+    return str(file.read(*_numbers(file, "Q")), "utf-8")
+
+
+def _value(file: mmap) -> tuple[Any, ...]:
+    """Return a number, or an array of them; of text (), it is passed by."""
+    (kind,), count = _numbers(file, "I"), 1
+    if kind == ARRAY:
+        kind, count = _numbers(file, "IQ")
+    if kind not in (TEXT, *NUMBERS) or count > MAX_VALUES:
+        raise ValueError(f"it has {count:,} values of type {kind}")
+    if kind == TEXT:
+        for _ in range(count):
+            file.seek(int.from_bytes(file.read(8), "little"), SEEK_CUR)
+    return () if kind == TEXT else _numbers(file, f"{count}{NUMBERS[kind]}")
+
+
+def _read(path: Path, file: mmap) -> dict[str, Entry]:
     """Return the tensors of a file by their names. Raises ValueError for a damaged one, CheckpointError for others that
     cannot be read."""
-    header = _Header(memoryview(data)[:MAX_TEXT])
-    magic, version = header.numbers("4sI")
+    magic, version = _numbers(file, "4sI")
     if magic != b"GGUF":
         raise ValueError("it does not begin as one")
     if version and not version & 0xFFFF:
         raise CheckpointError(f"{path} is big-endian; convert it with `gguf-convert-endian {path} little`")
     if version not in (2, 3):
         raise CheckpointError(f"{path} is GGUF of version {version}; versions 2 and 3 are read: get a newer file")
-    tensors, values = header.numbers("QQ")
+    tensors, values = _numbers(file, "QQ")
     if max(tensors, values) > MAX_COUNT:
         raise ValueError(f"it claims {tensors:,} tensors and {values:,} values; none has more than {MAX_COUNT:,}")
-    metadata = {header.text(): header.value() for _ in range(values)}
+    metadata = {_text(file): _value(file) for _ in range(values)}
     if (parts := sum(metadata.get("split.count", ()))) > 1:
         raise CheckpointError(f"{path} is one of {parts} parts; join them with `llama-gguf-split --merge`")
     declared: dict[str, tuple[Any, ...]] = {}
     for _ in range(tensors):
-        name, (axes,) = header.text(), header.numbers("I")
+        name, (axes,) = _text(file), _numbers(file, "I")
         if name in declared or axes > MAX_AXES:
             raise ValueError(f"{name:.200} stands twice or has {axes:,} axes")
-        declared[name] = header.numbers("Q" * axes + "IQ")
+        declared[name] = _numbers(file, "Q" * axes + "IQ")
     alignment = sum(metadata.get("general.alignment", (32,)))
     if alignment not in (8 << i for i in range(20)):
         raise ValueError(f"its alignment is {alignment}")
-    start, entries = -(-header.at // alignment) * alignment, {}
-    for name, (*shape, code, offset) in declared.items():
-        entry = _entry(path, name, tuple(shape[::-1]), metadata.get(SHAPES + name), code, start + offset)
-        if offset % 8 or entry.start + entry.size > len(data):
-            raise ValueError(f"{name:.200} has bytes {entry.start:,} to {entry.start + entry.size:,} of {len(data):,}")
-        entries[name] = entry
-    return entries
+    start, data = -(-file.tell() // alignment) * alignment, torch.frombuffer(file, dtype=torch.uint8)
+    return {
+        name: _entry(path, data, name, tuple(shape[::-1]), metadata.get(SHAPES + name), code, start + offset)
+        for name, (*shape, code, offset) in declared.items()
+    }
 
 
-def _entry(path: Path, name: str, stored: tuple[int, ...], original: Any, code: int, start: int) -> Entry:
+def _entry(path: Path, data: Tensor, name: str, stored: tuple[int, ...], original: Any, code: int, start: int) -> Entry:
     """Return a tensor of the file. original: its shape in ComfyUI's metadata, or None. Raises as `_read` does."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
@@ -252,9 +219,12 @@ def _entry(path: Path, name: str, stored: tuple[int, ...], original: Any, code: 
         ) from None
     shape = original or (1,) * (AXES.get(name.rpartition(".")[2], 0) - len(stored)) + stored
     total = math.prod(stored)
+    end = start + total // numbers * size
     if not all(stored) or (stored or (1,))[-1] % numbers or min(shape, default=1) < 1 or math.prod(shape) != total:
         raise ValueError(f"{name:.200} has shape {stored} or {shape}, of {kind.name} in blocks of {numbers}")
-    return Entry(kind, stored, shape, (numbers, size), start, total // numbers * size)
+    if start % 8 or end > len(data):
+        raise ValueError(f"{name:.200} has bytes {start:,} to {end:,} of {len(data):,}")
+    return Entry(kind, shape, (numbers, size), data[start:end])
 
 
 def _transformers_names(names: Iterable[str]) -> tuple[dict[str, str], bool]:

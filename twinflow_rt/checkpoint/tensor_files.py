@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import PICKLES, open_tensors, read_json, some
+from .files import PICKLES, Declared, open_tensors, read_json, some
 from .gguf_file import GGUFFile
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,19 +59,6 @@ def read_tensor(file: TensorFile, key: str) -> Tensor:
 # Other files that a network's folder may have in place of safetensors: their name -> what opens one. Empty here;
 # whoever makes such files adds its reader (the bench does, for weights that are drawn when they are read).
 READERS: dict[str, Callable[[Path], TensorFile]] = {}
-
-
-class Declared:
-    """Shape and stored dtype of a tensor that need not exist yet."""
-
-    def __init__(self, shape: tuple[int, ...], code: str) -> None:
-        self._shape, self._code = shape, code
-
-    def get_shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    def get_dtype(self) -> str:
-        return self._code
 
 
 class MemoryFile:
