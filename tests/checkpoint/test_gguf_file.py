@@ -19,7 +19,7 @@ from twinflow_rt.checkpoint.gguf_file import GGUFFile
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.models.text_encoders import gemma2, qwen2_5_vl, qwen3, t5
-from twinflow_rt.ops.int4 import dense, widen
+from twinflow_rt.ops.int4 import Int4Form, dense, widen
 from twinflow_rt.stages.stage import open_part
 
 TYPES = (*gguf_factory.HALVES, "F32", "F16", "BF16")
@@ -58,6 +58,7 @@ def test_blocks_of_4_bits_keep_their_codes(tmp_path, kind):
     expected[2] = 0
     file = GGUFFile(gguf_factory.write(tmp_path / "x.gguf", {"a": given}))
     weight = file.get_int4("a")
+    assert file.int4_form("a") == Int4Form(32, kind != "Q4_0")
     assert [w is None or (w.dtype, w.shape) for w in weight] == [
         (torch.uint8, (6, 256)), (torch.float16, (6, 16)), kind == "Q4_0" or (torch.float16, (6, 16)),
         (torch.float32, (6, 1)),
