@@ -12,6 +12,8 @@ import torch
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.files import open_tensors, read_json
 from twinflow_rt.checkpoint.gguf_file import GGUFFile
+from twinflow_rt.checkpoint.quantized_files import dense_files
+from twinflow_rt.checkpoint.tensor_files import DTYPES
 from twinflow_rt.checkpoint.typed_json import typed
 from twinflow_rt.errors import CheckpointError, TwinFlowError
 from twinflow_rt.families import FAMILIES, family_of, parts_by_kind
@@ -22,13 +24,13 @@ SEEDS = Path(__file__).parent / "seeds"
 
 
 def tensors(file: Path) -> None:
-    """A safetensors file: its header, then every tensor it declares."""
+    """A safetensors file: its header, then every tensor it declares, dense where it is quantized."""
     handle = open_tensors(file)
-    for name in handle.keys():  # noqa: SIM118 (not a dict)
-        part = handle.get_slice(name)
-        shape, dtype = part.get_shape(), part.get_dtype()
-        if dtype == "F32":
-            assert list(handle.get_tensor(name).shape) == list(shape)
+    for opened, names in dense_files([(handle, [*handle.keys()])], file):
+        for name in names:
+            part = opened.get_slice(name)
+            if part.get_dtype() in DTYPES:
+                assert list(opened.get_tensor(name).shape) == list(part.get_shape())
 
 
 def gguf(file: Path) -> None:

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..ops.int4 import Int4Form, Int4Weight
 from .files import is_folder, read_json
 from .load_report import Meter
+from .quantized_files import dense_files
 from .tensor_files import DTYPES, QUANTIZED, WEIGHTS, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
 
 
@@ -38,7 +39,8 @@ class Checkpoint:
     """One network's folder (config.json and safetensors, whole or sharded), tensors read on demand.
 
     strip: key prefixes to drop; a key loses the first of them that it has (Qwen3ForCausalLM stores Qwen3Model under
-    `model.`). quantized: whether int8 and float8 tensors are expected too, as in a saved program. files: opened files
+    `model.`). quantized: whether int8 and float8 tensors are weights as they are held here, as in a saved program; in
+    others they are read as dense ones (`quantized_files`). files: opened files
     that take the place of the folder's, with `config` in place of its config.json; messages call them `folder`.
     Opening reads headers only. Raises CheckpointError for a missing or truncated file, a pickle, an
     index that names a shard outside the folder, or a key that its shard lacks.
@@ -59,7 +61,8 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json") if config is None else dict(config)
         prefixes = (strip,) if isinstance(strip, str) else strip
         given = [(file, list(file.keys())) for file in self.files or ()]
-        opened = open_folder(self.folder) if self.files is None else given
+        stored = open_folder(self.folder) if self.files is None else given
+        opened = stored if quantized else dense_files(stored, self.folder)
         self._where: dict[str, tuple[TensorFile, str]] = {}  # name -> the file that has it, and its key there
         for file, keys in opened:
             for key in keys:

@@ -150,6 +150,8 @@ def _require_plain(module: Any) -> None:
     names = list(module.state_dict())
     if any("lora_" in name or ".base_layer." in name for name in names):
         raise ConfigError("the pipeline has LoRA layers: fuse_lora() and unload_lora_weights() first, or unload them")
+    if module.config.get("quantization_config"):
+        raise ConfigError("the pipeline's weights are quantized: accelerate it in bfloat16, or load() its folder")
     registries = [getattr(m, "_diffusers_hook", None) for m in module.modules()]
     hooked = any(registry is not None and registry.hooks for registry in registries)
     if hooked or any(hasattr(m, "_hf_hook") for m in module.modules()) or any(p.is_meta for p in module.parameters()):

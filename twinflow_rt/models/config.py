@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
 
+from ..checkpoint.files import UNREAD_FORM
 from ..checkpoint.typed_json import hints_of, typed
 from ..errors import ConfigError, TwinFlowError
 
@@ -80,14 +81,18 @@ def rope_theta(raw: Mapping[str, Any], otherwise: float, kinds: Sequence[str] = 
     return otherwise if given is None else given
 
 
+# of quantization_config: their weights are read as what they stand for (`checkpoint.quantized_files`)
+READ_METHODS = ("quanto", "torchao", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bfl")
+
+
 def refuse_quantized(raw: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for the config.json of weights that another library has quantized."""
-    if found := raw.get("quantization_config"):
-        method = found.get("quant_method") if isinstance(found, Mapping) else None
+    """Raise ConfigError for the config.json of weights that another library has quantized in a way that is not read."""
+    found = raw.get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    if found and method not in READ_METHODS:
         raise ConfigError(
             f"{where}: quantization_config says that the weights are quantized by {method or 'another library'!s:.40}, "
-            "in a form that is not read; get the model in bfloat16, float16 or float32, and quantize while loading "
-            "(precision='int8' or 'fp8')"
+            + UNREAD_FORM
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoint.files import PICKLES, is_folder
+from ..checkpoint.quantized_files import dense_files
 from ..checkpoint.tensor_files import INDEX, WEIGHTS, TensorFile, open_file, open_folder, read_tensor, stored_bytes
 from ..errors import CheckpointError
 
@@ -22,7 +23,7 @@ class Source:
         opened = open_folder(path) if handle is None else [(handle, list(handle.keys()))]
         inside = sorted(path.iterdir()) if handle is None else ()
         self.paths = tuple(file for file in inside if file.suffix.lower() in WEIGHTS) or (path,)
-        self._where: dict[str, TensorFile] = {key: handle for handle, keys in opened for key in keys}
+        self._where: dict[str, TensorFile] = {key: handle for handle, keys in dense_files(opened, path) for key in keys}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
