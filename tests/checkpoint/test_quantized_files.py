@@ -86,7 +86,7 @@ LAYOUTS = {
     "torchao": ({"a._weight_qdata": W8, "a._weight_scale": ROW, "a._weight_zero_point": ZERO},
                 {"a.weight": '{"_type": "Int8Tensor"}', "tensor_names": '["a.weight"]'},
                 (W8.double() - ZERO) * ROW.double(), BF16),
-    "compressed-tensors, by group": ({"a.weight": W8, "a.weight_scale": GROUP, "a.weight_zero_point": (GROUP * 0).char()},
+    "compressed-tensors, by group": ({"a.weight": W8, "a.weight_scale": GROUP, "a.weight_zero_point": GROUP.char()},
                                      {}, W8 * spread(GROUP, 1, 32), BF16),
     "a scale for each row, flat": ({"a.weight": WF, "a.weight_scale": ROW[:, 0]}, {}, WF.double() * ROW.double(), BF16),
     "fine-grained fp8": ({"a.weight": WF, "a.weight_scale_inv": scales(1, 2)}, {},
