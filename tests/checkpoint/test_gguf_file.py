@@ -47,6 +47,8 @@ def test_values_are_the_packages_bit_for_bit(tmp_path, monkeypatch, kind):
     assert file.get_slice("b").get_shape() == found.shape == (7, 512)
     assert torch.equal(found.float().view(torch.int32), expected.view(torch.int32))
     assert file.nbytes("b") == given[0].nbytes
+    shared = found.data_ptr() == file.get_tensor("b").data_ptr()
+    assert shared == (kind in gguf_file.PLAIN), "what is stored as such is a view of the mapped file"
     assert list(file.keys()) == ["a", "b"]
 
 

@@ -15,7 +15,7 @@ from errno import ENOMEM
 from mmap import ACCESS_COPY, mmap
 from os import SEEK_CUR
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ from ..ops.linear import LIMITS, SMALLEST
 from .files import Declared, refuse_foreign, require_file
 
 MAX_COUNT, MAX_VALUES, MAX_AXES = 100_000, 1 << 23, 8  # tensors or other values; of an array; axes of a tensor
+# a tensor: its type in the package, its shape, numbers and bytes of a block, and its mapped bytes
+Entry = tuple[Any, tuple[int, ...], tuple[int, int], Tensor]
 AT_ONCE = 1 << 18  # numbers dequantized by a thread at a time: they stay in its cache
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # types that are not quantized
 INT4_FORMS = {"Q4_0": Int4Form(32), "Q4_1": Int4Form(32, True), "Q4_K": Int4Form(32, True)}
@@ -34,10 +36,8 @@ INT4_FORMS = {"Q4_0": Int4Form(32), "Q4_1": Int4Form(32, True), "Q4_K": Int4Form
 NUMBERS, TEXT, ARRAY = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", 10)), 8, 9
 SHAPES = "comfy.gguf.orig_shape."  # where ComfyUI keeps the shapes of tensors that it stores in rows of 256
 AXES = {"x_pad_token": 2, "cap_pad_token": 2, "pos_embed": 3}  # of which llama.cpp's tools drop the first, a 1
-LANGUAGE_MODEL = (
-    r"model\.(embed_tokens|norm)|lm_head|model\.layers\.\d+\.(self_attn\.[qkvo]_(proj|norm)|mlp\.(gate|up|down)_proj"
-    r"|(input|post_attention|pre_feedforward|post_feedforward)_layernorm)"
-)
+LAYER = r"self_attn\.[qkvo]_(proj|norm)|mlp\.(gate|up|down)_proj|(input|post_attention|(pre|post)_feedforward)_layernorm"
+LANGUAGE_MODEL = rf"lm_head|model\.(embed_tokens|norm|layers\.\d+\.({LAYER}))"
 # a part of names -> what the package calls the models that have it, and which of the many names that its maps give a
 # tensor are those of transformers' networks. Qwen2.5-VL's are all among Qwen3's.
 LLAMA_CPP = {
@@ -45,15 +45,6 @@ LLAMA_CPP = {
     ".post_ffw_norm.": ("GEMMA2", LANGUAGE_MODEL),
     "blk.0.attn_q.": ("QWEN3", LANGUAGE_MODEL),
 }
-
-
-class Entry(NamedTuple):
-    """A tensor of a file: its type in the package, its shape, numbers and bytes of a block, and its mapped bytes."""
-
-    kind: Any
-    shape: tuple[int, ...]
-    block: tuple[int, int]
-    stored: Tensor
 
 
 class GGUFFile:
@@ -69,8 +60,7 @@ class GGUFFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                mapped = mmap(file.fileno(), 0, access=ACCESS_COPY)
-            entries = _read(path, mapped)
+                entries = _read(path, mmap(file.fileno(), 0, access=ACCESS_COPY))
         except (OSError, ValueError, OverflowError, struct.error) as error:
             if getattr(error, "errno", None) == ENOMEM:
                 raise OutOfMemoryError(f"{path} cannot be mapped; free memory, or raise `ulimit -v`") from None
@@ -88,17 +78,16 @@ class GGUFFile:
 
     def nbytes(self, name: str) -> int:
         """Return the bytes that a tensor has in the file."""
-        return len(self._entries[name].stored)
+        return len(self._entries[name][3])
 
     def get_tensor(self, name: str) -> Tensor:
         """Return a tensor: a view of the mapped file, or dequantized, in float32, bit for bit as `gguf.dequantize` has
         it. Raises CheckpointError for scales of NaN or infinity."""
         kind, shape, _, stored = self._entries[name]
         plain = PLAIN.get(kind.name)
-        tensor = self._finite(name, _dequantized(self._entries[name])) if plain is None else stored.view(plain)
-        shaped: Tensor = tensor.view(shape)
+        numbers = self._finite(name, _dequantized(*self._entries[name])) if plain is None else stored.view(plain)
         # a Gemma's norms multiply by 1 + w: llama.cpp keeps that, transformers w
-        return shaped - 1 if self._gemma and name.endswith("norm.weight") else shaped
+        return numbers.view(shape) - 1 if self._gemma and name.endswith("norm.weight") else numbers.view(shape)
 
     def int4_form(self, name: str) -> Int4Form | None:
         """Return how `get_int4` gives a matrix of 4-bit blocks (Q4_0, Q4_1, Q4_K); None for any other tensor."""
@@ -121,17 +110,17 @@ class GGUFFile:
         return numbers
 
 
-def _dequantized(entry: Entry) -> Tensor:
+def _dequantized(kind: Any, shape: tuple[int, ...], block: tuple[int, int], stored: Tensor) -> Tensor:
     """Return a tensor's numbers in a row, dequantized part by part in threads."""
     from gguf import dequantize
 
-    def part(numbers: Tensor, stored: Tensor) -> None:
+    def part(numbers: Tensor, blocks: Tensor) -> None:
         with np.errstate(all="ignore"):  # what is not finite is named later
-            numbers.copy_(torch.from_numpy(dequantize(stored.numpy(), entry.kind)))
+            numbers.copy_(torch.from_numpy(dequantize(blocks.numpy(), kind)))
 
-    out = torch.empty(math.prod(entry.shape), dtype=torch.float32)
+    out = torch.empty(math.prod(shape), dtype=torch.float32)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(part, out.split(AT_ONCE), entry.stored.split(AT_ONCE // entry.block[0] * entry.block[1])))
+        list(pool.map(part, out.split(AT_ONCE), stored.split(AT_ONCE // block[0] * block[1])))
     return out
 
 
@@ -214,26 +203,25 @@ def _entry(path: Path, data: Tensor, name: str, stored: tuple[int, ...], origina
         dequantize(np.zeros(size, np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError):
         raise CheckpointError(
-            f"{path}: {name:.200} is of type {code}, which the installed gguf package does not dequantize; get the "
-            "weights in another type, such as Q4_K or Q8_0, or a newer package: pip install --upgrade gguf"
+            f"{path}: {name:.200} is of type {code}, which the installed gguf package does not dequantize; get "
+            "another, such as Q4_K or Q8_0, or a newer package: pip install --upgrade gguf"
         ) from None
     shape = original or (1,) * (AXES.get(name.rpartition(".")[2], 0) - len(stored)) + stored
     total = math.prod(stored)
     end = start + total // numbers * size
-    if not all(stored) or (stored or (1,))[-1] % numbers or min(shape, default=1) < 1 or math.prod(shape) != total:
+    if min((*stored, *shape), default=1) < 1 or math.prod(stored[-1:]) % numbers or math.prod(shape) != total:
         raise ValueError(f"{name:.200} has shape {stored} or {shape}, of {kind.name} in blocks of {numbers}")
     if start % 8 or end > len(data):
         raise ValueError(f"{name:.200} has bytes {start:,} to {end:,} of {len(data):,}")
-    return Entry(kind, shape, (numbers, size), data[start:end])
+    return kind, shape, (numbers, size), data[start:end]
 
 
 def _transformers_names(names: Iterable[str]) -> tuple[dict[str, str], bool]:
     """Return transformers' names of tensors in llama.cpp's, of those that have one, and whether they are a Gemma's."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    model, pattern = next((LLAMA_CPP[part] for part in LLAMA_CPP if any(part in name for name in names)), ("", ""))
-    if not model:
-        return {}, False
+    found = (model for part, model in LLAMA_CPP.items() if any(part in name for name in names))
+    model, pattern = next(found, ("QWEN3", "none"))
     blocks = {match[1] for name in names if (match := re.search(r"\bblk\.(\d+)\.", name))}
     known = get_tensor_name_map(MODEL_ARCH[model], len(blocks)).mapping
     own = {llama: name for name, (_, llama) in known.items() if re.fullmatch(pattern, name)}
