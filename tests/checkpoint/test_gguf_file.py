@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import struct
 
@@ -16,7 +17,7 @@ from twinflow_rt import errors
 from twinflow_rt.checkpoint import gguf_file
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.gguf_file import GGUFFile
-from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.errors import CheckpointError, ConfigError, OutOfMemoryError
 from twinflow_rt.loading import load
 from twinflow_rt.models.text_encoders import gemma2, qwen2_5_vl, qwen3, t5
 from twinflow_rt.ops.int4 import Int4Form, dense, widen
@@ -293,6 +294,16 @@ def test_what_bad_files_are_made_of_is_good(tmp_path):
 def test_big_endian_files(tmp_path):
     path = gguf_factory.write(tmp_path / "x.gguf", {"a": torch.ones(2)}, endianess=gguf.GGUFEndian.BIG)
     with pytest.raises(CheckpointError, match=r"is big-endian; convert it with `gguf-convert-endian \S+x.gguf little`"):
+        GGUFFile(path)
+
+
+def test_an_address_space_that_is_full(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(gguf_file, "mmap", full)
+    path = gguf_factory.write(tmp_path / "x.gguf", {"a": torch.ones(2)})
+    with pytest.raises(OutOfMemoryError, match=r"x.gguf cannot be mapped; free memory, or raise `ulimit -v`"):
         GGUFFile(path)
 
 

@@ -36,8 +36,8 @@ INT4_FORMS = {"Q4_0": Int4Form(32), "Q4_1": Int4Form(32, True), "Q4_K": Int4Form
 NUMBERS, TEXT, ARRAY = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", 10)), 8, 9
 SHAPES = "comfy.gguf.orig_shape."  # where ComfyUI keeps the shapes of tensors that it stores in rows of 256
 AXES = {"x_pad_token": 2, "cap_pad_token": 2, "pos_embed": 3}  # of which llama.cpp's tools drop the first, a 1
-LAYER = r"self_attn\.[qkvo]_(proj|norm)|mlp\.(gate|up|down)_proj|(input|post_attention|(pre|post)_feedforward)_layernorm"
-LANGUAGE_MODEL = rf"lm_head|model\.(embed_tokens|norm|layers\.\d+\.({LAYER}))"
+LEAF = r"self_attn\.[qkvo]_(proj|norm)|mlp\.(gate|up|down)_proj|(input|post_attention|(pre|post)_feedforward)_layernorm"
+LANGUAGE_MODEL = rf"lm_head|model\.(embed_tokens|norm|layers\.\d+\.({LEAF}))"
 # a part of names -> what the package calls the models that have it, and which of the many names that its maps give a
 # tensor are those of transformers' networks. Qwen2.5-VL's are all among Qwen3's.
 LLAMA_CPP = {
