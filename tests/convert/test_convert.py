@@ -85,6 +85,38 @@ def test_one_file_with_everything(z_image, tmp_path):
     same_images(z_image, tmp_path / "out")
 
 
+def scaled_fp8(tensors, scaled):
+    """ComfyUI's fp8 of the matrices in blocks, their scale under its former or its present name, and what it stands
+    for, in bfloat16 as the rest."""
+    stored, dense = {}, {}
+    for name, tensor in tensors.items():
+        stored[name] = dense[name] = tensor.bfloat16()
+        if tensor.ndim == 2 and "layers." in name:
+            scale = tensor.abs().max() / 448
+            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+            stored[name.removesuffix("weight") + scaled] = scale.reshape(())
+            dense[name] = (stored[name].float() * scale).bfloat16()
+    return stored, dense
+
+
+def test_one_file_with_everything_in_scaled_fp8(z_image, tmp_path):
+    """It is written dense, and says no more that it is quantized."""
+    base = shutil.copytree(z_image, tmp_path / "base")
+    config = json.loads((base / "transformer" / "config.json").read_text())
+    quantized = {**config, "quantization_config": {"quant_method": "quanto"}}
+    (base / "transformer" / "config.json").write_text(json.dumps(quantized))
+    network, dense = scaled_fp8(comfy_z_image(written(z_image, "transformer")), "scale_weight")
+    text, dense_text = scaled_fp8(load_file(z_image / "text_encoder" / "model.safetensors"), "weight_scale")
+    place = "text_encoders.qwen3_4b.transformer."
+    text = {place + name: tensor for name, tensor in text.items()}
+    mark = {"model.diffusion_model.scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    convert([to_file(tmp_path / "all.safetensors", {**network, **text, **mark})], base, tmp_path / "out")
+    same(load_file(tmp_path / "out" / "text_encoder" / "model.safetensors"), dense_text)
+    assert json.loads((tmp_path / "out" / "transformer" / "config.json").read_text()) == config
+    convert([to_file(tmp_path / "dense.safetensors", dense)], z_image, tmp_path / "dense")
+    same(written(tmp_path / "out", "transformer"), written(tmp_path / "dense", "transformer"))
+
+
 def test_several_text_encoders_are_told_apart(tmp_path):
     """Two CLIP towers of different depth and T5 in ComfyUI's containers, a temperature beside each."""
     from tests.sd3_factory import make_model

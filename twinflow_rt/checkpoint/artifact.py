@@ -59,7 +59,8 @@ def write(
     with new_folder(folder) as partial:
         for name, (config, tensors) in parts.items():
             (partial / name).mkdir()
-            (partial / name / "config.json").write_text(json.dumps(config, indent=1))
+            said = {key: value for key, value in config.items() if key != "quantization_config"}  # of the files read
+            (partial / name / "config.json").write_text(json.dumps(said, indent=1))
             _write_tensors(partial / name, tensors)
         for tokenizer in sorted(source.glob("tokenizer*/")):
             shutil.copytree(tokenizer, partial / tokenizer.name)

@@ -7,10 +7,11 @@ compressed-tensors, ModelOpt, FBGEMM and transformers' fine-grained fp8 are one 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,30 +49,25 @@ class Weight(NamedTuple):
 
 def dense_files(opened: list[tuple[TensorFile, list[str]]], where: Path) -> list[tuple[TensorFile, list[str]]]:
     """Return the files of a network, each with its keys, as they are; or where weights are quantized, one file that
-    serves all tensors dense: scales may stand in another shard than their weight.
-
-    where: what messages call the files. Raises CheckpointError for methods that are not read and for scales that are
-    missing or of another shape than their weight's.
-    """
+    serves all tensors dense, as scales may stand in another shard. where: what messages call the files. Raises
+    CheckpointError for methods that are not read, and for scales that are missing or of another shape."""
     file = QuantizedFile({key: file for file, keys in opened for key in keys}, where)
     return [(file, [*file.keys()])] if file.weights else opened
 
 
 class QuantizedFile:
     """A `TensorFile` of dense weights over files of quantized ones; weights: these, by the names they are served as.
-
-    Scaled weights are read as float32, and best held in bfloat16, or float16 where scales are.
-    """
+    Scaled ones are read as float32, and best held in bfloat16, or float16 where scales are."""
 
     def __init__(self, files: Mapping[str, TensorFile], where: Path) -> None:
         self._files, self._where = files, where
         for pattern, method in REFUSED.items():
             if found := next((key for key in files if re.search(pattern, key)), None):
-                self._refuse(found, method)
+                raise self._unread(found, method)
         slices = {key: file.get_slice(key) for key, file in files.items()}
         self._dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
         self._shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-        rotations, alike = self._described(), {NUMBER.sub("", key) for key in files}
+        rotations, alike = self._rotations(), {NUMBER.sub("", key) for key in files}
         stored = [key for key, dtype in self._dtypes.items() if dtype in EIGHT_BITS and not UNREAD.fullmatch(key)]
         stored += [key for key, dtype in self._dtypes.items() if dtype == "U8" and files.keys() & _companions(key)[1]]
         zeros = {_companions(key)[2] for key in stored}
@@ -90,8 +86,8 @@ class QuantizedFile:
 
     def nbytes(self, name: str) -> int:
         """Return the bytes of a tensor in the files, its scales included."""
-        keys = [key for key in self.weights.get(name, Weight(name))[:3] if key is not None]
-        return sum(stored_bytes(self._dtypes[key], torch.Size(self._shapes[key]).numel()) for key in keys)
+        keys = filter(None, self.weights.get(name, Weight(name))[:3])
+        return sum(stored_bytes(self._dtypes[key], math.prod(self._shapes[key])) for key in keys)
 
     def get_tensor(self, name: str) -> Tensor:
         data, scale, zero, rotated = self.weights.get(name, Weight(name))
@@ -99,32 +95,40 @@ class QuantizedFile:
         if scale is None:
             return stored.to(torch.bfloat16) if name in self.weights else stored  # which has every float8
         dense = stored.to(torch.float32)
-        for key, apply in ((zero, Tensor.sub_), (scale, Tensor.mul_)):
-            if key is not None:
-                factors = read_tensor(self._files[key], key).to(torch.float32)
-                if not factors.isfinite().all():
-                    raise CheckpointError(f"{self._where}: {key} holds NaN or infinity; download it again")
-                _by_blocks(apply, dense, factors)
-        return _rotate(dense, rotated) if rotated else dense
+        if zero is not None:
+            dense.sub_(self._spread(zero, dense))
+        dense.mul_(self._spread(scale, dense))
+        return _unrotated(dense, rotated) if rotated else dense
 
-    def _described(self) -> dict[str, int]:
+    def _spread(self, key: str, dense: Tensor) -> Tensor:
+        """Return numbers of blocks so that they broadcast with `dense`."""
+        factors = read_tensor(self._files[key], key).to(torch.float32)
+        if not factors.isfinite().all():
+            raise CheckpointError(f"{self._where}: {key} holds NaN or infinity; download it again")
+        blocks = _blocks(tuple(dense.shape), tuple(factors.shape)) or []
+        factors = factors.reshape((*factors.shape, *[1] * dense.ndim)[: dense.ndim])
+        for axis, (block, size) in enumerate(zip(blocks, dense.shape, strict=True)):
+            if 1 < factors.shape[axis] < size:
+                factors = factors.repeat_interleave(block, axis).narrow(axis, 0, size)
+        return factors
+
+    def _rotations(self) -> dict[str, int]:
         """Return how many inputs are rotated, by names of weights, of layers that ComfyUI's files describe in a header
-        or in tensors."""
+        or in tensors. Raises CheckpointError for descriptions of what is not read."""
         said: dict[str, Any] = {}
         rotations: dict[str, int] = {}
         try:
             for file in set(self._files.values()):
                 header: dict[str, str] = getattr(file, "metadata", dict)() or {}
                 if kind := TORCHAO.search(" ".join(header.values())):
-                    self._refuse("a weight", f"torchao ({kind[1]:.40})")
+                    raise self._unread("a weight", f"torchao ({kind[1]:.40})")
                 said |= parse_json(header.get("_quantization_metadata", "{}")).get("layers", {})
             for key in (key for key in self._files if key.endswith(".comfy_quant")):
                 said[key.removesuffix(".comfy_quant")] = parse_json(self._files[key].get_tensor(key).numpy().tobytes())
             for layer, content in said.items():
-                content = {"format": content} if isinstance(content, str) else content
+                content = {"format": content} if isinstance(content, str) else {**content.get("params", {}), **content}
                 if not COMFY.fullmatch(str(content.get("format"))):
-                    self._refuse(layer, f"ComfyUI ({content.get('format')!s:.60})")
-                content = {**content.get("params", {}), **content}
+                    raise self._unread(layer, f"ComfyUI ({content.get('format')!s:.60})")
                 name = f"{layer}.weight"  # headers may leave out what stands before all names of a network
                 names = [name] if name in self._files else [key for key in self._files if key.endswith("." + name)]
                 group = content.get("convrot_groupsize", 256) if content.get("convrot") else 0
@@ -136,15 +140,13 @@ class QuantizedFile:
         return rotations
 
     def _weight(self, key: str, rotations: Mapping[str, int], alike: set[str]) -> tuple[str, Weight]:
-        """Return the name that the weight with these data is served as, and where it stands.
-
-        alike: all keys without their numbers. A scale is lost, too, where such weights of other blocks have one.
-        """
+        """Return the name that the weight with these data is served as, and where it stands. alike: all keys without
+        their numbers, for float8 without a scale is whole only where no such weight of other blocks has one."""
         name, scales, zero = _companions(key)
         scale, dtype, shape = next((x for x in scales if x in self._dtypes), None), self._dtypes[key], self._shapes[key]
         if dtype == "U8" or (scale and self._dtypes[scale] not in SCALES):
-            self._refuse(
-                key, f"a method with {dtype} and scales in {self._dtypes.get(scale or '')}, as mxfp8 and mxfp4"
+            raise self._unread(
+                key, f"a method with {dtype} and scales in {self._dtypes[scale or key]}, as mxfp8 and mxfp4"
             )
         if not scale and (dtype == "I8" or name in rotations or any(NUMBER.sub("", x) in alike for x in scales)):
             raise CheckpointError(
@@ -152,18 +154,18 @@ class QuantizedFile:
                 "download it again"
             )
         weight = Weight(key, scale, zero if zero in self._dtypes else None, rotations.get(name, 0))
-        for other in weight[1:3]:
-            if isinstance(other, str) and _blocks(shape, self._shapes[other]) is None:
+        for other in filter(None, (weight.scale, weight.zero)):
+            if _blocks(shape, self._shapes[other]) is None:
                 raise CheckpointError(
                     f"{self._where}: {other} has shape {list(self._shapes[other])}, but {name} of {list(shape)} needs "
                     "one for all, one for each row, or one for each block; download it again"
                 )
         if (group := weight.rotated) and (group not in (16, 64, 256, 1024) or len(shape) != 2 or shape[1] % group):
-            self._refuse(name, f"a rotation of {group!r:.40} inputs where {list(shape)} has others")
+            raise self._unread(name, f"a rotation of {group!r:.40} inputs where {list(shape)} has others")
         return name, weight
 
-    def _refuse(self, key: str, method: str) -> NoReturn:
-        raise CheckpointError(f"{self._where}: {key:.200} is quantized by {method}, {UNREAD_FORM}")
+    def _unread(self, key: str, method: str) -> CheckpointError:
+        return CheckpointError(f"{self._where}: {key:.200} is quantized by {method}, {UNREAD_FORM}")
 
 
 def _companions(key: str) -> tuple[str, tuple[str, ...], str]:
@@ -171,9 +173,9 @@ def _companions(key: str) -> tuple[str, tuple[str, ...], str]:
     at, dot, leaf = key.rpartition(".")
     if leaf == "_data":  # quanto
         return at, (f"{at}._scale",), ""
-    if torchao := re.fullmatch(r"_(\w+)_qdata", leaf):
+    if leaf.startswith("_") and leaf.endswith("_qdata"):  # torchao
         stem = key.removesuffix("qdata")
-        return f"{at}{dot}{torchao[1]}", (f"{stem}scale",), f"{stem}zero_point"
+        return f"{at}{dot}{leaf[1:-6]}", (f"{stem}scale",), f"{stem}zero_point"
     return key, (f"{key}_scale", f"{key}_scale_inv", f"{at}{dot}scale_{leaf}"), f"{key}_zero_point"
 
 
@@ -187,24 +189,11 @@ def _blocks(shape: tuple[int, ...], scales: tuple[int, ...]) -> list[int] | None
     return blocks if all(blocks) and all(n == 1 for n in scales[len(shape) :]) else None
 
 
-def _by_blocks(apply: Callable[[Tensor, Tensor], Tensor], dense: Tensor, factors: Tensor) -> None:
-    """Change `dense` in place by `factors`, one for each of its blocks, without a second tensor of its size."""
-    blocks = _blocks(tuple(dense.shape), tuple(factors.shape)) or []
-    factors = factors.reshape((*factors.shape, *[1] * dense.ndim)[: dense.ndim])
-    for axis in range(1, dense.ndim):
-        if 1 < factors.shape[axis] < dense.shape[axis]:
-            factors = factors.repeat_interleave(blocks[axis], axis).narrow(axis, 0, dense.shape[axis])
-    whole = not dense.ndim or len(factors) in (1, len(dense))
-    for rows, factor in [(dense, factors)] if whole else zip(dense.split(blocks[0]), factors, strict=True):
-        apply(rows, factor)
-
-
-def _rotate(dense: Tensor, group: int) -> Tensor:
+def _unrotated(dense: Tensor, group: int) -> Tensor:
     """Return a weight as it was before ConvRot (arXiv 2512.03673), which multiplies each `group` inputs with a regular
     Hadamard matrix, its own inverse."""
-    corner = 0.5 - torch.eye(4, dtype=torch.float32).flip(1)
-    matrix = torch.ones(1, 1, dtype=torch.float32)
+    corner = matrix = 0.5 - torch.eye(4, dtype=torch.float32).flip(1)
     while len(matrix) < group:
         matrix = torch.kron(matrix, corner)
-    rotated: Tensor = dense.unflatten(1, (-1, group)) @ matrix
-    return rotated.flatten(1)
+    turned: Tensor = dense.unflatten(1, (-1, group)) @ matrix
+    return turned.flatten(1)

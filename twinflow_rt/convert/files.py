@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.atomic import new_folder
+from ..checkpoint.files import read_json
 from ..checkpoint.shards import write_shards
 
 
@@ -27,6 +29,9 @@ def write_folder(
         for name, network in networks.items():
             stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
             write_shards(partial / name, stem, network.sizes(), network.read)
+            config = read_json(partial / name / "config.json")
+            if config.pop("quantization_config", None):  # of the base's weights; these are dense
+                (partial / name / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _link(source: Path, place: Path) -> None:
