@@ -9,7 +9,6 @@ import pytest
 from tests.planning.test_memory_plan import costs
 from twinflow_rt.planning import cards
 
-
 KEYS = ("precision", "text encoder", "network", "decoding")
 
 

@@ -118,7 +118,7 @@ def test_every_family(family, tmp_path):
     assert np.array_equal(images(load(model / "vae", base=model, device="cpu")), want)
 
 
-def test_a_network_of_gguf_beside_its_embedder(model, files, tmp_path):
+def test_a_network_of_gguf_beside_its_embedder(model, files, tmp_path, monkeypatch):
     """As ComfyUI's tools write it, of a wrong architecture: projections merged, 8 bits. Equal to the folder that
     `convert` would make of it, and a merged tensor is dequantized once for its parts."""
     file, tensors = tmp_path / "net.gguf", load_file(files["network"])
@@ -136,8 +136,8 @@ def test_a_network_of_gguf_beside_its_embedder(model, files, tmp_path):
     merged = "model.diffusion_model.layers.0.attention.qkv.weight"
     theirs = gguf.dequantize(*next((t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors if t.name == merged))
     calls = []
-    source = found["transformer"].where["layers.0.attention.to_q.weight"].source
-    source.get = lambda key, get=source.get: (calls.append(key), get(key))[1]
+    source = found["transformer"].files[0].where["layers.0.attention.to_q.weight"].source
+    monkeypatch.setattr(source, "read", lambda key, read=source.read: (calls.append(key), read(key))[1])
     parts = [network.get(f"layers.0.attention.to_{x}.weight", dtype=torch.float32) for x in "qkv"]
     assert np.array_equal(torch.cat(parts).numpy(), theirs) and calls == [merged]
     assert sum(map(network.nbytes, (f"layers.0.attention.to_{x}.weight" for x in "qkv"))) <= theirs.size * 4
@@ -171,9 +171,10 @@ def test_what_is_missing_is_named(model, files, base, tmp_path):
 def test_a_whole_network_lends_its_embedder(model, files):
     """Of tensors in several files the first has its say; the plain network of another file takes no part."""
     found = open_files(model, [files["network"], model / "transformer"])["transformer"]
-    origins = {at.source.path for name, at in found.where.items() if not name.startswith(SECOND)}
+    (found,) = found.files
+    origins = {at.source.folder for name, at in found.where.items() if not name.startswith(SECOND)}
     assert origins == {files["network"]}
-    assert {found.where[f"{SECOND}mlp.0.weight"].source.path} == {model / "transformer"}
+    assert {found.where[f"{SECOND}mlp.0.weight"].source.folder} == {model / "transformer"}
 
 
 def test_commands_and_nodes(files, base, model, expected, tmp_path, capsys):

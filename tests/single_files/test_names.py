@@ -10,11 +10,12 @@ import torch
 
 from tests import factory, qwen_image_factory
 from tests.single_files.layouts import comfy_z_image, ldm_vae, same, to_file, wan_vae, written
+from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.layout import Layout
+from twinflow_rt.checkpoint.tensor_files import open_file
 from twinflow_rt.single_files import names
+from twinflow_rt.single_files.names import Key
 from twinflow_rt.single_files.networks import Converted
-from twinflow_rt.single_files.report import Key
-from twinflow_rt.single_files.sources import Source
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +120,10 @@ def test_halves_are_swapped_in_the_file_written(tmp_path):
     stored = "final_layer.adaLN_modulation.1.weight"
     key = Key(stored, slot.rules.targets(stored), slot.rules.swapped(stored))
     network = Converted(slot)
-    network.add(Source(file), [key])
+    network.add(Checkpoint(file, files=[open_file(file)], config={}), [key])
     shift, scale = shapes(SD3)[stored].chunk(2)
     assert key.action == "swapped"
-    assert torch.equal(network.get("norm_out.linear.weight"), torch.cat((scale, shift)))
+    assert torch.equal(network.get_tensor("norm_out.linear.weight"), torch.cat((scale, shift)))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -19,20 +19,6 @@ from .files import is_folder, read_json
 from .load_report import Meter
 from .quantized_files import dense_files
 from .tensor_files import DTYPES, QUANTIZED, WEIGHTS, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
-
-
-class NetworkFile(TensorFile, Protocol):
-    """The tensors of one network in place of those in its folder. folder: what messages call them; paths: the files
-    that they come from."""
-
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def paths(self) -> tuple[Path, ...]: ...
-
-
-Files = Mapping[str, NetworkFile]  # folder of a network -> what is read in place of its files
-OWN_FILES: Files = {}  # every network is read from its own folder
 
 
 class Checkpoint:
@@ -84,25 +70,22 @@ class Checkpoint:
 
     @classmethod
     def of_part(cls, folder: Path, files: Files, *args: Any, **options: Any) -> Self:
-        """Return the network in `folder`; where `files` has it, only config.json is read there.
-
-        args, options: of the constructor, beside the folder.
-        """
-        if (file := files.get(folder.name)) is None:
+        """Return the network in `folder`, or what `files` has in its place. args, options: of the constructor."""
+        if (found := files.get(folder.name)) is None:
             return cls(folder, *args, **options)
-        return cls(file.folder, *args, files=[file], config=read_json(folder / "config.json"), **options)
+        return cls(found.folder, *args, files=found.files, config=found.config, **options)
 
     @property
     def paths(self) -> tuple[Path, ...]:
         """The weight files."""
         if self.files is not None:
-            return tuple(path for file in self.files for path in getattr(file, "paths", ()))
+            return tuple(path for file in self.files for path in getattr(file, "paths", (self.folder,)))
         return tuple(path for path in sorted(self.folder.iterdir()) if path.suffix.lower() in WEIGHTS)
 
     @property
     def source(self) -> str:
         """The name of what this is a part of: the model folder's, or the first file's."""
-        return self.folder.parent.name if self.files is None else (*self.paths, self.folder)[0].name
+        return self.folder.parent.name if self.files is None else self.paths[0].name
 
     def name_tied(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Find tensors that the files have under another name. tied: name -> its other names, the likeliest first."""
@@ -126,14 +109,17 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the stored dtype: float32, float16 or bfloat16. Raises CheckpointError for any other."""
-        file, key = self._where[name]
-        stored = file.get_slice(key).get_dtype()
-        if stored not in self._dtypes:
+        if (stored := self.code(name)) not in self._dtypes:
             raise CheckpointError(
                 f"{self.folder}: {name} is stored as {stored}; expected one of {', '.join(self._dtypes)}: "
                 "get the weights in one of these, and quantize while loading (precision='int8' or 'fp8')"
             )
         return self._dtypes[stored]
+
+    def code(self, name: str) -> str:
+        """Return the stored dtype as safetensors names it, e.g. BF16."""
+        file, key = self._where[name]
+        return file.get_slice(key).get_dtype()
 
     def main_dtype(self) -> torch.dtype:
         """Return the dtype that most of the bytes are stored in, of those that `dtype` returns. Raises what it does
@@ -182,12 +168,20 @@ class Checkpoint:
         """Return the bytes of all tensors in the files."""
         return sum(self.nbytes(name) for name in self._where)
 
+    def read(self, name: str) -> Tensor:
+        """Return the tensor as its file has it; a quantized one may be finer than its `dtype`."""
+        file, key = self._where[name]
+        return read_tensor(file, key)
+
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """Return the tensor on `device` in `dtype` (None: as stored).
 
         On the CPU in the stored dtype it is a view of the mapped file: nothing is copied, pages come in on first use.
         """
-        file, key = self._where[name]
-        tensor = read_tensor(file, key).to(device).to(dtype or self.dtype(name))
+        tensor = self.read(name).to(device).to(dtype or self.dtype(name))
         self.meter.add(self.nbytes(name))
         return tensor
+
+
+Files = Mapping[str, Checkpoint]  # name of a network's folder -> what is read in its place
+OWN_FILES: Files = {}  # every network is read from its own folder

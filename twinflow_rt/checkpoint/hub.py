@@ -84,9 +84,8 @@ def needed(names: Iterable[str], subfolder: str = "", without: Collection[str] =
 
     def wanted(name: str) -> bool:
         part, _, file = name.rpartition("/")
-        if not file.endswith(".safetensors"):
-            return True
-        return part not in without and (part not in usual or WHOLE.fullmatch(file) is not None)
+        weights = part not in without and (part not in usual or WHOLE.fullmatch(file) is not None)
+        return weights or not file.endswith(".safetensors")
 
     return [subfolder + name for name in sorted(read) if wanted(name)]
 
@@ -123,12 +122,9 @@ def _fetch(source: Source, without: Collection[str]) -> Path:
         raise CheckpointError(_why(source, error)) from None
     files = {entry.rfilename: entry for entry in info.siblings or ()}
     names = [source.file] if source.file else needed(files, source.subfolder, without)
-    if source.file and source.file not in files:
-        raise CheckpointError(f"{source.file} is not in {source.repo} at {source.revision}; check its name on the hub")
-    if not source.file and source.subfolder + "model_index.json" not in names:
+    if (wanted := source.file or source.subfolder + "model_index.json") not in files:
         raise CheckpointError(
-            f"{source} has no model_index.json: no model folder in diffusers' layout; give one of its files (hf://owner/"
-            "name/file.gguf) and base=, the released model"
+            f"{source} has no {wanted}; what loads is a model folder in diffusers' layout, or one file with base="
         )
     try:
         root = Path(client.snapshot_download(source.repo, revision=source.revision, allow_patterns=names))

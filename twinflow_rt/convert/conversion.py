@@ -12,8 +12,7 @@ from ..errors import CheckpointError, ConfigError
 from ..loading import model_path
 from ..planning.description import describe
 from ..runtime.host_state import isolated
-from ..single_files.recognition import find_slots, recognise
-from ..single_files.sources import open_sources
+from ..single_files.recognition import recognise
 from .files import write_folder
 from .report import Conversion
 
@@ -33,7 +32,7 @@ def convert(files: Sequence[Path], base: Path, target: Path, *, dry_run: bool = 
     if os.path.lexists(target):
         raise ConfigError(f"{target} exists; choose another name or remove it")
     check_target(target, "the folder to write", make_parents=True)
-    found = recognise(open_sources(files), find_slots(base))
+    found = recognise(files, base)
     networks, reports = {network.slot.name: network for network, _ in found}, tuple(report for _, report in found)
     copied = [path for path in sorted(base.rglob("*")) if path.is_file() and _stays(path.relative_to(base), networks)]
     names = sorted({p.relative_to(base).parts[0] for p in copied})

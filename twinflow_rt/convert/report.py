@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..single_files.report import PartReport
+from ..single_files.recognition import PartReport
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,10 @@ from ..stages.text import PromptEmbeds
 MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else
 MAX_BATCH = 64
 AUTO = "auto"  # of a widget: an option of `load` left at its default
-WIDGETS = {  # the options of `load` that the node has; of files, one a line
-    "base": "STRING", "files": "STRING", "device": "STRING",
-    "dtype": [AUTO, "float32", "bfloat16", "float16"], "precision": [AUTO, "int8", "fp8"]
+WIDGETS: dict[str, Any] = {  # the options of `load` that the node has; of files, one a line
+    "base": "STRING", "files": "STRING", "device": "STRING", "dtype": [AUTO, "float32", "bfloat16", "float16"],
+    "precision": [AUTO, "int8", "fp8", "int4"],
 }  # fmt: skip
-MORE = {"files": {"multiline": True}}
 PATH = "model folder, hf://owner/name, or demo; with base, a file of one network's weights"
 Inputs = dict[str, dict[str, tuple[Any, ...]]]
 
@@ -52,7 +51,7 @@ class Load:
             "optional": {
                 option.name: (
                     WIDGETS[option.name],
-                    {"default": AUTO, "tooltip": describe(option), **MORE.get(option.name, {})},
+                    {"default": AUTO, "tooltip": describe(option), "multiline": option.name == "files"},
                 )
                 for option in fields(LoadOptions)
                 if option.name in WIDGETS
@@ -64,11 +63,9 @@ class Load:
         precision: str = AUTO,
     ) -> tuple[Pipeline]:  # fmt: skip
         """Raises what `twinflow_rt.load` raises."""
-        given: dict[str, Any] = {"base": base, "files": files, "device": device, "dtype": dtype, "precision": precision}
-        given = {name: value.strip() for name, value in given.items() if value.strip() not in ("", AUTO)}
-        if "files" in given:
-            given["files"] = [line.strip() for line in given["files"].splitlines() if line.strip()]
-        options = LoadOptions(**given)
+        given: dict[str, Any] = {"base": base, "device": device, "dtype": dtype, "precision": precision}
+        lines = [] if files == AUTO else [line.strip() for line in files.splitlines() if line.strip()]
+        options = LoadOptions(files=lines, **{name: value for name, value in given.items() if value not in ("", AUTO)})
         return (load(path, **vars(options)),)
 
 

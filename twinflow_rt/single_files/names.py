@@ -16,6 +16,24 @@ Rename = tuple[str, str | Callable[[re.Match[str]], str]]  # as for re.sub
 
 
 @dataclass(frozen=True)
+class Key:
+    """What happens to one tensor of a file: its names afterwards, none if it is dropped; whether its row
+    halves trade places."""
+
+    source: str
+    targets: tuple[str, ...]
+    swapped: bool = False
+
+    @property
+    def action(self) -> str:
+        if len(self.targets) != 1:
+            return "split" if self.targets else "dropped"
+        if self.swapped:
+            return "swapped"
+        return "kept" if self.targets[0] == self.source else "renamed"
+
+
+@dataclass(frozen=True)
 class Names:
     """renames: applied in order, each to the result of those before. splits: end of a merged tensor's
     name -> ends of its parts, in row order. drops: names that diffusers' network does not have, as

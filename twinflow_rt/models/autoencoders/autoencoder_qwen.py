@@ -140,18 +140,14 @@ class OneFrame(Checkpoint):
     time. Tensors that are two-dimensional already stay as they are."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return one_frame(name, super().shape(name))
+        shape = super().shape(name)
+        return shape[:2] + shape[3:] if _in_time(name, len(shape)) else shape
 
     def get(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         tensor = super().get(name)
         if _in_time(name, tensor.ndim):
             tensor = tensor[:, :, -1]
         return tensor.to(device, dtype or tensor.dtype, copy=True)
-
-
-def one_frame(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of a tensor without time."""
-    return shape[:2] + shape[3:] if _in_time(name, len(shape)) else shape
 
 
 def _in_time(name: str, ndim: int) -> bool:
@@ -163,4 +159,4 @@ def _layout(config: QwenAutoencoderConfig) -> Layout:
     return Layout(unused=("encoder.", "quant_conv.", *time), dtype_of=float32_where(".gamma"))
 
 
-MODEL = Architecture(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame, shape=one_frame)
+MODEL = Architecture(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame)
