@@ -183,7 +183,7 @@ def test_a_folder_with_files_of_blocks_draws_what_their_numbers_draw(tmp_path):
         read = {name: written.get_tensor(name) for name in written.keys()}  # noqa: SIM118 (not a dict)
         assert read.keys() == tensors.keys() and any(written.nbytes(name) < read[name].nbytes for name in read)
         save_file(read, plain / part / file)
-    pictures = [load(at, device="cpu", dtype="fp32")("a", seed=0, output="pt").images for at in (plain, blocks)]
+    pictures = [load(at, device="cpu", precision="fp32")("a", seed=0, output="pt").images for at in (plain, blocks)]
     assert torch.equal(*pictures)
 
 

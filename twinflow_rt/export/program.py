@@ -159,9 +159,9 @@ def check_output(output: str | Path) -> Path:
 
 
 def check_exportable(pipe: Pipeline, model: str | Path, text_encoder: bool) -> None:
-    """Raise ConfigError where a model was saved quantized, has too many evaluations, or has a text stage that is no
+    """Raise ConfigError where a program was saved quantized, has too many evaluations, or has a text stage that is no
     single language model though its encoder is wanted."""
-    if kept := pipe.program.plan.precision:
+    if (kept := pipe.program.plan.precision) and pipe.program.recipe is None:
         raise ConfigError(f"{model} was saved in {kept}, which cannot be exported; give the folder it came from")
     if len(pipe.program.schedule) > MAX_EVALUATIONS:
         raise ConfigError(
@@ -183,11 +183,12 @@ def language_model(pipe: Pipeline) -> TextEncoder:
 
 
 def use_eager_ops(pipe: Pipeline) -> None:
-    """Give every network of a loaded pipeline the eager ops and plain weights, in place."""
+    """Give every network of a loaded pipeline the eager ops and plain weights, in place: those of quantized files are
+    dequantized."""
     networks = [pipe.program.network, *(part.network for stage in (pipe.text, pipe.vae) for part in stage.parts)]
     for network in networks:
         network.ops = EAGER
-        unpack(network)
+        unpack(network, pipe.dtype)
         fold_upsampling(network, ())
     pipe.text.ops = pipe.vae.ops = EAGER
     pipe.text.options = pipe.vae.options = StageOptions()

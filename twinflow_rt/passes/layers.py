@@ -149,9 +149,9 @@ def converted(layer: nn.Linear, kind: str) -> nn.Linear:
 
 
 def dense_weight(layer: nn.Linear) -> Tensor:
-    """Return the weight of a layer that has not 8 bits, in torch's own layout."""
+    """Return the weight of a layer in torch's own layout, float32 of one that is quantized."""
     if isinstance(layer, QuantizedLinear):
-        return dense(layer.int4)
+        return dense(layer.int4) if KINDS[layer.kind].in_groups else layer.weight.float() * layer.weight_scale
     weight = layer.weight.detach()
     return weight.to_dense() if weight.is_mkldnn else weight
 
@@ -189,13 +189,14 @@ def quantized_layers(layers: Mapping[str, nn.Linear], kind: str) -> dict[str, Qu
     return {name: QuantizedLinear(layer, kind) for name, layer in layers.items()}
 
 
-def unpack(network: nn.Module) -> None:
-    """Give packed layers, converted convolutions and layers of 4 bits plain weights: for tracers, which cannot see into
-    oneDNN's layout, and for programs that have no products of 4 bits."""
+def unpack(network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Give packed and quantized layers and converted convolutions plain weights: for tracers, which cannot see into
+    oneDNN's layout, and for programs without quantized products. dtype: of weights that were quantized."""
     plain_convolutions(network)
     for name, layer in list(linear_layers(network)):
         if not isinstance(layer, (PackedLinear, QuantizedLinear)):
             continue
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=torch.float32)
-        take_over(plain, layer, dense_weight(layer))
+        weight = dense_weight(layer)
+        take_over(plain, layer, weight.to(dtype) if isinstance(layer, QuantizedLinear) else weight)
         replace_module(network, name, plain)

@@ -114,19 +114,35 @@ def resolve(
         if skip_layers or fp8_attention:
             raise ConfigError("precision 'auto' takes what was measured: leave skip_layers and fp8_attention out")
         found, notes = automatic(network, device, dtype, free)
-        nothing = f"{dtype_name(dtype)}: nothing was measured that is faster here"
+        stored = of_files(network, device, dtype)
+        nothing = f"{stored[0] or dtype_name(dtype)}: nothing was measured that is faster here"
         chosen = nothing if found is None else found.precision
         notes = (AUTO + chosen, *notes)
-        if found is None or found.precision == "bf16":
-            return Arithmetic(dtype if found is None else torch.bfloat16, notes=notes)
+        if found is None:
+            return Arithmetic(dtype, stored[0], notes=notes + stored[1])
+        if found.precision == "bf16":
+            return Arithmetic(torch.bfloat16, notes=notes)
         return Arithmetic(dtype, found.precision, found.skip_layers, sensitivity=found.groups, notes=notes)
-    quantized, _ = resolve_precision(precision, None)
+    asked = resolve_precision(precision, None)[0]
+    quantized, notes = (asked, ()) if precision else of_files(network, device, dtype)
     if fp8_attention and quantized != "fp8":
         raise ConfigError(f"fp8_attention goes with precision 'fp8', not {precision}")
     names, measured = skipped(skip_layers, quantized)
     if names and quantized is None:
         raise ConfigError("skip_layers names layers kept out of precision 'int8', 'fp8' or 'int4': give one")
-    return Arithmetic(dtype, quantized, names, fp8_attention, measured)
+    return Arithmetic(dtype, quantized, names, fp8_attention, measured, notes)
+
+
+def of_files(network: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[str | None, tuple[str, ...]]:
+    """Return the precision that keeps the weights of quantized files about as small as they are, None where most of
+    `network` is not quantized or `device` has no such products; and a sentence on it."""
+    numbers = {name: network.numel(name) for name in network}
+    for kind, bits in (("int4", 5), ("int8", 9)):
+        if 2 * sum(n for name, n in numbers.items() if 8 * network.nbytes(name) <= bits * n) > sum(numbers.values()):
+            if reason := refuses(kind, device, dtype):
+                return None, (f"quantized files are read as {dtype_name(dtype)}: {kind} {reason}",)
+            return kind, (f"precision {kind}: most weights are stored in {bits} bits or fewer; 'bf16' reads them dense",)
+    return None, ()
 
 
 def skipped(

@@ -140,7 +140,10 @@ class Stage:
     def notes(self) -> tuple[str, ...]:
         """Return lines for a plan: what loading took, and what linear layers became where some have 8 bits."""
         lines = [f"{part.name} {report}" for part, report in zip(self.parts, self.reports, strict=True)]
-        if self.options.precision is not None:
+        if self.options.precision is None:
+            small = "files are quantized, and read dense; text_precision='int4' keeps them small"
+            lines += [f"{part.name} {small}" for part in self.parts if part.checkpoint.has_blocks]
+        else:
             each = zip(self.parts, self.layers, strict=True)
             lines += [f"{part.name} linear {group}" for part, groups in each for group in groups]
         return tuple(lines)
