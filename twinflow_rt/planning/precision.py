@@ -141,7 +141,7 @@ def of_files(network: Checkpoint, device: torch.device, dtype: torch.dtype) -> t
         if 2 * sum(n for name, n in numbers.items() if 8 * network.nbytes(name) <= bits * n) > sum(numbers.values()):
             if reason := refuses(kind, device, dtype):
                 return None, (f"quantized files are read as {dtype_name(dtype)}: {kind} {reason}",)
-            return kind, (f"precision {kind}: most weights are stored in {bits} bits or fewer; 'bf16' reads them dense",)
+            return kind, (f"precision {kind}: most weights are stored in {bits} bits at most; 'bf16' reads them dense",)
     return None, ()
 
 
