@@ -116,7 +116,7 @@ def _dequantized(kind: Any, shape: tuple[int, ...], block: tuple[int, int], stor
 
     def part(numbers: Tensor, blocks: Tensor) -> None:
         with np.errstate(all="ignore"):  # what is not finite is named later
-            numbers.copy_(torch.from_numpy(dequantize(blocks.numpy(), kind)))
+            numbers.numpy()[:] = dequantize(blocks.numpy(), kind)  # threads are not in inference mode
 
     out = torch.empty(math.prod(shape), dtype=torch.float32)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
