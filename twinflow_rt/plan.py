@@ -27,7 +27,7 @@ class Plan:
 
     folded, pruned: parameters that became constants, and those whose output nothing reads, by kind.
     absorbed: the constants of the one evaluation are inside the weights; else they are tables.
-    precision, skip_layers: "int8", "fp8" or None, and names kept out of it. sensitivity: the errors that were
+    precision, skip_layers: of linear layers, or None, and names kept out of it. sensitivity: the errors that were
     measured of quantizing each kind of layer alone, if the choice was made by them. layers: what linear layers
     became. fp8_attention: whether attention's scores are float8 products.
     """

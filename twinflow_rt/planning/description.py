@@ -30,7 +30,7 @@ from .work import PROMPT_TOKENS, predict_stages
 # the transformer's linear layers, the rest; float16 as bfloat16. int8 stands beside float32 on a CPU
 PRECISIONS = {
     "float32": (None, torch.float32), "bfloat16": (None, torch.bfloat16), "int8": ("int8", torch.float32),
-    "fp8": ("fp8", torch.bfloat16),
+    "fp8": ("fp8", torch.bfloat16), "int4": ("int4", torch.bfloat16),
 }  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def resident_bytes(
 ) -> int:  # fmt: skip
     """Bytes of a folded network's weights and tables on its device; the network may be on the meta device.
 
-    precision, skip_layers: "int8" or "fp8", and groups of layers kept out of it (`quantize.layer_groups`).
+    precision, skip_layers: of linear layers, and groups of them kept out of it (`quantize.layer_groups`).
     """
     tables = {name for name, _ in network.named_buffers()}
     total: int = sum(
