@@ -182,11 +182,11 @@ def test_a_model_of_shards_draws_what_its_dense_weights_draw(tmp_path):
     stored, dense = quantized(load_file(model / WEIGHTS))
     save_file(dense, model / WEIGHTS)
     asked = {"seed": 1, "height": 32, "width": 32, "output": "latent"}
-    expected = load(model.parent, device="cpu", dtype="float32")("a", **asked).images
+    expected = load(model.parent, device="cpu", precision="fp32")("a", **asked).images
     save_file(stored, model / WEIGHTS)
     shard(model)
     config = json.loads((model / "config.json").read_text())
     method = {"quantization_config": {"quant_method": "compressed-tensors"}}
     (model / "config.json").write_text(json.dumps({**config, **method}))
-    images = load(model.parent, device="cpu", dtype="float32")("a", **asked).images
+    images = load(model.parent, device="cpu", precision="fp32")("a", **asked).images
     assert (images - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -213,11 +213,14 @@ def test_layers_that_a_gpu_cannot_align_stay_as_they_are():
 
 
 @PRECISIONS
-def test_quantized_tensors_are_refused_in_a_model_folder(folder, tmp_path, precision):
+def test_quantized_tensors_are_read_dense_in_a_model_folder(folder, tmp_path, precision):
     saved = load(folder, device="cpu", dtype="float32", precision=precision).save(tmp_path / "saved")
-    checkpoint = Checkpoint(saved / "transformer")
-    with pytest.raises(CheckpointError, match="quantize while loading"):
-        _ = [checkpoint.dtype(name) for name in checkpoint]
+    dense, held = Checkpoint(saved / "transformer"), Checkpoint(saved / "transformer", quantized=True)
+    scaled = [name for name in held if f"{name}_scale" in held]
+    assert scaled and not any(f"{name}_scale" in dense for name in scaled)
+    for name in scaled:
+        expected = held.get(name).double() * held.get(f"{name}_scale").double()
+        assert torch.allclose(dense.get(name, dtype=torch.float32).double(), expected, rtol=1e-6, atol=0)
 
 
 def test_sensitivity_finds_the_layers_that_int8_hurts(folder):
