@@ -39,6 +39,7 @@ from .options import CAPTURES, LoadOptions, describe
 from .passes.fold import Schedule
 from .pipeline import Pipeline
 from .plan import Plan
+from .planning import mixed_precision
 from .planning import precision as precisions
 from .planning.memory_plan import PROMPT_TOKENS, MemoryPlan, plan_memory
 from .runtime import out_of_memory
@@ -220,7 +221,14 @@ def _load_folder(folder: Path, files: Files, asked: Asked) -> Pipeline:
         free=asked.dtype is None,
     )  # fmt: skip
     model = Model.open(folder, checkpoint, family, arithmetic.dtype, asked.sampler or preset(1), asked, files)
-    memory = model.plan_memory(asked, precision=arithmetic.precision, skip_layers=arithmetic.skip_layers)
+
+    def plan(some: precisions.Arithmetic) -> MemoryPlan | None:
+        return model.plan_memory(asked, precision=some.precision, skip_layers=some.skip_layers)
+
+    if options.precision == "auto" and asked.budget is not None:
+        arithmetic, memory = mixed_precision.fit(arithmetic, checkpoint, asked.device, asked.budget, plan)
+    else:
+        memory = plan(arithmetic)
     streamed = 0 if memory is None else memory.streamed
     given = tuple(f"{part} from {file.folder}" for part, file in files.items())
     arithmetic = replace(arithmetic, notes=(*given, *arithmetic.notes))

@@ -13,7 +13,7 @@ from .checkpoint.versions import refusal
 from .config import DTYPES, PRECISIONS
 from .errors import CheckpointError
 from .ops.selection import Choice
-from .passes.layer_groups import Group, Layers, count_text
+from .passes.layer_groups import Group, Layers, count_text, treatment
 from .planning.precision import AUTO
 from .planning.roofline import CEILINGS, StageWork, duration
 
@@ -116,7 +116,7 @@ class Plan:
             lines.append(f"op           {choice.op:<20} {choice.chosen}" + (f"  ({refusals})" if refusals else ""))
         lines += [f"linear       {group}" for group in self.layers]
         for group in self.sensitivity:
-            lines.append(f"sensitivity  {group}" + ("  exempt" if group.name in self.skip_layers else ""))
+            lines.append(f"sensitivity  {group}{treatment(group, self.skip_layers)}")
         for stage in self.stages:
             floors = ", ".join(f"{name} {duration(t)}" for name, t in stage.floors(CEILINGS).items())
             work = f"{stage.flops / 1e9:,.2f} GFLOP  {_bytes(stage.weight_bytes)} of weights"

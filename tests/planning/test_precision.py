@@ -89,7 +89,7 @@ def test_a_file_gives_exemptions_and_its_errors_to_the_plan(measured, folder, tm
     assert precision.read(tmp_path / "old.json") == measured
     pipe = load(folder, device="cpu", dtype="float32", precision="int8", skip_layers=file)
     assert pipe.plan.skip_layers == measured.skip_layers and pipe.plan.sensitivity == measured.groups
-    assert f"{measured.groups[0]}  exempt" in str(pipe.plan)
+    assert f"{measured.groups[0]}  skipped" in str(pipe.plan)
     again = load(pipe.save(tmp_path / "saved"), device="cpu", skip_layers=file)
     assert again.plan.sensitivity == measured.groups and again.plan.skip_layers == measured.skip_layers
     pipe("a red square", nfe=2, height=16, width=24, seed=0)  # compiled again, from the checkpoint
@@ -166,7 +166,7 @@ def test_measurements_hold_for_one_machine_and_dtype(measured, folder, monkeypat
 
 @pytest.mark.parametrize(
     "change, reason",
-    [({"schema": 2}, "newer"), ({"precision": "int4"}, "none of int8, fp8, bf16"),
+    [({"schema": 2}, "newer"), ({"precision": "int2"}, "none of int8, fp8, int4, bf16"),
      ({"error": "small"}, "measure again"), ({"more": 1}, "measure again")],
 )  # fmt: skip
 def test_other_files_are_refused(measured, tmp_path, change, reason):

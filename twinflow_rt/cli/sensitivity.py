@@ -1,4 +1,4 @@
-"""`twinflow-rt sensitivity`: what 8-bit linear layers, or bfloat16, cost and gain on this device."""
+"""`twinflow-rt sensitivity`: what linear layers of 8 or 4 bits, or bfloat16, cost and gain on this device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..options import add_arguments as add_options
 from .options import MODEL, load_model
 from .progress import doing
 
-MEASURED = ("int8", "fp8", "bf16")  # as planning.precision, whose import takes seconds
+MEASURED = ("int8", "fp8", "int4", "bf16")  # as planning.precision, whose import takes seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, LoadOptions, only=("base", "files", "device", "dtype", "download"))
     parser.add_argument("--precision", choices=MEASURED, help="default: fp8 on a GPU, int8 on a CPU")
     parser.add_argument(
-        "--budget", type=float, help="error of one forward to stay within; default: 0.06 for fp8, else 0.03"
-    )
+        "--budget", type=float,
+        help="error of one forward to stay within; default: 0.06 for fp8, 0.1 for int4, else 0.03",
+    )  # fmt: skip
     parser.add_argument(
         "--save", nargs="?", const="", metavar="FILE",
         help="write the measurement to FILE, for load(..., skip_layers=FILE) and --skip-layers FILE; without FILE to "
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the groups and which layers to skip, and keep it if asked to."""
     from ..loading import load
+    from ..passes.layer_groups import treatment
     from ..planning import precision as precisions
     from ..planning import sensitivity
 
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found.to_dict(), indent=1))
         return 0
     for group in found.groups:
-        print(f"{group}" + ("  skipped" if group.name in found.skip_layers else ""))
+        print(f"{group}{treatment(group, found.skip_layers)}")
     names = ", ".join(f'"{name}"' for name in found.skip_layers)
     skipped = "" if precision == "bf16" else f", skip_layers=[{names}]"
     print(f'load(..., precision="{precision}"{skipped}): error {found.error:.2e} of at most {found.budget:g}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -30,6 +31,12 @@ class Group:
 
     def __str__(self) -> str:
         return f"{self.error:.2e}  {self.layers:>4} layers  {count_text(self.parameters):>8}  {self.name}"
+
+
+def treatment(group: Group, skip_layers: Sequence[str]) -> str:
+    """Return what `skip_layers` make of a group, to be written behind it: nothing, "skipped" or the other kind."""
+    kinds = dict(entry.partition(":")[::2] for entry in skip_layers)
+    return f"  {kinds[group.name] or 'skipped'}" if group.name in kinds else ""
 
 
 def count_text(n: int) -> str:

@@ -4,6 +4,7 @@
 the error of one evaluation, for every kind of layer alone and for all that remain, and its time before and
 after. `load(..., precision="auto")` reads what was measured here and takes a precision only if it was faster
 and its error within the budget; `load(..., skip_layers=FILE)` skips the layers that a measurement says.
+Where a memory budget does not hold the network in what was chosen: `mixed_precision`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from ..runtime.machine import device_name
 
 SCHEMA = 1
 EIGHT_BIT = ("int8", "fp8")
-MEASURED = (*EIGHT_BIT, "bf16")
+MEASURED = (*EIGHT_BIT, "int4", "bf16")
 AUTO = "auto chose "  # how a plan's note on the choice begins
 FASTER = 1.03  # by less than this factor, a gain may be noise
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `precision` did to one network on one device: "int8" and "fp8" quantize it, "bf16" is another dtype.
+    """What `precision` did to one network on one device: "int8", "fp8" and "int4" quantize it, "bf16" is another dtype.
 
     weights: fingerprint of its files. dtype: of the network before. error: of one evaluation but for `skip_layers`,
     left out to stay within `budget`; groups: of every kind of layer quantized alone, those included.
@@ -189,9 +190,8 @@ def automatic(
     names = [name for name in EIGHT_BIT if refuses(name, device, dtype) is None]
     names = [name for name in names if (name, device.type) != ("fp8", "cpu")]  # emulated there
     names += ["bf16"] * (free and refuses_bf16(device, dtype) is None)
-    here = fingerprint(network), device_name(device), dtype_name(dtype)
     try:
-        paths = {name: kept(name, *here) for name in names}
+        paths = kept_here(names, network, device, dtype)
     except ConfigError as error:  # then nothing can have been measured
         return None, (f"auto: {error}",)
     return choose({name: read(path) if os.path.isfile(path) else None for name, path in paths.items()})
@@ -202,6 +202,14 @@ def refuses_bf16(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.float32:
         return f"bf16 is measured against float32, not {dtype_name(dtype)}"
     return None if has_native(torch.bfloat16, device) else f"this {device.type} only emulates bfloat16"
+
+
+def kept_here(
+    names: Sequence[str], network: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> dict[str, Path]:  # fmt: skip
+    """Return where measurements of `network` in these precisions lie; see `kept`."""
+    here = fingerprint(network), device_name(device), dtype_name(dtype)
+    return {name: kept(name, *here) for name in names}
 
 
 def kept(precision: str, weights: str, device: str, dtype: str) -> Path:

@@ -1,11 +1,11 @@
-"""Which linear layers suffer from 8 bits: the error of one forward with one kind of layer quantized at a time.
+"""Which linear layers suffer from 8 or 4 bits: the error of one forward with one kind of layer quantized at a time.
 
     error = |F_quantized - F| / |F|      (2-norms over the velocity of one image, at t = 1)
 
 Errors of single forwards decide, not the likeness of final images: sampling moves those for reasons
 that have nothing to do with quality. Kinds act about independently, so that their errors add up as
-squares, and `advise` leaves out the worst until the sum is within a budget. What remains is measured
-together, and timed beside the network as it is: see `precision` for what becomes of the measurement.
+squares, and `advise` leaves out the worst until the sum is within a budget (of 4 bits: gives them 8). What comes of
+it is measured together, and timed beside the network as it is: see `precision` for what becomes of the measurement.
 
 bf16 has no kinds of layers to leave out: the whole model is loaded in bfloat16 and compared with itself in float32.
 """
@@ -13,7 +13,7 @@ bf16 has no kinds of layers to leave out: the whole model is loaded in bfloat16 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -23,16 +23,18 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..ops import Target
 from ..passes.layer_groups import Group
-from ..passes.layers import quantized_layers
-from ..passes.quantize import bind_quantized, layer_groups, require
+from ..passes.layers import QuantizedLinear, linear_layers, quantized_layers
+from ..passes.quantize import bind_quantized, layer_groups, quantizes, require
 from ..passes.replace import replaced
 from ..runtime.machine import device_name
 from ..runtime.timer import Timer
 from . import precision as precisions
 
 PROMPT, SEED = "a photograph of a lighthouse in a storm at dusk", 0
-# of a forward's error; e4m3 has 4 significant bits where int8 has up to 7 and bfloat16 8
-BUDGETS = {"int8": 0.03, "fp8": 0.06, "bf16": 0.03}
+# of a forward's error; e4m3 has 4 significant bits where int8 has up to 7 and bfloat16 8; weights of 4 bits are off by
+# 0.09 of their size
+BUDGETS = {"int8": 0.03, "fp8": 0.06, "int4": 0.1, "bf16": 0.03}
+INSTEAD = {"int4": ":int8"}  # what becomes of layers too sensitive for a precision, as `skip_layers` writes it
 ROUNDS = 7  # of timing, each of both
 
 
@@ -59,7 +61,7 @@ def advise(found: Sequence[Group], budget: float) -> tuple[str, ...]:
 def of_pipeline(
     pipe: Any, precision: str = "int8", budget: float | None = None, rounds: int = ROUNDS
 ) -> precisions.Measurement:
-    """Measure "int8" or "fp8" on one image of the default size of a pipeline loaded without quantized layers.
+    """Measure "int8", "fp8" or "int4" on one image of the default size of a pipeline loaded without quantized layers.
 
     budget: default `BUDGETS[precision]`. rounds: of timing. Raises ConfigError where layers are quantized
     already, or the device has no products of that precision.
@@ -70,10 +72,8 @@ def of_pipeline(
     with torch.inference_mode():
         run = _evaluation(pipe)
         found = measure(network, run, precision)
-        skipped = advise(found, budget)
-        groups = layer_groups(network, precision).items()
-        layers = {name: layer for group, some in groups if group not in skipped for name, layer in some.items()}
-        figures = _together(pipe, layers, run, precision, rounds)
+        skipped = tuple(name + INSTEAD.get(precision, "") for name in advise(found, budget))
+        figures = _together(pipe, run, precision, skipped, rounds)
     return _measurement(pipe, precision, budget, skipped, found, *figures)
 
 
@@ -117,10 +117,12 @@ def _evaluation(pipe: Any) -> Callable[[], Tensor]:
 
 
 def _together(
-    pipe: Any, layers: Mapping[str, nn.Linear], run: Callable[[], Tensor], precision: str, rounds: int
+    pipe: Any, run: Callable[[], Tensor], precision: str, skip_layers: Sequence[str], rounds: int
 ) -> tuple[float, float, float]:
-    """Return the error with all `layers` quantized, and median seconds so and as they are, taken in turns."""
-    quantized, timer, network = quantized_layers(layers, precision), Timer(pipe.device), pipe.program.network
+    """Return the error with layers quantized as `load` does it, and median seconds so and as they are, in turns."""
+    timer, network = Timer(pipe.device), pipe.program.network
+    kinds = {n: quantizes(network, n, m, pipe.device, precision, skip_layers) for n, m in linear_layers(network)}
+    quantized = {n: QuantizedLinear(network.get_submodule(n), kind) for n, kind in kinds.items() if kind is not None}
     target = Target.of_network(network.config, pipe.device, pipe.dtype)
     exact, after, before = run().double(), [], []
     for _ in range(rounds):
