@@ -59,7 +59,8 @@ def nearest(weight: Tensor, group: int) -> Tensor:
     """The largest magnitude of a group is code 7 or -7."""
     x = weight.unflatten(-1, (-1, group))
     step = (x.abs().amax(-1, keepdim=True) / 7).clamp_min(SMALLEST)
-    return ((x / step).round_().clamp_(-8, 7) * step).flatten(-2)
+    made: Tensor = (x / step).round_().clamp_(-8, 7) * step
+    return made.flatten(-2)
 
 
 def least_squares(weight: Tensor, group: int) -> Tensor:
@@ -103,7 +104,8 @@ def half_quadratic(weight: Tensor, group: int, rounds: int = 20, p: float = 0.7,
         shrunk = error.sign() * (error.abs() - (error.abs() + 1e-12).pow(p - 1) / beta).clamp_min(0)
         zero = (codes - x + shrunk / step).mean(-1, keepdim=True)
         beta *= 1.01
-    return (((x + best).round_().clamp_(0, 15) - best) * step).flatten(-2)
+    made: Tensor = ((x + best).round_().clamp_(0, 15) - best) * step
+    return made.flatten(-2)
 
 
 def low_rank(weight: Tensor, group: int, of: Quantize = least_squares) -> Tensor:
@@ -168,7 +170,8 @@ class Emulated(nn.Linear):
 
 
 def mixed(x: Tensor, mix: Tensor) -> Tensor:
-    return (x.unflatten(-1, (-1, len(mix))) @ mix).flatten(-2)
+    parts: Tensor = x.unflatten(-1, (-1, len(mix)))
+    return (parts @ mix).flatten(-2)
 
 
 def quantized(layer: nn.Linear, way: Way, group: int, order: Tensor) -> tuple[Tensor, Tensor | None]:
