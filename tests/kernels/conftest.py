@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-MODULES = ("attention", "attention_fp8", "decode", "int4", "linear", "mlp", "norm", "rope", "sample")
+MODULES = ("attention", "attention_fp8", "decode", "int4", "linear", "mlp", "norm", "nvfp4", "rope", "sample")
 
 
 def _interpret(monkeypatch, module) -> None:
