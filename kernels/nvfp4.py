@@ -60,9 +60,9 @@ def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch_op("quantize_nvfp4(Tensor x) -> (Tensor, Tensor, Tensor)", _empty)
 def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.quantize_nvfp4` on the GPU: x [..., K], any row strides, K a multiple of 16; compute capability 8.9 or later.
+    """`ops.quantize_nvfp4` on the GPU: x [..., K], any row strides, K a multiple of 16; 8.9 or later.
 
-    Two passes: the largest magnitude of all, then the values."""
+    Two passes over x: for the largest magnitude of all, and for the values."""
     launch.require_floats("quantize_nvfp4", x)
     launch.require_quantized("quantize_nvfp4", torch.float8_e4m3fn, launch.arch(x))
     width = x.shape[-1]

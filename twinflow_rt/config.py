@@ -20,7 +20,7 @@ import torch
 from .errors import ConfigError, DeviceError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-QUANTIZED = ("int8", "fp8", "int4", "w4a16")  # what linear layers can be, see passes.layers.KINDS
+QUANTIZED = ("int8", "fp8", "int4", "w4a16", "nvfp4")  # what linear layers can be, see passes.layers.KINDS
 PRECISIONS = {"auto": None, "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | dict.fromkeys(QUANTIZED)
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 ON_OOM = ("raise", "split")

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches.ops.case import Case, Draw, Sizes, exact_attention
+from benches.ops.case import Case, Draw, Drawing, Sizes, exact_attention
 from benches.ops.op_cases import cases
 from twinflow_rt import ops
 from twinflow_rt.ops import Target
 from twinflow_rt.ops.declaration import Op
-from twinflow_rt.ops.implementations import IMPLEMENTATIONS, INT4_OPS, QUANTIZED_OPS
+from twinflow_rt.ops.implementations import IMPLEMENTATIONS, QUANTIZED_OPS
 from twinflow_rt.ops.int4 import CHUNK, quantize_int4, row_units, widen
+from twinflow_rt.ops.nvfp4 import dequantize_nvfp4, quantize_nvfp4
 
 QUANTIZED = {"float8": torch.float8_e4m3fn, "int8": torch.int8}
 # ops whose results a linear layer multiplies
@@ -55,7 +56,7 @@ def eight_bit_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str
             _product(sizes, draw, kind),
         )
     ]
-    return [*rows, _attention(sizes, draw), *_four_bit(sizes, draw)]
+    return [*rows, _attention(sizes, draw), *_four_bit(sizes, draw), *_nvfp4(sizes, draw)]
 
 
 def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -119,7 +120,28 @@ def _four_bit(s: Sizes, draw: Draw) -> list[Case]:
         moved = s.tokens * ((1 if op == "linear_w4a8" else draw.item) * k + n * draw.item) + n * k * 17 // 32
         return Case(op, f"{op}, {name}", inputs, exact, moved, 2 * s.tokens * n * k)
 
-    return [case(op, name) for op in INT4_OPS for name in shapes]
+    return [case(op, name) for op in ("linear_w4a8", "linear_w4a16") for name in shapes]
+
+
+def _nvfp4(s: Sizes, draw: Draw) -> list[Case]:
+    """Return the cases of layers in 4-bit floats: rows, and a product of what they became."""
+    x: Drawing = lambda: draw(1, s.tokens, s.width)
+
+    def inputs() -> tuple[Any, ...]:
+        weight = quantize_nvfp4(draw(s.width, s.width, seed=1) * s.width**-0.5)
+        return *quantize_nvfp4(x()), *weight, draw(s.width, seed=2), draw.dtype
+
+    def exact(*args: Any) -> tuple[Tensor]:
+        rows, weight = (dequantize_nvfp4(*some).double() for some in (args[:3], args[3:6]))
+        return (rows @ weight.t() + args[6].double(),)
+
+    one = s.tokens * s.width
+    return [
+        Case("quantize_nvfp4", "quantize_nvfp4", lambda: (x(),), lambda x: (x[0].double(),),
+             one * (2 * draw.item + 1) // 2, read=lambda result: dequantize_nvfp4(*result)),
+        Case("linear_nvfp4", "linear_nvfp4", inputs, exact, one // 2 + one * draw.item + s.width**2 // 2,
+             2 * one * s.width),
+    ]  # fmt: skip
 
 
 def _attention(s: Sizes, draw: Draw) -> Case:

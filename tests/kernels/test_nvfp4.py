@@ -7,7 +7,7 @@ import torch
 from oracle import DTYPES, draw, strided
 
 from twinflow_rt.kernels import launch, nvfp4
-from twinflow_rt.ops.nvfp4 import VALUES, dequantize_nvfp4, linear_nvfp4, quantize_nvfp4
+from twinflow_rt.ops.nvfp4 import quantize_nvfp4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

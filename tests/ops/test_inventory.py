@@ -27,7 +27,7 @@ def broken_flash_attention(tmp_path, monkeypatch):
 
 def test_lists_every_implementation_and_agrees_with_selection():
     for target in (Target("cpu", torch.float32), Target("cuda", torch.bfloat16, arch=90, head_dim=128)):
-        rows, choices = inventory.inventory(target), [*select(target)[1], *select_quantized(target, int4=True)[1]]
+        rows, choices = inventory.inventory(target), [*select(target)[1], *select_quantized(target)[1]]
         choices += [c for c in select(replace(target, fp8_attention=True))[1] if c.op == "attention_fp8"]
         assert {(r.op, r.name) for r in rows} == {(op, name) for op, some in IMPLEMENTATIONS.items() for name in some}
         assert {r.op: r.name for r in rows if r.chosen} == {c.op: c.chosen for c in choices}

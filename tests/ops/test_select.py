@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tests.registered import NATIVE
 from twinflow_rt import ops
 from twinflow_rt.ops import OpTable, Target, backends, mlp, optional, select
-from twinflow_rt.ops.implementations import IMPLEMENTATIONS, INT4_OPS, QUANTIZED_OPS, RAGGED
+from twinflow_rt.ops.implementations import FOUR_BIT_OPS, IMPLEMENTATIONS, QUANTIZED_OPS, RAGGED
 from twinflow_rt.ops.selection import SEPARATE, choose, rank, select_quantized
 
 OPS = tuple(f.name for f in fields(OpTable))
@@ -135,13 +135,18 @@ def test_rows_of_a_cpu_are_made_by_its_kernels():
     assert all("not float8" in IMPLEMENTATIONS[op]["native"].refuses(float8) for op in QUANTIZED_OPS)
 
 
-def test_ops_of_4_bits_are_chosen_where_there_are_such_weights():
+def test_ops_of_4_bits_are_chosen():
     target = replace(H100, quantized=torch.int8)
-    assert all(rank(op, target) == ("triton",) for op in INT4_OPS)
-    eight, four = ([c.op for c in select_quantized(target, int4=int4)[1]] for int4 in (False, True))
-    assert (eight, four) == ([*QUANTIZED_OPS], [*QUANTIZED_OPS, *INT4_OPS])
+    assert {op: rank(op, target) for op in FOUR_BIT_OPS} == {
+        **dict.fromkeys(("linear_w4a8", "linear_w4a16", "quantize_nvfp4"), ("triton",)),
+        "linear_nvfp4": ("scaled-mm-nvfp4",),
+    }  # fmt: skip
+    assert [c.op for c in select_quantized(target)[1]] == [*QUANTIZED_OPS, *FOUR_BIT_OPS]
     plain = IMPLEMENTATIONS["linear_w4a16"]["triton"].refuses
     assert "not float32" in plain(replace(H100, dtype=torch.float32)) and "8.0" in plain(replace(H100, arch=75))
+    nvfp4 = IMPLEMENTATIONS["linear_nvfp4"]["scaled-mm-nvfp4"].refuses
+    assert "12.0, this GPU has 9.0" in nvfp4(H100) and "12.0" not in (nvfp4(replace(H100, arch=121)) or "")
+    assert "gives bfloat16" in nvfp4(replace(H100, dtype=torch.float16, arch=120))
 
 
 def test_products_of_rows_say_what_they_multiply():

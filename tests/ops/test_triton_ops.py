@@ -90,6 +90,7 @@ def test_ops_keep_torchs_rules(table):
     weight = (torch.zeros(5, 32, dtype=torch.uint8), torch.ones(5, 1).half(), None, torch.ones(5, 1), torch.ones(5))
     check(o.triton_linear_w4a8.default, torch.ones(2, 3, 64, dtype=torch.int8), w[:6].view(2, 3, 1), *weight, x.dtype)
     check(o.triton_linear_w4a16.default, torch.randn(2, 3, 64).half(), *weight)
+    check(o.triton_quantize_nvfp4.default, torch.randn(2, 3, 48))
     assert checked == registered("triton")
 
 

@@ -269,3 +269,28 @@ def test_advice_is_what_load_takes(folder):
     assert isinstance(kept.program.network.layers[1].feed_forward.w2, PackedLinear)
     with pytest.raises(ConfigError, match="not quantized yet"):
         sensitivity.of_pipeline(kept)
+
+
+def test_nvfp4_is_refused_by_name_but_on_12_0(monkeypatch):
+    with pytest.raises(ConfigError, match=r"precision nvfp4: .*compute capability 12\.0, not on cpu; use int4"):
+        quantize.require("nvfp4", CPU)
+    gpu = torch.device("cuda")
+    for have, said in (((9, 0), "not on compute capability 9.0"), ((12, 0), "come out in bfloat16, not float16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, have=have: have)
+        assert said in quantize.refuses("nvfp4", gpu, torch.float16)
+    assert quantize.refuses("nvfp4", gpu, torch.bfloat16) is None
+
+
+def test_nvfp4_layers_by_the_reference(folder, exact, monkeypatch, tmp_path):
+    """A CPU refuses them; where it does not, whole networks run on the specification, saved and loaded too."""
+    monkeypatch.setattr(quantize, "refuses", lambda *a: None)
+    monkeypatch.setitem(quantize.MULTIPLES, "nvfp4", 16)  # small layers
+    pipe = load(folder, device="cpu", dtype="float32", precision="nvfp4")
+    some = [m for m in pipe.program.network.modules() if isinstance(m, QuantizedLinear)]
+    assert kinds(pipe.plan)["nvfp4"] == len(some) and {m.kind for m in some} == {"nvfp4"}
+    assert {c.op for c in pipe.plan.choices} >= {"linear_nvfp4", "quantize_nvfp4"}
+    assert all(2 * m.weight.nbytes == m.in_features * m.out_features for m in some)
+    images = pipe("a red square", **ARGUMENTS).images
+    assert 0.01 < distance(images, exact) < 0.3
+    pipe.save(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved", device="cpu")("a red square", **ARGUMENTS).images, images)

@@ -16,6 +16,7 @@ from .attention import attention_fp8
 from .declaration import Op
 from .int4 import Int4Ops
 from .native import library
+from .nvfp4 import Nvfp4Ops
 from .table import EAGER, EAGER_QUANTIZED, OpTable, QuantizedOps
 from .target import Refusal, Target, either, in_training, larger_heads, no_gpu, off_gpu, other_dtype
 
@@ -25,8 +26,8 @@ FLOAT8_ARCH = 89  # the first compute capability that stores and multiplies floa
 INT8_ARCH = 80  # the first that torch._int_mm serves
 RAGGED = "attention.ragged"  # attention with `lengths`: batches of prompts of several lengths
 FP8 = "attention_fp8"  # attention with float8 scores, where the target asks for it
-INT4_OPS = tuple(f.name for f in fields(Int4Ops))
-QUANTIZED_OPS = tuple(f.name for f in fields(EAGER_QUANTIZED) if f.name not in INT4_OPS)  # of weights of 8 bits
+FOUR_BIT_OPS = tuple(f.name for f in (*fields(Int4Ops), *fields(Nvfp4Ops)))
+QUANTIZED_OPS = tuple(f.name for f in fields(EAGER_QUANTIZED) if f.name not in FOUR_BIT_OPS)  # of weights of 8 bits
 CPU, GPU = ("cpu",), ("cuda",)
 
 
@@ -94,7 +95,8 @@ _OWN_REFUSES: dict[tuple[str, str], Refusal] = {
     ("attention", "triton"): _triton_attention,
     ("linear_attention", "triton"): either(larger_heads(32, "linear_head_dim"), _triton),
     ("linear_swiglu", "triton"): either(backends.other_than_half, _triton),
-    ("linear_w4a16", "triton"): either(backends.other_than_half, _triton), ("qk_norm_rope", "cuda"): _cuda_rope,
+    ("linear_w4a16", "triton"): either(backends.other_than_half, _triton),
+    ("quantize_nvfp4", "triton"): either(_older_than_float8, _triton), ("qk_norm_rope", "cuda"): _cuda_rope,
     ("joint_qk_norm_rope", "cuda"): _cuda_rope, ("linear_quantized", "cuda"): either(_int8_only, library.cuda_refuses),
 }  # fmt: skip
 _cublas = either(off_gpu, no_gpu)
@@ -103,6 +105,12 @@ _int8_mm = either(_off_cpu_and_gpu, _older("int8 needs compute capability 8.0", 
 _scaled_mm = either(
     off_gpu, _given(torch.int8, "multiplies float8_e4m3fn, not int8"),
     other_dtype("gives bfloat16", torch.bfloat16), _older_than_float8, no_gpu,
+)  # fmt: skip
+_scaled_mm_nvfp4 = either(
+    off_gpu, other_dtype("gives bfloat16", torch.bfloat16),
+    lambda target: f"needs compute capability 12.0, this GPU has {target.arch / 10:.1f}"
+    if target.arch is not None and target.arch // 10 != 12 else None,
+    no_gpu,
 )  # fmt: skip
 # what is none of our kernels: ops of torch, of cuBLAS, of other packages
 _OTHERS = {
@@ -113,6 +121,7 @@ _OTHERS = {
         Implementation("folded", _from("ops.conv", "upsample_conv"), _folded),
         Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm),
         Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm, GPU),
+        Implementation("scaled-mm-nvfp4", _from("ops.nvfp4", "scaled_mm_nvfp4"), _scaled_mm_nvfp4, GPU),
         *(Implementation(b.name, b.load, b.refuses, GPU) for b in backends.BACKENDS.values()),
     )
 }

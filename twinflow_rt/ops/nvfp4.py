@@ -2,14 +2,15 @@
 
     tensor[r, k] = e2m1[r, k] * block_scales[r, k // 16] * scale
 
-e2m1: 0, 0.5, 1, 1.5, 2, 3, 4 or 6 with a sign; block_scales: float8_e4m3fn; scale: one float32, which brings the largest
-block to e4m3's end. Rows get theirs in every call, so the images of a batch share a scale.
+e2m1: 0, 0.5, 1, 1.5, 2, 3, 4 or 6 with a sign; block_scales: float8_e4m3fn; scale: one float32, which takes the largest
+block to e4m3's end. Rows get theirs in every call, so images of a batch share a scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,8 @@ def arranged(scales: Tensor) -> Tensor:
     rows, columns = (-n % tile for n, tile in zip(scales.shape, TILE, strict=True))
     filled = F.pad(scales.view(torch.uint8), (0, columns, 0, rows))
     tiles = filled.unflatten(0, (-1, 4, 32)).unflatten(3, (-1, 4)).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(filled.shape).view(FP8)
+    laid: Tensor = tiles.reshape(filled.shape).view(FP8)
+    return laid
 
 
 def dequantize_nvfp4(packed: Tensor, block_scales: Tensor, scale: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values = blocks / (scales.float() * scale)[..., None]
     size = values.abs()
     codes = torch.zeros_like(size, dtype=torch.uint8)
-    for i, (low, high) in enumerate(zip(VALUES, VALUES[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(VALUES)):
         middle = (low + high) / 2
         codes += size >= middle if i % 2 else size > middle
     low, high = torch.where(values < 0, codes + 8, codes).flatten(-2).unflatten(-1, (-1, 2)).unbind(-1)

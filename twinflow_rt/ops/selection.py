@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends
 from .declaration import Op
-from .implementations import FP8, IMPLEMENTATIONS, INT4_OPS, QUANTIZED_OPS, RAGGED
+from .implementations import FOUR_BIT_OPS, FP8, IMPLEMENTATIONS, QUANTIZED_OPS, RAGGED
 from .table import OpTable, QuantizedOps
 from .target import Target
 
@@ -70,7 +70,7 @@ def choose(op: str, target: Target, prefer: str | None = None) -> Choice:
 
 def select(target: Target, prefer: str | None = None) -> tuple[OpTable, tuple[Choice, ...]]:
     """Picks an implementation per op for `target` (see `choose`); pure but for asking what the machine has."""
-    others = {*QUANTIZED_OPS, *INT4_OPS, *(("attention", RAGGED) if target.fp8_attention else (FP8,))}
+    others = {*QUANTIZED_OPS, *FOUR_BIT_OPS, *(("attention", RAGGED) if target.fp8_attention else (FP8,))}
     choices = [choose(op, target, prefer) for op in IMPLEMENTATIONS if op not in others]
     table = {c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}
     if target.fp8_attention:
@@ -83,11 +83,9 @@ def select(target: Target, prefer: str | None = None) -> tuple[OpTable, tuple[Ch
     return OpTable(**table), tuple(choices)
 
 
-def select_quantized(
-    target: Target, prefer: str | None = None, int4: bool = False
-) -> tuple[QuantizedOps, tuple[Choice, ...]]:
-    """`select` for the ops of quantized layers that multiply `target.quantized`; int4: some weights have 4 bits."""
-    choices = [choose(op, target, prefer) for op in (*QUANTIZED_OPS, *(INT4_OPS if int4 else ()))]
+def select_quantized(target: Target, prefer: str | None = None) -> tuple[QuantizedOps, tuple[Choice, ...]]:
+    """`select` for the ops of quantized layers that multiply `target.quantized`, and of those of 4 bits."""
+    choices = [choose(op, target, prefer) for op in (*QUANTIZED_OPS, *FOUR_BIT_OPS)]
     return QuantizedOps(**{c.op: IMPLEMENTATIONS[c.op][c.chosen].load() for c in choices}), tuple(choices)
 
 

@@ -23,6 +23,7 @@ from .int4 import Int4Ops
 from .linear import QuantizedLinearOps, QuantizedRows
 from .mlp import MlpOps, QuantizedMlpOps
 from .norm import NormOps, QuantizedNormOps
+from .nvfp4 import Nvfp4Ops
 from .rope import RopeOps
 from .sample import SampleOps
 
@@ -33,7 +34,7 @@ class OpTable(ConvOps, DecodeOps, SampleOps, MlpOps, AttentionOps, RopeOps, Norm
 
 
 @dataclass(frozen=True)
-class QuantizedOps(QuantizedMlpOps, QuantizedNormOps, QuantizedLinearOps, Int4Ops):
+class QuantizedOps(QuantizedMlpOps, QuantizedNormOps, QuantizedLinearOps, Int4Ops, Nvfp4Ops):
     """The callables of a network's quantized layers and of what feeds them; by default the eager references."""
 
 

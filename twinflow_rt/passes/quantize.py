@@ -48,8 +48,8 @@ from .replace import replace_module
 MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed in float32 from a plain weight
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
 SMALLEST_PACKED = 3 << 14  # elements of a float32 weight: calling oneDNN for fewer takes longer than it saves
-MULTIPLES = {"fp8": 16, "int8": 8, "int4": 8, "w4a16": 8}  # of inputs and outputs: the products' alignment on a GPU
-PRODUCTS = {kind.product for kind in KINDS.values()}
+MULTIPLES = {"fp8": 16, "int8": 8, "int4": 8, "w4a16": 8, "nvfp4": 32}  # of inputs and outputs: for GPUs' products
+PRODUCTS = {op for kind in KINDS.values() for op in kind.ops}
 MADE = "made here"  # the origin of 4-bit weights that no file had
 
 
@@ -163,7 +163,7 @@ def bind_quantized(network: Any, target: Target) -> tuple[Choice, ...]:
         input_ops = network.ops if rows is None else quantizing(network.ops, quantized_ops, rows)
         for layer in some:
             layer.bind(quantized_ops, input_ops)
-        used = {KINDS[layer.kind].product for layer in some}
+        used = {op for layer in some for op in KINDS[layer.kind].ops}
         found |= dict.fromkeys(c for c in choices if c.op in used or (rows is not None and c.op not in PRODUCTS))
     return tuple(found)
 
@@ -204,9 +204,14 @@ def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = No
 
     dtype: of the network, where known.
     """
+    if precision == "nvfp4" and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 12):
+        found = device.type
+        if found == "cuda":
+            found = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+        return f"its products run on NVIDIA GPUs of compute capability 12.0, not on {found}; use int4 there"
     if device.type == "cuda":
-        if precision == "fp8" and dtype not in (None, torch.bfloat16):
-            return f"float8 products come out in bfloat16, not {dtype_name(dtype)}; use dtype bfloat16"
+        if precision in ("fp8", "nvfp4") and dtype not in (None, torch.bfloat16):
+            return f"{precision}'s products come out in bfloat16, not {dtype_name(dtype)}; use dtype bfloat16"
         needs = divmod(FLOAT8_ARCH if precision == "fp8" else INT8_ARCH, 10)
         if (have := torch.cuda.get_device_capability(device)) < needs:
             least, found = (".".join(map(str, version)) for version in (needs, have))
@@ -357,7 +362,7 @@ def _fitting(layer: nn.Linear, kind: str) -> tuple[str | None, str]:
 def _multiple(kind: str, device: torch.device) -> int:
     """Return what a layer's inputs and outputs must be multiples of: on a GPU; for fp8 everywhere, because a CPU merely
     tries it out."""
-    return MULTIPLES[kind] if kind == "fp8" or device.type != "cpu" else 1
+    return MULTIPLES[kind] if kind in ("fp8", "nvfp4") or device.type != "cpu" else 1
 
 
 def _how(kind: str, device: torch.device, origin: str) -> str:
@@ -365,6 +370,8 @@ def _how(kind: str, device: torch.device, origin: str) -> str:
     if kind == "fp8":
         emulated = "emulated in float32, slowly: a CPU has no float8 products"
         return emulated if device.type == "cpu" else "e4m3, rows of activations and weights scaled"
+    if kind == "nvfp4":
+        return "e2m1 in blocks of 16, weights and rows of activations scaled"
     rows = "rows of activations as they are" if KINDS[kind].rows is None else "rows of activations in int8"
     if KINDS[kind].in_groups:
         return f"groups of weights scaled, {origin}; {rows}"

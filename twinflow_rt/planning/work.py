@@ -54,9 +54,9 @@ def predict_stages(
 
 
 def _eight_bit_weights(network: nn.Module, copy: nn.Module) -> Iterator[Tensor]:
-    """Yield the copy's weights of layers that have 8 bits in `network`."""
+    """Yield the copy's weights of layers whose rows have 8 bits or 4 in `network`."""
     for name, layer in network.named_modules():
-        if isinstance(layer, QuantizedLinear) and layer.activations is not None:
+        if isinstance(layer, QuantizedLinear) and layer.kind != "w4a16":
             yield copy.get_parameter(f"{name}.weight")
 
 
