@@ -158,8 +158,7 @@ def bind_quantized(network: Any, target: Target) -> tuple[Choice, ...]:
     found: dict[Choice, None] = {}
     for rows in dict.fromkeys(layer.activations for layer in layers):  # int8 for all, in most networks
         some = [layer for layer in layers if layer.activations == rows]
-        int4 = any(KINDS[layer.kind].in_groups for layer in some)
-        quantized_ops, choices = select_quantized(replace(target, quantized=rows), int4=int4)
+        quantized_ops, choices = select_quantized(replace(target, quantized=rows))
         input_ops = network.ops if rows is None else quantizing(network.ops, quantized_ops, rows)
         for layer in some:
             layer.bind(quantized_ops, input_ops)
