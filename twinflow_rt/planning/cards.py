@@ -82,5 +82,5 @@ def _fit(card: int, costs: Mapping[str, Costs], largest: tuple[int, int, int]) -
 def table(rows: Sequence[Row]) -> str:
     """Return rows as a table in Markdown."""
     heads = list(dict.fromkeys(title for row in rows for title in row))
-    said = [[f"{v / 1e9:.1f} GB" * (v > 0) if isinstance(v := row.get(title, ""), int) else v for title in heads] for row in rows]
+    said = [[v if isinstance(v := row.get(t, ""), str) else f"{v / 1e9:.1f} GB" * (v > 0) for t in heads] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *said))

@@ -124,7 +124,8 @@ def costs_of(
     # beside what the decoder makes: the float image becomes bytes in float32 (see ops.decode.to_uint8)
     decode = cache(lambda tile: round(ratio * _decode(model, tile, image)))
     return Costs(
-        weights_of(text, vae, network, device, dtype, text_options), round(ratio * max(text_work, prompt.embeds.nbytes + context_work)),
+        weights_of(text, vae, network, device, dtype, text_options),
+        round(ratio * max(text_work, prompt.embeds.nbytes + context_work)),
         round(ratio * context_bytes(context)), round(ratio * velocity), decode, tiles.smallest(model.decoder),
         slots=1 if device.type == "cpu" else 2,
     )  # fmt: skip
