@@ -24,7 +24,8 @@ from twinflow_rt.runtime.capture import Captures
 from twinflow_rt.runtime.cpu_graph import CpuGraphs
 
 LARGEST = (1024, 1024, 1)
-EIGHT_BITS = {"precision": "int8", "text_precision": "int8"}
+EIGHT_BITS, FOUR_BITS = ({"precision": kind, "text_precision": kind} for kind in ("int8", "int4"))
+MIXED = {"precision": "int4", "text_precision": "int8"}
 
 
 def costs(slots=2, **changes):
@@ -194,7 +195,8 @@ def medium(tmp_path_factory):
         pytest.param("ample", {}, marks=pytest.mark.full),
         ("tight", {}),
         pytest.param("ample", EIGHT_BITS, marks=pytest.mark.full),
-        ("tight", EIGHT_BITS),
+        pytest.param("ample", FOUR_BITS, marks=pytest.mark.full),
+        ("tight", MIXED),
     ],
 )
 def test_the_prediction_is_what_is_measured(medium, budget, options):

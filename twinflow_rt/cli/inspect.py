@@ -14,7 +14,10 @@ from .options import MODEL, parse_size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help=f"{MODEL}; with --cards all published models if left out")
+    parser.add_argument(
+        "model", nargs="?", help=f"{MODEL}; with --cards also z-image, qwen-image, ...: their "
+        "published configurations, all of them if left out",
+    )  # fmt: skip
     add_options(parser, LoadOptions, only=("base", "files", "download"))
     parser.add_argument("--size", type=parse_size, metavar="WxH", help="of the image whose work is counted")
     parser.add_argument("--tokens", type=int, metavar="N", help="length of its prompt (default: 32)")
@@ -57,11 +60,12 @@ def _print_cards(args: argparse.Namespace, size: tuple[int | None, int | None]) 
     from ..planning.cards import count, fits, table
 
     found = []
-    if args.model is not None:
-        folder, files = open_model(args.model, read_arguments(args, LoadOptions))
-        found = fits(args.model, *count(folder, size, files))
-    for name in BLUEPRINTS if args.model is None else ():
-        with temporary(name) as folder:
-            found += fits(name, *count(folder, size))
+    for name in BLUEPRINTS if args.model is None else [args.model]:
+        if name in BLUEPRINTS:
+            with temporary(name) as folder:
+                found += fits(name, *count(folder, size))
+        else:
+            folder, files = open_model(name, read_arguments(args, LoadOptions))
+            found += fits(name, *count(folder, size, files))
     print(json.dumps(found, indent=1) if args.json else table(found))
     return 0

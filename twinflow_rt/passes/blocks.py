@@ -13,7 +13,7 @@ def block_names(network: nn.Module) -> list[str]:
     found: list[str] = []
     for name, module in network.named_modules():
         inside = any(name.startswith(block + ".") for block in found)
-        if isinstance(module, nn.ModuleList) and not inside and not _of_prompt(network, name):
+        if isinstance(module, nn.ModuleList) and not inside and not runs_per_prompt(network, name):
             kinds = {type(item) for item in module}
             if kinds and all(_computes(kind) for kind in kinds):
                 found += [f"{name}.{i}" for i in range(len(module))]
@@ -25,14 +25,15 @@ def _computes(kind: type[nn.Module]) -> bool:
     return kind.forward is not nn.Module.forward
 
 
-def _of_prompt(network: nn.Module, name: str) -> bool:
+def runs_per_prompt(network: nn.Module, name: str) -> bool:
     """Return whether the module `name` of `network` runs once per prompt."""
     return any(f"{name}.".startswith(f"{head}.") for head in getattr(network, "prompt_modules", ()))
 
 
-def in_block(network: nn.Module, name: str) -> bool:
-    """Return whether module `name` of `network` belongs to a repeated block and does not run once per prompt."""
-    if _of_prompt(network, name):
+def in_block(network: nn.Module, name: str, of_prompt: bool = False) -> bool:
+    """Return whether module `name` of `network` belongs to a repeated block and, unless `of_prompt`, does not run once
+    per prompt."""
+    if not of_prompt and runs_per_prompt(network, name):
         return False
     module = network
     for part in name.split("."):
@@ -50,7 +51,7 @@ def parameters_of(network: nn.Module, block: str) -> list[str]:
     return [
         f"{name}.{leaf}"
         for name, layer in network.get_submodule(block).named_modules(prefix=block)
-        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not _of_prompt(network, name)
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not runs_per_prompt(network, name)
         for leaf, _ in layer.named_parameters()
     ]
 

@@ -28,7 +28,7 @@ from ..ops.int4 import CHUNK, GROUPS, Int4Form, Int4Weight
 from ..ops.linear import packing_refuses
 from ..ops.selection import Choice, select_quantized
 from ..ops.table import quantizing
-from .blocks import group_of, in_block
+from .blocks import group_of, in_block, runs_per_prompt
 from .layer_groups import Group, Layers
 from .layers import (
     GROUP,
@@ -247,7 +247,7 @@ def expect_quantized(
             continue
         if precision is None:
             raise CheckpointError(f"{name} is quantized in a program of no precision; save it again")
-        kind, form = _saved_kind(name, layer, saved, _asked(name, precision, skip_layers) or precision)
+        kind, form = _saved_kind(name, layer, saved, _asked(network, name, precision, skip_layers) or precision)
         values = declared_values(kind, layer.out_features, layer.in_features, form)
         names = {f"{name}.{leaf}" for leaf in values}
         if wrong := [n for n in names if n not in saved or saved.dtype(n) != values[n.rpartition(".")[2]].dtype]:
@@ -310,17 +310,17 @@ def _kind(
     if isinstance(layer, QuantizedLinear):
         if precision is None:
             return layer.kind, "as saved"
-        other = _fitting(layer, _asked(name, precision, skip_layers) or precision)[1]
+        other = _fitting(layer, _asked(network, name, precision, skip_layers) or precision)[1]
         return layer.kind, _how(layer.kind, device, other or layer.origin)
     if min(layer.weight.shape) < NARROWEST or any(part in name for part in MODULATION):
         return "plain", "narrow, or a modulation of one row"
     why = "laid out once, not per call"
     if precision is not None:
-        asked = _asked(name, precision, skip_layers)
+        asked = _asked(network, name, precision, skip_layers)
         suited, other = _fitting(layer, asked or precision)
         if asked is None:
             why = f"sensitive: kept out of {precision}"
-        elif not in_block(network, name):
+        elif not in_block(network, name, of_prompt=KINDS[asked].in_groups):
             why = f"embedder, projection or once per prompt: kept out of {precision}"
         elif suited is None:
             why = other
@@ -340,13 +340,13 @@ def _kind(
     return "packed", why
 
 
-def _asked(name: str, precision: str, skip_layers: Sequence[str]) -> str | None:
-    """Return the kind that the layer `name` is to have: the first that `skip_layers` has for it, else `precision`; None
-    where it is kept out."""
+def _asked(network: nn.Module, name: str, precision: str, skip_layers: Sequence[str]) -> str | None:
+    """Return the kind that the layer `name` is to have: the first that `skip_layers` has for it, else `precision`,
+    whose 4 bits are multiplied by plain rows in what runs once per prompt; None where it is kept out."""
     for part, _, kind in (entry.partition(":") for entry in skip_layers):
         if part in name or part in group_of(name):
             return kind or None
-    return precision
+    return "w4a16" if KINDS[precision].in_groups and runs_per_prompt(network, name) else precision
 
 
 def _fitting(layer: nn.Linear, kind: str) -> tuple[str | None, str]:

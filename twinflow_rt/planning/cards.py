@@ -16,7 +16,7 @@ from .memory_costs import Costs, Network, costs_of, weights_of
 from .memory_plan import PROMPT_TOKENS, choose
 
 CARDS = (6, 8, 12, 16, 24)  # GB, as cards are sold: GiB
-PRECISIONS = {"bf16": None, "int8": "int8"}  # of network and text encoders, the most exact first
+PRECISIONS = {"bf16": None, "int8": "int8", "int4": "int4"}  # of network and text encoders, the most exact first
 SIDE = 1024  # pixels of the image, where a model makes such
 GPU, DTYPE = torch.device("cuda"), torch.bfloat16
 
@@ -82,5 +82,6 @@ def _fit(card: int, costs: Mapping[str, Costs], largest: tuple[int, int, int]) -
 def table(rows: Sequence[Row]) -> str:
     """Return rows as a table in Markdown."""
     heads = list(dict.fromkeys(title for row in rows for title in row))
-    said = [[v if isinstance(v := row.get(t, ""), str) else f"{v / 1e9:.1f} GB" * (v > 0) for t in heads] for row in rows]
+    text = lambda value: value if isinstance(value, str) else f"{value / 1e9:.1f} GB" * (value > 0)
+    said = [[text(row.get(title, "")) for title in heads] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *said))

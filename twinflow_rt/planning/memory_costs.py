@@ -4,7 +4,7 @@ each stage on the meta device (`meta_model`)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.fuse import sources
 from ..checkpoint.layout import Layout
+from ..checkpoint.reading import Reader
 from ..ops import Target, select
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of, token_tables
 from ..passes.convolutions import folded_bytes, refuses, winograd_bytes
-from ..passes.layers import KINDS, declared_values, quantized_values
+from ..passes.layers import BESIDE, GROUP, KINDS, declared_values, quantized_values
 from ..stages import tiles
 from ..stages.prompt_cache import context_bytes
 from ..stages.stage import DEFAULTS, StageOptions
@@ -34,7 +35,7 @@ WEIGHTS = {kind.weight for kind in KINDS.values()}
 class Weights:
     """Bytes of one stage's weights: what stays in any case, each block that could stream, in order, and what
     each of these needs while it streams (on a CPU less: what is used as its file has it takes no room). making: what
-    is needed for a moment where a CPU quantizes a weight as it comes. tables: what of `fixed` a GPU's host keeps
+    is needed for a moment while a weight is quantized as it comes. tables: what of `fixed` a GPU's host keeps
     while blocks stream."""
 
     fixed: int
@@ -90,8 +91,8 @@ class Network:
     precision: str | None = None
     skip_layers: Sequence[str] = ()
 
-    def eight_bit(self, linears: Mapping[str, nn.Linear], device: torch.device) -> dict[str, str]:
-        """Return the precision of those of `linears`, by the names of their weights, that will have 8 bits."""
+    def kinds(self, linears: Mapping[str, nn.Linear], device: torch.device) -> dict[str, str]:
+        """Return the kinds, of `layers.KINDS`, of those of `linears` that will be quantized, by weights' names."""
         kinds = {
             name: quantize.quantizes(
                 self.module, name.removesuffix(".weight"), layer, device, self.precision, self.skip_layers
@@ -138,7 +139,10 @@ def weights_of(
     """Return `Costs.weights` of a model whose stages are open but not read."""
     decoders = [Network(p.network, p.checkpoint, p.layout, channels_last=True) for p in vae.parts]
     parts = {"text": _encoders(text, text_options), "network": [network], "vae": decoders}
-    return {name: Weights.of_parts(_weights(one, device, dtype) for one in some) for name, some in parts.items()}
+    made = {name: Weights.of_parts(_weights(one, device, dtype) for one in some) for name, some in parts.items()}
+    if device.type != "cpu":  # where encoders are quantized before the network is there
+        made["text"] = replace(made["text"], making=0)
+    return made
 
 
 def _encoders(text: TextStage, options: StageOptions) -> list[Network]:
@@ -167,8 +171,10 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     module, checkpoint, layout, cpu = network.module, network.checkpoint, network.layout, device.type == "cpu"
     known: set[str] = set(checkpoint)
     tensors: dict[str, Tensor] = module.state_dict()
+    reader = Reader(tensors, checkpoint, layout, device, dtype)
     linears = {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    eight_bit = network.eight_bit(linears, device)
+    kinds = network.kinds(linears, device)
+    forms = {name: reader.int4_form(name)[0] for name, kind in kinds.items() if KINDS[kind].in_groups}
 
     def held_in(name: str) -> tuple[torch.dtype, bool]:
         """Return the dtype of a tensor when read, and whether it is another then than in its file."""
@@ -177,13 +183,18 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
             return checkpoint.dtype(name), False
         made = not all(part in known for part in parts)  # a folded table
         wanted = torch.float32 if made else layout.dtype_of(name, dtype) or checkpoint.dtype(parts[0])
-        return wanted, made or len(parts) > 1 or checkpoint.dtype(parts[0]) != wanted
+        if made or len(parts) > 1 or checkpoint.dtype(parts[0]) != wanted:
+            return wanted, True
+        return wanted, checkpoint.nbytes(name) != checkpoint.numel(name) * wanted.itemsize  # in blocks
 
     def size(name: str, streams: bool = False) -> int:
         tensor, (wanted, moved) = tensors[name], held_in(name)
-        if name in eight_bit:
-            values = declared_values(eight_bit[name], *tensor.shape)
-            moved, nbytes = wanted not in WEIGHTS, sum(value.nbytes for value in values.values())
+        if wanted in WEIGHTS:  # of a saved program
+            leaves = (f"{name.removesuffix('weight')}{leaf}" for leaf in ("weight", *BESIDE))
+            return 0 if cpu else sum(checkpoint.nbytes(leaf) for leaf in leaves if leaf in known)
+        if name in kinds:
+            values = declared_values(kinds[name], *tensor.shape, forms.get(name) or GROUP)
+            moved, nbytes = True, sum(value.nbytes for value in values.values())
         else:
             nbytes = tensor.numel() * wanted.itemsize
             if not streams:
@@ -191,10 +202,12 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
         return nbytes if moved or not cpu else 0
 
     def making(name: str) -> int:
-        """Return the bytes beside its 8-bit form while a weight is quantized."""
+        """Return the bytes beside its quantized form while a weight is quantized, or joined from files' 4 bits."""
         wanted, moved = held_in(name)
+        if forms.get(name) or wanted in WEIGHTS:
+            return size(name)
         weight = torch.empty_like(tensors[name], dtype=wanted, device="meta")
-        peak = peak_of(lambda: quantized_values(weight, eight_bit[name]))[1] - size(name)
+        peak = peak_of(lambda: quantized_values(weight, kinds[name]))[1] - size(name)
         return peak + (weight.nbytes if moved else 0)
 
     blocks = [parameters_of(module, block) for block in block_names(module)]
@@ -205,5 +218,5 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
     kept, passing = (tuple(sum(size(n, streams) for n in names) for names in blocks) for streams in (False, True))
     if not network.streams:
         return Weights(fixed + sum(kept))
-    most = max(map(making, eight_bit), default=0) if cpu else 0
+    most = max(map(making, kinds), default=0)
     return Weights(fixed, kept, passing, most, 0 if cpu else sum(map(size, token_tables(module))))

@@ -138,7 +138,7 @@ def _planned(
     }
     work = {
         "text": max(costs.text, text.making if text_streams else 0),
-        "sample": costs.context + max(costs.velocity, network.making if streamed else 0),
+        "sample": costs.context + max(costs.velocity, network.making),
         "decode": costs.context + costs.decode(tile),
     }
     return MemoryPlan(budget, largest, text_streams, streamed, len(network.blocks), tile, weights, work)
