@@ -208,9 +208,10 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
     folded, pruned = (group_parameters({k: n for k, n in away.items() if (k in into) is yes}) for yes in (True, False))
     before = sum(p.numel() for p in unfolded.parameters())
     plan = Plan(
-        family=family.name, source=source.source, device=str(device), dtype=dtype_name(dtype),
-        schedule=schedule, choices=choices, parameters_before=before, parameters_after=before - sum(away.values()),
-        bytes_before=before * dtype.itemsize, bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
+        family=family.name, source=(source.folder.parent if source.files is None else source.paths[0]).name,
+        device=str(device), dtype=dtype_name(dtype), schedule=schedule, choices=choices, parameters_before=before,
+        parameters_after=before - sum(away.values()), bytes_before=before * dtype.itemsize,
+        bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
         absorbed=_is_absorbed(network), loras=source.loras, precision=precision, skip_layers=skip_layers, layers=layers,
         fp8_attention=recipe.fp8_attention, sensitivity=recipe.sensitivity,
         notes=(f"transformer {report}", *recipe.notes, *quantize.dtype_notes(source.main_dtype(), dtype, device)),

@@ -60,7 +60,6 @@ DEMO = Path(__file__).parent / "demo"
 
 
 @understands(LOAD_NAMES)
-@out_of_memory.named("loading")
 @isolated()
 def load(
     path: str | Path = "demo", *, base: str | Path | None = None, files: Sequence[str | Path] = (),
@@ -95,7 +94,8 @@ def open_model(path: str | Path, options: LoadOptions) -> tuple[Path, Files]:
     """Return the model folder that `load` takes for `path`, `options.base` and `options.files`, and what is read in
     place of its networks, by their folders' names. Raises CheckpointError, ConfigError."""
     path, download = check_path("path", path), options.download
-    whole = path == "demo" or hub.is_model(path) or os.path.lexists(Path(path) / "model_index.json")
+    at_hub = path.startswith(hub.SCHEME) and not path.endswith(hub.WEIGHTS)
+    whole = path == "demo" or at_hub or os.path.lexists(Path(path) / "model_index.json")
     if whole and options.base is not None:
         raise ConfigError(f"{shown(path)} is a whole model, not weights that go with base=: give one of the two alone")
     given = options.files if whole else (path, *options.files)
@@ -230,9 +230,8 @@ def _load_folder(folder: Path, files: Files, asked: Asked) -> Pipeline:
     else:
         memory = plan(arithmetic)
     streamed = 0 if memory is None else memory.streamed
-    given = tuple(f"{part} from {file.folder}" for part, file in files.items())
-    arithmetic = replace(arithmetic, notes=(*given, *arithmetic.notes))
-    recipe = Recipe(checkpoint, family, asked.device, **vars(arithmetic), streamed=streamed)
+    notes = (*(f"{part} from {file.folder}" for part, file in files.items()), *arithmetic.notes)
+    recipe = Recipe(checkpoint, family, asked.device, **vars(replace(arithmetic, notes=notes)), streamed=streamed)
     return _assemble(model, asked, memory, partial(compile_network, recipe, model.times))
 
 

@@ -106,7 +106,7 @@ def test_the_base_of_files(source, repo, ask):
     file, absent = f"hf://{REPO}/vae-only.safetensors", f"hf://{REPO}/other.gguf"
     with serving(repo) as endpoint:
         before, (_, path), missing = ask(endpoint, (file, False), (file, True), (absent, True))
-        assert "not in the local cache" in before[1] and "has no other.gguf" in missing[1]
+        assert "not in the local cache" in before[1] and "no other.gguf at hf://owner/tiny@main" in missing[1]
         assert Path(path).read_bytes() == (source / "vae" / WEIGHTS).read_bytes()
         (folder, *parts), *_ = ask(endpoint, (file, True), script=OPEN)
     assert parts == ["vae"]
@@ -174,7 +174,7 @@ def test_without_the_client(monkeypatch):
 NAMES = {
     "hf://a/b": ("a/b", "main", ""), "hf:/a/b": ("a/b", "main", ""), "hf://a/b/": ("a/b", "main", ""),
     "hf://a-1/b.c_d@v1.0": ("a-1/b.c_d", "v1.0", ""), "hf://a/b/c/d": ("a/b", "main", "c/d/"),
-    "hf://a/b@x/c": ("a/b", "x", "c/"), "hf://a/b@x/c/d.gguf": ("a/b", "x", ""),
+    "hf://a/b@x/c": ("a/b", "x", "c/"), "hf://a/b@x/c/d.gguf": ("a/b", "x", "c/d.gguf"),
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from tests.single_files.layouts import comfy_z_image, fuse, ldm_vae, same, to_fi
 from twinflow_rt import cli
 from twinflow_rt.checkpoint import shards
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.convert import convert, files
+from twinflow_rt.convert import conversion, convert
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import DEMO, load
 
@@ -279,7 +279,7 @@ def test_impossible_arguments(z_image, tmp_path):
         convert([file, file], z_image, tmp_path / "out")
     with pytest.raises(ConfigError, match="exists; choose another name"):
         convert([file], z_image, tmp_path)
-    with pytest.raises(CheckpointError, match="needs model_index"):
+    with pytest.raises(CheckpointError, match=r"model_index\.json is missing"):
         convert([file], tmp_path, tmp_path / "out")
     (tmp_path / "net.ckpt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a pickle"):
@@ -297,7 +297,7 @@ def test_a_failure_leaves_nothing(z_image, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_shards", full)
+    monkeypatch.setattr(conversion, "write_shards", full)
     with pytest.raises(OSError, match="No space"):
         convert([file], z_image, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.safetensors"]

@@ -106,20 +106,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write the weights of one network; only one file's tensors are on the host at a time."""
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        return _unshared({name: tensors[name].detach().cpu().contiguous() for name in names})
+        return {name: tensors[name].detach().cpu() for name in names}
 
     write_shards(folder, "model", {name: tensor.nbytes for name, tensor in tensors.items()}, read)
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Clone tensors that share storage, as split views of one merged weight do: safetensors refuses these."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-        seen.add(pointer)
-    return out
 
 
 def source_hash(network: Checkpoint) -> str:

@@ -82,11 +82,6 @@ class Checkpoint:
             return tuple(path for file in self.files for path in getattr(file, "paths", (self.folder,)))
         return tuple(path for path in sorted(self.folder.iterdir()) if path.suffix.lower() in WEIGHTS)
 
-    @property
-    def source(self) -> str:
-        """The name of what this is a part of: the model folder's, or the first file's."""
-        return self.folder.parent.name if self.files is None else self.paths[0].name
-
     def name_tied(self, tied: Mapping[str, tuple[str, ...]]) -> None:
         """Find tensors that the files have under another name. tied: name -> its other names, the likeliest first."""
         for name, others in tied.items():

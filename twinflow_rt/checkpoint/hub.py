@@ -32,16 +32,19 @@ WHOLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?\.safe
 
 @dataclass(frozen=True)
 class Source:
-    """A model of the hub. subfolder: "" or the path of the model folder in the repository, ending in /; file: or the
-    path of one file of weights."""
+    """A model of the hub. subfolder: "" or the path of the model folder in the repository, ending in /, or that of a
+    file of weights."""
 
     repo: str
     revision: str
     subfolder: str
-    file: str = ""
+
+    @property
+    def is_file(self) -> bool:
+        return self.subfolder.endswith(WEIGHTS)
 
     def __str__(self) -> str:
-        return f"hf://{self.repo}@{self.revision}/{self.subfolder or self.file}".rstrip("/")[:200]
+        return f"hf://{self.repo}@{self.revision}/{self.subfolder}".rstrip("/")[:200]
 
 
 def folder(path: str | Path, download: bool = False, without: Collection[str] = ()) -> Path:
@@ -57,20 +60,14 @@ def folder(path: str | Path, download: bool = False, without: Collection[str] = 
     return _fetch(source, without) if download else _cached(source)
 
 
-def is_model(path: str) -> bool:
-    """Return whether `path` names a model of the hub, not a file there."""
-    return path.startswith(SCHEME) and not parse(path).file
-
-
 def parse(name: str) -> Source:
     """Return the parts of an hf:// name. Raises ConfigError for another form."""
     match = NAME.fullmatch(name)
     folders = match[3].split("/") if match and match[3] else []
     if match is None or any(part in ("", ".", "..") for part in (*match[1].split("/"), *folders)):
         raise ConfigError(f"{name!r:.200} is no model of the hub; write hf://owner/name[@revision][/subfolder]")
-    if folders and folders[-1].endswith(WEIGHTS):
-        return Source(match[1], match[2] or "main", "", "/".join(folders))
-    return Source(match[1], match[2] or "main", "".join(f"{part}/" for part in folders))
+    subfolder = "/".join(folders)
+    return Source(match[1], match[2] or "main", subfolder + "/" * bool(folders and not subfolder.endswith(WEIGHTS)))
 
 
 def needed(names: Iterable[str], subfolder: str = "", without: Collection[str] = ()) -> list[str]:
@@ -99,7 +96,7 @@ def _client() -> ModuleType:
 
 
 def _cached(source: Source) -> Path:
-    index = source.file or source.subfolder + "model_index.json"
+    index = source.subfolder + "model_index.json" * (not source.is_file)
     try:
         found = _client().try_to_load_from_cache(source.repo, index, revision=source.revision)
     except (ValueError, OSError) as error:  # the client's rules for names, or the system's
@@ -109,7 +106,7 @@ def _cached(source: Source) -> Path:
             f"{source} is not in the local cache; fetch it with load(..., download=True) or --download, or where there "
             f"is no network, copy a model folder here and give its path"
         )
-    return Path(found) if source.file else Path(found).parent
+    return Path(found) if source.is_file else Path(found).parent
 
 
 def _fetch(source: Source, without: Collection[str]) -> Path:
@@ -121,11 +118,9 @@ def _fetch(source: Source, without: Collection[str]) -> Path:
     except Exception as error:  # the client's, and those of whatever it speaks HTTP with
         raise CheckpointError(_why(source, error)) from None
     files = {entry.rfilename: entry for entry in info.siblings or ()}
-    names = [source.file] if source.file else needed(files, source.subfolder, without)
-    if (wanted := source.file or source.subfolder + "model_index.json") not in files:
-        raise CheckpointError(
-            f"{source} has no {wanted}; what loads is a model folder in diffusers' layout, or one file with base="
-        )
+    names = [source.subfolder] if source.is_file else needed(files, source.subfolder, without)
+    if (index := source.subfolder + "model_index.json" * (not source.is_file)) not in files:
+        raise CheckpointError(f"there is no {Path(index).name} at {source}; give a model folder, or weights with base=")
     try:
         root = Path(client.snapshot_download(source.repo, revision=source.revision, allow_patterns=names))
     except Exception as error:
@@ -137,7 +132,7 @@ def _fetch(source: Source, without: Collection[str]) -> Path:
             _verify(root / name, files[name], source)
     except OSError as error:  # another process, to which it was damaged, has removed it
         raise CheckpointError(f"{source} cannot be compared with the hub ({error}); fetch it again") from None
-    return root / (source.file or source.subfolder)
+    return root / source.subfolder
 
 
 def _verify(path: Path, entry: Any, source: Source) -> None:

@@ -16,8 +16,8 @@ def write_shards(
 ) -> None:
     """Write tensors to `folder`, in files of at most SHARD_BYTES (a larger tensor gets its own).
 
-    stem: name of the files before their number. sizes: bytes by name. read(names): the tensors of one file, contiguous,
-    on the CPU; they are let go of before the next ones are asked for.
+    stem: name of the files before their number. sizes: bytes by name. read(names): the tensors of one file, on the
+    CPU; they are let go of before the next ones are asked for.
     """
     from safetensors.torch import save_file
 
@@ -32,8 +32,19 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(dict(read(names)), folder / file, metadata={"format": "pt"})
+        save_file(_unshared(read(names)), folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors contiguous, each in storage of its own: safetensors refuses split views of one merged weight."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in ((name, tensor.contiguous()) for name, tensor in tensors.items()):
+        pointer = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if pointer in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        seen.add(pointer)
+    return out

@@ -166,18 +166,13 @@ class Converted:
         return {target: stored_bytes(at.get_dtype(), math.prod(at.get_shape())) for target, at in slices.items()}
 
     def read(self, targets: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors to write; rows are copied out of what is split."""
-        out = {}
-        for target in targets:
-            tensor = self.get_tensor(target)
-            tensor = tensor.clone() if self.where[target].parts > 1 else tensor
-            out[target] = tensor.to(DTYPES.get(self.get_slice(target).get_dtype(), tensor.dtype)).contiguous()
-        return out
+        """Return tensors to write, in the dtypes that they have here."""
+        codes = {target: self.get_slice(target).get_dtype() for target in targets}
+        return {target: self.get_tensor(target).to(DTYPES.get(code)) for target, code in codes.items()}
 
     def _whole(self, at: Origin, read: Callable[[str], Any]) -> Any:
         """Return read(key of `at`), which its parts, asked for one after the other, share."""
         wanted, (held, whole) = (at.source, at.key, read.__name__), self._held
-        if held != wanted:
-            whole = read(at.key)
+        whole = whole if held == wanted else read(at.key)
         self._held = (wanted, whole) if at.part + 1 < at.parts else (None, None)
         return whole

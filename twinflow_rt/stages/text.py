@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.checkpoint import OWN_FILES, Files
+from ..checkpoint.checkpoint import Files
 from ..checkpoint.reading import Progress
 from ..config import check_flag, integer, items, resolve_prompts, shown
 from ..errors import CheckpointError, ConfigError, PromptTruncatedWarning
@@ -164,8 +164,8 @@ class TextEncoder(TextStage):
     """
 
     def __init__(
-        self, folder: Path, model: Architecture, tokenizer: type[Tokenizer], files: Files = OWN_FILES, *,
-        max_tokens: int, dropped: int = 0,
+        self, folder: Path, model: Architecture, tokenizer: type[Tokenizer], files: Files, *, max_tokens: int,
+        dropped: int = 0,
     ) -> None:  # fmt: skip
         self.tokenizer = tokenizer(folder / "tokenizer")
         self.parts = (open_part(folder / "text_encoder", model, files),)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint.checkpoint import OWN_FILES, Files
+from ..checkpoint.checkpoint import Files
 from ..checkpoint.files import read_json
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
@@ -64,7 +64,7 @@ class SanaText(TextEncoder):
     As in diffusers' SanaPipeline, but for padding: that pads to 300 tokens and masks, here a prompt has its own length.
     """
 
-    def __init__(self, folder: Path, model: Architecture, files: Files = OWN_FILES) -> None:
+    def __init__(self, folder: Path, model: Architecture, files: Files) -> None:
         super().__init__(folder, model, SanaTokenizer, files, max_tokens=300)
         self.tokenizer.core.no_truncation()
         self.dropped = len(self.tokenizer.core.encode(INSTRUCTION).ids) - 2  # all but its first and last token
@@ -89,9 +89,7 @@ class OpenUniText(TextEncoder):
     own last token, which is the same.
     """
 
-    def __init__(
-        self, folder: Path, model: Architecture, connector: Architecture, files: Files = OWN_FILES
-    ) -> None:
+    def __init__(self, folder: Path, model: Architecture, connector: Architecture, files: Files) -> None:
         super().__init__(folder, model, OpenUniTokenizer, files, max_tokens=0)
         part = open_part(folder / "connector", connector, files)
         self.parts += (part,)
@@ -159,9 +157,7 @@ class SD3Text(TextStage):
     t5_width: features that the encoders have, the latter None without T5.
     """
 
-    def __init__(
-        self, folder: Path, clip: Architecture, t5: Architecture, width: int, files: Files = OWN_FILES
-    ) -> None:
+    def __init__(self, folder: Path, clip: Architecture, t5: Architecture, width: int, files: Files) -> None:
         entry = read_json(folder / "model_index.json").get("text_encoder_3", True)
         has_t5 = entry is not None and entry != [None, None]
         models = {"": clip, "_2": clip} | ({"_3": t5} if has_t5 else {})
