@@ -29,11 +29,6 @@ FOREIGN = {
     b"<!doctype html": "a web page in place of the file; download the file itself",
     b"<html": "a web page in place of the file; download the file itself",
 }  # fmt: skip
-# what follows the name of a method that weights are quantized by
-UNREAD_FORM = (
-    "in a form that is not read; get the model in bfloat16, in fp8 or int8 with scales, or as GGUF, and quantize while "
-    "loading (precision='int8', 'fp8' or 'int4')"
-)
 
 
 class Declared(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import UNREAD_FORM, Declared, parse_json
+from .files import Declared, parse_json
 from .tensor_files import TensorFile, read_tensor, stored_bytes
 
 EIGHT_BITS = ("I8", "F8_E4M3", "F8_E5M2")
@@ -104,7 +104,7 @@ class QuantizedFile:
         """Return numbers of blocks so that they broadcast with `dense`."""
         factors = read_tensor(self._files[key], key).to(torch.float32)
         if not factors.isfinite().all():
-            raise CheckpointError(f"{self._where}: {key} holds NaN or infinity; download it again")
+            raise self._damaged(f"{key} holds NaN or infinity")
         blocks = _blocks(tuple(dense.shape), tuple(factors.shape)) or []
         factors = factors.reshape((*factors.shape, *[1] * dense.ndim)[: dense.ndim])
         for axis, (block, size) in enumerate(zip(blocks, dense.shape, strict=True)):
@@ -134,9 +134,7 @@ class QuantizedFile:
                 group = content.get("convrot_groupsize", 256) if content.get("convrot") else 0
                 rotations |= dict.fromkeys(names, group)
         except (ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{self._where}: what it says of its quantization is not readable ({error}); download it again"
-            ) from None
+            raise self._damaged(f"what it says of its quantization is not readable ({error})") from None
         return rotations
 
     def _weight(self, key: str, rotations: Mapping[str, int], alike: set[str]) -> tuple[str, Weight]:
@@ -144,28 +142,29 @@ class QuantizedFile:
         their numbers, for float8 without a scale is whole only where no such weight of other blocks has one."""
         name, scales, zero = _companions(key)
         scale, dtype, shape = next((x for x in scales if x in self._dtypes), None), self._dtypes[key], self._shapes[key]
-        if dtype == "U8" or (scale and self._dtypes[scale] not in SCALES):
+        if dtype == "U8" or (scale and (self._dtypes[scale] not in SCALES or scale.endswith(".scale"))):
             raise self._unread(
-                key, f"a method with {dtype} and scales in {self._dtypes[scale or key]}, as mxfp8 and mxfp4"
+                key, f"a method with {dtype} and {self._dtypes[scale or key]} ({scale}), as mxfp8 or SDNQ"
             )
         if not scale and (dtype == "I8" or name in rotations or any(NUMBER.sub("", x) in alike for x in scales)):
-            raise CheckpointError(
-                f"{self._where}: {name} is stored as {dtype} without its scale ({scales[0]}); the file is incomplete: "
-                "download it again"
-            )
+            raise self._damaged(f"{name} is stored as {dtype} without its scale ({scales[0]}), so it is incomplete")
         weight = Weight(key, scale, zero if zero in self._dtypes else None, rotations.get(name, 0))
         for other in filter(None, (weight.scale, weight.zero)):
             if _blocks(shape, self._shapes[other]) is None:
-                raise CheckpointError(
-                    f"{self._where}: {other} has shape {list(self._shapes[other])}, but {name} of {list(shape)} needs "
-                    "one for all, one for each row, or one for each block; download it again"
-                )
+                needs = f"but {name} of {list(shape)} needs one for all, one for each row, or one for each block"
+                raise self._damaged(f"{other} has shape {list(self._shapes[other])}, {needs}")
         if (group := weight.rotated) and (group not in (16, 64, 256, 1024) or len(shape) != 2 or shape[1] % group):
             raise self._unread(name, f"a rotation of {group!r:.40} inputs where {list(shape)} has others")
         return name, weight
 
     def _unread(self, key: str, method: str) -> CheckpointError:
-        return CheckpointError(f"{self._where}: {key:.200} is quantized by {method}, {UNREAD_FORM}")
+        return CheckpointError(
+            f"{self._where}: {key:.200} is quantized by {method}, in a form that is not read; get the model in "
+            "bfloat16, fp8 or int8, or as GGUF, and quantize while loading (precision='int8', 'fp8' or 'int4')"
+        )
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self._where}: {what}; download it again")
 
 
 def _companions(key: str) -> tuple[str, tuple[str, ...], str]:
@@ -176,7 +175,7 @@ def _companions(key: str) -> tuple[str, tuple[str, ...], str]:
     if leaf.startswith("_") and leaf.endswith("_qdata"):  # torchao
         stem = key.removesuffix("qdata")
         return f"{at}{dot}{leaf[1:-6]}", (f"{stem}scale",), f"{stem}zero_point"
-    return key, (f"{key}_scale", f"{key}_scale_inv", f"{at}{dot}scale_{leaf}"), f"{key}_zero_point"
+    return key, (f"{key}_scale", f"{key}_scale_inv", f"{at}{dot}scale_{leaf}", f"{at}{dot}scale"), f"{key}_zero_point"
 
 
 def _blocks(shape: tuple[int, ...], scales: tuple[int, ...]) -> list[int] | None:

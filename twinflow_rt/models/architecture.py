@@ -10,7 +10,7 @@ from torch import nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.layout import Layout
-from .config import check_fields, reading, refuse_quantized
+from .config import check_fields, reading
 from .meta_device import meta_device
 
 
@@ -34,7 +34,6 @@ class Architecture:
 
         where: what an error message calls the file. Raises ConfigError.
         """
-        refuse_quantized(raw, where)
         with reading(where), meta_device():
             config = self.config.from_dict(raw)
             check_fields(type(config), vars(config), where)

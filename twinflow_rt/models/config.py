@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import Any, ClassVar, Self
 
-from ..checkpoint.files import UNREAD_FORM
 from ..checkpoint.typed_json import hints_of, typed
 from ..errors import ConfigError, TwinFlowError
 
@@ -81,21 +80,6 @@ def rope_theta(raw: Mapping[str, Any], otherwise: float, kinds: Sequence[str] = 
     return otherwise if given is None else given
 
 
-# of quantization_config: their weights are read as what they stand for (`checkpoint.quantized_files`)
-READ_METHODS = ("quanto", "torchao", "compressed-tensors", "fp8", "fbgemm_fp8", "modelopt", "bfl")
-
-
-def refuse_quantized(raw: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for the config.json of weights that another library has quantized in a way that is not read."""
-    found = raw.get("quantization_config")
-    method = found.get("quant_method") if isinstance(found, Mapping) else None
-    if found and method not in READ_METHODS:
-        raise ConfigError(
-            f"{where}: quantization_config says that the weights are quantized by {method or 'another library'!s:.40}, "
-            + UNREAD_FORM
-        )
-
-
 class Heads:
     """Of configs that state heads as diffusers does: the width is theirs together."""
 
@@ -130,7 +114,6 @@ class NetworkConfig:
         that the family does not know."""
         if active := [k for k in cls.variants if raw.get(k)]:
             raise ConfigError(f"transformer/config.json sets {', '.join(active)}: {cls.variant_hint}")
-        refuse_quantized(raw, "transformer/config.json")
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
         skipped = {*known, *cls.variants, *cls.unread, "quantization_config"}
         if unknown := [k for k, v in raw.items() if k not in skipped and not k.startswith("_") and v is not None]:
