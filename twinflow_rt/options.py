@@ -85,12 +85,14 @@ class LoadOptions:
     precision: str | None = field(default=None, metadata=about(
         "fp32, fp16 or bf16, as `dtype`; int8 (CPUs, NVIDIA GPUs from compute capability 8.0 on) or fp8 (GPUs from 8.9 "
         "on; a CPU emulates it, slowly): linear layers of the transformer's blocks with 8-bit weights and activations; "
-        "int4: likewise, weights in 4 bits; w4a16: weights in 4 bits, activations in the dtype; auto: int8, fp8 or bf16 if it measured faster and accurate here (`twinflow-rt sensitivity`)",
+        "int4: likewise, weights in 4 bits; w4a16: weights in 4 bits, activations in the dtype; auto: int8, fp8 or bf16 "
+        "if it measured faster and accurate here (`twinflow-rt sensitivity`)",
         "what suits checkpoint and device; of quantized files int4 or int8", page="precision.md",
     ))  # fmt: skip
     skip_layers: Sequence[str] | str | Path = field(default=(), metadata=about(
         "parts of names of layers kept out of `precision`, because they measured sensitive, or with another one "
-        "(NAME:int8), or one .json file of `twinflow-rt sensitivity --save`", "none", old_flag="--exempt", metavar="NAME", page="precision.md",
+        "(NAME:int8), or one .json file of `twinflow-rt sensitivity --save`", "none", old_flag="--exempt",
+        metavar="NAME", page="precision.md",
     ))  # fmt: skip
     fp8_attention: bool = field(default=False, metadata=about(
         "with precision fp8: attention's scores are float8 products as well", "no", page="precision.md",

@@ -244,14 +244,14 @@ def test_sensitivity_finds_the_layers_that_int8_hurts(folder):
 @PRECISIONS
 def test_weights_are_quantized_as_they_arrive(folder, monkeypatch, precision):
     """Never two of them in the checkpoint's dtype: a device need not hold the network, or the encoder, as it was."""
-    arrived, waiting = quantize.quantize_on_arrival, []
+    arrived, waiting = quantize.stored_form, []
 
-    def watch(network, *rest, **named):
-        arrived(network, *rest, **named)
+    def watch(network, *rest):
         layers = (layer for some in quantize.layer_groups(network, precision).values() for layer in some.values())
         waiting.append([m for m in layers if not m.weight.is_meta and not isinstance(m, QuantizedLinear)])
+        return arrived(network, *rest)
 
-    monkeypatch.setattr(quantize, "quantize_on_arrival", watch)
+    monkeypatch.setattr(quantize, "stored_form", watch)
     load(folder, device="cpu", dtype="float32", precision=precision, text_precision=precision)
     assert len(waiting) > 20 and not any(waiting)
 

@@ -24,6 +24,7 @@ from .fuse import sources, stack
 from .layout import Layout, check
 from .load_report import LoadReport, Meter
 
+OWN_BLOCKS = "the file's own"  # where the 4 bits of a weight are from, if they are not made anew
 Progress = Callable[[int], None]  # called with the bytes just read
 Sink = Callable[[str, Any], None]  # takes one tensor (or an Int4Weight), under the name the network has for it
 
@@ -57,7 +58,7 @@ class Reader:
         parts = sources(name, self.layout.fused)
         forms = {self.checkpoint.int4_form(part) for part in parts}
         if len(forms) == 1 and None not in forms:
-            return forms.pop(), "the file's own"
+            return forms.pop(), OWN_BLOCKS
         if any(name in lora for lora in getattr(self.checkpoint, "adapters", ()) for name in parts):
             return None, "made anew: an adapter is merged into them"
         if len(forms) > 1:

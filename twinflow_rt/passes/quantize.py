@@ -9,9 +9,8 @@ block numbers, of layers that are kept out of it; written NAME:KIND, of layers t
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -94,46 +93,20 @@ def keeps_blocks(source: Checkpoint, precision: str | None, skip_layers: Sequenc
     return source.has_blocks or any(KINDS[kind].in_groups for kind in kinds)
 
 
-def in_4_bits(
-    network: nn.Module, device: torch.device, precision: str | None, skip_layers: Sequence[str]
-) -> list[str]:
-    """Return the names of the weights that `convert_layers` would give 4 bits."""
-    kinds = ((n, quantizes(network, n, layer, device, precision, skip_layers)) for n, layer in linear_layers(network))
-    return [f"{name}.weight" for name, kind in kinds if kind is not None and KINDS[kind].in_groups]
-
-
-def quantize_on_arrival(
-    network: nn.Module, name: str, weight: Tensor | Int4Weight, device: torch.device, precision: str | None,
-    skip_layers: Sequence[str] = (), origin: str = MADE,
-) -> bool:  # fmt: skip
-    """Put a quantized layer in place of one whose weight, the tensor `name`, has just been read, if `convert_layers`
-    would; return whether that was so.
-
-    So a network never exists in two precisions at once, only one of its weights.
-    """
-    owner, _, leaf = name.rpartition(".")
-    layer = network.get_submodule(owner)
-    if leaf != "weight" or not isinstance(layer, nn.Linear) or isinstance(layer, QuantizedLinear):
-        return False
-    if (kind := quantizes(network, owner, layer, device, precision, skip_layers)) is None:
-        return False
-    replace_module(network, owner, QuantizedLinear(layer, kind, quantized_values(weight, kind), origin))
-    return True
-
-
 def declare_quantized(
-    network: nn.Module, names: Container[str], device: torch.device, precision: str | None,
-    skip_layers: Sequence[str] = (), stored: Mapping[str, tuple[Int4Form | None, str]] = MappingProxyType({}),
+    network: nn.Module, device: torch.device, precision: str | None, skip_layers: Sequence[str] = (),
+    in_4_bits: Callable[[str], tuple[Int4Form | None, str]] = lambda name: (None, MADE),
 ) -> None:  # fmt: skip
-    """Put quantized layers on the meta device where `convert_layers` would, for the weights in `names`.
+    """Put quantized layers on the meta device where `convert_layers` would.
 
-    Their values come later, one by one, in the form that `stored_form` gives them. stored: of weights of 4 bits, how
-    files have them, or None, and the origin in words.
+    Their values come later, one by one, in the form that `stored_form` gives them: so a network never exists in two
+    precisions at once, only one of its weights. in_4_bits(name): how files have a weight of 4 bits, None where they do
+    not, and the origin in words.
     """
     for name, layer in list(linear_layers(network)):
         kind = quantizes(network, name, layer, device, precision, skip_layers)
-        if kind is not None and f"{name}.weight" in names and not isinstance(layer, QuantizedLinear):
-            form, origin = stored.get(f"{name}.weight", (None, MADE))
+        if kind is not None and not isinstance(layer, QuantizedLinear):
+            form, origin = in_4_bits(f"{name}.weight") if KINDS[kind].in_groups else (None, MADE)
             values = declared_values(kind, layer.out_features, layer.in_features, form or GROUP)
             replace_module(network, name, QuantizedLinear(layer, kind, values, origin))
 

@@ -113,7 +113,7 @@ def costs_of(
     model = MetaModel.of(text, network.module, vae, (height, width), images, select(target)[0])
     if device.type == "cpu":  # whose products of 8 bits need more room for their results than others
         for real, copy in (*zip(encoders, model.encoders, strict=True), (network, model.network)):
-            quantize.declare_quantized(copy, copy.state_dict(), device, real.precision, real.skip_layers)
+            quantize.declare_quantized(copy, device, real.precision, real.skip_layers)
             quantize.bind_quantized(copy, target)
     prompt, text_work = peak_of(lambda: model.prompt(text.max_tokens))
     context, context_work = peak_of(lambda: model.encode(prompt))

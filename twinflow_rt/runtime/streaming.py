@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.layout import check
 from ..checkpoint.load_report import LoadReport
-from ..checkpoint.reading import Progress, Reader, assign, read_into
+from ..checkpoint.reading import OWN_BLOCKS, Progress, Reader, assign, read_into
 from ..ops.int4 import Int4Weight
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of, token_tables
@@ -189,15 +189,12 @@ class Streaming:
         skip_layers: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self.network, self.device, self.reader = network, reader.device, reader
-        self.precision, self.skip_layers = precision, skip_layers
-        in_4_bits = quantize.in_4_bits(network, self.device, precision, skip_layers)
-        self._int4 = {name: reader.int4_form(name) for name in in_4_bits}  # and where they come from
         self.blocks = block_names(network)[-count:] if count else []
         self._stored = [parameters_of(network, block) for block in self.blocks]
         self.names = frozenset(name for names in self._stored for name in names)
         self._on_host = frozenset(token_tables(network) if self.blocks else ())
         self._waiting: dict[str, Tensor] = {}
-        quantize.declare_quantized(network, self.names, self.device, precision, skip_layers, self._int4)
+        quantize.declare_quantized(network, self.device, precision, skip_layers, reader.int4_form)
 
     @property
     def mapped(self) -> bool:
@@ -210,18 +207,17 @@ class Streaming:
 
     def read(self, name: str) -> Tensor | Int4Weight:
         """Return one tensor as `take` gets it: a weight of a layer of 4 bits as the files have it, if they do."""
-        form, _ = self._int4.get(name, (None, ""))
-        return self.reader.tensor(name) if form is None else self.reader.int4(name)
+        owner, _, leaf = name.rpartition(".")
+        as_stored = leaf == "weight" and getattr(self.network.get_submodule(owner), "origin", "") == OWN_BLOCKS
+        return self.reader.int4(name) if as_stored else self.reader.tensor(name)
 
     def take(self, name: str, tensor: Tensor | Int4Weight) -> None:
         """Keep one tensor on the host if it streams; else put it into the network, quantized if its layer is to be."""
-        if name in self.names:
-            self._waiting |= {n: t.to("cpu") for n, t in quantize.stored_form(self.network, name, tensor).items()}
-            return
-        how = self.device, self.precision, self.skip_layers, self._int4.get(name, (None, ""))[1]
-        if not quantize.quantize_on_arrival(self.network, name, tensor, *how):
-            assert isinstance(tensor, Tensor)
-            assign(self.network, name, tensor.to("cpu") if name in self._on_host else tensor)
+        for part, value in quantize.stored_form(self.network, name, tensor).items():
+            if name in self.names:
+                self._waiting[part] = value.to("cpu")
+            else:
+                assign(self.network, part, value.to("cpu") if name in self._on_host else value)
 
     def start(self) -> None:
         """Have blocks stream from now on, when all parameters have come."""
