@@ -11,15 +11,15 @@ import torch
 
 from tests.factory import make_model
 from twinflow_rt import load
+from twinflow_rt.bench.random_weights import skeleton
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.cli import main
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.families import family_of
-from twinflow_rt.models.transformers.qwen_image import QwenImageConfig
 from twinflow_rt.passes.layer_groups import Group
 from twinflow_rt.plan import Plan
 from twinflow_rt.planning import precision, sensitivity
-from twinflow_rt.planning.description import resident_bytes
+from twinflow_rt.planning.memory_costs import GPU, Network, network_weights
 from twinflow_rt.planning.precision import Measurement, choose
 
 SENSITIVE = "layers.feed_forward.w2"
@@ -254,21 +254,25 @@ def test_attention_goes_float8_only_beside_fp8(folder, tmp_path):
         load(folder, device="cpu", precision="int8", fp8_attention=True)
 
 
-def test_qwen_image_fits_where_it_should():
+def held(checkpoint, dtype, kind, skip_layers=()):
+    """Predicted bytes of a network's weights at one evaluation, on a GPU that need not be there."""
+    family = family_of(checkpoint.config)
+    module = family.build(family.config.from_dict(checkpoint.config), folded_steps=1)
+    network = Network(module, checkpoint, family.layout, precision=kind, skip_layers=skip_layers)
+    return network_weights(network, GPU, dtype).held(0, 0)
+
+
+def test_qwen_image_fits_where_it_should(tmp_path):
     """Resident weights of the 20B transformer at one evaluation, from its config on the meta device."""
-    family = family_of({"_class_name": "QwenImageTransformer2DModel"})
-    network = family.build(QwenImageConfig(), folded_steps=1, absorbed=True)
-    sizes = {p: resident_bytes(network, family.layout, torch.bfloat16, p) for p in (None, "fp8")}
+    checkpoint = Checkpoint(skeleton("qwen-image", tmp_path / "m") / "transformer")
+    sizes = {kind: held(checkpoint, torch.bfloat16, kind) for kind in (None, "fp8")}
     assert sizes[None] <= 27.5e9 and sizes["fp8"] <= 14.5e9, sizes
     assert sizes["fp8"] > 13.4e9  # nothing of its 13.5B parameters is forgotten
-    kept = resident_bytes(network, family.layout, torch.bfloat16, "fp8", ["transformer_blocks.img_mlp.net.2"])
+    kept = held(checkpoint, torch.bfloat16, "fp8", ["transformer_blocks.img_mlp.net.2"])
     assert kept - sizes["fp8"] == 60 * 3072 * (4 * 3072 - 4)  # a second byte for each of them, and no scales
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "fp8"])
+@pytest.mark.parametrize("kind", [None, "int8", "fp8", "int4"])
 def test_predicted_bytes_are_those_held(folder, kind):
     pipe = load(folder, device="cpu", dtype="float32", precision=kind)
-    config = pipe.program.network.config
-    family = family_of(config.to_dict())
-    network = family.build(config, folded_steps=1)
-    assert pipe.plan.bytes_after == resident_bytes(network, family.layout, torch.float32, kind)
+    assert pipe.plan.bytes_after == held(pipe.program.recipe.source, torch.float32, kind)

@@ -12,13 +12,13 @@ from ..checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
 from ..errors import ConfigError
 from ..families import family_of
 from ..stages.stage import StageOptions
-from .memory_costs import Costs, Network, costs_of, weights_of
+from .memory_costs import GPU, Costs, Network, costs_of, weights_of
 from .memory_plan import PROMPT_TOKENS, choose
 
 CARDS = (6, 8, 12, 16, 24)  # GB, as cards are sold: GiB
 PRECISIONS = {"bf16": None, "int8": "int8", "int4": "int4"}  # of network and text encoders, the most exact first
 SIDE = 1024  # pixels of the image, where a model makes such
-GPU, DTYPE = torch.device("cuda"), torch.bfloat16
+DTYPE = torch.bfloat16
 
 Row = dict[str, str | int]  # title of a column -> what it says, or bytes
 
@@ -82,6 +82,6 @@ def _fit(card: int, costs: Mapping[str, Costs], largest: tuple[int, int, int]) -
 def table(rows: Sequence[Row]) -> str:
     """Return rows as a table in Markdown."""
     heads = list(dict.fromkeys(title for row in rows for title in row))
-    text = lambda value: value if isinstance(value, str) else f"{value / 1e9:.1f} GB" * (value > 0)
-    said = [[text(row.get(title, "")) for title in heads] for row in rows]
+    values = [[row.get(title, "") for title in heads] for row in rows]
+    said = [[v if isinstance(v, str) else f"{v / 1e9:.1f} GB" * (v > 0) for v in row] for row in values]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *said))

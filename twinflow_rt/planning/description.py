@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from ..checkpoint.reading import assign
 from ..config import dtype_name
 from ..errors import ConfigError
 from ..families import family_of
-from ..passes import quantize
-from ..passes.convolutions import fold_upsampling, folded_bytes
+from ..passes.convolutions import fold_upsampling
 from ..passes.fold import folded_away
-from ..passes.layers import declared_values
 from ..stages import stage
+from .memory_costs import GPU, Network, weights_of
 from .meta_model import FOLDED
 from .parameters import group_parameters
 from .roofline import CEILINGS, Ceiling, StageWork, duration
@@ -127,12 +126,10 @@ def describe(
         _part(stage.Part("transformer", transformer, network, family.layout), folded),
         *(_part(p, p.network) for p in vae.parts),
     )
-    others = sum(p.needed for p in parts if p.name != "transformer")
-    memory = {
-        name: others * dtype.itemsize + sum(folded_bytes(p.network, dtype) for p in vae.parts)
-        + resident_bytes(folded, family.layout, dtype, precision)
-        for name, (precision, dtype) in PRECISIONS.items()
-    }
+    plain, memory = Network(folded, transformer, family.layout), {}
+    for name, (kind, held_in) in PRECISIONS.items():
+        weights = weights_of(text, vae, replace(plain, precision=kind), GPU, held_in)
+        memory[name] = sum(one.held(0, 0) for one in weights.values())
     away = group_parameters(folded_away(network, folded))
     size, dtype = sizes.resolve(*size), dtype or transformer.main_dtype()
     if not 1 <= tokens <= text.max_tokens:
@@ -164,26 +161,6 @@ def _measured(found: Mapping[str, Any], dtype: torch.dtype) -> Ceiling:
         known = ", ".join(found["gemm"])
         raise ConfigError(f"the record has ceilings of {known}, not {name}: bench with --dtype {name}")
     return Ceiling(found["gemm"][name], found["copy"], found["gemm"].get("float8"))
-
-
-def resident_bytes(
-    network: nn.Module, layout: Layout, dtype: torch.dtype, precision: str | None = None,
-    skip_layers: Sequence[str] = (),
-) -> int:  # fmt: skip
-    """Bytes of a folded network's weights and tables on its device; the network may be on the meta device.
-
-    precision, skip_layers: of linear layers, and groups of them kept out of it (`quantize.layer_groups`).
-    """
-    tables = {name for name, _ in network.named_buffers()}
-    total: int = sum(
-        tensor.numel() * (4 if name in tables else (layout.dtype_of(name, dtype) or dtype).itemsize)
-        for name, tensor in network.state_dict().items()
-    )
-    groups = {} if precision is None else quantize.layer_groups(network, precision)
-    for layer in (layer for name, some in groups.items() if name not in skip_layers for layer in some.values()):
-        values = declared_values(precision or "", layer.out_features, layer.in_features).values()
-        total += sum(value.nbytes for value in values) - layer.weight.numel() * dtype.itemsize
-    return total
 
 
 def _part(part: stage.Part, resident: nn.Module) -> Part:

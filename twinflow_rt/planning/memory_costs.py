@@ -28,6 +28,7 @@ from ..stages.vae import VaeDecoder
 from .footprint import peak_of
 from .meta_model import MetaModel
 
+GPU = torch.device("cuda")  # whose memory is counted whether or not there is one
 WEIGHTS = {kind.weight for kind in KINDS.values()}
 
 
@@ -91,16 +92,6 @@ class Network:
     precision: str | None = None
     skip_layers: Sequence[str] = ()
 
-    def kinds(self, linears: Mapping[str, nn.Linear], device: torch.device) -> dict[str, str]:
-        """Return the kinds, of `layers.KINDS`, of those of `linears` that will be quantized, by weights' names."""
-        kinds = {
-            name: quantize.quantizes(
-                self.module, name.removesuffix(".weight"), layer, device, self.precision, self.skip_layers
-            )
-            for name, layer in linears.items()
-        }  # fmt: skip
-        return {name: kind for name, kind in kinds.items() if kind is not None}
-
 
 def costs_of(
     text: TextStage, vae: VaeDecoder, network: Network, *, device: torch.device, dtype: torch.dtype,
@@ -139,7 +130,7 @@ def weights_of(
     """Return `Costs.weights` of a model whose stages are open but not read."""
     decoders = [Network(p.network, p.checkpoint, p.layout, channels_last=True) for p in vae.parts]
     parts = {"text": _encoders(text, text_options), "network": [network], "vae": decoders}
-    made = {name: Weights.of_parts(_weights(one, device, dtype) for one in some) for name, some in parts.items()}
+    made = {name: Weights.of_parts(network_weights(one, device, dtype) for one in some) for name, some in parts.items()}
     if device.type != "cpu":  # where encoders are quantized before the network is there
         made["text"] = replace(made["text"], making=0)
     return made
@@ -166,14 +157,16 @@ def _decode(model: MetaModel, tile: int | None, image: int) -> int:
     return max(peak_of(lambda: decoder.trunk(one))[1], features.nbytes + both + tail)
 
 
-def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weights:
+def network_weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weights:
     """Return the bytes of a network's tensors on the device. One that a CPU uses as its file has it takes none."""
     module, checkpoint, layout, cpu = network.module, network.checkpoint, network.layout, device.type == "cpu"
     known: set[str] = set(checkpoint)
     tensors: dict[str, Tensor] = module.state_dict()
     reader = Reader(tensors, checkpoint, layout, device, dtype)
     linears = {f"{name}.weight": m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    kinds = network.kinds(linears, device)
+    how = device, network.precision, network.skip_layers
+    named = ((name, quantize.quantizes(module, name.removesuffix(".weight"), m, *how)) for name, m in linears.items())
+    kinds = {name: kind for name, kind in named if kind is not None}
     forms = {name: reader.int4_form(name)[0] for name, kind in kinds.items() if KINDS[kind].in_groups}
 
     def held_in(name: str) -> tuple[torch.dtype, bool]:
@@ -193,7 +186,7 @@ def _weights(network: Network, device: torch.device, dtype: torch.dtype) -> Weig
             leaves = (f"{name.removesuffix('weight')}{leaf}" for leaf in ("weight", *BESIDE))
             return 0 if cpu else sum(checkpoint.nbytes(leaf) for leaf in leaves if leaf in known)
         if name in kinds:
-            values = declared_values(kinds[name], *tensor.shape, forms.get(name) or GROUP)
+            values = declared_values(kinds[name], tensor.shape[0], tensor.shape[1], forms.get(name) or GROUP)
             moved, nbytes = True, sum(value.nbytes for value in values.values())
         else:
             nbytes = tensor.numel() * wanted.itemsize
