@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import gguf_factory, qwen_image_factory, sana_factory, sd3_factory, z_image_factory
-from tests.factory import WEIGHTS, make_model
+from tests.factory import WEIGHTS, make_model, randomize
 from tests.networks import ONE, family, inputs, relative, run_step, save
 from twinflow_rt import load
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
@@ -17,12 +17,15 @@ from twinflow_rt.checkpoint.fuse import sources
 from twinflow_rt.checkpoint.lora import Merged
 from twinflow_rt.compile import Recipe, compile_network
 from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.export.program import check_exportable, use_eager_ops
 from twinflow_rt.families import family_of
+from twinflow_rt.models.text_encoders import qwen3
 from twinflow_rt.ops.int4 import dense, quantize_int4, row_units, within
 from twinflow_rt.passes import quantize
 from twinflow_rt.passes.blocks import runs_per_prompt
 from twinflow_rt.passes.layers import QuantizedLinear
 from twinflow_rt.planning import precision as precisions
+from twinflow_rt.stages.stage import StageOptions, open_part
 
 CPU = torch.device("cpu")
 HEADS = {"attention_head_dim": 32, "num_attention_heads": 2}
@@ -216,3 +219,35 @@ def test_units_fit_products_that_saturate():
     halved = within(weight, 63.0)
     assert torch.equal(dense(halved), dense(weight)) and row_units(*halved[:3]).abs().max() <= 64
     assert within(halved, 63.0) is halved and within(weight, 127.0) is weight
+
+
+def test_exported_programs_have_the_weights_dense(folder):
+    """Which generated code can multiply: what W4A16 computes, here in float32."""
+    pipe = load(folder, device="cpu", dtype="float32", precision="w4a16")
+    image = pipe("a red square", **ARGUMENTS).images
+    check_exportable(pipe, folder, text_encoder=True)
+    use_eager_ops(pipe)
+    assert not quantized(pipe.program.network)
+    assert relative(pipe("a red square", **ARGUMENTS).images, image) < 1e-5
+
+
+def test_text_encoders_run_from_their_blocks(tmp_path):
+    """Merged projections too: their parts are stored alike. Embeddings are no layers."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=64, architectures=["Qwen3Model"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    gguf_factory.write(tmp_path / "model.gguf", randomize(Qwen3Model(config), 0).state_dict(), "Q4_1")
+    states, ids = {}, torch.arange(10)[None]
+    for precision in (None, "w4a16", "int4"):
+        part = open_part(tmp_path, qwen3.MODEL)
+        part.load(CPU, torch.float32, StageOptions(precision=precision))
+        with torch.inference_mode():
+            states[precision] = part.network(ids)
+        layers = quantized(part.network)
+        assert {layer.origin for layer in layers.values()} == ({"the file's own"} if precision else set())
+    assert relative(states["w4a16"], states[None]) < 2e-3  # scales are rounded to float16
+    assert 1e-4 < relative(states["int4"], states[None]) < 0.1

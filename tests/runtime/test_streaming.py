@@ -107,7 +107,10 @@ class FakeLane:
         self.reading.discard(slot)
 
 
-@pytest.mark.parametrize("how", [{}, {"precision": "int8", "text_precision": "int8"}, {"precision": "fp8"}], ids=str)
+@pytest.mark.parametrize("how", [
+    {}, {"precision": "int8", "text_precision": "int8"}, {"precision": "fp8"},
+    {"precision": "int4", "skip_layers": ["layers.0.feed_forward.w2:w4a16"]},
+], ids=str)  # fmt: skip
 def test_blocks_on_the_host_go_through_the_buffers(tmp_path, monkeypatch, how):
     """As for a GPU: quantized while loading, kept on the host, copied into two buffers in turn."""
     lanes = []
