@@ -278,7 +278,7 @@ def test_what_bad_files_are_made_of_is_good(tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(
         written(
-            [tensor(b"b", (2, 2, 2), offset=64), tensor()],
+            [tensor(b"b", (2, 2, 2), offset=64), tensor(), tensor(b"a number", (), offset=8)],
             [
                 value(ALIGNMENT, 4, struct.pack("<I", 64)),
                 value(b"k", 9, struct.pack("<IQ", 8, 2) + text(b"x") + text(b"")),
@@ -290,6 +290,7 @@ def test_what_bad_files_are_made_of_is_good(tmp_path):
     file = GGUFFile(path)
     assert file.get_tensor("b").tolist() == torch.arange(16.0, 24.0).view(2, 2, 2).tolist()
     assert torch.equal(file.get_tensor("a"), torch.arange(32.0))
+    assert torch.equal(file.get_tensor("a number"), torch.tensor(2.0))
 
 
 def test_big_endian_files(tmp_path):

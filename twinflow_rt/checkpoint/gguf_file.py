@@ -207,9 +207,8 @@ def _entry(path: Path, data: Tensor, name: str, stored: tuple[int, ...], origina
             "another, such as Q4_K or Q8_0, or a newer package: pip install --upgrade gguf"
         ) from None
     shape = original or (1,) * (AXES.get(name.rpartition(".")[2], 0) - len(stored)) + stored
-    total = math.prod(stored)
-    end = start + total // numbers * size
-    if min((*stored, *shape), default=1) < 1 or math.prod(stored[-1:]) % numbers or math.prod(shape) != total:
+    end = start + math.prod(stored) // numbers * size
+    if min((1, *stored, *shape)) < 1 or math.prod(stored[-1:]) % numbers or math.prod(shape) != math.prod(stored):
         raise ValueError(f"{name:.200} has shape {stored} or {shape}, of {kind.name} in blocks of {numbers}")
     if start % 8 or end > len(data):
         raise ValueError(f"{name:.200} has bytes {start:,} to {end:,} of {len(data):,}")
@@ -220,8 +219,7 @@ def _transformers_names(names: Iterable[str]) -> tuple[dict[str, str], bool]:
     """Return transformers' names of tensors in llama.cpp's, of those that have one, and whether they are a Gemma's."""
     from gguf import MODEL_ARCH, get_tensor_name_map
 
-    found = (model for part, model in LLAMA_CPP.items() if any(part in name for name in names))
-    model, pattern = next(found, ("QWEN3", "none"))
+    model, pattern = next((m for part, m in LLAMA_CPP.items() if any(part in n for n in names)), ("QWEN3", "none"))
     blocks = {match[1] for name in names if (match := re.search(r"\bblk\.(\d+)\.", name))}
     known = get_tensor_name_map(MODEL_ARCH[model], len(blocks)).mapping
     own = {llama: name for name, (_, llama) in known.items() if re.fullmatch(pattern, name)}
