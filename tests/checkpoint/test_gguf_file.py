@@ -217,10 +217,10 @@ def tensor(name=b"a", dims=(32,), kind=0, offset=0, axes=None):
 TENSOR = tensor()
 
 
-def written(tensors=(TENSOR,), values=(), version=3, counts=None, data=bytes(128)):
+def written(tensors=(TENSOR,), values=(), version=3, counts=None, data=bytes(128), alignment=32):
     header = b"GGUF" + struct.pack("<IQQ", version, *(counts or (len(tensors), len(values))))
     header += b"".join((*values, *tensors))
-    return header + bytes(-len(header) % 32) + data
+    return header + bytes(-len(header) % alignment) + data
 
 
 ALIGNMENT, SPLIT, SHAPE = b"general.alignment", b"split.count", b"comfy.gguf.orig_shape.a"
@@ -285,6 +285,7 @@ def test_what_bad_files_are_made_of_is_good(tmp_path):
             ],
             data=struct.pack("<32f", *range(32)),
             version=2,
+            alignment=64,
         )
     )
     file = GGUFFile(path)
