@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import wraps
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import factory
+from tests import factory, gguf_factory
 from tests.bad_input.conftest import refused
-from tests.single_files.layouts import comfy_z_image, ldm_vae, to_file, written
+from tests.single_files.layouts import comfy_z_image, ldm_vae, same, to_file, written
 from twinflow_rt import cli
-from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.gguf_file import GGUFFile
+from twinflow_rt.convert import convert
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.integrations.comfyui import NODE_CLASS_MAPPINGS
-from twinflow_rt.loading import load, open_model
-from twinflow_rt.options import LoadOptions
-from twinflow_rt.single_files.recognition import open_files
+from twinflow_rt.loading import load
+from twinflow_rt.single_files.recognition import open_files, recognise
 
 ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}
 SECOND = "t_embedder_2."
@@ -118,30 +118,31 @@ def test_every_family(family, tmp_path):
     assert np.array_equal(images(load(model / "vae", base=model, device="cpu")), want)
 
 
-def test_a_network_of_gguf_beside_its_embedder(model, files, tmp_path, monkeypatch):
-    """As ComfyUI's tools write it, of a wrong architecture: projections merged, 8 bits. Equal to the folder that
-    `convert` would make of it, and a merged tensor is dequantized once for its parts."""
-    file, tensors = tmp_path / "net.gguf", load_file(files["network"])
-    writer = gguf.GGUFWriter(file, "flux")
-    for name, tensor in tensors.items():
-        wide = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
-        kind = gguf.GGMLQuantizationType.Q8_0 if wide else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    _, found = open_model(file, LoadOptions(base=model, files=[files["second"]]))
-    network = Checkpoint.of_part(model / "transformer", found)
-    merged = "model.diffusion_model.layers.0.attention.qkv.weight"
-    theirs = gguf.dequantize(*next((t.data, t.tensor_type) for t in gguf.GGUFReader(file).tensors if t.name == merged))
-    calls = []
-    source = found["transformer"].files[0].where["layers.0.attention.to_q.weight"].source
-    monkeypatch.setattr(source, "read", lambda key, read=source.read: (calls.append(key), read(key))[1])
-    parts = [network.get(f"layers.0.attention.to_{x}.weight", dtype=torch.float32) for x in "qkv"]
-    assert np.array_equal(torch.cat(parts).numpy(), theirs) and calls == [merged]
-    assert sum(map(network.nbytes, (f"layers.0.attention.to_{x}.weight" for x in "qkv"))) <= theirs.size * 4
-    assert images(load(file, base=model, files=[files["second"]], device="cpu")).shape == (1, 16, 32, 3)
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_blocks_of_merged_projections(kind, tmp_path, monkeypatch):
+    """Parts of a merged tensor have their rows of its values and 4 bits, and it is read once for all of them."""
+    config = {**factory.TRANSFORMER, "_class_name": "ZImageTransformer2DModel", "dim": 192}
+    config |= {"n_heads": 8, "n_kv_heads": 8}
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    key, blocks = "layers.0.attention.qkv.weight", gguf_factory.blocks(kind, (3 * 192, 192))
+    file = GGUFFile(gguf_factory.write(tmp_path / "net.gguf", {key: (blocks, kind)}, architecture="flux"))
+    ((network, report),) = recognise([file.path], tmp_path)
+    assert report.part == "transformer" and report.missing
+    checkpoint, source, calls = network.checkpoint(), network.sources[0], []
+    for read in (source.read, source.get_int4):
+        counted = wraps(read)(lambda name, own=read: (calls.append(name), own(name))[1])
+        monkeypatch.setattr(source, read.__name__, counted)
+    names = [f"layers.0.attention.to_{x}.weight" for x in "qkv"]
+    dense = torch.cat([checkpoint.get(name, dtype=torch.float32) for name in names])
+    assert torch.equal(dense, file.get_tensor(key)) and calls == [key]
+    assert sum(map(checkpoint.nbytes, names)) == file.nbytes(key) == blocks.size
+    assert {checkpoint.int4_form(name) for name in names} == {file.int4_form(key)}
+    if kind != "Q8_0":
+        fields = zip(*(checkpoint.get_int4(name) for name in names), strict=True)
+        for ours, theirs in zip(fields, file.get_int4(key), strict=True):
+            assert theirs is None if ours[0] is None else torch.equal(torch.cat(ours), theirs)
+        assert calls == [key, key]
 
 
 def test_what_is_missing_is_named(model, files, base, tmp_path):
@@ -175,6 +176,13 @@ def test_a_whole_network_lends_its_embedder(model, files):
     origins = {at.source.folder for name, at in found.where.items() if not name.startswith(SECOND)}
     assert origins == {files["network"]}
     assert {found.where[f"{SECOND}mlp.0.weight"].source.folder} == {model / "transformer"}
+
+
+def test_conversion_merges_files_of_one_network(model, files, base, tmp_path):
+    done = convert(list(files.values()), base, tmp_path / "out")
+    assert [part.file for part in done.parts][0] == f"{files['network']} + {files['second']}"
+    assert sorted(part.part for part in done.parts) == ["text_encoder", "transformer", "vae"]
+    same(written(tmp_path / "out", "transformer"), written(model, "transformer"))
 
 
 def test_commands_and_nodes(files, base, model, expected, tmp_path, capsys):

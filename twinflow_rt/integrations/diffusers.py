@@ -78,7 +78,7 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     handle = Accelerated(pipe, original, pipe.vae.decoder)
     try:
         handle.park()
-        source = Checkpoint.of({**original.state_dict(), **second}, _config(original), f"{name}/weights")
+        source = Checkpoint.of({**original.state_dict(), **second}, _config(original), name)
         program = compile_network(Recipe(source, family, device, dtype, absorb=False), first_times)
     except BaseException:
         handle.restore()
@@ -129,7 +129,7 @@ def _decoder(vae: Any, model: Architecture) -> CompiledDecoder:
     config = model.config.from_dict(_config(vae))
     with meta_device():
         network = model.network(config)
-    weights = model.read.of(vae.state_dict(), _config(vae), f"{type(vae).__name__}/weights")
+    weights = model.read.of(vae.state_dict(), _config(vae), type(vae).__name__)
     materialize(network, weights, model.layout(config), vae.device, vae.dtype)
     target = Target.of(vae.device, vae.dtype)
     network.ops, choices = select(target)

@@ -113,7 +113,7 @@ def _networks(source: Checkpoint, slots: Sequence[Slot]) -> Iterator[tuple[Slot,
         if slot is None:
             raise CheckpointError(
                 f"{source.folder}: {some(shapes)} belong to none of the base's networks "
-                f"({', '.join(s.name for s in slots)}); is the base the same model?"
+                f"({', '.join(s.name for s in slots)}); is the base the same model? (adapters go with loras=)"
             )
         yield slot, [Key(stored, slot.rules.targets(b), slot.rules.swapped(b)) for stored, b in group.items()]
 
