@@ -180,7 +180,7 @@ def test_a_whole_network_lends_its_embedder(model, files):
 
 def test_conversion_merges_files_of_one_network(model, files, base, tmp_path):
     done = convert(list(files.values()), base, tmp_path / "out")
-    assert [part.file for part in done.parts][0] == f"{files['network']} + {files['second']}"
+    assert done.parts[0].file == f"{files['network']} + {files['second']}"
     assert sorted(part.part for part in done.parts) == ["text_encoder", "transformer", "vae"]
     same(written(tmp_path / "out", "transformer"), written(model, "transformer"))
 
