@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from tests.planning.test_memory_plan import costs
+from twinflow_rt.bench.random_weights import temporary
 from twinflow_rt.planning import cards
+from twinflow_rt.planning.memory_plan import choose
 
 KEYS = ("precision", "text encoder", "network", "decoding")
 
@@ -39,3 +42,17 @@ def test_the_most_exact_precision_whose_network_stays(factor, expected):
         assert (row.get("on the host", 0) > 0) is ("stream" in str(row.get("network")) + str(row.get("text encoder")))
     lines = cards.table(rows).splitlines()
     assert len(lines) == 2 + len(cards.CARDS) and len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize(("name", "side", "most"), [("z-image", 1024, 4.5e9), ("qwen-image", 1328, 9e9)])
+def test_published_models_in_4_bits_fit(name, side, most):
+    """The goals: with the text encoder out of the way the network stays; and docs/cards.md says what is counted."""
+    with temporary(name) as folder:
+        costs, largest = cards.count(folder, (side, side))
+    plan = choose(costs["int4"], int(most), largest)
+    assert not plan.streamed and plan.text_streams
+    whole = costs["bf16"].weights["network"].held(0, 2)
+    assert 0.25 * whole < plan.weights["network"] < 0.29 * whole
+    if side == cards.SIDE:
+        rows = cards.table(cards.fits(name, costs, largest)).splitlines()
+        assert "\n".join(rows[2:]) in (Path(__file__).parents[2] / "docs" / "cards.md").read_text()
