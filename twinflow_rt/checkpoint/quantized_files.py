@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,11 +73,10 @@ class QuantizedFile:
         zeros = {_companions(key)[2] for key in stored}
         self.weights = dict(self._weight(key, rotations, alike) for key in stored if key not in zeros)
         used = {key for weight in self.weights.values() for key in weight[:3]}
-        plain = [key for key in files if key not in used and not UNREAD.fullmatch(key)]
-        self._keys = dict.fromkeys((*plain, *self.weights))
+        self._plain = [key for key in files if key not in used and not UNREAD.fullmatch(key)]
 
     def keys(self) -> Iterable[str]:
-        return self._keys.keys()
+        return (*self._plain, *self.weights)
 
     def get_slice(self, name: str) -> Any:
         if (weight := self.weights.get(name)) is None:
@@ -95,22 +94,14 @@ class QuantizedFile:
         if scale is None:
             return stored.to(torch.bfloat16) if name in self.weights else stored  # which has every float8
         dense = stored.to(torch.float32)
-        if zero is not None:
-            dense.sub_(self._spread(zero, dense))
-        dense.mul_(self._spread(scale, dense))
+        for key, apply in ((zero, Tensor.sub_), (scale, Tensor.mul_)):
+            if key is not None:
+                factors: Any = read_tensor(self._files[key], key).to(torch.float32)
+                if not factors.isfinite().all():
+                    raise self._damaged(f"{key} holds NaN or infinity")
+                factors = _spread(factors, dense.shape)
+                apply(dense, factors)
         return _unrotated(dense, rotated) if rotated else dense
-
-    def _spread(self, key: str, dense: Tensor) -> Tensor:
-        """Return numbers of blocks so that they broadcast with `dense`."""
-        factors = read_tensor(self._files[key], key).to(torch.float32)
-        if not factors.isfinite().all():
-            raise self._damaged(f"{key} holds NaN or infinity")
-        blocks = _blocks(tuple(dense.shape), tuple(factors.shape)) or []
-        factors = factors.reshape((*factors.shape, *[1] * dense.ndim)[: dense.ndim])
-        for axis, (block, size) in enumerate(zip(blocks, dense.shape, strict=True)):
-            if 1 < factors.shape[axis] < size:
-                factors = factors.repeat_interleave(block, axis).narrow(axis, 0, size)
-        return factors
 
     def _rotations(self) -> dict[str, int]:
         """Return how many inputs are rotated, by names of weights, of layers that ComfyUI's files describe in a header
@@ -150,7 +141,7 @@ class QuantizedFile:
             raise self._damaged(f"{name} is stored as {dtype} without its scale ({scales[0]}), so it is incomplete")
         weight = Weight(key, scale, zero if zero in self._dtypes else None, rotations.get(name, 0))
         for other in filter(None, (weight.scale, weight.zero)):
-            if _blocks(shape, self._shapes[other]) is None:
+            if _spread(torch.empty(self._shapes[other], dtype=torch.float32, device="meta"), shape) is None:
                 needs = f"but {name} of {list(shape)} needs one for all, one for each row, or one for each block"
                 raise self._damaged(f"{other} has shape {list(self._shapes[other])}, {needs}")
         if (group := weight.rotated) and (group not in (16, 64, 256, 1024) or len(shape) != 2 or shape[1] % group):
@@ -178,14 +169,18 @@ def _companions(key: str) -> tuple[str, tuple[str, ...], str]:
     return key, (f"{key}_scale", f"{key}_scale_inv", f"{at}{dot}scale_{leaf}", f"{at}{dot}scale"), f"{key}_zero_point"
 
 
-def _blocks(shape: tuple[int, ...], scales: tuple[int, ...]) -> list[int] | None:
-    """Return how many numbers of a weight share a scale along each axis: all, or a power of two, the last of which may
-    be cut. None where the shape of the scales is of no such blocks."""
-    blocks: list[int] = []
-    for size, count in zip(shape, (*scales, *[1] * len(shape)), strict=False):
-        powers = (1 << i for i in range(size.bit_length()) if -(-size >> i) == count)
-        blocks.append(size if count == 1 else next(powers, 0))
-    return blocks if all(blocks) and all(n == 1 for n in scales[len(shape) :]) else None
+def _spread(factors: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """Return factors of blocks so that they broadcast with a weight of `shape`; None where they are of no blocks. Along
+    an axis a block is all, or a power of two, of which the last one may be cut."""
+    if factors.shape[len(shape) :].numel() != 1:
+        return None
+    factors = factors.reshape((*factors.shape, *[1] * len(shape))[: len(shape)])
+    for axis, (size, count) in enumerate(zip(shape, factors.shape, strict=True)):
+        block = next((1 << i for i in range(size.bit_length()) if -(-size >> i) == count), 0)
+        if not block and count != 1:
+            return None
+        factors = factors if count == 1 else factors.repeat_interleave(block, axis).narrow(axis, 0, size)
+    return factors
 
 
 def _unrotated(dense: Tensor, group: int) -> Tensor:
