@@ -136,10 +136,13 @@ class Checkpoint:
     @property
     def has_blocks(self) -> bool:
         """Whether weights are stored in fewer bits than they are read in."""
-        return any(
-            file.nbytes(key) < stored_bytes(file.get_slice(key).get_dtype(), self.numel(name))
-            for name, (file, key) in self._where.items() if hasattr(file, "nbytes")
-        )  # fmt: skip
+        return any(map(self.in_blocks, self._where))
+
+    def in_blocks(self, name: str) -> bool:
+        """Return whether a tensor is stored in fewer bits than it is read in."""
+        file, key = self._where[name]
+        dense = stored_bytes(file.get_slice(key).get_dtype(), self.numel(name)) if hasattr(file, "nbytes") else 0
+        return self.nbytes(name) < dense
 
     def int4_form(self, name: str) -> Int4Form | None:
         """Return how the file has a weight in 4 bits, as `get_int4` returns it; None where it does not."""

@@ -24,7 +24,7 @@ from .fuse import sources, stack
 from .layout import Layout, check
 from .load_report import LoadReport, Meter
 
-OWN_BLOCKS = "the file's own"  # where the 4 bits of a weight are from, if they are not made anew
+OWN_BLOCKS, MADE = "the file's own", "made here"  # where the bits of a quantized weight are from, in words
 Progress = Callable[[int], None]  # called with the bytes just read
 Sink = Callable[[str, Any], None]  # takes one tensor (or an Int4Weight), under the name the network has for it
 
@@ -59,11 +59,11 @@ class Reader:
         forms = {self.checkpoint.int4_form(part) for part in parts}
         if len(forms) == 1 and None not in forms:
             return forms.pop(), OWN_BLOCKS
+        if not any(map(self.checkpoint.in_blocks, parts)):
+            return None, MADE
         if any(name in lora for lora in getattr(self.checkpoint, "adapters", ()) for name in parts):
             return None, "made anew: an adapter is merged into them"
-        if len(forms) > 1:
-            return None, "made anew: merged layers are stored in several forms"
-        return None, "made anew of blocks of another form" if self.checkpoint.has_blocks else "made here"
+        return None, f"made anew of blocks of {'several forms' if len(forms) > 1 else 'another form'}"
 
     def int4(self, name: str) -> Int4Weight:
         """Return a weight in the files' own 4 bits, where it has such a form, stacked like `tensor`."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.load_report import TRIM_EVERY
+from ..checkpoint.reading import MADE
 from ..config import dtype_name, has_native, shown
 from ..errors import CheckpointError, ConfigError
 from ..host_memory import release_free_memory
@@ -49,7 +50,6 @@ NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to
 SMALLEST_PACKED = 3 << 14  # elements of a float32 weight: calling oneDNN for fewer takes longer than it saves
 MULTIPLES = {"fp8": 16, "int8": 8, "int4": 8, "w4a16": 8, "nvfp4": 32}  # of inputs and outputs: for GPUs' products
 PRODUCTS = {op for kind in KINDS.values() for op in kind.ops}
-MADE = "made here"  # the origin of 4-bit weights that no file had
 
 
 def convert_layers(
@@ -106,7 +106,9 @@ def declare_quantized(
     for name, layer in list(linear_layers(network)):
         kind = quantizes(network, name, layer, device, precision, skip_layers)
         if kind is not None and not isinstance(layer, QuantizedLinear):
-            form, origin = in_4_bits(f"{name}.weight") if KINDS[kind].in_groups else (None, MADE)
+            form, origin = in_4_bits(f"{name}.weight")
+            if form is not None and not KINDS[kind].in_groups:
+                origin = "made anew of blocks of 4 bits"
             values = declared_values(kind, layer.out_features, layer.in_features, form or GROUP)
             replace_module(network, name, QuantizedLinear(layer, kind, values, origin))
 
