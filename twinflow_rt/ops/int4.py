@@ -83,9 +83,11 @@ def within(weight: Int4Weight, limit: float) -> Int4Weight:
     floats are exactly (127 becomes 64, whose products with pairs of bytes still fit 16 bits)."""
     if limit == LIMITS[torch.int8] or weight.packed.is_meta:
         return weight
-    if row_units(*weight[:3]).abs().amax() <= limit + 1:
+    steps, minimums = weight.group_scales.float(), weight.group_minimums
+    least = 8 * steps if minimums is None else minimums.float()  # what code 0 stands for, negated
+    if torch.maximum(least.abs(), (15 * steps - least).abs()).amax() <= limit + 1:
         return weight
-    minimums = None if weight.group_minimums is None else weight.group_minimums / 2
+    minimums = None if minimums is None else minimums / 2
     return Int4Weight(weight.packed, weight.group_scales / 2, minimums, weight.scales * 2)
 
 
