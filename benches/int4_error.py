@@ -1,6 +1,6 @@
 """What 4-bit weights cost, per way to make them: errors of one forward, weight bits, and the miniature's score.
 
-    python -m benches.int4_error --json benches/records/int4-cpu.json [--per-kind 500] [--only NAME ...]
+    python -m benches.int4_error --json benches/records/int4-cpu.json [--per-kind 500] [--groups 64] [--only NAME ...]
 
 Every way is tried on two networks, its groups 64 and 128 inputs wide, with plain rows (W4A16) and with rows of int8
 (W4A8); the error is |F_quantized - F| / |F| of the velocity.
@@ -11,7 +11,7 @@ Every way is tried on two networks, its groups 64 and 128 inputs wide, with plai
     full width   one block of Z-Image (3840 wide) with random weights whose outliers are like trained ones, see `fill`
 
 --per-kind N: also the miniature's score over 6 N held-out captions, as `twinflow-rt eval` counts (groups of 64, W4A8).
-Writes its table as "quality" of FILE, whose other entries stay.
+Writes its rows into "quality" of FILE, whose other rows and entries stay.
 """
 
 from __future__ import annotations
@@ -68,12 +68,22 @@ def least_squares(weight: Tensor, group: int) -> Tensor:
     return dense(quantize_int4(weight, group))
 
 
-def with_minimums(weight: Tensor, group: int, shrunk: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95, 1.0)) -> Tensor:
+def by_rows(quantize: Quantize) -> Quantize:
+    """Return `quantize` for a few rows at a time, which stay in the processor's cache."""
+
+    def run(weight: Tensor, group: int) -> Tensor:
+        return torch.cat([quantize(part, group) for part in weight.split(max((1 << 17) // weight.shape[1], 1))])
+
+    return run
+
+
+@by_rows
+def with_minimums(weight: Tensor, group: int) -> Tensor:
     """Step and minimum of least squares for the codes of several shrunken ranges, the best of them."""
     x = weight.unflatten(-1, (-1, group))
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     kept, least = torch.zeros_like(x), torch.full_like(low, math.inf)
-    for share in shrunk:
+    for share in (0.8, 0.85, 0.9, 0.95, 1.0):
         step = ((high - low) * share / 15).clamp_min(SMALLEST)
         low_end = (low + high) / 2 - 7.5 * step
         for _ in range(2):
@@ -88,15 +98,16 @@ def with_minimums(weight: Tensor, group: int, shrunk: tuple[float, ...] = (0.8, 
     return kept.flatten(-2)
 
 
-def half_quadratic(weight: Tensor, group: int, rounds: int = 20, p: float = 0.7, beta: float = 10.0) -> Tensor:
+@by_rows
+def half_quadratic(weight: Tensor, group: int) -> Tensor:
     """Zero points that leave the least |error|^p, by half-quadratic splitting with soft thresholds (HQQ: Badri and
     Shaji, 2023); the steps are those of the whole range."""
     x = weight.unflatten(-1, (-1, group))
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     step = ((high - low) / 15).clamp_min(SMALLEST)
     x, zero = x / step, -low / step
-    best, least = zero, math.inf
-    for _ in range(rounds):
+    best, least, p, beta = zero, math.inf, 0.7, 10.0
+    for _ in range(20):
         codes = (x + zero).round_().clamp_(0, 15)
         error = (x - codes + zero) * step
         if (found := float(error.abs().mean())) < least:
@@ -281,12 +292,12 @@ def table(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if not args.per_kind:
             return {}
         with small.with_weights(weights or {}, True):
-            return {"score": examine(generate, args.per_kind, "heldout").mean}
+            return {"score": examine(generate, args.per_kind, "heldout").mean, "captions": 6.0 * args.per_kind}
 
     if not args.only:
         yield {"way": "float32", "bits": 32.0, **score()}
         yield {"way": "int8", "bits": 8.0, "miniature_w8a8": small.int8(), "full_width_w8a8": wide.int8()}
-    for group in GROUPS:
+    for group in args.groups:
         for name in args.only or WAYS:
             way, row = WAYS[name], {"way": name, "group": group}
             for network, measured, orders in (("miniature", small, ORDERS), ("full_width", wide, 0)):
@@ -321,21 +332,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--per-kind", type=int, default=0, metavar="N")
+    parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, choices=GROUPS)
     parser.add_argument("--only", nargs="+", choices=list(WAYS), metavar="NAME")
     args = parser.parse_args()
-    rows = []
+    record: dict[str, Any] = read_json(args.json) if args.json and args.json.exists() else {"schema": 1}
+    quality = record.setdefault("quality", {"torch": torch.__version__, "rows": []})
+    rows = {(row["way"], row.get("group")): row for row in quality["rows"]}
     with torch.inference_mode():
+        quality["minutes_for_20e9"] = seconds_for() / 60
+        print(f"20 billion parameters quantized in {quality['minutes_for_20e9']:.1f} minutes of one core")
         for row in table(args):
-            rows.append(row)
+            rows[row["way"], row.get("group")] = row
             figures = (f"{key} {value:.4f}" for key, value in row.items() if isinstance(value, float))
             print(f"{row['way']:<25} {row.get('group', ''):>4}  " + "  ".join(figures), flush=True)
-        minutes = seconds_for() / 60
-    print(f"20 billion parameters quantized in {minutes:.1f} minutes of one core")
-    if args.json is not None:
-        others = read_json(args.json) if args.json.exists() else {"schema": 1}
-        captions = 6 * args.per_kind
-        quality = {"torch": torch.__version__, "captions": captions, "minutes_for_20e9": minutes, "rows": rows}
-        write_json(args.json, {**others, "quality": quality})
+            quality["rows"] = list(rows.values())
+            if args.json is not None:  # row by row: all of them take an hour
+                write_json(args.json, record)
 
 
 if __name__ == "__main__":

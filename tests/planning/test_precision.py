@@ -265,8 +265,8 @@ def held(checkpoint, dtype, kind, skip_layers=()):
 def test_qwen_image_fits_where_it_should(tmp_path):
     """Resident weights of the 20B transformer at one evaluation, from its config on the meta device."""
     checkpoint = Checkpoint(skeleton("qwen-image", tmp_path / "m") / "transformer")
-    sizes = {kind: held(checkpoint, torch.bfloat16, kind) for kind in (None, "fp8")}
-    assert sizes[None] <= 27.5e9 and sizes["fp8"] <= 14.5e9, sizes
+    sizes = {kind: held(checkpoint, torch.bfloat16, kind) for kind in (None, "fp8", "int4")}
+    assert sizes[None] <= 27.5e9 and sizes["fp8"] <= 14.5e9 and sizes["int4"] <= 7.4e9, sizes
     assert sizes["fp8"] > 13.4e9  # nothing of its 13.5B parameters is forgotten
     kept = held(checkpoint, torch.bfloat16, "fp8", ["transformer_blocks.img_mlp.net.2"])
     assert kept - sizes["fp8"] == 60 * 3072 * (4 * 3072 - 4)  # a second byte for each of them, and no scales
