@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS, make_z_image, shard
+from tests.fuzz.mutate import NASTY
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError
 from twinflow_rt.loading import load
@@ -164,6 +166,40 @@ def test_convolutions_and_numbers_without_scales_between_them(tmp_path):
     assert torch.equal(checkpoint.get("a.weight", dtype=torch.float32), per_row.view(4, 1, 1, 1).expand(4, 3, 2, 2))
     with pytest.raises(CheckpointError, match="b is stored as I64"):
         checkpoint.dtype("b")
+
+
+LEAVES = (
+    "weight", "weight_scale", "weight_scale_inv", "scale_weight", "weight_zero_point", "weight._data", "weight._scale",
+    "_weight_qdata", "_weight_scale", "comfy_quant", "input_scale", "bias", "scale",
+)  # fmt: skip
+SHAPES = ((), (0,), (1,), (4,), (16,), (4, 16), (16, 4), (4, 1), (1, 16), (0, 16), (4, 2), (4, 16, 1, 1), (2, 2, 2))
+KINDS = (torch.int8, F8, E5M2, torch.uint8, torch.float32, HALF, torch.int64)
+
+
+def strange(seed):
+    """A small file of such names, dtypes, shapes and descriptions as quantized ones have, put together at random."""
+    pick = random.Random(seed).choice
+    names = {f"{pick('abl')}{pick(('', '.0', '.1'))}.{pick(LEAVES)}" for _ in range(pick(range(1, 9)))}
+    tensors = {name: torch.ones(pick(SHAPES)).to(pick(KINDS)) for name in sorted(names)}
+    said = {"format": pick(("int8_tensorwise", "float8_e4m3fn", *NASTY)), "convrot": pick(NASTY)}
+    said |= {"convrot_groupsize": pick((16, *NASTY))} if pick((0, 1)) else {"params": pick(NASTY)}
+    layers = pick(({"a": said}, {"a": said}, {"": said}, {"a.0": pick(NASTY)}, *NASTY))
+    return tensors, pick((header(), {"_quantization_metadata": json.dumps(pick(({"layers": layers}, *NASTY)))}))
+
+
+def test_strange_files_are_read_or_refused(tmp_path):
+    answers = set()
+    for seed in range(200):
+        tensors, metadata = strange(seed)
+        save(tensors, tmp_path, metadata)
+        try:
+            checkpoint = Checkpoint(tmp_path, config={})
+            for name in checkpoint:
+                assert checkpoint.get(name).shape == checkpoint.shape(name)
+            answers.add("read")
+        except CheckpointError as error:
+            answers.add(str(error).partition(": ")[2][:12])
+    assert "read" in answers and len(answers) > 10
 
 
 def quantized(tensors):
