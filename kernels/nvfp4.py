@@ -1,8 +1,9 @@
-"""Rows quantized to NVIDIA's 4-bit floats, with their block scales where the tensor cores of 12.0 read them."""
+"""Linear layers in NVIDIA's 4-bit floats: a kernel that quantizes rows, and cuBLAS's product of them and a weight."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -10,9 +11,22 @@ from torch import Tensor
 from . import launch
 from .register import torch_op
 
-BLOCK = 16  # values that share a scale
-ROWS = 32  # of a program: one column of the tiles of 128 x 4 in which scales lie
-INNER = 256
+GROUP = 16  # values that share a scale
+TILE = (128, 4)  # rows and groups whose scales lie together, [32, 4, 4]: those of row r behind those of row r - 32
+ROWS, INNER = 32, 256  # of a program
+
+
+def _filled(rows: int, groups: int) -> tuple[int, int]:
+    """The shape of group scales with their last tiles filled."""
+    return tuple(launch.ceil_div(n, tile) * tile for n, tile in zip((rows, groups), TILE, strict=True))
+
+
+def arranged(scales: Tensor) -> Tensor:
+    """Group scales [R, C] as products read them: in tiles, filled with zeros."""
+    rows, groups = _filled(*scales.shape)
+    filled = F.pad(scales.view(torch.uint8), (0, groups - scales.shape[1], 0, rows - scales.shape[0]))
+    tiles = filled.view(-1, 4, 32, groups // 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(rows, groups).view(scales.dtype)
 
 
 @triton.jit
@@ -47,37 +61,52 @@ def _quantize(x, packed, scales, whole, count, width, x_row, columns, ROWS: tl.c
     tl.store(scales + place, bits, (block < columns)[None, :])
 
 
-def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    width = x.shape[-1]
-    rows = x.numel() // max(width, 1)
-    scales = 128 * launch.ceil_div(rows, 128), 4 * launch.ceil_div(width // BLOCK, 4)
-    make = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device=x.device)
-    return (
-        make(rows, width // 2, dtype=torch.uint8), make(*scales, dtype=torch.float8_e4m3fn),
-        make(1, dtype=torch.float32),
-    )  # fmt: skip
-
-
-@torch_op("quantize_nvfp4(Tensor x) -> (Tensor, Tensor, Tensor)", _empty)
-def quantize_nvfp4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.quantize_nvfp4` on the GPU: x [..., K], any row strides, K a multiple of 16; 8.9 or later.
-
-    Two passes over x: for the largest magnitude of all, and for the values."""
-    launch.require_floats("quantize_nvfp4", x)
-    launch.require_quantized("quantize_nvfp4", torch.float8_e4m3fn, launch.arch(x))
-    width = x.shape[-1]
-    if width % BLOCK:
-        raise ValueError(f"quantize_nvfp4: rows of a multiple of {BLOCK} elements, got {width}")
-    packed, scales, whole = _empty(x)
-    if not x.numel():
-        return packed, scales, whole.fill_(1e-12)
-    x = x.reshape(-1, width)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32, out=whole[0])
-    whole.div_(6 * 448).clamp_min_(1e-12)
+def quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows x [R, K], K a multiple of 16, as codes [R, K / 2], group scales that are `arranged` in [R', K' / 16], and
+    the scale of all, float32 [1]: bit for bit those of `ops.nvfp4`. Two passes over x, one for its largest magnitude.
+    """
+    count, width = x.shape
+    packed = torch.empty(count, width // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(_filled(count, width // GROUP), dtype=torch.uint8, device=x.device)
+    whole = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1)
+    whole = whole.div_(6 * 448).clamp_min_(1e-12)
     with torch.cuda.device_of(x):
-        _quantize[(scales.shape[0] // ROWS, launch.ceil_div(scales.shape[1] * BLOCK, INNER))](
-            x, packed, scales.view(torch.uint8), whole, len(x), width, x.stride(0), scales.shape[1], ROWS,
-            INNER // BLOCK, num_warps=4,
-        )  # fmt: skip
-    return packed, scales, whole
+        _quantize[(scales.shape[0] // ROWS, launch.ceil_div(scales.shape[1] * GROUP, INNER))](
+            x, packed, scales, whole, count, width, x.stride(0), scales.shape[1], ROWS, INNER // GROUP, num_warps=4
+        )
+    return packed, scales.view(torch.float8_e4m3fn), whole
+
+
+def product(rows: tuple[Tensor, ...], weight: tuple[Tensor, ...], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """rows weight^T + bias by cuBLAS: codes, arranged group scales and the scale of each; K and N multiples of 32."""
+    (a, *a_scales), (b, *b_scales) = rows, weight
+    recipe = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+    order = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+    a, b = a.view(torch.float4_e2m1fn_x2), b.view(torch.float4_e2m1fn_x2).t()
+    return F.scaled_mm(a, b, a_scales, recipe, b_scales, recipe, order, order, bias, dtype)
+
+
+@torch_op(
+    "linear_nvfp4(Tensor x, Tensor packed, Tensor group_scales, Tensor? group_minimums, Tensor scales, Tensor? bias)"
+    " -> Tensor",
+    lambda x, packed, *_: x.new_empty((*x.shape[:-1], packed.shape[0])),
+)
+def linear_nvfp4(
+    x: Tensor, packed: Tensor, group_scales: Tensor, group_minimums: Tensor | None, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`ops.linear_nvfp4` on compute capability 12.0: x [..., K] in any row strides. The weight's group scales, 1/8 of
+    its bytes, are arranged in every call."""
+    launch.require_floats("linear_nvfp4", x)
+    n, k = packed.shape[0], x.shape[-1]
+    if k % GROUP or packed.shape != (n, k // 2) or group_scales.shape != (n, k // GROUP) or group_minimums is not None:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (packed, group_scales, x))
+        raise ValueError(
+            f"linear_nvfp4: needs codes [N, K/2], group scales [N, K/{GROUP}] without minimums and rows [..., K]; "
+            f"got {shapes}"
+        )
+    if not x.numel():
+        return x.new_empty((*x.shape[:-1], n))
+    rows = x.reshape(-1, k)
+    rows = quantized(rows if rows.stride(-1) == 1 else rows.contiguous())
+    weight = packed, arranged(group_scales), scales[:1].view(1)
+    return product(rows, weight, None if bias is None else bias.to(x.dtype), x.dtype).view(*x.shape[:-1], n)

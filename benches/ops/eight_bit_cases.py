@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches.ops.case import Case, Draw, Drawing, Sizes, exact_attention
+from benches.ops.case import Case, Draw, Sizes, exact_attention
 from benches.ops.op_cases import cases
 from twinflow_rt import ops
 from twinflow_rt.ops import Target
@@ -56,7 +56,7 @@ def eight_bit_cases(sizes: Sizes, dtype: torch.dtype, device: torch.device | str
             _product(sizes, draw, kind),
         )
     ]
-    return [*rows, _attention(sizes, draw), *_four_bit(sizes, draw), *_nvfp4(sizes, draw)]
+    return [*rows, _attention(sizes, draw), *_four_bit(sizes, draw), _nvfp4(sizes, draw)]
 
 
 def dequantized(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -123,25 +123,20 @@ def _four_bit(s: Sizes, draw: Draw) -> list[Case]:
     return [case(op, name) for op in ("linear_w4a8", "linear_w4a16") for name in shapes]
 
 
-def _nvfp4(s: Sizes, draw: Draw) -> list[Case]:
-    """Return the cases of layers in 4-bit floats: rows, and a product of what they became."""
-    x: Drawing = lambda: draw(1, s.tokens, s.width)
+def _nvfp4(s: Sizes, draw: Draw) -> Case:
+    """Return the case of a layer in 4-bit floats, judged by float64 arithmetic of what x and the weight become."""
+    k = -(-s.width // CHUNK) * CHUNK
 
     def inputs() -> tuple[Any, ...]:
-        weight = quantize_nvfp4(draw(s.width, s.width, seed=1) * s.width**-0.5)
-        return *quantize_nvfp4(x()), *weight, draw(s.width, seed=2), draw.dtype
+        weight = quantize_nvfp4(draw(s.width, k, seed=1, dtype=torch.float32) * k**-0.5)
+        return draw(1, s.tokens, k), *weight, draw(s.width, seed=2)
 
-    def exact(*args: Any) -> tuple[Tensor]:
-        rows, weight = (dequantize_nvfp4(*some).double() for some in (args[:3], args[3:6]))
-        return (rows @ weight.t() + args[6].double(),)
+    def exact(x: Tensor, *rest: Any) -> tuple[Tensor]:
+        rows, weight = (dequantize_nvfp4(*some).double() for some in (quantize_nvfp4(x), rest[:4]))
+        return ((rows @ weight.t() + rest[4].double()).view(*x.shape[:-1], -1),)
 
-    one = s.tokens * s.width
-    return [
-        Case("quantize_nvfp4", "quantize_nvfp4", lambda: (x(),), lambda x: (x[0].double(),),
-             one * (2 * draw.item + 1) // 2, read=lambda result: dequantize_nvfp4(*result)),
-        Case("linear_nvfp4", "linear_nvfp4", inputs, exact, one // 2 + one * draw.item + s.width**2 // 2,
-             2 * one * s.width),
-    ]  # fmt: skip
+    moved, flops = s.tokens * (k + s.width) * draw.item + s.width * k * 9 // 16, 2 * s.tokens * k * s.width
+    return Case("linear_nvfp4", "linear_nvfp4", inputs, exact, moved, flops)
 
 
 def _attention(s: Sizes, draw: Draw) -> Case:

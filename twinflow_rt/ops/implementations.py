@@ -84,6 +84,7 @@ _triton = either(
 _triton_attention = either(backends.other_than_half, larger_heads(256), _triton)
 _triton_float8_attention = either(_older_than_float8, _triton_attention)
 _cuda_rope = either(larger_heads(256), library.cuda_refuses)
+_off_12 = lambda t: None if (t.arch or 120) // 10 == 12 else f"needs compute capability 12.0, this has {t.arch / 10}"
 # what speaks against our kernels, of each kind; against those that quantize; and against those that take less
 _REFUSES = {"cuda": library.cuda_refuses, "triton": _triton, "native": library.refuses}
 _QUANTIZING_REFUSES = {
@@ -96,7 +97,8 @@ _OWN_REFUSES: dict[tuple[str, str], Refusal] = {
     ("linear_attention", "triton"): either(larger_heads(32, "linear_head_dim"), _triton),
     ("linear_swiglu", "triton"): either(backends.other_than_half, _triton),
     ("linear_w4a16", "triton"): either(backends.other_than_half, _triton),
-    ("quantize_nvfp4", "triton"): either(_older_than_float8, _triton), ("qk_norm_rope", "cuda"): _cuda_rope,
+    ("linear_nvfp4", "triton"): either(other_dtype("gives bfloat16", torch.bfloat16), _off_12, _triton),
+    ("qk_norm_rope", "cuda"): _cuda_rope,
     ("joint_qk_norm_rope", "cuda"): _cuda_rope, ("linear_quantized", "cuda"): either(_int8_only, library.cuda_refuses),
 }  # fmt: skip
 _cublas = either(off_gpu, no_gpu)
@@ -105,12 +107,6 @@ _int8_mm = either(_off_cpu_and_gpu, _older("int8 needs compute capability 8.0", 
 _scaled_mm = either(
     off_gpu, _given(torch.int8, "multiplies float8_e4m3fn, not int8"),
     other_dtype("gives bfloat16", torch.bfloat16), _older_than_float8, no_gpu,
-)  # fmt: skip
-_scaled_mm_nvfp4 = either(
-    off_gpu, other_dtype("gives bfloat16", torch.bfloat16),
-    lambda target: f"needs compute capability 12.0, this GPU has {target.arch / 10:.1f}"
-    if target.arch is not None and target.arch // 10 != 12 else None,
-    no_gpu,
 )  # fmt: skip
 # what is none of our kernels: ops of torch, of cuBLAS, of other packages
 _OTHERS = {
@@ -121,7 +117,6 @@ _OTHERS = {
         Implementation("folded", _from("ops.conv", "upsample_conv"), _folded),
         Implementation("int8-mm", _from("ops.linear", "int8_mm"), _int8_mm),
         Implementation("scaled-mm", _from("ops.linear", "scaled_mm"), _scaled_mm, GPU),
-        Implementation("scaled-mm-nvfp4", _from("ops.nvfp4", "scaled_mm_nvfp4"), _scaled_mm_nvfp4, GPU),
         *(Implementation(b.name, b.load, b.refuses, GPU) for b in backends.BACKENDS.values()),
     )
 }

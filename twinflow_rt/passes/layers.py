@@ -16,16 +16,15 @@ has the weight as it was loaded (packed), or quantized, with its scales.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import OpTable
+from ..ops import OpTable, nvfp4
 from ..ops.int4 import Int4Form, Int4Weight, dense, quantize_int4, within
 from ..ops.linear import LIMITS, QuantizedRows, int8_limit, linear_packed, linear_upcast, pack, quantize_weight
-from ..ops.nvfp4 import BLOCK, TILE, Nvfp4, dequantize_nvfp4, quantize_nvfp4
 from ..ops.table import EAGER_QUANTIZED, QuantizedOps
 from .convolutions import plain_convolutions
 from .replace import replace_module, take_over
@@ -38,11 +37,6 @@ class Kind(NamedTuple):
     weight: torch.dtype
     rows: torch.dtype | None
     product: str
-
-    @property
-    def ops(self) -> tuple[str, ...]:
-        """What no layer of another product calls."""
-        return (self.product, "quantize_nvfp4") if self.product == "linear_nvfp4" else (self.product,)
 
     @property
     def in_groups(self) -> bool:
@@ -58,12 +52,9 @@ KINDS = {
     "nvfp4": Kind(torch.uint8, None, "linear_nvfp4"),
 }
 GROUP = Int4Form(64)  # of weights that get their 4 bits here
-# beside a quantized weight: a scale per row (one, of nvfp4), and where it has 4 bits what groups and blocks have
-SCALE, GROUP_SCALE, GROUP_MINIMUM, BLOCK_SCALE = BESIDE = (
-    "weight_scale", "weight_group_scale", "weight_group_minimum", "weight_block_scale"
-)  # fmt: skip
+# beside a quantized weight: a scale per row, and where it has 4 bits what its groups have
+SCALE, GROUP_SCALE, GROUP_MINIMUM = BESIDE = ("weight_scale", "weight_group_scale", "weight_group_minimum")
 INT4_LEAVES = ("weight", GROUP_SCALE, GROUP_MINIMUM, SCALE)  # in the order of `Int4Weight`
-NVFP4_LEAVES = ("weight", BLOCK_SCALE, SCALE)  # in the order of `Nvfp4`
 
 
 class ConvertedLinear(nn.Linear):
@@ -131,19 +122,12 @@ class QuantizedLinear(ConvertedLinear):
         """The weight of a layer that has 4 bits."""
         return Int4Weight(*(getattr(self, leaf) for leaf in INT4_LEAVES))
 
-    @property
-    def nvfp4(self) -> Nvfp4:
-        """The weight of a layer of that kind."""
-        return Nvfp4(*(getattr(self, leaf) for leaf in NVFP4_LEAVES))
-
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         ops = self.quantized_ops
         if self.activations is None:
             assert isinstance(x, Tensor)
-            if self.kind != "nvfp4":
-                return ops.linear_w4a16(x, *self.int4, self.bias)
-            y = ops.linear_nvfp4(*ops.quantize_nvfp4(x), *self.nvfp4, self.bias, x.dtype)
-            return y.view(*x.shape[:-1], -1)
+            product: Callable[..., Tensor] = getattr(ops, KINDS[self.kind].product)
+            return product(x, *self.int4, self.bias)
         if not isinstance(x, QuantizedRows):
             x = QuantizedRows(*ops.quantize_rows(x, self.activations), x.dtype)
         if KINDS[self.kind].in_groups:
@@ -171,7 +155,7 @@ def dense_weight(layer: nn.Linear) -> Tensor:
     """Return the weight of a layer in torch's own layout, float32 of one that is quantized."""
     if isinstance(layer, QuantizedLinear):
         if layer.kind == "nvfp4":
-            return dequantize_nvfp4(*layer.nvfp4)
+            return nvfp4.dequantize_nvfp4(*layer.int4)
         return dense(layer.int4) if KINDS[layer.kind].in_groups else layer.weight.float() * layer.weight_scale
     weight = layer.weight.detach()
     return weight.to_dense() if weight.is_mkldnn else weight
@@ -181,11 +165,11 @@ def quantized_values(weight: Tensor | Int4Weight, kind: str) -> dict[str, Tensor
     """Return the tensors of a QuantizedLinear of `kind`, by their names in it, on the device of `weight` [N, K]: a
     dense one, or one that has 4 bits already."""
     limit = largest_int8(weight[0].device)
-    if kind == "nvfp4":
-        assert isinstance(weight, Tensor)
-        return dict(zip(NVFP4_LEAVES, quantize_nvfp4(weight), strict=True))
     if not KINDS[kind].in_groups:
         assert isinstance(weight, Tensor)
+        if kind == "nvfp4":
+            floats = nvfp4.quantize_nvfp4(weight)
+            return {"weight": floats.packed, GROUP_SCALE: floats.group_scales, SCALE: floats.scales}
         values = quantize_weight(weight, KINDS[kind].weight, limit if kind == "int8" else None)
         return dict(zip(("weight", SCALE), values, strict=True))
     made = quantize_int4(weight, GROUP.group, limit) if isinstance(weight, Tensor) else within(weight, limit)
@@ -195,13 +179,9 @@ def quantized_values(weight: Tensor | Int4Weight, kind: str) -> dict[str, Tensor
 def declared_values(kind: str, rows: int, inputs: int, form: Int4Form = GROUP) -> dict[str, Tensor]:
     """Return what `quantized_values` would for a weight [rows, inputs], on the meta device. form: of 4 bits."""
     shapes: dict[str, tuple[int, torch.dtype]] = {"weight": (inputs, KINDS[kind].weight)}
-    if kind == "nvfp4":
-        tiles = (-(-n // tile) * tile for n, tile in zip((rows, inputs // BLOCK), TILE, strict=True))
-        made = {"weight": ((rows, inputs // 2), torch.uint8), BLOCK_SCALE: (tuple(tiles), torch.float8_e4m3fn)}
-        made |= {SCALE: ((1,), torch.float32)}
-        return {leaf: torch.empty(shape, dtype=dtype, device="meta") for leaf, (shape, dtype) in made.items()}
-    if KINDS[kind].in_groups:
-        groups = (inputs // form.group, torch.float16)
+    if KINDS[kind].weight == torch.uint8:
+        form = Int4Form(nvfp4.GROUP) if kind == "nvfp4" else form
+        groups = (inputs // form.group, nvfp4.FP8 if kind == "nvfp4" else torch.float16)
         shapes = {"weight": (inputs // 2, torch.uint8), GROUP_SCALE: groups}
         shapes |= {GROUP_MINIMUM: groups} if form.minimums else {}
     shapes[SCALE] = (1, torch.float32)

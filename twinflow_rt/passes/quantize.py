@@ -49,7 +49,7 @@ MODULATION = ("norm", "text_embedder")  # layers of one row per prompt, computed
 NARROWEST = 32  # layers of fewer inputs or outputs stay as they are: nothing to gain
 SMALLEST_PACKED = 3 << 14  # elements of a float32 weight: calling oneDNN for fewer takes longer than it saves
 MULTIPLES = {"fp8": 16, "int8": 8, "int4": 8, "w4a16": 8, "nvfp4": 32}  # of inputs and outputs: for GPUs' products
-PRODUCTS = {op for kind in KINDS.values() for op in kind.ops}
+PRODUCTS = {kind.product for kind in KINDS.values()}
 
 
 def convert_layers(
@@ -137,7 +137,7 @@ def bind_quantized(network: Any, target: Target) -> tuple[Choice, ...]:
         input_ops = network.ops if rows is None else quantizing(network.ops, quantized_ops, rows)
         for layer in some:
             layer.bind(quantized_ops, input_ops)
-        used = {op for layer in some for op in KINDS[layer.kind].ops}
+        used = {KINDS[layer.kind].product for layer in some}
         found |= dict.fromkeys(c for c in choices if c.op in used or (rows is not None and c.op not in PRODUCTS))
     return tuple(found)
 
@@ -178,16 +178,15 @@ def refuses(precision: str, device: torch.device, dtype: torch.dtype | None = No
 
     dtype: of the network, where known.
     """
-    if precision == "nvfp4" and (device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 12):
-        found = device.type
-        if found == "cuda":
-            found = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    if device.type == "cuda" and precision in ("fp8", "nvfp4") and dtype not in (None, torch.bfloat16):
+        return f"{precision}'s products come out in bfloat16, not {dtype_name(dtype)}; use dtype bfloat16"
+    have = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if precision == "nvfp4" and (have is None or have[0] != 12):
+        found = device.type if have is None else f"compute capability {have[0]}.{have[1]}"
         return f"its products run on NVIDIA GPUs of compute capability 12.0, not on {found}; use int4 there"
-    if device.type == "cuda":
-        if precision in ("fp8", "nvfp4") and dtype not in (None, torch.bfloat16):
-            return f"{precision}'s products come out in bfloat16, not {dtype_name(dtype)}; use dtype bfloat16"
+    if have is not None:
         needs = divmod(FLOAT8_ARCH if precision == "fp8" else INT8_ARCH, 10)
-        if (have := torch.cuda.get_device_capability(device)) < needs:
+        if have < needs:
             least, found = (".".join(map(str, version)) for version in (needs, have))
             return f"its products need compute capability {least} or newer, {device} has {found}; use bf16 there"
         return None
@@ -235,7 +234,8 @@ def expect_quantized(
 def _saved_kind(name: str, layer: nn.Linear, saved: Checkpoint, asked: str) -> tuple[str, Int4Form]:
     """Return the kind of the layer `name` of a saved program, where `asked` was asked for, and its form in 4 bits."""
     stored = f"{name}.{GROUP_SCALE}"
-    if stored not in saved:  # in 8 bits, though 4 were asked for, are those whose inputs make no groups
+    # in 8 bits, though 4 were asked for, are those whose inputs make no groups
+    if asked == "nvfp4" or stored not in saved:
         return ("int8" if KINDS[asked].in_groups else asked), GROUP
     groups = (*saved.shape(stored), 0)[1]
     form = Int4Form(layer.in_features // (groups or 1), f"{name}.{GROUP_MINIMUM}" in saved)
