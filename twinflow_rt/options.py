@@ -85,9 +85,9 @@ class LoadOptions:
     precision: str | None = field(default=None, metadata=about(
         "fp32, fp16 or bf16, as `dtype`; int8 (CPUs, NVIDIA GPUs from compute capability 8.0 on) or fp8 (GPUs from 8.9 "
         "on; a CPU emulates it, slowly): linear layers of the transformer's blocks with 8-bit weights and activations; "
-        "int4: likewise, weights in 4 bits; w4a16: weights in 4 bits, activations in the dtype; auto: int8, fp8 or "
-        "bf16 if it measured faster and accurate here (`twinflow-rt sensitivity`); also int8 or int4 within a "
-        "`memory_budget` that the network exceeds otherwise",
+        "int4: likewise, weights in 4 bits; w4a16: weights in 4 bits, activations in the dtype; nvfp4: 4-bit floats "
+        "(GPUs of 12.0); auto: int8, fp8 or bf16 if it measured faster and accurate here (`twinflow-rt sensitivity`); "
+        "also int8 or int4 within a `memory_budget` that the network exceeds otherwise",
         "what suits checkpoint and device; of quantized files int4 or int8", page="precision.md",
     ))  # fmt: skip
     skip_layers: Sequence[str] | str | Path = field(default=(), metadata=about(

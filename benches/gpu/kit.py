@@ -66,6 +66,7 @@ def parts(out: Path, dry: bool) -> list[Part]:
         return (*command, *device, *precision, *(TINY_MODEL if dry else full))
 
     fp8 = ("--precision", "fp8", "--tolerance", "0.15")  # of random weights; `sensitivity` says what trained ones lose
+    int4 = ("--precision", "int4", "--tolerance", "0.3")
     large = ("--size", "1328")
     native = ("tests/native/test_native.py", "tests/native/test_rows.py")
     watched = pytest("sanitizer", "-m", "gpu", "-k", "(test_ops or test_rows) and odd and cuda", *native)
@@ -96,6 +97,11 @@ def parts(out: Path, dry: bool) -> list[Part]:
         ),
         Part("z-image-fp8", (bench("z-image", "z-image-fp8", "--size", "1024", precision=fp8),)),
         Part("qwen-image-fp8", (bench("qwen-image", "qwen-image-fp8", *large, "--no-check", *ALONE, precision=fp8),)),
+        Part("z-image-int4", (bench("z-image", "z-image-int4", "--size", "1024", precision=int4),)),
+        Part(
+            "qwen-image-int4",
+            (bench("qwen-image", "qwen-image-int4", *large, "--no-check", *ALONE, precision=int4),),
+        ),
         Part("report", ((*python, "benches.gpu.report", str(out)),)),
     ]
 

@@ -13,7 +13,7 @@ from rich.table import Table
 MODELS = ("z-image", "qwen-image")
 KERNELS = ("checks", *(f"{kind}-{model}" for model in MODELS for kind in ("kernels", "layers", "rows")))
 PARTS = ("kit", "env", *KERNELS, "z-image", "sd3.5-m", "sana", "qwen-image", "qwen-image-shallow",
-         "z-image-fp8", "qwen-image-fp8")  # fmt: skip
+         "z-image-fp8", "qwen-image-fp8", "z-image-int4", "qwen-image-int4")  # fmt: skip
 
 
 def collect(out: Path) -> dict[str, Any]:

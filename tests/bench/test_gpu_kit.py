@@ -39,7 +39,8 @@ def test_parts():
         assert names == [
             "build", "env", "checks", "tests", "tests-compile", "sanitizer",
             "kernels-z-image", "layers-z-image", "rows-z-image", "kernels-qwen-image", "layers-qwen-image",
-            "rows-qwen-image", "z-image", "sd3.5-m", "sana", "qwen-image", "z-image-fp8", "qwen-image-fp8", "report",
+            "rows-qwen-image", "z-image", "sd3.5-m", "sana", "qwen-image", "z-image-fp8", "qwen-image-fp8",
+            "z-image-int4", "qwen-image-int4", "report",
         ]  # fmt: skip
         words = {word for part in kit.parts(Path("out"), dry) for command in part.commands for word in command}
         assert ("cuda" in words, "cpu" in words, "--dry" in words) == (not dry, dry, dry)

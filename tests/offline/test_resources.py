@@ -12,7 +12,7 @@ import pytest
 import torch
 from compiler import SHARED_LIMIT, build, record
 
-from twinflow_rt.kernels import attention, attention_fp8, decode, int4, launch, linear, mlp, norm, rope, sample
+from twinflow_rt.kernels import attention, attention_fp8, decode, int4, launch, linear, mlp, norm, nvfp4, rope, sample
 
 ARCHS = tuple(SHARED_LIMIT)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -192,6 +192,11 @@ def test_int4(monkeypatch, tmp_path, arch, rows, group, dtype):
     )  # fmt: skip
     w4a8, w4a16 = check(monkeypatch, tmp_path, int4, arch, call)
     assert INT8_UNIT[arch] in w4a8.ptx and "s32.s8.s8" in w4a8.ptx and MATRIX_UNIT[arch] in w4a16.ptx
+
+
+def test_nvfp4(monkeypatch, tmp_path):
+    call = lambda: nvfp4.quantized(meta(4224, 3840, dtype=torch.bfloat16))
+    assert list(check(monkeypatch, tmp_path, nvfp4, 120, call))
 
 
 @pytest.mark.parametrize("arch, inner, dtype", matrix((3840, 144), DTYPES[:2]))
