@@ -13,10 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests import factory, gguf_factory
-from tests.bad_input.conftest import refused
+from tests.bad_input.conftest import edit_json, refused
 from tests.single_files.layouts import comfy_z_image, ldm_vae, same, to_file, written
 from twinflow_rt import cli
+from twinflow_rt.bench import runner
+from twinflow_rt.bench.settings import Settings
 from twinflow_rt.checkpoint.gguf_file import GGUFFile
+from twinflow_rt.cli.bench import repeatable
 from twinflow_rt.convert import convert
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.integrations.comfyui import NODE_CLASS_MAPPINGS
@@ -116,6 +119,9 @@ def test_every_family(family, tmp_path):
     base = shutil.copytree(model, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     assert np.array_equal(images(load(base, files=paths[::-1], device="cpu")), want)
     assert np.array_equal(images(load(model / "vae", base=model, device="cpu")), want)
+    if family == "sd3":  # a base without T5 has no use for one
+        edit_json(base / "model_index.json", text_encoder_3=[None, None])
+        refused(lambda: open_files(base, [tmp_path / "text_encoder_3.safetensors"]), "none of the base's networks")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
@@ -125,6 +131,7 @@ def test_blocks_of_merged_projections(kind, tmp_path, monkeypatch):
     config |= {"n_heads": 8, "n_kv_heads": 8}
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model_index.json").write_text("{}")
     key, blocks = "layers.0.attention.qkv.weight", gguf_factory.blocks(kind, (3 * 192, 192))
     file = GGUFFile(gguf_factory.write(tmp_path / "net.gguf", {key: (blocks, kind)}, architecture="flux"))
     ((network, report),) = recognise([file.path], tmp_path)
@@ -199,6 +206,10 @@ def test_commands_and_nodes(files, base, model, expected, tmp_path, capsys):
     theirs, ours = (json.loads(text) for text in reversed(capsys.readouterr().out.replace("}\n{", "}\0{").split("\0")))
     assert inside == 0 and ours.pop("path").startswith(f"{base}, transformer from {network}")
     assert theirs.pop("path") == str(model) and {**ours, "parts": 0} == {**theirs, "parts": 0}
+    bench = cli.build_parser(["bench"]).parse_args(["bench", network, *beside])
+    assert repeatable(bench).startswith("twinflow-rt bench network.safetensors --base base --files second.safetensors")
+    settings = Settings(network, **{name: getattr(bench, name) for name in ("base", "files")})
+    assert list(runner._Run(settings, network, print).opened[1]) == ["transformer", "text_encoder", "vae"]
     node = NODE_CLASS_MAPPINGS["TwinFlowLoad"]()
     (pipe,) = node.load(network, base=str(base), files="\n".join([*others, ""]), device="cpu")
     assert np.array_equal(images(pipe), expected)

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import artifact
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import read_json
+from ..checkpoint.checkpoint import Checkpoint, Files
 from ..checkpoint.reading import materialize
 from ..errors import ConfigError, require_extra
 from ..families import Family, family_of
@@ -67,10 +66,11 @@ class UnfoldedProgram:
         self.network.times = tuple(times)
 
 
-def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    """Open a model folder with no pass run over it: the unfolded network, eager ops throughout."""
-    network, family = _network(folder, device, dtype)
-    text, vae, sizes = family.open(folder, Checkpoint(folder / "transformer").config)
+def uncompiled(folder: Path, files: Files, device: torch.device, dtype: torch.dtype) -> Pipeline:
+    """Open a model folder with no pass run over it: the unfolded network, eager ops throughout. files: see `load`."""
+    source = Checkpoint.of_part(folder / "transformer", files)
+    network, family = _network(source, device, dtype)
+    text, vae, sizes = family.open(folder, source.config, files)
     with torch.no_grad():
         text.materialize(device, dtype)
         vae.materialize(device, dtype)
@@ -81,17 +81,16 @@ def uncompiled(folder: Path, device: torch.device, dtype: torch.dtype) -> Pipeli
 
 def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
     """Return the same for a loaded pipeline; it shares the text encoder's and the decoder's weights."""
-    network, _ = _network(pipe.folder, pipe.device, pipe.dtype)
+    network, _ = _network(pipe.source, pipe.device, pipe.dtype)
     program: Any = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
     text, vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
     velocity = VelocityStage(program, pipe.device, pipe.dtype)
     return Pipeline(text, velocity, vae, pipe.sizes, pipe.sampler, pipe.folder)
 
 
-def _network(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Family]:
-    if artifact.is_artifact(folder):
+def _network(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Family]:
+    if artifact.is_artifact(folder := checkpoint.folder.parent):
         raise ConfigError(f"{folder} is an artifact, without the unfolded network: measure the model folder it is from")
-    checkpoint = Checkpoint(folder / "transformer")
     family = family_of(checkpoint.config)
     with torch.device("meta"):
         network = family.network(family.config.from_dict(checkpoint.config))
@@ -138,7 +137,7 @@ def _diffusers(pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
     """Return a call of diffusers' ZImagePipeline: one Euler step from t = 1 to 0 is x0 = z - F(z, 1, 0), where
     TwinFlow's second time embedder is multiplied by 0."""
     require_extra("the diffusers peer", "train", "diffusers", "transformers")
-    family = family_of(Checkpoint(pipe.folder / "transformer").config).name
+    family = family_of(pipe.source.config).name
     if family != "z-image" or work.nfe != 1:
         raise ConfigError(
             f"the diffusers peer runs z-image at 1 evaluation, not {family} at {work.nfe}: its schedulers have "
@@ -161,9 +160,8 @@ def _z_image_pipeline(pipe: Pipeline) -> Any:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    folder = pipe.folder
-    names = ("transformer", "text_encoder", "vae")
-    transformer, text, vae = (read_json(folder / name / "config.json") for name in names)
+    checkpoints = {"transformer": pipe.source, **{p.name: p.checkpoint for p in (*pipe.text.parts, *pipe.vae.parts)}}
+    transformer, text, vae = (checkpoints[name].config for name in ("transformer", "text_encoder", "vae"))
     with torch.device("meta"):
         parts = {
             "transformer": ZImageTransformer2DModel.from_config(transformer),
@@ -171,9 +169,9 @@ def _z_image_pipeline(pipe: Pipeline) -> Any:
             "vae": AutoencoderKL.from_config(vae),
         }
     for name, module in parts.items():
-        _fill(module, Checkpoint(folder / name, strip="model." if name == "text_encoder" else ""), pipe)
+        _fill(module, checkpoints[name], pipe)
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(str(pipe.folder / "tokenizer"))
     theirs: Any = ZImagePipeline(scheduler=scheduler, tokenizer=tokenizer, **parts)
     theirs.set_progress_bar_config(disable=True)
     return theirs

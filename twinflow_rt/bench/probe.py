@@ -34,6 +34,8 @@ class Task:
     width: int | None
     height: int | None
     threads: int
+    base: str | None = None
+    files: tuple[str, ...] = ()
 
 
 def run(task: Task, wrapper: tuple[str, ...] = (), timeout: float = 1800) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def cold(task: Task, origin: float) -> dict[str, Any]:
             end("compile" if seen == "transformer" else "load")
             seen = part
 
-    options: dict[str, Any] = {"dtype": task.dtype, "precision": task.precision, "nfe": task.nfe}
+    options: dict[str, Any] = {name: getattr(task, name) for name in ("base", "files", "dtype", "precision", "nfe")}
     pipe = load(task.model, device=task.device, progress=progress, **options)
     synchronize(task.device)
     end("load")

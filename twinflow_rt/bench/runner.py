@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.model_folder import model_folder
 from ..config import dtype_name, resolve_device, resolve_dtype, resolve_precision
 from ..errors import ConfigError
-from ..loading import DEMO, load
+from ..loading import load, open_model
 from ..ops.selection import Choice
+from ..options import LoadOptions
 from ..pipeline import Pipeline
 from . import facts, peers, random_weights, stats, sweeps
 from .ceilings import Ceilings
@@ -59,23 +59,24 @@ def run(
     if settings.peers:
         stats.library()  # a missing one is told before anything is measured
     with ExitStack() as stack:
-        folder = DEMO if settings.model == "demo" else Path(settings.model)
         if settings.random_weights:
             options = {"scale": settings.scale, "layers": settings.layers}
-            folder = stack.enter_context(random_weights.temporary(settings.random_weights, **options))
+            model = stack.enter_context(random_weights.temporary(settings.random_weights, **options))
         command = command or f"twinflow_rt.bench.run({settings.name!r}, ...)"
         stack.enter_context(_float32_is_float32())
-        return _Run(settings, model_folder(folder), say).record(command)
+        return _Run(settings, str(model), say).record(command)
 
 
 class _Run:
     """The state that the parts of one run share."""
 
-    def __init__(self, settings: Settings, folder: Path, say: Callable[[str], None]) -> None:
-        self.settings, self.folder, self.say = settings, folder, say
+    def __init__(self, settings: Settings, model: str, say: Callable[[str], None]) -> None:
+        self.settings, self.model, self.say = settings, model, say
+        self.beside: dict[str, Any] = {"base": settings.base, "files": settings.files}
+        self.opened = open_model(model, LoadOptions(**self.beside))
         self.device = resolve_device(settings.device)
         self.notes: list[str] = []
-        stored = Checkpoint(folder / "transformer").main_dtype()
+        stored = Checkpoint.of_part(self.opened[0] / "transformer", self.opened[1]).main_dtype()
         self.quantized, dtype = resolve_precision(settings.precision, settings.dtype)
         self.dtype = resolve_dtype(dtype, self.device, stored)
         self.dtype_name = dtype_name(self.dtype)
@@ -119,8 +120,9 @@ class _Run:
         self.say(f"{runs} cold starts")
         settings, (width, height) = self.settings, self.settings.size or (None, None)
         task = Task(
-            str(self.folder), str(self.device), self.dtype_name, self.quantized, settings.nfe,
+            self.model, str(self.device), self.dtype_name, self.quantized, settings.nfe,
             batch_of(settings.prompt, 1)[0], settings.seed, width, height, torch.get_num_threads(),
+            **self.beside,
         )  # fmt: skip
         results = [run_probe(task) for _ in range(runs)]
         phases = {name: [r["phases"][name] for r in results] for name in results[0]["phases"]}
@@ -137,7 +139,7 @@ class _Run:
         self.say("reference outputs in float32")
         reference: Pipeline | None = None
         try:
-            reference = peers.uncompiled(self.folder, self.device, torch.float32)
+            reference = peers.uncompiled(*self.opened, self.device, torch.float32)
             return exact_outputs(reference, self._work(reference), self.dtype)
         except torch.OutOfMemoryError:
             self._note(f"the float32 reference does not fit in {self.device}'s memory: outputs are unchecked")
@@ -149,7 +151,7 @@ class _Run:
     def _load(self) -> tuple[Pipeline, tuple[Choice, ...]]:
         self.say("compiling")
         options: dict[str, Any] = {"dtype": self.dtype, "precision": self.quantized, "nfe": self.settings.nfe}
-        pipe = load(self.folder, device=self.device, **options)
+        pipe = load(self.model, device=self.device, **self.beside, **options)
         if self.settings.backend == "auto":
             return pipe, pipe.program.plan.choices
         return pipe, prefer(pipe, self.settings.backend)

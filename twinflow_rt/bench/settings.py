@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from . import peers
 @dataclass(frozen=True)
 class Settings:
     """What to measure. size: (width, height), None for the model's default. random_weights: the name of a
-    published model instead of `model`, with `scale` and `layers` as `random_weights.skeleton` takes them.
+    published model instead of `model`, with `scale` and `layers` as `random_weights.skeleton` takes them. base, files,
     precision, dtype: as `twinflow_rt.load` takes them. backend: an implementation to prefer (`figures.prefer`).
     batches, evaluations: the sweeps; empty ones are left out. cold_runs: 0 leaves out cold starts.
     check: compare outputs with the float32 reference; without it no speed-up is stated. tolerance:
@@ -22,6 +23,8 @@ class Settings:
     """
 
     model: str = "demo"
+    base: str | Path | None = None
+    files: Sequence[str | Path] = ()
     random_weights: str | None = None
     scale: float = 1.0
     layers: int | None = None

@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "layers": {"type": int, "help": "with --random-weights: at most so many layers per network"},
         "size": {"type": parse_size, "metavar": "WxH", "help": "pixels; default: the model's"},
         "batch": {"type": int, "help": "images per call (default 1)"},
-        **dict.fromkeys(("nfe", "dtype", "precision", "device"), OF_LOAD),
+        **dict.fromkeys(("base", "files", "nfe", "dtype", "precision", "device"), OF_LOAD),
         "backend": {"metavar": "NAME", "help": "implementation to prefer: eager, native, triton, cuda, cudnn, ..."},
         "peers": {"type": names, "metavar": "LIST", "help": "compare with some of eager,compile,diffusers"},
         "prompt": {"help": "default: built-in ones"},
@@ -166,7 +166,9 @@ def repeatable(args: argparse.Namespace) -> str:
     for name in SETTINGS:
         value = getattr(args, name)
         flag = "--no-check" if name == "check" else "--" + name.replace("_", "-")
-        if isinstance(value, tuple):
+        if name in ("base", "files"):
+            words += [flag, *(Path(path).name for path in ([value] if name == "base" else value))] if value else []
+        elif isinstance(value, tuple):
             words += [flag, ("x" if name == "size" else ",").join(map(str, value))]
         elif value is not None:
             words += [flag] if isinstance(value, bool) else [flag, str(value)]

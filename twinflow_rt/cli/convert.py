@@ -10,7 +10,7 @@ from .progress import doing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors or GGUF files, or folders of them")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="safetensors or GGUF, or folders of them")
     parser.add_argument("target", type=Path, metavar="TARGET", help="the model folder to write")
     parser.add_argument(
         "--base", type=Path, required=True, metavar="FOLDER",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import PICKLES, is_folder, some
+from ..checkpoint.files import PICKLES, is_folder, read_json, some
 from ..checkpoint.layout import Layout, check
 from ..checkpoint.tensor_files import INDEX, WEIGHTS, open_file
 from ..errors import CheckpointError
@@ -69,7 +69,8 @@ def recognise(paths: Iterable[Path], base: Path) -> list[tuple[Converted, PartRe
 
     Raises CheckpointError for a file that holds none of them, ConfigError for one that adds nothing.
     """
-    slots = [Slot(config.parent) for config in sorted(base.glob("*/config.json"))]
+    index, folders = read_json(base / "model_index.json"), [path.parent for path in base.glob("*/config.json")]
+    slots = [Slot(folder) for folder in sorted(folders) if index.get(folder.name) != [None, None]]
     networks: dict[str, Converted] = {}
     for source in _open_sources(paths):
         for slot, keys in _networks(source, slots):
@@ -81,19 +82,17 @@ def _open_sources(paths: Iterable[Path]) -> Iterator[Checkpoint]:
     """Open files as given; of a folder, every file in it and below; where an index or a config.json stands, those that
     loading would read."""
     for path in paths:
-        if not is_folder(path):
-            if path.suffix in PICKLES:
-                raise CheckpointError(
-                    f"{path} is a pickle, which can run code when read; save its tensors with safetensors first"
-                )
-            yield Checkpoint(path, files=[open_file(path)], config={})
-            continue
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in WEIGHTS)
-        if not files:
-            raise CheckpointError(f"{path} holds no .safetensors or .gguf file; give files of weights")
-        names = {f.parent: {other.name for other in f.parent.iterdir()} for f in files}
-        networks = {at for at, found in names.items() if "config.json" in found or any(map(INDEX.fullmatch, found))}
-        for source in (*sorted(networks), *(file for file in files if file.parent not in networks)):
+        chosen: Iterable[Path] = [path]
+        if is_folder(path):
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in WEIGHTS)
+            if not files:
+                raise CheckpointError(f"{path} holds no .safetensors or .gguf file; give files of weights")
+            names = {f.parent: {other.name for other in f.parent.iterdir()} for f in files}
+            networks = {at for at, found in names.items() if "config.json" in found or any(map(INDEX.fullmatch, found))}
+            chosen = (*sorted(networks), *(file for file in files if file.parent not in networks))
+        elif path.suffix in PICKLES:
+            raise CheckpointError(f"{path} is a pickle, which can run code when read; save it with safetensors first")
+        for source in chosen:
             yield Checkpoint(source, files=None if is_folder(source) else [open_file(source)], config={})
 
 
