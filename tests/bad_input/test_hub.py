@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,26 +22,17 @@ from twinflow_rt.planning.description import describe
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 REPO = "owner/tiny"
-# asks for each (name, download) in turn: the folder, or the refusal
+# asks for each (name, download, and what without) in turn: the folder, or the refusal
 SCRIPT = """
 import json, sys
 from twinflow_rt.checkpoint import hub
 from twinflow_rt.errors import TwinFlowError
 assert "torch" not in sys.modules
-for name, download in json.loads(sys.argv[1]):
+for name, *options in json.loads(sys.argv[1]):
     try:
-        print(json.dumps(["folder", str(hub.folder(name, download))]))
+        print(json.dumps(["folder", str(hub.folder(name, *options))]))
     except TwinFlowError as error:
         print(json.dumps([type(error).__name__, str(error)]))
-"""
-
-OPEN = f"""
-import json, sys
-from twinflow_rt.loading import open_model
-from twinflow_rt.options import LoadOptions
-for name, download in json.loads(sys.argv[1]):
-    folder, files = open_model(name, LoadOptions(base="hf://{REPO}", download=download))
-    print(json.dumps([str(folder), *files]))
 """
 
 
@@ -65,14 +57,12 @@ def repo(source, tmp_path) -> Hub:
 def ask(tmp_path):
     """Runs SCRIPT with a cache of its own; endpoint None: no hub can be reached."""
 
-    def run(
-        endpoint: str | None, *asked: tuple[str, bool], script: str = SCRIPT, **variables: str
-    ) -> list[tuple[str, str]]:
+    def run(endpoint: str | None, *asked: tuple[Any, ...], **variables: str) -> list[tuple[str, str]]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
         env |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": endpoint or "http://127.0.0.1:9",
     "HF_HUB_DISABLE_XET": "1"}
         env |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **variables}
-        command = [sys.executable, "-c", script, json.dumps(asked)]
+        command = [sys.executable, "-c", SCRIPT, json.dumps(asked)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
@@ -99,17 +89,15 @@ def test_fetching(source, repo, ask):
     assert ask(None, (plain, True))[0][0] == "CheckpointError"
 
 
-def test_the_base_of_files(source, repo, ask):
-    """A file of the hub beside a base of the hub, of which the weights it replaces are not fetched."""
-    (repo.folder / "all-in-one.safetensors").unlink()
+def test_a_file_and_its_base(source, repo, ask):
+    """A file of the hub, and the base of it there, of which the weights that it replaces are not fetched."""
     shutil.copy(repo.folder / "vae" / WEIGHTS, repo.folder / "vae-only.safetensors")
     file, absent = f"hf://{REPO}/vae-only.safetensors", f"hf://{REPO}/other.gguf"
     with serving(repo) as endpoint:
-        before, (_, path), missing = ask(endpoint, (file, False), (file, True), (absent, True))
-        assert "not in the local cache" in before[1] and "no other.gguf at hf://owner/tiny@main" in missing[1]
-        assert Path(path).read_bytes() == (source / "vae" / WEIGHTS).read_bytes()
-        (folder, *parts), *_ = ask(endpoint, (file, True), script=OPEN)
-    assert parts == ["vae"]
+        asked = (file, False), (file, True), (absent, True), (f"hf://{REPO}", True, ["vae"])
+        before, (_, path), missing, (_, folder) = ask(endpoint, *asked)
+    assert "not in the local cache" in before[1] and "no other.gguf at hf://owner/tiny@main" in missing[1]
+    assert Path(path).read_bytes() == (source / "vae" / WEIGHTS).read_bytes()
     assert Path(path) == Path(folder) / "vae-only.safetensors"
     assert (Path(folder) / "text_encoder" / "model.safetensors").is_file()
     assert "vae/config.json" in repo.asked and f"vae/{WEIGHTS}" not in repo.asked

@@ -18,12 +18,14 @@ from tests.single_files.layouts import comfy_z_image, ldm_vae, same, to_file, wr
 from twinflow_rt import cli
 from twinflow_rt.bench import runner
 from twinflow_rt.bench.settings import Settings
+from twinflow_rt.checkpoint import hub
 from twinflow_rt.checkpoint.gguf_file import GGUFFile
 from twinflow_rt.cli.bench import repeatable
 from twinflow_rt.convert import convert
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.integrations.comfyui import NODE_CLASS_MAPPINGS
-from twinflow_rt.loading import load
+from twinflow_rt.loading import load, open_model
+from twinflow_rt.options import LoadOptions
 from twinflow_rt.single_files.recognition import open_files, recognise
 
 ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}
@@ -183,6 +185,23 @@ def test_a_whole_network_lends_its_embedder(model, files):
     origins = {at.source.folder for name, at in found.where.items() if not name.startswith(SECOND)}
     assert origins == {files["network"]}
     assert {found.where[f"{SECOND}mlp.0.weight"].source.folder} == {model / "transformer"}
+
+
+def test_what_is_fetched_of_the_hub(files, model, monkeypatch):
+    """First the base's configs, which tell what the file is; then its weights, but for what the file has."""
+    asked, places = [], {"hf:/owner/base": model, "hf:/owner/net/vae.safetensors": files["vae"]}
+
+    def folder(path, download, without):
+        asked.append((path, download, tuple(without)))
+        return places[path]
+
+    monkeypatch.setattr(hub, "folder", folder)
+    file, base = map(Path, reversed(places))
+    where, found = open_model(file, LoadOptions(base=base, download=True))
+    assert where == model and list(found) == ["vae"]
+    assert asked == [
+        (str(file), True, ()), (str(base), True, hub.NETWORKS), (str(base), True, ("vae",))
+    ]  # fmt: skip
 
 
 def test_conversion_merges_files_of_one_network(model, files, base, tmp_path):
