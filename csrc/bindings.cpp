@@ -46,6 +46,8 @@ T read(PyObject* object) {
     return fields<T>(object, std::make_index_sequence<2>());
   else if constexpr (std::is_same_v<T, twinflow_angles> || std::is_same_v<T, twinflow_image>)
     return fields<T>(object, std::make_index_sequence<4>());
+  else if constexpr (std::is_same_v<T, twinflow_int4>)
+    return fields<T>(object, std::make_index_sequence<5>());
   else
     return fields<T>(object, std::make_index_sequence<3>());
 }

@@ -5,6 +5,7 @@
 
 #include "conv.h"
 #include "decode.h"
+#include "int4.h"
 #include "linear.h"
 #include "mlp.h"
 #include "norm.h"

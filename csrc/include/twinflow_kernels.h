@@ -54,6 +54,20 @@ KERNEL(quantize_rows, twinflow_rows x, twinflow_out out, twinflow_shape shape)
 KERNEL(dequantize, const int32_t* sums, const float* x_scales, const float* w_scales, const void* bias, void* out,
        int64_t rows, int64_t columns)
 
+/* The whole product, for a CPU whose vendor's library has none: out[r, c] = sum_k x[r, k] weight[c, k], exact, scaled
+ * as above. x, weight: within +-127; inputs: at most 2^17. */
+KERNEL_CPU(linear_int8, const int8_t* x, const float* x_scales, const int8_t* weight, const float* w_scales,
+           const void* bias, void* out, int64_t rows, int64_t columns, int64_t inputs)
+
+/* int4.
+ * linear_int4: the same with a weight of 4 bits in place of weight and w_scales, widened as widen_int4 does. */
+KERNEL_CPU(linear_int4, const int8_t* x, const float* x_scales, twinflow_int4 weight, const void* bias, void* out,
+           int64_t rows, int64_t columns, int64_t inputs)
+
+/* out[r, k] = code * group scale - group minimum: as TWINFLOW_I8, rounded to nearest even; as TWINFLOW_STORED, of
+ * float32 only, times scales[r]. */
+KERNEL_CPU(widen_int4, twinflow_int4 weight, void* out, int format, int64_t rows, int64_t inputs)
+
 /* conv: the transforms of a 3x3 convolution with a border of zeros by F(2x2, 3x3); float32 only. Tile k of an output
  * [batch, height, width, channels] covers 2x2 pixels; tiles go row by row, (height + 1) / 2 * ((width + 1) / 2) a
  * sample. enlarged: the convolution reads a nearest enlargement by 2 of its input. Tiles have 16 points, 9 where

@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define TWINFLOW_ABI_VERSION 7
+#define TWINFLOW_ABI_VERSION 8
 
 typedef enum { TWINFLOW_F32 = 0, TWINFLOW_BF16 = 1 } twinflow_dtype;
 
@@ -58,6 +58,17 @@ typedef struct {
   const float* data;
   int64_t batch;
 } twinflow_weights;
+
+/* Weights of 4 bits, rows of `inputs`, contiguous: weight = (code * group scale - group minimum) * scales[row], codes 0
+ * to 15, a scale and a minimum (float16) for each `group` inputs of a row; the parentheses stay within +-127. Of every
+ * 64 inputs, input i is in the low half of byte i of 32, input i + 32 in its high half. inputs: a multiple of 64 and of
+ * group, group of 32. */
+typedef struct {
+  const uint8_t* packed;
+  const uint16_t *group_scales, *group_minimums; /* the latter NULL: 8 * group scale */
+  const float* scales;
+  int64_t group;
+} twinflow_int4;
 
 /* Where rows go, contiguous. Quantized: data[r, i] = round(y[r, i] / scales[r]) with scales[r] = max |y[r]| / limit, y
  * not rounded to storage before; scales: float32, one per row. A row that holds NaN or infinity gets such a scale. The

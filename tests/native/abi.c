@@ -172,6 +172,63 @@ static void sums_of_a_product(int64_t rows, int64_t columns) {
   free(x), free(w), free(bias), free(out), free(sums);
 }
 
+/* 7 bits of a sequence that no sum of products has a reason to like. */
+static int8_t byte_at(int64_t i, int64_t seed) { return (int8_t)((i * 7919 + seed * 104729) % 255 - 127); }
+
+static void products_of_int8(int64_t rows, int64_t columns, int64_t inputs) {
+  const int64_t n = rows * columns;
+  float *x_scales = numbers(rows, 46), *w_scales = numbers(columns, 47), *bias = numbers(columns, 48);
+  float* out = numbers(n, 49);
+  int8_t *x = malloc((size_t)(rows * inputs + !rows)), *w = malloc((size_t)(columns * inputs));
+  for (int64_t i = 0; i < rows * inputs; ++i) x[i] = byte_at(i, 1);
+  for (int64_t i = 0; i < columns * inputs; ++i) w[i] = byte_at(i, 2);
+  for (int with_bias = 0; with_bias < 2; ++with_bias) {
+    EXPECT(!RUN(linear_int8, x, x_scales, w, w_scales, with_bias ? bias : NULL, out, rows, columns, inputs, on(2)));
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t sum = 0;
+      for (int64_t k = 0; k < inputs; ++k) sum += x[i / columns * inputs + k] * w[i % columns * inputs + k];
+      close_to(out[i], (double)sum * x_scales[i / columns] * w_scales[i % columns] + with_bias * bias[i % columns]);
+    }
+  }
+  free(x_scales), free(w_scales), free(bias), free(out), free(x), free(w);
+}
+
+/* Group g of a weight of 4 bits: its scale is 1 + g % 3 times 2^-1, its minimum 3 + g % 2. */
+static void products_of_int4(int64_t rows, int64_t columns, int64_t inputs, int64_t group, int with_minimums) {
+  static const uint16_t halves[] = {0x3800, 0x3c00, 0x3e00}, threes[] = {0x4200, 0x4400};
+  const int64_t n = rows * columns, groups = columns * inputs / group;
+  float *x_scales = numbers(rows, 50), *w_scales = numbers(columns, 51), *out = numbers(n, 52);
+  float* dense = numbers(columns * inputs, 53);
+  int8_t *x = malloc((size_t)(rows * inputs)), *wide = malloc((size_t)(columns * inputs));
+  uint8_t* packed = malloc((size_t)(columns * inputs / 2));
+  uint16_t *scales = malloc((size_t)groups * sizeof *scales), *minimums = malloc((size_t)groups * sizeof *minimums);
+  for (int64_t i = 0; i < rows * inputs; ++i) x[i] = byte_at(i, 3);
+  for (int64_t i = 0; i < columns * inputs / 2; ++i) packed[i] = (uint8_t)byte_at(i, 4);
+  for (int64_t g = 0; g < groups; ++g) scales[g] = halves[g % 3], minimums[g] = threes[g % 2];
+  const twinflow_int4 weight = {packed, scales, with_minimums ? minimums : NULL, w_scales, group};
+  EXPECT(!RUN(widen_int4, weight, wide, TWINFLOW_I8, columns, inputs, on(2)));
+  EXPECT(!RUN(widen_int4, weight, dense, TWINFLOW_STORED, columns, inputs, on(2)));
+  for (int64_t i = 0; i < columns * inputs; ++i) {
+    const int64_t r = i / inputs, k = i % inputs, g = i / group;
+    const uint8_t byte = packed[r * inputs / 2 + k / 64 * 32 + k % 32];
+    const double scale = 0.5 * (double)(1 + g % 3), minimum = with_minimums ? (double)(3 + g % 2) : 8 * scale;
+    const double v = (k % 64 < 32 ? byte & 15 : byte >> 4) * scale - minimum;
+    EXPECT(wide[i] == (int8_t)nearbyint(v));
+    close_to(dense[i], v * w_scales[r]);
+  }
+  EXPECT(!RUN(linear_int4, x, x_scales, weight, NULL, out, rows, columns, inputs, on(2)));
+  for (int64_t i = 0; i < n; ++i) {
+    int64_t sum = 0;
+    for (int64_t k = 0; k < inputs; ++k) sum += x[i / columns * inputs + k] * wide[i % columns * inputs + k];
+    close_to(out[i], (double)sum * x_scales[i / columns] * w_scales[i % columns]);
+  }
+  EXPECT(RUN(linear_int4, x, x_scales, weight, NULL, out, rows, columns, inputs + 32, on(1)) == TWINFLOW_BAD_SHAPE);
+  EXPECT(RUN(linear_int4, x, NULL, weight, NULL, out, rows, columns, inputs, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(widen_int4, weight, wide, TWINFLOW_E4M3, columns, inputs, on(1)) == TWINFLOW_BAD_DTYPE);
+  free(x_scales), free(w_scales), free(out), free(dense), free(x), free(wide), free(packed), free(scales);
+  free(minimums);
+}
+
 static void group_norm(int64_t batch, int64_t size, int64_t channels, int64_t groups) {
   const int64_t n = batch * size * channels, width = channels / groups;
   float *x = numbers(n, 30), *w = numbers(channels, 31), *b = numbers(channels, 32), *out = numbers(n, 33);
@@ -328,6 +385,8 @@ static void errors(void) {
   EXPECT(RUN(grouped_qk_norm_rope, row, v, v, no_cos, pair, 1, 1, 0, on(1)) == TWINFLOW_NULL_POINTER);
   EXPECT(RUN(group_norm_silu, v, v, v, v, v, four, 3, 1, on(1)) == TWINFLOW_BAD_SHAPE);
   EXPECT(RUN(dequantize, NULL, v, v, NULL, v, 1, 4, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(linear_int8, NULL, v, NULL, v, NULL, v, 1, 4, 4, on(1)) == TWINFLOW_NULL_POINTER);
+  EXPECT(RUN(linear_int8, NULL, v, NULL, v, NULL, v, 1, 4, 0, on(1)) == TWINFLOW_BAD_SHAPE);
   EXPECT(strstr(twinflow_error_message(TWINFLOW_NULL_POINTER), "NULL") != NULL);
   EXPECT(strcmp(twinflow_error_message(-1), "unknown status") == 0);
   EXPECT(twinflow_abi_version() == TWINFLOW_ABI_VERSION);
@@ -343,6 +402,8 @@ int main(void) {
   quantized_activations(1, 1), quantized_activations(3, 37), quantized_activations(0, 8);
   quantized_activations(1, 16385); /* wider than what is staged on the stack */
   sums_of_a_product(1, 1), sums_of_a_product(5, 37), sums_of_a_product(0, 8);
+  products_of_int8(1, 1, 1), products_of_int8(5, 50, 37), products_of_int8(259, 7, 1027), products_of_int8(0, 8, 8);
+  products_of_int4(1, 1, 64, 32, 0), products_of_int4(5, 50, 1088, 64, 1), products_of_int4(7, 3, 256, 128, 1);
   group_norm(1, 1, 1, 1), group_norm(2, 37, 12, 3), group_norm(1, 19, 144, 2), group_norm(1, 0, 8, 2);
   winograd(1, 1, 0), winograd(7, 5, 0), winograd(4, 130, 0), winograd(1, 1, 1), winograd(5, 9, 1);
   bfloat16_rounds_to_even();

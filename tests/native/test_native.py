@@ -22,12 +22,14 @@ from twinflow_rt import ops
 from twinflow_rt.errors import DeviceError
 from twinflow_rt.ops import Target, select
 from twinflow_rt.ops.implementations import IMPLEMENTATIONS
+from twinflow_rt.ops.int4 import quantize_int4
 from twinflow_rt.ops.native import decode, library, linear, mlp, norm, rope, sample
 
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = Sizes(image=5, text=2, heads=3, head_dim=26, hidden=37, latents=(3, 2, 5), pixels=7)
 EPS = 1e-5
-ONLY_CPU = {"group_norm_silu", "grouped_qk_norm_rope_"}  # Triton's and the reference's on a GPU
+# Triton's and the reference's on a GPU
+ONLY_CPU = {"group_norm_silu", "grouped_qk_norm_rope_", "linear_w4a8", "linear_w4a16"}
 
 
 def native(op):
@@ -244,10 +246,13 @@ def test_ops_keep_torchs_rules(at):
     streams = [draw(2, 2, 48), draw(2, 1, 48)]
     check(o.joint_qk_norm_rope.default, streams, [draw(8)] * 2, [draw(8, seed=1)] * 2, *tables[2:], 2, EPS)
     check(o.to_uint8.default, draw(1, 3, 4, 4))
+    rows = torch.randint(-9, 9, (2, 3, 64), dtype=torch.int8)
     if at.place == "cpu":
         check(o.grouped_qk_norm_rope_.default, draw(2, 3, 40), None, draw(8), *tables[2:], 3, 1, EPS)
+        check(o.linear_w4a8.default, rows, draw(2, 3, 1), *quantize_int4(draw(5, 64), 64), None, torch.bfloat16)
+        check(o.linear_w4a16.default, draw(2, 3, 64), *quantize_int4(draw(5, 64), 32), draw(5))
         check(o.group_norm_silu.default, draw(1, 4, 3, 3), 2, draw(4), draw(4), EPS)
-    check(o.dequantize.default, torch.ones(3, 4, dtype=torch.int32), draw(3), draw(4), None, torch.bfloat16)
+    check(o.linear_quantized.default, rows, draw(2, 3, 1), rows[0], draw(3, 1), None, torch.bfloat16)
     for to in formats(at):
         check(o.quantize_rows.default, x, to)
         check(o.rms_norm_quantized.default, x, w, EPS, to)

@@ -155,5 +155,5 @@ def linear_w4a16(
 class Int4Ops:
     """What a layer with 4-bit weights calls."""
 
-    linear_w4a8: Callable[..., Tensor] = op(linear_w4a8, "triton")
-    linear_w4a16: Callable[..., Tensor] = op(linear_w4a16, "triton")
+    linear_w4a8: Callable[..., Tensor] = op(linear_w4a8, "triton", "native")
+    linear_w4a16: Callable[..., Tensor] = op(linear_w4a16, "triton", "native")

@@ -17,7 +17,7 @@ import torch
 
 from ..target import Target, either, in_training, no_gpu, off_gpu, other_dtype
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # twinflow_dtype
 FORMATS = {torch.int8: 1, torch.float8_e4m3fn: 2}  # twinflow_format
 CUDA_LIBRARY = Path(__file__).parents[2] / "libtwinflow_cuda.so"
