@@ -39,10 +39,6 @@ class Source:
     revision: str
     subfolder: str
 
-    @property
-    def is_file(self) -> bool:
-        return self.subfolder.endswith(WEIGHTS)
-
     def __str__(self) -> str:
         return f"hf://{self.repo}@{self.revision}/{self.subfolder}".rstrip("/")[:200]
 
@@ -96,7 +92,7 @@ def _client() -> ModuleType:
 
 
 def _cached(source: Source) -> Path:
-    index = source.subfolder + "model_index.json" * (not source.is_file)
+    index = source.subfolder + "model_index.json" * (not source.subfolder.endswith(WEIGHTS))
     try:
         found = _client().try_to_load_from_cache(source.repo, index, revision=source.revision)
     except (ValueError, OSError) as error:  # the client's rules for names, or the system's
@@ -106,7 +102,7 @@ def _cached(source: Source) -> Path:
             f"{source} is not in the local cache; fetch it with load(..., download=True) or --download, or where there "
             f"is no network, copy a model folder here and give its path"
         )
-    return Path(found) if source.is_file else Path(found).parent
+    return Path(found) if index.endswith(WEIGHTS) else Path(found).parent
 
 
 def _fetch(source: Source, without: Collection[str]) -> Path:
@@ -118,8 +114,9 @@ def _fetch(source: Source, without: Collection[str]) -> Path:
     except Exception as error:  # the client's, and those of whatever it speaks HTTP with
         raise CheckpointError(_why(source, error)) from None
     files = {entry.rfilename: entry for entry in info.siblings or ()}
-    names = [source.subfolder] if source.is_file else needed(files, source.subfolder, without)
-    if (index := source.subfolder + "model_index.json" * (not source.is_file)) not in files:
+    one = source.subfolder.endswith(WEIGHTS)
+    names = [source.subfolder] if one else needed(files, source.subfolder, without)
+    if (index := source.subfolder + "model_index.json" * (not one)) not in files:
         raise CheckpointError(f"there is no {Path(index).name} at {source}; give a model folder, or weights with base=")
     try:
         root = Path(client.snapshot_download(source.repo, revision=source.revision, allow_patterns=names))

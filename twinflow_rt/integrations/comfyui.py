@@ -49,12 +49,9 @@ class Load:
         return {
             "required": {"path": ("STRING", {"default": "demo", "tooltip": PATH})},
             "optional": {
-                option.name: (
-                    WIDGETS[option.name],
-                    {"default": AUTO, "tooltip": describe(option), "multiline": option.name == "files"},
-                )
-                for option in fields(LoadOptions)
-                if option.name in WIDGETS
+                name: (WIDGETS[name], {"default": AUTO, "tooltip": describe(option), "multiline": name == "files"})
+                for name, option in ((option.name, option) for option in fields(LoadOptions))
+                if name in WIDGETS
             },
         }
 
