@@ -56,7 +56,7 @@ LOADS = [
     ({"device": "gpu"}, "not a device"), ({"device": "cuda:99"}, "absent"), ({"device": "meta"}, "not supported"),
     ({"device": "mps:0"}, "not supported"), ({"device": 1.5}, "not a device"), ({"device": ""}, "not a device"),
     ({"dtype": "int8"}, "dtype 'int8'"), ({"dtype": "float64"}, "dtype"), ({"dtype": torch.int32}, "dtype"),
-    ({"dtype": ""}, "dtype"), ({"precision": "int4"}, "precision"), ({"precision": 8}, "precision"),
+    ({"dtype": ""}, "dtype"), ({"precision": "int3"}, "precision"), ({"precision": 8}, "precision"),
     ({"precision": "bf16", "dtype": "float32"}, "give one of the two"), ({"nfe": 0}, "nfe"),
     ({"nfe": 2, "sampler": "2"}, "not both"), ({"loras": "a.safetensors"}, "loras"), ({"loras": [("a", NAN)]}, "loras"),
     ({"loras": {"a": INF}}, "loras"), ({"loras": [("a", True)]}, "loras"), ({"loras": [("a",)]}, "loras"),
