@@ -9,7 +9,6 @@ Rows are quantized in every call, those of a batch with one scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .declaration import op
+from .declaration import Op, op
 from .int4 import Int4Weight
 from .linear import LIMITS, SMALLEST
 
@@ -63,4 +62,4 @@ def linear_nvfp4(
 class Nvfp4Ops:
     """What a layer in 4-bit floats calls."""
 
-    linear_nvfp4: Callable[..., Tensor] = op(linear_nvfp4, "triton")
+    linear_nvfp4: Op = op(linear_nvfp4, "triton")
