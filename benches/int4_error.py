@@ -8,7 +8,7 @@ Every way is tried on two networks, its groups 64 and 128 inputs wide, with plai
     miniature    the shipped model on 24 captions, all layers of its blocks: root mean square over eight random orders
                  of each layer's inputs, for so small a network has good and bad luck with its groups. Widths that are
                  no multiple of a group (144 is none) are filled up with zeros, which the product does not do
-    full width   one block of Z-Image (3840 wide) with random weights whose outliers are like trained ones, see `fill`
+    full width   one block of Z-Image (3840 wide) with random weights that have outliers, see `fill`
 
 --per-kind N: also the miniature's score over 6 N held-out captions, as `twinflow-rt eval` counts (groups of 64, W4A8).
 Writes its rows into "quality" of FILE, whose other rows and entries stay.
@@ -261,8 +261,9 @@ def full_width() -> Measured:
 
 
 def fill(name: str, tensor: Tensor, random: torch.Generator) -> None:
-    """Fill with random values like trained ones: spread and outliers as in the miniature's and in published encoders'
-    layers (rows and columns of different sizes, kurtosis 4 to 5, 6 % of the energy in 1 % of the singular vectors).
+    """Fill with random values of a trained layer's kind: rows and columns of different sizes, 6 % of the energy in 1 %
+    of the singular vectors, as in the miniature's layers and a published sentence encoder's; and outliers beyond those
+    of both: one column of 300 is four times as large (kurtosis 9, where they have 3 to 8).
 
     Norm weights vary as the miniature's; 4 channels of tokens are 50 times the others, and their norm weights small.
     """
