@@ -133,7 +133,7 @@ def test_a_stopped_run_goes_on(make, model, tmp_path, monkeypatch):
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert [row["seed"] for row in manifest(out)] == list(range(7))
 
-    monkeypatch.setattr("twinflow_rt.loading.load", lambda *a, **k: pytest.fail("nothing is left to make"))
+    monkeypatch.setattr("twinflow_rt.loading.load_opened", lambda *a, **k: pytest.fail("nothing is left to make"))
     assert make(prompts, "--resume")[0] == 0
     status, said = make(prompts, "--resume", "--nfe", 2)
     assert status == 2 and "000000.png was made of another request" in said.err

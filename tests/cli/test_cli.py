@@ -201,7 +201,7 @@ def test_ctrl_c_is_no_traceback_whatever_a_library_makes_of_it(generate, monkeyp
             assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL  # a second one ends the process
             raise error("unknown failure") from None
 
-    monkeypatch.setattr("twinflow_rt.loading.load", stop)
+    monkeypatch.setattr("twinflow_rt.loading.load_opened", stop)
     code, out = generate()
     assert code == 130 and out.err.endswith("twinflow-rt: interrupted\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -211,7 +211,7 @@ def test_interrupt_exits_130(generate, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("twinflow_rt.loading.load", stop)
+    monkeypatch.setattr("twinflow_rt.loading.load_opened", stop)
     assert generate()[0] == 130
 
 

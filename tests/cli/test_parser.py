@@ -77,7 +77,7 @@ def test_choices_that_are_repeated_for_quick_help_are_the_true_ones():
     from twinflow_rt.planning.sensitivity import BUDGETS
     from twinflow_rt.training.demo import RECIPES
 
-    assert sensitivity.MEASURED == MEASURED and BUDGETS == {"int8": 0.03, "fp8": 0.06, "bf16": 0.03}
+    assert sensitivity.MEASURED == MEASURED and BUDGETS == {"int8": 0.03, "fp8": 0.06, "int4": 0.1, "bf16": 0.03}
     assert tuple(sorted(RECIPES)) == train.RECIPES
 
 

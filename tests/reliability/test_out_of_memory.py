@@ -165,7 +165,7 @@ def test_split_of_prompts(pipe, monkeypatch):
 
 @pytest.mark.parametrize("command", ["generate", "batch"])
 def test_split_on_the_command_line(pipe, monkeypatch, tmp_path, capsys, command):
-    monkeypatch.setattr("twinflow_rt.loading.load", lambda *args, **options: pipe)
+    monkeypatch.setattr("twinflow_rt.loading.load_opened", lambda *args, **options: pipe)
     called, _ = fail_above(monkeypatch, pipe, 1, "cuda")
     (tmp_path / "p.txt").write_text("a")
     words = {
