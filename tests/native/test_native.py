@@ -247,6 +247,7 @@ def test_ops_keep_torchs_rules(at):
     check(o.joint_qk_norm_rope.default, streams, [draw(8)] * 2, [draw(8, seed=1)] * 2, *tables[2:], 2, EPS)
     check(o.to_uint8.default, draw(1, 3, 4, 4))
     rows = torch.randint(-9, 9, (2, 3, 64), dtype=torch.int8)
+    native("linear_w4a8")  # which registers it
     if at.place == "cpu":
         check(o.grouped_qk_norm_rope_.default, draw(2, 3, 40), None, draw(8), *tables[2:], 3, 1, EPS)
         check(o.linear_w4a8.default, rows, draw(2, 3, 1), *quantize_int4(draw(5, 64), 64), None, torch.bfloat16)
