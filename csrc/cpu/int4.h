@@ -54,10 +54,14 @@ int launch_linear_int4(const int8_t* x, const float* x_scales, twinflow_int4 wei
                        int64_t rows, int64_t columns, int64_t inputs, twinflow_launch how) {
   const bool complete = x && x_scales && weight.scales && out;
   if (const int error = int4_error(weight, rows, columns, inputs, complete)) return error;
-  return multiply_int8(x, x_scales, weight.scales, bias, out, rows, columns, inputs, how,
-                       [=](int64_t c, int64_t k, int64_t n, int16_t* to) {
-                         widen_row(weight, inputs, c, k, n, [=](int64_t i, float v) { to[i] = rounded(v); });
-                       });
+  const auto stage = [=](int64_t c, int64_t k, int64_t n, int16_t* to) {
+    widen_row(weight, inputs, c, k, n, [=](int64_t i, float v) { to[i] = rounded(v); });
+  };
+  return typed(how.dtype, [&](auto t) {
+    using T = decltype(t);
+    multiply_int8(x, x_scales, weight.scales, static_cast<const T*>(bias), static_cast<T*>(out), rows, columns, inputs,
+                  how.threads, stage);
+  });
 }
 
 int launch_widen_int4(twinflow_int4 weight, void* out, int format, int64_t rows, int64_t inputs, twinflow_launch how) {

@@ -60,18 +60,18 @@ constexpr int64_t BLOCK_ROWS = 256, BLOCK_COLUMNS = 48, BLOCK_INPUTS = 1024;  //
 
 inline void stage_row(const int8_t* row, int16_t* to, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) to[i] = row[i];
+  for (int64_t i = 0; i < n; ++i) to[i] = row[i];  // NOLINT(bugprone-signed-char-misuse): a number
 }
 
-// Sums, rows BLOCK_COLUMNS apart, of rows of x, `inputs` apart, with rows of a weight: stage(c, k, n, to) writes inputs
-// [k, k + n) of its row c.
+// Sums, rows BLOCK_COLUMNS apart, of rows of x, `inputs` apart, with rows of a weight, from `first` on: stage(c, k, n,
+// to) writes inputs [k, k + n) of its row c.
 template <class Stage>
-inline void multiply_block(const int8_t* x, int64_t rows, int64_t columns, int64_t inputs, Stage&& stage,
-                           int32_t* sums) {
+inline void multiply_block(const int8_t* x, int64_t rows, int64_t first, int64_t columns, int64_t inputs,
+                           const Stage& stage, int32_t* sums) {
   int16_t w[BLOCK_COLUMNS * BLOCK_INPUTS], few[TILE_ROWS * BLOCK_INPUTS];
   for (int64_t k = 0; k < inputs; k += BLOCK_INPUTS) {
     const int64_t n = inputs - k < BLOCK_INPUTS ? inputs - k : BLOCK_INPUTS;
-    for (int64_t c = 0; c < columns; ++c) stage(c, k, n, w + c * BLOCK_INPUTS);
+    for (int64_t c = 0; c < columns; ++c) stage(first + c, k, n, w + c * BLOCK_INPUTS);
     for (int64_t c = columns; c % TILE_COLUMNS; ++c) std::memset(w + c * BLOCK_INPUTS, 0, n * sizeof *w);
     for (int64_t r = 0; r < rows; r += TILE_ROWS) {
       for (int64_t a = 0; a < TILE_ROWS; ++a)  // beyond the last row: any, whose sums nobody reads
@@ -83,26 +83,21 @@ inline void multiply_block(const int8_t* x, int64_t rows, int64_t columns, int64
 }
 
 // The product with a weight [columns, inputs] that `stage` writes, as above.
-template <class Stage>
-int multiply_int8(const int8_t* x, const float* x_scales, const float* w_scales, const void* bias, void* out,
-                  int64_t rows, int64_t columns, int64_t inputs, const twinflow_launch& how, Stage&& stage) {
+template <class T, class Stage>
+void multiply_int8(const int8_t* x, const float* x_scales, const float* w_scales, const T* bias, T* out, int64_t rows,
+                   int64_t columns, int64_t inputs, int threads, const Stage& stage) {
   const int64_t high = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, wide = (columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
-  return typed(how.dtype, [&](auto t) {
-    using T = decltype(t);
-#pragma omp parallel for num_threads(team(rows * columns * (inputs / 32 + 1), how.threads)) schedule(dynamic)
-    for (int64_t block = 0; block < high * wide; ++block) {
-      const int64_t r = block % high * BLOCK_ROWS, c = block / high * BLOCK_COLUMNS;
-      const int64_t few = rows - r < BLOCK_ROWS ? rows - r : BLOCK_ROWS;
-      const int64_t n = columns - c < BLOCK_COLUMNS ? columns - c : BLOCK_COLUMNS;
-      int32_t sums[BLOCK_ROWS * BLOCK_COLUMNS] = {};
-      const auto from = [&](int64_t i, int64_t k, int64_t some, int16_t* to) { stage(c + i, k, some, to); };
-      multiply_block(x + r * inputs, few, n, inputs, from, sums);
-      for (int64_t i = 0; i < few; ++i)
-        dequantize_row(sums + i * BLOCK_COLUMNS, x_scales[r + i], w_scales + c,
-                       bias ? static_cast<const T*>(bias) + c : nullptr, static_cast<T*>(out) + (r + i) * columns + c,
-                       n);
-    }
-  });
+#pragma omp parallel for num_threads(team(rows * columns * (inputs / 32 + 1), threads)) schedule(dynamic)
+  for (int64_t block = 0; block < high * wide; ++block) {
+    const int64_t r = block % high * BLOCK_ROWS, c = block / high * BLOCK_COLUMNS;
+    const int64_t few = rows - r < BLOCK_ROWS ? rows - r : BLOCK_ROWS;
+    const int64_t n = columns - c < BLOCK_COLUMNS ? columns - c : BLOCK_COLUMNS;
+    int32_t sums[BLOCK_ROWS * BLOCK_COLUMNS] = {};
+    multiply_block(x + r * inputs, few, c, n, inputs, stage, sums);
+    for (int64_t i = 0; i < few; ++i)
+      dequantize_row(sums + i * BLOCK_COLUMNS, x_scales[r + i], w_scales + c, bias ? bias + c : nullptr,
+                     out + (r + i) * columns + c, n);
+  }
 }
 
 inline int product_error(int64_t rows, int64_t columns, int64_t inputs, bool complete) {
@@ -114,9 +109,12 @@ int launch_linear_int8(const int8_t* x, const float* x_scales, const int8_t* wei
                        const void* bias, void* out, int64_t rows, int64_t columns, int64_t inputs,
                        twinflow_launch how) {
   if (const int error = product_error(rows, columns, inputs, x && x_scales && weight && w_scales && out)) return error;
-  return multiply_int8(
-      x, x_scales, w_scales, bias, out, rows, columns, inputs, how,
-      [=](int64_t c, int64_t k, int64_t n, int16_t* to) { stage_row(weight + c * inputs + k, to, n); });
+  const auto stage = [=](int64_t c, int64_t k, int64_t n, int16_t* to) { stage_row(weight + c * inputs + k, to, n); };
+  return typed(how.dtype, [&](auto t) {
+    using T = decltype(t);
+    multiply_int8(x, x_scales, w_scales, static_cast<const T*>(bias), static_cast<T*>(out), rows, columns, inputs,
+                  how.threads, stage);
+  });
 }
 
 }  // namespace
