@@ -23,7 +23,6 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.layout import Layout
 from ..errors import ConfigError
 from ..host_memory import return_freed_memory
-from ..models.meta_device import meta_device
 from ..passes.quantize import keeps_blocks
 from ..stages.stage import DEFAULTS, StageOptions
 from ..stages.text import TextStage
@@ -155,8 +154,7 @@ def plan_memory(
     precision, skip_layers: of its linear layers, see `passes.quantize.convert_layers`. saved: `checkpoint` is a
     compiled program's, whose network does not stream. text_options: how the text stage will be read. Raises ConfigError
     if `budget` is too small."""
-    with meta_device():
-        module = family.network(family.config.from_dict(checkpoint.config), folded_steps=len(times))
+    module = family.build(family.config.from_dict(checkpoint.config), folded_steps=len(times))
     layout = Layout(dtype_of=family.layout.dtype_of) if saved else family.layout
     absorb = not saved and len(times) == 1 and hasattr(family.network, "absorptions")
     absorb = absorb and not keeps_blocks(checkpoint, precision, skip_layers)
