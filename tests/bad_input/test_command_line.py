@@ -72,7 +72,8 @@ GENERATE = [
 OTHERS = [
     (["paint"], "'paint' is none of generate, "), (["generate"], "give prompts"),
     (["generate", "\udcff\udcfe", "--model", "demo"], "surrogate"), (["generate", "a" * 100_001], "at most 100,000"),
-    (["inspect"], "inspect needs a model"), (["inspect", "nowhere"], "does not exist"), (["inspect", "file"], "single file"),
+    (["inspect"], "inspect needs a model"), (["inspect", "nowhere"], "does not exist"),
+    (["inspect", "file"], "single file"),
     (["inspect", "hf://a/b/../c"], "no model of the hub"), (["serve", "nowhere", "--port", "0"], "does not exist"),
     (["serve", "--port", "70000"], "from 0 to 65535"), (["serve", "--port", "x"], "invalid int"),
     (["serve", "--host", "no.such.host.invalid"], "no address"), (["serve", "--host", "x" * 300], "no address"),
