@@ -1,8 +1,9 @@
-"""What every test shares: marked GPU tests, one CPU thread pool, outputs poisoned with NaN."""
+"""What tests share: marked GPU tests, one CPU thread pool, outputs poisoned with NaN, miniatures."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a miniature Z-Image."""
+    from tests.factory import make_model
+
+    return make_model(tmp_path_factory.mktemp("z") / "m")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a miniature Qwen-Image."""
+    from tests.factory import make_model
+
+    return make_model(tmp_path_factory.mktemp("q") / "m", "qwen-image")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 
 from .checkpoint import artifact, hub
 from .checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
+from .checkpoint.files import WEIGHTS
 from .checkpoint.lora import Loras, Merged, require_same, resolve_loras
 from .checkpoint.model_folder import model_folder, weight_files
 from .checkpoint.reading import Progress
@@ -94,7 +95,7 @@ def open_model(path: str | Path, options: LoadOptions) -> tuple[Path, Files]:
     """Return the model folder that `load` takes for `path`, `options.base` and `options.files`, and what is read in
     place of its networks, by their folders' names. Raises CheckpointError, ConfigError."""
     path, download = check_path("path", path), options.download
-    at_hub = path.startswith(hub.SCHEME) and not path.endswith(hub.WEIGHTS)
+    at_hub = path.startswith(hub.SCHEME) and not path.endswith(WEIGHTS)
     whole = path == "demo" or at_hub or os.path.lexists(Path(path) / "model_index.json")
     if whole and options.base is not None:
         raise ConfigError(f"{shown(path)} is a whole model, not weights that go with base=: give one of the two alone")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests import factory, qwen_image_factory
+from tests import factory
 from tests.single_files.layouts import comfy_z_image, fuse, ldm_vae, same, to_file, wan_vae, written
 from twinflow_rt import cli
 from twinflow_rt.checkpoint import shards
@@ -21,16 +21,6 @@ from twinflow_rt.loading import DEMO, load
 
 WEIGHTS = factory.WEIGHTS
 ARGS = {"height": 16, "width": 32, "seed": 0, "output": "np"}
-
-
-@pytest.fixture(scope="module")
-def z_image(tmp_path_factory):
-    return factory.make_model(tmp_path_factory.mktemp("z") / "m")
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return qwen_image_factory.make_model(tmp_path_factory.mktemp("q") / "m")
 
 
 def same_images(*folders):

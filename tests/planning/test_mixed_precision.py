@@ -31,11 +31,6 @@ def folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("mixed") / "model")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def spent(entries):
     """The bytes beyond 4 bits that a mix takes, and its error, counted anew; bfloat16 is the dtype."""
     given = dict(entry.partition(":")[::2] for entry in entries)

@@ -34,11 +34,6 @@ def folder(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("precision") / "model")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def measured(folder):
     """With half of what the worst kind costs as the budget, so that it must be left out."""

@@ -18,16 +18,6 @@ from twinflow_rt.single_files.names import Key
 from twinflow_rt.single_files.networks import Converted
 
 
-@pytest.fixture(scope="module")
-def z_image(tmp_path_factory):
-    return factory.make_model(tmp_path_factory.mktemp("z") / "m")
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return qwen_image_factory.make_model(tmp_path_factory.mktemp("q") / "m")
-
-
 def ours(rules, tensors):
     """Names and tensors by our rules alone."""
     out = {}

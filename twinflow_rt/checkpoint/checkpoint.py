@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..ops.int4 import Int4Form, Int4Weight
-from .files import is_folder, read_json
+from .files import WEIGHTS, is_folder, read_json
 from .load_report import Meter
 from .quantized_files import dense_files
-from .tensor_files import DTYPES, QUANTIZED, WEIGHTS, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
+from .tensor_files import DTYPES, QUANTIZED, MemoryFile, TensorFile, open_folder, read_tensor, stored_bytes
 
 
 class Checkpoint:
@@ -140,9 +140,8 @@ class Checkpoint:
 
     def in_blocks(self, name: str) -> bool:
         """Return whether a tensor is stored in fewer bits than it is read in."""
-        file, key = self._where[name]
-        dense = stored_bytes(file.get_slice(key).get_dtype(), self.numel(name)) if hasattr(file, "nbytes") else 0
-        return self.nbytes(name) < dense
+        own = getattr(self._where[name][0], "nbytes", None)
+        return own is not None and self.nbytes(name) < stored_bytes(self.code(name), self.numel(name))
 
     def int4_form(self, name: str) -> Int4Form | None:
         """Return how the file has a weight in 4 bits, as `get_int4` returns it; None where it does not."""
@@ -152,10 +151,9 @@ class Checkpoint:
     def get_int4(self, name: str, device: torch.device | str = "cpu") -> Int4Weight:
         """Return the file's own 4 bits of a weight that has an `int4_form`, on `device`."""
         file, key = self._where[name]
-        weight = file.get_int4(key)  # type: ignore[attr-defined]  # whoever has an int4_form
+        weight: Int4Weight = file.get_int4(key)  # type: ignore[attr-defined]  # whoever has an int4_form
         self.meter.add(self.nbytes(name))
-        minimums = None if weight.group_minimums is None else weight.group_minimums.to(device)
-        return Int4Weight(weight.packed.to(device), weight.group_scales.to(device), minimums, weight.scales.to(device))
+        return weight.map(lambda tensor: tensor.to(device))
 
     def numel(self, name: str) -> int:
         """Return how many numbers a tensor has in its file."""

@@ -20,6 +20,8 @@ MAX_TEXT = 64 << 20  # bytes; the largest in use, tokenizers of 260,000 tokens, 
 MAX_HEADER = 25 << 20  # bytes; 20-billion-parameter networks need 0.3 MB
 MAX_ENTRIES = 100_000  # files and folders of a model folder
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # can run code when read
+GGUF = ".gguf"
+WEIGHTS = (".safetensors", GGUF)  # how files of weights end
 SHOWN = 8  # names listed in one message
 # how files begin that are found in place of the expected one
 FOREIGN = {

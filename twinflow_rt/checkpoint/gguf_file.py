@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, OutOfMemoryError, require_extra
-from ..ops.int4 import CHUNK, Int4Form, Int4Weight, pack_codes
+from ..ops.int4 import CHUNK, Int4Form, Int4Weight, largest_units, pack_codes
 from ..ops.linear import LIMITS, SMALLEST
 from .files import Declared, refuse_foreign, require_file
 
@@ -99,8 +99,7 @@ class GGUFFile:
         of their row's (see `ops.int4`). Raises CheckpointError for scales of NaN or infinity."""
         _, shape, (_, size), stored = self._entries[name]
         packed, scales, minimums = _int4(stored.view(shape[0], -1, size))
-        lowest = 8 * scales if minimums is None else minimums
-        largest = torch.maximum(lowest.abs(), (15 * scales - lowest).abs()).amax(-1, keepdim=True)
+        largest = largest_units(scales, minimums).amax(-1, keepdim=True)
         rows = self._finite(name, largest).clamp_min(SMALLEST) / LIMITS[torch.int8]
         return Int4Weight(packed, (scales / rows).half(), None if minimums is None else (minimums / rows).half(), rows)
 

@@ -20,13 +20,13 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import CheckpointError, ConfigError
+from .files import WEIGHTS
 
 SCHEME = "hf:/"  # pathlib makes one slash of two
 NAME = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([^/@\s]+))?(?:/([^@\s]+?))?/?")
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae", "connector")
 PARTS = rf"(?:{'|'.join(NETWORKS)}|tokenizer(?:_\d)?)"
 READ = re.compile(rf"(?:model_index\.json|artifact\.json|{PARTS}/[\w.-]+\.(?:json|safetensors|txt|jinja))")
-WEIGHTS = (".safetensors", ".gguf")
 WHOLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
@@ -38,6 +38,15 @@ class Source:
     repo: str
     revision: str
     subfolder: str
+
+    @property
+    def is_file(self) -> bool:
+        return self.subfolder.endswith(WEIGHTS)
+
+    @property
+    def first(self) -> str:
+        """The file without which there is no such model."""
+        return self.subfolder if self.is_file else self.subfolder + "model_index.json"
 
     def __str__(self) -> str:
         return f"hf://{self.repo}@{self.revision}/{self.subfolder}".rstrip("/")[:200]
@@ -92,9 +101,8 @@ def _client() -> ModuleType:
 
 
 def _cached(source: Source) -> Path:
-    index = source.subfolder + "model_index.json" * (not source.subfolder.endswith(WEIGHTS))
     try:
-        found = _client().try_to_load_from_cache(source.repo, index, revision=source.revision)
+        found = _client().try_to_load_from_cache(source.repo, source.first, revision=source.revision)
     except (ValueError, OSError) as error:  # the client's rules for names, or the system's
         raise ConfigError(f"{source} is no model of the hub ({error!s:.200}): check its name") from None
     if not isinstance(found, str):
@@ -102,7 +110,7 @@ def _cached(source: Source) -> Path:
             f"{source} is not in the local cache; fetch it with load(..., download=True) or --download, or where there "
             f"is no network, copy a model folder here and give its path"
         )
-    return Path(found) if index.endswith(WEIGHTS) else Path(found).parent
+    return Path(found) if source.is_file else Path(found).parent
 
 
 def _fetch(source: Source, without: Collection[str]) -> Path:
@@ -114,10 +122,10 @@ def _fetch(source: Source, without: Collection[str]) -> Path:
     except Exception as error:  # the client's, and those of whatever it speaks HTTP with
         raise CheckpointError(_why(source, error)) from None
     files = {entry.rfilename: entry for entry in info.siblings or ()}
-    one = source.subfolder.endswith(WEIGHTS)
-    names = [source.subfolder] if one else needed(files, source.subfolder, without)
-    if (index := source.subfolder + "model_index.json" * (not one)) not in files:
-        raise CheckpointError(f"there is no {Path(index).name} at {source}; give a model folder, or weights with base=")
+    names = [source.first] if source.is_file else needed(files, source.subfolder, without)
+    if source.first not in files:
+        name = Path(source.first).name
+        raise CheckpointError(f"there is no {name} at {source}; give a model folder, or weights with base=")
     try:
         root = Path(client.snapshot_download(source.repo, revision=source.revision, allow_patterns=names))
     except Exception as error:

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .files import check_tree, file_type, is_folder, read_json
-from .tensor_files import WEIGHTS
+from .files import WEIGHTS, check_tree, file_type, is_folder, read_json
 
 IMAGE_TASKS = ("Edit", "Img2Img", "Inpaint", "ControlNet", "Layered", "Kontext")  # in names of pipelines
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .files import PICKLES, Declared, open_tensors, read_json, some
+from .files import GGUF, PICKLES, Declared, open_tensors, read_json, some
 from .gguf_file import GGUFFile
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -19,8 +19,6 @@ QUANTIZED = {"I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8
 SHARD = re.compile(r"-\d{5}-of-\d{5}")
 PLAIN_INDEX = ".safetensors.index.json"
 INDEX = re.compile(r".+\.safetensors(\.[\w-]+)?\.index(\.[\w-]+)?\.json")  # a variant stands in any of three places
-GGUF = ".gguf"
-WEIGHTS = (".safetensors", GGUF)  # how files of weights end
 WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 

@@ -38,6 +38,10 @@ class Int4Weight(NamedTuple):
     group_minimums: Tensor | None
     scales: Tensor
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Int4Weight:
+        """Return the weight of `change` of each tensor."""
+        return Int4Weight(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+
 
 class Int4Form(NamedTuple):
     """How an `Int4Weight` is made: inputs that share a scale, and whether they share a minimum."""
@@ -78,16 +82,21 @@ def dense(weight: Int4Weight) -> Tensor:
     return row_units(*weight[:3]) * weight.scales
 
 
+def largest_units(group_scales: Tensor, group_minimums: Tensor | None) -> Tensor:
+    """Return the largest magnitude that each group's codes can stand for, float32 in units of `group_scales`."""
+    steps = group_scales.float()
+    least = 8 * steps if group_minimums is None else group_minimums.float()  # what code 0 stands for, negated
+    return torch.maximum(least.abs(), (15 * steps - least).abs())
+
+
 def within(weight: Int4Weight, limit: float) -> Int4Weight:
     """Return the same weight for int8 products of at most `limit`: where that is 63, in units twice as large, which
     floats are exactly (127 becomes 64, whose products with pairs of bytes still fit 16 bits)."""
     if limit == LIMITS[torch.int8] or weight.packed.is_meta:
         return weight
-    steps, minimums = weight.group_scales.float(), weight.group_minimums
-    least = 8 * steps if minimums is None else minimums.float()  # what code 0 stands for, negated
-    if torch.maximum(least.abs(), (15 * steps - least).abs()).amax() <= limit + 1:
+    if largest_units(weight.group_scales, weight.group_minimums).amax() <= limit + 1:
         return weight
-    minimums = None if minimums is None else minimums / 2
+    minimums = None if weight.group_minimums is None else weight.group_minimums / 2
     return Int4Weight(weight.packed, weight.group_scales / 2, minimums, weight.scales * 2)
 
 

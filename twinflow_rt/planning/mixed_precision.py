@@ -64,11 +64,12 @@ def mix(
     """Return `skip_layers` of precision "int4" that spend up to `room` bytes where they lower the error most, and the
     error that is left: groups of layers get int8 ("NAME:int8") or, where its error is known, their dtype of `itemsize`
     bytes ("NAME"). int4, int8: the error of each group alone; their squares add up. A pure function."""
-    eight = {group.name: group.error for group in int8}
+    inputs, eight = 1 << 12, {group.name: group.error for group in int8}
+    nbytes = sum(value.nbytes for value in declared_values("int4", 1, inputs).values()) / inputs  # of a weight
     steps = []
     for group in int4:
         rest = min(eight.get(group.name, 0.0), group.error) ** 2
-        steps.append((group.error**2 - rest, group.parameters * (1 - _BYTES), f"{group.name}:int8"))
+        steps.append((group.error**2 - rest, group.parameters * (1 - nbytes), f"{group.name}:int8"))
         if rest:
             steps.append((rest, group.parameters * float(itemsize - 1), group.name))
     square, taken = sum(group.error**2 for group in int4), dict[str, str]()
@@ -77,9 +78,6 @@ def mix(
         if size <= room and (kind or name in taken):
             taken[name], room, square = entry, room - size, square - gain
     return tuple(taken.values()), math.sqrt(max(square, 0.0))
-
-
-_BYTES = sum(value.nbytes for value in declared_values("int4", 1, 1 << 12).values()) / (1 << 12)  # of an int4 weight
 
 
 def _measured(network: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, Measurement]:

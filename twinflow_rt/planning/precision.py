@@ -137,6 +137,8 @@ def resolve(
 def of_files(network: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[str | None, tuple[str, ...]]:
     """Return the precision that keeps the weights of quantized files about as small as they are, None where most of
     `network` is not quantized or `device` has no such products; and a sentence on it."""
+    if not network.has_blocks:
+        return None, ()
     numbers = {name: network.numel(name) for name in network}
     for kind, bits in (("int4", 5), ("int8", 9)):
         if 2 * sum(n for name, n in numbers.items() if 8 * network.nbytes(name) <= bits * n) > sum(numbers.values()):

@@ -157,8 +157,7 @@ class Converted:
         """Return the file's own 4 bits of a weight that has an `int4_form`."""
         at = self.where[target]
         weight: Int4Weight = self._whole(at, at.source.get_int4)
-        fields = weight._asdict().items()
-        return weight._replace(**{name: x.chunk(at.parts)[at.part] for name, x in fields if x is not None})
+        return weight.map(lambda rows: rows.chunk(at.parts)[at.part])
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of every tensor to write."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.files import PICKLES, is_folder, read_json, some
+from ..checkpoint.files import PICKLES, WEIGHTS, is_folder, read_json, some
 from ..checkpoint.layout import Layout, check
-from ..checkpoint.tensor_files import INDEX, WEIGHTS, open_file
+from ..checkpoint.tensor_files import INDEX, open_file
 from ..errors import CheckpointError
 from .names import CONTAINERS, WRAPPERS, Key
 from .networks import Converted, Slot
