@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.factory import make_model
-from twinflow_rt import load
+from twinflow_rt import config, load
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.ops import QuantizedRows, linear
@@ -51,6 +51,10 @@ def distance(a, b):
 def latents(folder, precision):
     """x0 of the quantized program."""
     return load(folder, device="cpu", dtype="float32", precision=precision)("a red square", **ARGUMENTS).images
+
+
+def test_every_kind_is_a_precision():
+    assert tuple(KINDS) == config.QUANTIZED
 
 
 def kinds(plan: Plan) -> dict[str, int]:
