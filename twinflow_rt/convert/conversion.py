@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Container, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.atomic import check_target, new_folder
+from ..checkpoint.atomic import check_target, new_folder, write_json
 from ..checkpoint.files import read_json
 from ..checkpoint.model_folder import model_folder
 from ..checkpoint.shards import write_shards
@@ -94,7 +93,7 @@ def _write(target: Path, base: Path, copied: Sequence[Path], networks: Mapping[s
             write_shards(partial / name, stem, network.sizes(), network.read)
             config = read_json(partial / name / "config.json")
             if config.pop("quantization_config", None):  # of the base's weights; these are dense
-                (partial / name / "config.json").write_text(json.dumps(config, indent=2))
+                write_json(partial / name / "config.json", config)
 
 
 def _link(source: Path, place: Path) -> None:
