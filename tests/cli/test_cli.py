@@ -194,6 +194,8 @@ def test_what_auto_chose_is_printed(generate):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError, ConfigError])
 def test_ctrl_c_is_no_traceback_whatever_a_library_makes_of_it(generate, monkeypatch, error):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests in the background may ignore it
+
     def stop(*args, **kwargs):
         try:
             signal.raise_signal(signal.SIGINT)
