@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
+from twinflow_rt.training import demo, muon
 from twinflow_rt.training.demo import RECIPES, DemoModel, LatentData, Prompts, deepen, train
 from twinflow_rt.training.text import Captions, build_tokenizer
 from twinflow_rt.training.trainer import Trainer, TrainerConfig
@@ -74,6 +75,32 @@ def test_a_deeper_model_starts_as_the_same_function():
     torch.testing.assert_close(deep(x, t, 0.5 * t, cond), model(x, t, 0.5 * t, cond), atol=1e-5, rtol=1e-5)
     deep(x, t, t, cond).square().mean().backward()
     assert deep.network.layers[1].adaLN_modulation[0].weight.grad.abs().max() > 0  # and the copies can learn
+
+
+def test_products_in_bfloat16_are_those_of_float32_within_its_rounding(monkeypatch):
+    x, t, cond = torch.randn(2, 4, 16, 16), torch.tensor([0.3, 0.9]), (torch.randn(2, 32, 96), torch.tensor([32, 5]))
+    velocity = {}
+    for native in (True, False):
+        monkeypatch.setattr(demo, "has_native", lambda dtype, device, native=native: native)
+        torch.manual_seed(0)
+        model = DemoModel(512, 2)
+        for name, p in model.network.named_parameters():
+            if "adaLN" in name or "all_final_layer" in name:
+                nn.init.normal_(p, std=0.1)
+        velocity[native] = model(x, t, t, cond)
+    error = (velocity[True] - velocity[False]).norm() / velocity[False].norm()
+    assert 1e-5 < error < 1e-2
+
+
+def test_matrices_are_orthogonalized_in_either_precision(monkeypatch):
+    g = torch.randn(3, 24, 72, generator=torch.Generator().manual_seed(0))
+    for native in (True, False):
+        monkeypatch.setattr(muon, "has_native", lambda dtype, device, native=native: native)
+        for matrix in (g, g.mT):
+            made = muon.orthogonalize(matrix)
+            assert made.shape == matrix.shape and made.dtype == torch.float32
+            values = torch.linalg.svdvals(made)
+            assert values.min() > 0.6 and values.max() < 1.3
 
 
 def test_prompts_are_encoded_once_and_are_the_encoders():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..checkpoint.atomic import replacing, write_json
 from ..checkpoint.files import read_json
+from ..config import has_native
 from ..models.transformers.z_image import ZImageConfig, ZImageTransformer
 from .export import save_model
 from .objective import ObjectiveConfig, TwinFlowObjective, flow_matching_loss
@@ -91,14 +92,29 @@ def init_weights(network: ZImageTransformer) -> None:
             torch.nn.init.xavier_uniform_(p)
 
 
-class DemoModel(torch.nn.Module):
-    """Network + text encoder as one trainable thing: velocity(x_t, t, tt, (embeds, lengths))."""
+class BFloat16Linear(torch.nn.Linear):
+    """A layer that multiplies in bfloat16 and keeps its weight, bias and what it returns in float32."""
 
-    def __init__(self, vocab: int, layers: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.linear(x.bfloat16(), self.weight.bfloat16()).float()
+        return y if self.bias is None else y + self.bias
+
+
+class DemoModel(torch.nn.Module):
+    """Network + text encoder as one trainable thing: velocity(x_t, t, tt, (embeds, lengths)). The layers of its blocks
+    multiply in bfloat16 where `device` does so at full rate: a step then takes 0.6 of the time on a CPU with AMX."""
+
+    def __init__(self, vocab: int, layers: int, device: torch.device = CPU) -> None:
         super().__init__()
         self.network = ZImageTransformer(replace(TRANSFORMER, n_layers=layers))
         init_weights(self.network)
         self.text_encoder = build_text_encoder(vocab, TRANSFORMER.cap_feat_dim)
+        for name, layer in list(self.network.named_modules()) if has_native(torch.bfloat16, device) else ():
+            if isinstance(layer, torch.nn.Linear) and ("attention." in name or "feed_forward." in name):
+                fast = BFloat16Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+                fast.load_state_dict(layer.state_dict(keep_vars=True), assign=True)
+                self.network.set_submodule(name, fast)
+        self.to(device)
 
     def embed(self, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Return (prompt_embeds [B, L, D], lengths) of token ids [B, L] and lengths [B], which are on the CPU."""
@@ -117,7 +133,7 @@ class DemoModel(torch.nn.Module):
 @torch.no_grad()
 def deepen(model: DemoModel, layers: int) -> DemoModel:
     """Return the model with `layers` layers, the same function: each is followed by copies of itself with gates 0."""
-    deep = DemoModel(model.text_encoder.config.vocab_size, layers).to(model.text_encoder.device)
+    deep = DemoModel(model.text_encoder.config.vocab_size, layers, model.text_encoder.device)
     deep.text_encoder.load_state_dict(model.text_encoder.state_dict())
     shallow, old = model.network.state_dict(), len(model.network.layers)
     state = {k: v for k, v in shallow.items() if not k.startswith("layers.")}
@@ -260,7 +276,7 @@ def _flow(
 ) -> DemoModel:
     """Run the stages that all recipes share, from the text encoder to the settled flow."""
     torch.manual_seed(recipe.seed)
-    model = DemoModel(len(tokenizer), recipe.flow_layers).to(data.device)
+    model = DemoModel(len(tokenizer), recipe.flow_layers, data.device)
     pretrain_text_encoder(model.text_encoder, tokenizer, out / "text", recipe.text_steps, recipe.seed, log)
     # rates stay high to the end of the pretraining, as another stage follows
     config = TrainerConfig(steps=recipe.flow_steps, lr=3e-3, muon=0.03, floor=0.3, ema=0.999, seed=recipe.seed)

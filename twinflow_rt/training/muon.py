@@ -1,7 +1,7 @@
-"""Muon (K. Jordan and others, 2024: "Muon: an optimizer for hidden layers"), iterating in float32.
+"""Muon (K. Jordan and others, 2024: "Muon: an optimizer for hidden layers").
 
-torch.optim.Muon iterates in bfloat16, which CPUs without bfloat16 matrix units emulate at a hundredth of
-their float32 rate.
+torch.optim.Muon iterates in bfloat16 everywhere, which CPUs without bfloat16 matrix units emulate at a hundredth of
+their float32 rate; this one iterates in float32 there.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..config import has_native
+
 # Newton-Schulz polynomial a x + b x^3 + c x^5: steepest at 0, so that five steps bring singular values near 1
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -19,15 +21,17 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 def orthogonalize(g: Tensor, steps: int = 5) -> Tensor:
     """Return the nearest semi-orthogonal matrices U V^T of g = U S V^T, roughly: singular values in about 0.7..1.2.
 
-    g: [..., m, n], any floating dtype; the result has its shape and dtype.
+    g: [..., m, n], any floating dtype; the result has its shape and dtype. float32 iterates in bfloat16 where the
+    device multiplies it at full rate: the polynomial pulls rounding errors in, too.
     """
     a, b, c = COEFFICIENTS
     x = g / (g.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(torch.bfloat16 if g.dtype == torch.float32 and has_native(torch.bfloat16, g.device) else g.dtype)
     x = x.mT if (tall := g.shape[-2] > g.shape[-1]) else x
     for _ in range(steps):
         s = x @ x.mT
         x = a * x + (b * s + c * s @ s) @ x
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(g.dtype)
 
 
 class Muon(torch.optim.Optimizer):
