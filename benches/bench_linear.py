@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from benches.op_suite import suite
 from twinflow_rt.config import has_native
 from twinflow_rt.ops.linear import (
-    int8_limit,
     int8_mm,
     linear_packed,
     linear_upcast,
     pack,
     quantize_rows,
-    quantize_weight,
 )
 
 ROWS = (32, 256, 1024)
@@ -34,7 +32,7 @@ TOLERANCE = {"int8": 0.02, "bfloat16": 0.01, "bfloat16 pack": 0.01, "bfloat16 up
 def contenders(x, w):
     """name -> a call that multiplies x [M, K] by w [N, K] transposed."""
     packed, half, small = pack(w), w.bfloat16(), x.bfloat16()
-    weight = quantize_weight(w, torch.int8, int8_limit(torch.cpu.get_capabilities()))
+    weight = quantize_rows(w, torch.int8)
     calls = {
         "torch": lambda: F.linear(x, w),
         "pack": lambda: linear_packed(x, packed, None),

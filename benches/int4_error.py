@@ -38,7 +38,7 @@ from twinflow_rt.loading import load
 from twinflow_rt.models.transformers.z_image import ZImageConfig
 from twinflow_rt.ops import Target, select
 from twinflow_rt.ops.int4 import dense, quantize_int4
-from twinflow_rt.ops.linear import quantize_rows, quantize_weight
+from twinflow_rt.ops.linear import quantize_rows
 from twinflow_rt.passes.layers import dense_weight
 from twinflow_rt.passes.quantize import layer_groups
 from twinflow_rt.passes.replace import replaced
@@ -224,7 +224,7 @@ class Measured:
         """Return the error of precision "int8" on a CPU with VNNI or a GPU."""
         made = {}
         for name, layer in self.layers.items():
-            values, scales = quantize_weight(dense_weight(layer), torch.int8)
+            values, scales = quantize_rows(dense_weight(layer), torch.int8)
             made[name] = (values * scales, None)
         return self._error(made, True)
 

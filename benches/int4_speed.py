@@ -23,7 +23,7 @@ from twinflow_rt.bench.facts import machine
 from twinflow_rt.checkpoint.atomic import write_json
 from twinflow_rt.checkpoint.files import read_json
 from twinflow_rt.ops.int4 import Int4Weight, quantize_int4
-from twinflow_rt.ops.linear import linear_packed, pack, quantize_rows, quantize_weight
+from twinflow_rt.ops.linear import linear_packed, pack, quantize_rows
 from twinflow_rt.ops.native import int4, linear
 
 PRECISIONS = ("fp32", "int8", "int4")
@@ -57,7 +57,7 @@ def whole_calls(repeats: int) -> dict[str, Any]:
 def layer(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, Any]:
     """Return milliseconds of one layer in each form."""
     x, w = torch.randn(rows, inputs), torch.randn(outputs, inputs) * inputs**-0.5
-    values, packed, eight = quantize_rows(x, torch.int8), pack(w), quantize_weight(w, torch.int8, 63)
+    values, packed, eight = quantize_rows(x, torch.int8), pack(w), quantize_rows(w, torch.int8)
     four: Int4Weight = quantize_int4(w, 64)
     seconds = least({
         "fp32": lambda: linear_packed(x, packed, None),

@@ -8,14 +8,12 @@ import torch.nn.functional as F
 
 from twinflow_rt.ops import linear_quantized, quantize_rows
 from twinflow_rt.ops.linear import (
-    int8_limit,
     int8_mm,
     int8_sums,
     linear_packed,
     linear_upcast,
     pack,
     packing_refuses,
-    quantize_weight,
     scaled_mm,
 )
 
@@ -80,7 +78,7 @@ def test_packed_weights_take_strided_and_empty_rows_and_come_back():
 def test_int8_is_its_reference(shape, dtype):
     """Products are exact in int32, so only the rounding of sums, in float32, and of the result may differ."""
     x, w, b = case(*shape, dtype)
-    values, scales = quantize_weight(w, torch.int8, int8_limit(torch.cpu.get_capabilities()))
+    values, scales = quantize_rows(w, torch.int8)
     y = linear_int8(x, values, scales, b)
     reference = linear_quantized(*quantize_rows(x, torch.int8), values, scales, b, dtype)
     assert y.dtype == dtype and y.shape == reference.shape
@@ -91,7 +89,7 @@ def test_int8_is_its_reference(shape, dtype):
 def test_int8_error_is_that_of_8_bits():
     """Rounding to 127 levels of the row's maximum: uniform errors of relative size about 1e-2 for normal data."""
     x, w, _ = case(199, 432, 1128, torch.float32)
-    y = linear_int8(x, *quantize_weight(w, torch.int8), None)
+    y = linear_int8(x, *quantize_rows(w, torch.int8), None)
     exact = F.linear(x.double(), w.double())
     assert (y.double() - exact).norm() / exact.norm() < 0.015
 
@@ -99,7 +97,7 @@ def test_int8_error_is_that_of_8_bits():
 def test_each_row_has_its_own_scale():
     x, w, _ = case(8, 64, 144, torch.float32)
     spread = x * torch.logspace(-6, 6, 8)[:, None]
-    weight = quantize_weight(w, torch.int8)
+    weight = quantize_rows(w, torch.int8)
     a, b = linear_int8(x, *weight, None), linear_int8(spread, *weight, None)
     relative = (b / torch.logspace(-6, 6, 8)[:, None] - a).abs().max() / a.abs().max()
     assert relative < 1e-2
@@ -107,19 +105,13 @@ def test_each_row_has_its_own_scale():
     assert linear_int8(x[:, :0], *weight, None).shape == (2, 0, 64)
 
 
-def test_weights_quantize_to_the_limit_and_back():
+def test_weights_quantize_and_back():
     w = torch.randn(64, 144)
-    for limit in (127, 63):
-        values, scales = quantize_weight(w, torch.int8, limit)
-        assert values.dtype == torch.int8 and int(values.abs().max()) == limit and scales.shape == (64, 1)
-        assert ((values * scales - w).abs() <= scales / 2 * 1.001).all()
-    values, scales = quantize_weight(torch.zeros(2, 8), torch.int8)
+    values, scales = quantize_rows(w, torch.int8)
+    assert values.dtype == torch.int8 and int(values.abs().max()) == 127 and scales.shape == (64, 1)
+    assert ((values * scales - w).abs() <= scales / 2 * 1.001).all()
+    values, scales = quantize_rows(torch.zeros(2, 8), torch.int8)
     assert not values.any() and torch.isfinite(scales).all()
-
-
-def test_saturating_cpus_keep_a_bit():
-    assert int8_limit({"avx512_vnni": True}) == int8_limit({"avx_vnni": True}) == 127
-    assert int8_limit({"avx2": True, "avx512_vnni": False}) == 63
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -127,7 +119,7 @@ def test_saturating_cpus_keep_a_bit():
 def test_fp8_is_its_definition(shape, dtype):
     """The specification against float64: exact products of the dequantized operands, one rounding."""
     x, w, b = case(*shape, dtype)
-    (values, scales), weight = quantize_rows(x, FP8), quantize_weight(w, FP8)
+    (values, scales), weight = quantize_rows(x, FP8), quantize_rows(w, FP8)
     y = linear_quantized(values, scales, *weight, b, dtype)
     exact = F.linear(values.double() * scales.double(), weight[0].double() * weight[1].double(), b.double())
     assert y.dtype == dtype
@@ -137,7 +129,7 @@ def test_fp8_is_its_definition(shape, dtype):
 def test_fp8_error_is_that_of_4_significant_bits():
     """e4m3 rounds to 3 bits after the point: errors uniform up to 2^-4 of a value, so about 2^-4 / sqrt(3) rms each."""
     x, w, _ = case(199, 432, 1128, torch.float32)
-    y = linear_quantized(*quantize_rows(x, FP8), *quantize_weight(w, FP8), None, x.dtype)
+    y = linear_quantized(*quantize_rows(x, FP8), *quantize_rows(w, FP8), None, x.dtype)
     exact = F.linear(x.double(), w.double())
     assert 0.01 < (y.double() - exact).norm() / exact.norm() < 2**0.5 * 2**-4 / 3**0.5
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from tests.registered import NATIVE
 from twinflow_rt import ops
-from twinflow_rt.ops import OpTable, Target, backends, mlp, optional, select
+from twinflow_rt.ops import OpTable, Target, backends, implementations, mlp, optional, select
 from twinflow_rt.ops.implementations import FOUR_BIT_OPS, IMPLEMENTATIONS, QUANTIZED_OPS, RAGGED
 from twinflow_rt.ops.selection import SEPARATE, choose, rank, select_quantized
 
@@ -146,7 +146,8 @@ def test_ops_of_4_bits_are_chosen():
     assert "gives bfloat16" in nvfp4(replace(H100, dtype=torch.float16, arch=120))
 
 
-def test_products_of_rows_say_what_they_multiply():
+def test_products_of_rows_say_what_they_multiply(monkeypatch):
+    monkeypatch.setattr(implementations, "sums_int8", lambda: True)
     refuses = {name: i.refuses for name, i in IMPLEMENTATIONS["linear_quantized"].items()}
     assert "not int8" in refuses["scaled-mm"](replace(H100, quantized=torch.int8))
     assert "gives bfloat16, not float16" in refuses["scaled-mm"](replace(H100, dtype=torch.float16))
@@ -157,6 +158,9 @@ def test_products_of_rows_say_what_they_multiply():
     cpu = Target("cpu", torch.float32, quantized=torch.float8_e4m3fn)
     assert "not float8" in refuses["int8-mm"](cpu) and "not on cpu" in refuses["scaled-mm"](cpu)
     assert refuses["int8-mm"](replace(cpu, quantized=torch.int8)) is None
+    monkeypatch.setattr(implementations, "sums_int8", lambda: False)
+    assert "VNNI" in refuses["int8-mm"](replace(cpu, quantized=torch.int8))
+    assert refuses["int8-mm"](replace(H100, quantized=torch.int8)) is None
 
 
 def test_every_refusal_is_stated_and_eager_remains():
@@ -267,7 +271,6 @@ def test_a_cpu_target_imports_no_gpu_software():
         "assert not {'triton', 'flash_attn', 'xformers', 'twinflow_rt.kernels.norm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
 
 
 def test_warm_up_runs_each_shape_once():

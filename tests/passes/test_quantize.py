@@ -9,9 +9,9 @@ from torch import nn
 from tests.factory import make_model
 from twinflow_rt import config, load
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
-from twinflow_rt.errors import CheckpointError, ConfigError
+from twinflow_rt.errors import ConfigError
 from twinflow_rt.ops import QuantizedRows, linear
-from twinflow_rt.passes import layers, quantize
+from twinflow_rt.passes import quantize
 from twinflow_rt.passes.layers import KINDS, PackedLinear, QuantizedLinear
 from twinflow_rt.plan import Plan
 from twinflow_rt.planning import sensitivity
@@ -156,18 +156,6 @@ def test_artifacts_hold_what_was_computed_with(folder, tmp_path, precision):
     assert torch.equal(again("a red square", **ARGUMENTS).images, first)
     with pytest.raises(ConfigError, match="load the model folder"):
         load(saved, device="cpu", precision="fp32" if precision else "int8")
-
-
-def test_saturating_cpus_refuse_weights_of_8_bits(folder, tmp_path, monkeypatch):
-    pipe = load(folder, device="cpu", dtype="float32", precision="int8")
-    if linear.int8_limit(torch.cpu.get_capabilities()) < 127:
-        pytest.skip("this CPU has no VNNI")
-    saved = pipe.save(tmp_path / "saved")
-    monkeypatch.setattr(layers, "int8_limit", lambda capabilities: 63.0)
-    with pytest.raises(CheckpointError, match="VNNI"):
-        load(saved, device="cpu")
-    plan = load(folder, device="cpu", dtype="float32", precision="int8").plan
-    assert any("no VNNI" in group.why for group in plan.layers)
 
 
 def test_emulated_bfloat16_is_never_multiplied(folder, monkeypatch):

@@ -160,8 +160,6 @@ from tests.memory import Peak, least
 from twinflow_rt.host_memory import return_freed_memory
 from twinflow_rt.loading import load
 
-if not torch.cpu._is_vnni_supported():  # there a product takes seconds, and no memory beside its result
-    torch._int_mm = lambda a, b: a.new_zeros(len(a), b.shape[1], dtype=torch.int32)
 folder, tight, size = sys.argv[1], sys.argv[2] == "tight", int(sys.argv[3])
 options = {"device": "cpu", "dtype": "float32", "largest": (size, size, 1), **json.loads(sys.argv[4])}
 return_freed_memory()

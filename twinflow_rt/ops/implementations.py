@@ -15,6 +15,7 @@ from . import backends, optional
 from .attention import attention_fp8
 from .declaration import Op
 from .int4 import Int4Ops
+from .linear import sums_int8
 from .native import library
 from .nvfp4 import Nvfp4Ops
 from .table import EAGER, EAGER_QUANTIZED, OpTable, QuantizedOps
@@ -103,7 +104,8 @@ _OWN_REFUSES: dict[tuple[str, str], Refusal] = {
 }  # fmt: skip
 _cublas = either(off_gpu, no_gpu)
 _folded = lambda target: "its weights are sums of the trained ones" if target.training else None
-_int8_mm = either(_off_cpu_and_gpu, _older("int8 needs compute capability 8.0", INT8_ARCH), _int8_only)
+_saturating = lambda t: "8-bit products saturate: no VNNI" if t.device == "cpu" and not sums_int8() else None
+_int8_mm = either(_off_cpu_and_gpu, _saturating, _older("int8 needs compute capability 8.0", INT8_ARCH), _int8_only)
 _scaled_mm = either(
     off_gpu, _given(torch.int8, "multiplies float8_e4m3fn, not int8"),
     other_dtype("gives bfloat16", torch.bfloat16), _older_than_float8, no_gpu,

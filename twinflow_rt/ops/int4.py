@@ -3,9 +3,9 @@
     weight[n, k] = (code[n, k] * group_scales[n, k // G] - group_minimums[n, k // G]) * scales[n]
 
 code: 0 to 15. group_minimums: None stands for 8 * group_scales, that is, for codes around zero. What stands in the
-parentheses is the weight in units of its row's scale, within +-127 (or what `linear.int8_limit` allows): rounded to an
-integer it is the int8 weight that `linear_quantized` multiplies. So a product of 8-bit rows (W4A8) widens codes to int8
-and is an int8 product from there on; a product of plain rows (W4A16) rounds nothing but its result.
+parentheses is the weight in units of its row's scale, within +-127: rounded to an integer it is the int8 weight that
+`linear_quantized` multiplies. So a product of 8-bit rows (W4A8) widens codes to int8 and is an int8 product from there
+on; a product of plain rows (W4A16) rounds nothing but its result.
 """
 
 from __future__ import annotations
@@ -89,21 +89,10 @@ def largest_units(group_scales: Tensor, group_minimums: Tensor | None) -> Tensor
     return torch.maximum(least.abs(), (15 * steps - least).abs())
 
 
-def within(weight: Int4Weight, limit: float) -> Int4Weight:
-    """Return the same weight for int8 products of at most `limit`: where that is 63, in units twice as large, which
-    floats are exactly (127 becomes 64, whose products with pairs of bytes still fit 16 bits)."""
-    if limit == LIMITS[torch.int8] or weight.packed.is_meta:
-        return weight
-    if largest_units(weight.group_scales, weight.group_minimums).amax() <= limit + 1:
-        return weight
-    minimums = None if weight.group_minimums is None else weight.group_minimums / 2
-    return Int4Weight(weight.packed, weight.group_scales / 2, minimums, weight.scales * 2)
-
-
-def quantize_int4(weight: Tensor, group: int, limit: float = LIMITS[torch.int8]) -> Int4Weight:
+def quantize_int4(weight: Tensor, group: int) -> Int4Weight:
     """Return `weight` [N, K] in 4 bits, each group in steps that leave about the least squared error; no minimums.
 
-    limit: largest magnitude in row units. Other ways measured no better for the bits they take: docs/precision.md.
+    Other ways measured no better for the bits they take: docs/precision.md.
     """
     n, k = weight.shape
     packed = torch.empty((n, k // 2), dtype=torch.uint8, device=weight.device)
@@ -112,7 +101,7 @@ def quantize_int4(weight: Tensor, group: int, limit: float = LIMITS[torch.int8])
     for i in () if weight.is_meta else range(0, n, rows):
         codes, steps[i : i + rows] = _in_steps(weight[i : i + rows].detach().float().unflatten(-1, (-1, group)))
         packed[i : i + rows] = pack_codes(codes.flatten(-2))
-    scales = steps.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (8 / limit)
+    scales = steps.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) * (8 / LIMITS[torch.int8])
     return Int4Weight(packed, (steps / scales).half(), None, scales)
 
 

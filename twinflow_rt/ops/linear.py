@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -116,32 +117,17 @@ def linear_upcast(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y.add_(bias.float())).to(x.dtype)
 
 
-def int8_limit(capabilities: Mapping[str, bool]) -> float:
-    """Largest magnitude of int8 weights on a CPU of these `torch.cpu.get_capabilities()`.
-
-    127 where 8-bit products are summed in 32 bits (VNNI, AMX). Elsewhere pairs of products are summed
-    in 16 bits and saturate beyond: 2 * 255 * 63 < 2^15, so there weights use 7 of their 8 bits.
-    """
-    wide = ("avx512_vnni", "avx_vnni", "amx_int8")
-    return LIMITS[torch.int8] if any(capabilities.get(name, False) for name in wide) else 63.0
-
-
-def quantize_weight(weight: Tensor, dtype: torch.dtype, limit: float | None = None) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of a weight [N, K], one scale per output channel: values [N, K], float32 scales [N, 1].
-
-    limit: the largest magnitude to use, less than the dtype's own where `int8_limit` says so.
-    """
-    if limit is None or limit == LIMITS[dtype]:
-        return quantize_rows(weight, dtype)
-    w = weight.float()
-    scales = w.abs().amax(-1, keepdim=True).clamp_min(SMALLEST) / limit
-    return (w / scales).round_().to(dtype), scales
+@cache
+def sums_int8() -> bool:
+    """Return whether this CPU adds 8-bit products in 32 bits (VNNI, AMX); in 16 bits, two of them can saturate."""
+    flags = torch.cpu.get_capabilities()
+    return any(flags.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def int8_sums(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T in int32, exactly: x int8 [..., K], weight int8 [N, K]; returns [rows of x, N].
 
-    On a GPU K and N are multiples of 8. Its product asks for more than 16 rows: fewer are padded with zeros.
+    On a CPU only where `sums_int8`. On a GPU K and N are multiples of 8, and fewer than 17 rows are padded with zeros.
     """
     rows = x.reshape(-1, x.shape[-1])
     if rows.is_cuda and len(rows) <= GPU_ROWS:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import OpTable, nvfp4
-from ..ops.int4 import Int4Form, Int4Weight, dense, quantize_int4, within
-from ..ops.linear import LIMITS, QuantizedRows, int8_limit, linear_packed, linear_upcast, pack, quantize_weight
+from ..ops.int4 import Int4Form, Int4Weight, dense, quantize_int4
+from ..ops.linear import QuantizedRows, linear_packed, linear_upcast, pack, quantize_rows
 from ..ops.table import EAGER_QUANTIZED, QuantizedOps
 from .convolutions import plain_convolutions
 from .replace import replace_module, take_over
@@ -164,15 +164,14 @@ def dense_weight(layer: nn.Linear) -> Tensor:
 def quantized_values(weight: Tensor | Int4Weight, kind: str) -> dict[str, Tensor]:
     """Return the tensors of a QuantizedLinear of `kind`, by their names in it, on the device of `weight` [N, K]: a
     dense one, or one that has 4 bits already."""
-    limit = largest_int8(weight[0].device)
     if not KINDS[kind].in_groups:
         assert isinstance(weight, Tensor)
         if kind == "nvfp4":
             floats = nvfp4.quantize_nvfp4(weight)
             return {"weight": floats.packed, GROUP_SCALE: floats.group_scales, SCALE: floats.scales}
-        values = quantize_weight(weight, KINDS[kind].weight, limit if kind == "int8" else None)
+        values = quantize_rows(weight, KINDS[kind].weight)
         return dict(zip(("weight", SCALE), values, strict=True))
-    made = quantize_int4(weight, GROUP.group, limit) if isinstance(weight, Tensor) else within(weight, limit)
+    made = quantize_int4(weight, GROUP.group) if isinstance(weight, Tensor) else weight
     return {leaf: tensor for leaf, tensor in zip(INT4_LEAVES, made, strict=True) if tensor is not None}
 
 
@@ -186,11 +185,6 @@ def declared_values(kind: str, rows: int, inputs: int, form: Int4Form = GROUP) -
         shapes |= {GROUP_MINIMUM: groups} if form.minimums else {}
     shapes[SCALE] = (1, torch.float32)
     return {leaf: torch.empty(rows, n, dtype=dtype, device="meta") for leaf, (n, dtype) in shapes.items()}
-
-
-def largest_int8(device: torch.device) -> float:
-    """Return the largest magnitude of int8 weights on `device`: a GPU sums products in 32 bits, some CPUs do not."""
-    return LIMITS[torch.int8] if device.type == "cuda" else int8_limit(torch.cpu.get_capabilities())
 
 
 def quantized_layers(layers: Mapping[str, nn.Linear], kind: str) -> dict[str, QuantizedLinear]:

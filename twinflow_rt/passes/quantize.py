@@ -39,7 +39,6 @@ from .layers import (
     QuantizedLinear,
     converted,
     declared_values,
-    largest_int8,
     linear_layers,
     quantized_values,
 )
@@ -259,14 +258,6 @@ def check_quantized(network: nn.Module, device: torch.device, dtype: torch.dtype
                 f"this artifact holds {layer.kind} weights whose inputs or outputs are no multiple of "
                 f"{multiple}, as {device} needs; compile from the model folder for it"
             )
-        if KINDS[layer.kind].in_groups:
-            for leaf, tensor in quantized_values(layer.int4, layer.kind).items():
-                setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
-        elif layer.kind == "int8" and layer.weight.abs().max() > largest_int8(device):
-            raise CheckpointError(
-                "this artifact's int8 weights need a CPU with VNNI, where products do not saturate; "
-                "compile from the model folder on this machine"
-            )
 
 
 def dtype_notes(stored: torch.dtype, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
@@ -349,5 +340,5 @@ def _how(kind: str, device: torch.device, origin: str) -> str:
     rows = "rows of activations as they are" if KINDS[kind].rows is None else "rows of activations in int8"
     if KINDS[kind].in_groups:
         return f"groups of weights scaled, {origin}; {rows}"
-    said = "rows of activations and weights scaled" if largest_int8(device) == 127 else "7-bit weights: no VNNI"
+    said = "rows of activations and weights scaled"
     return said if origin in ("", MADE) else f"{origin}; {said}"

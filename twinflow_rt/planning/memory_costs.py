@@ -16,10 +16,12 @@ from ..checkpoint.fuse import sources
 from ..checkpoint.layout import Layout
 from ..checkpoint.reading import Reader
 from ..ops import Target, select
+from ..ops.linear import int8_mm, sums_int8
+from ..ops.native.int4 import BLOCK
 from ..passes import quantize
 from ..passes.blocks import block_names, parameters_of, token_tables
 from ..passes.convolutions import folded_bytes, refuses, winograd_bytes
-from ..passes.layers import BESIDE, GROUP, KINDS, declared_values, quantized_values
+from ..passes.layers import BESIDE, GROUP, KINDS, QuantizedLinear, declared_values, quantized_values
 from ..stages import tiles
 from ..stages.prompt_cache import context_bytes
 from ..stages.stage import DEFAULTS, StageOptions
@@ -106,6 +108,8 @@ def costs_of(
         for real, copy in (*zip(encoders, model.encoders, strict=True), (network, model.network)):
             quantize.declare_quantized(copy, device, real.precision, real.skip_layers)
             quantize.bind_quantized(copy, target)
+            if sums_int8():
+                _count_products(copy)
     prompt, text_work = peak_of(lambda: model.prompt(text.max_tokens))
     context, context_work = peak_of(lambda: model.encode(prompt))
     with torch.inference_mode():
@@ -121,6 +125,23 @@ def costs_of(
         round(ratio * context_bytes(context)), round(ratio * velocity), decode, tiles.smallest(model.decoder),
         slots=1 if device.type == "cpu" else 2,
     )  # fmt: skip
+
+
+def _count_products(network: nn.Module) -> None:
+    """Make quantized layers on the meta device take what theirs take on this CPU beside their result: torch's int8
+    product the sums in 32 bits, those of 4 bits their weight, widened."""
+
+    def w4a8(x: Tensor, x_scales: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+        return int8_mm(x, x_scales, x.new_empty(len(packed), x.shape[-1]), *rest[2:])
+
+    def w4a16(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+        block = x.new_empty(min(len(packed) * x.shape[-1], BLOCK // torch.float32.itemsize), dtype=torch.float32)
+        return block.new_empty((*x.shape[:-1], len(packed)), dtype=x.dtype)
+
+    for layer in network.modules():
+        if isinstance(layer, QuantizedLinear):
+            ops = replace(layer.quantized_ops, linear_quantized=int8_mm, linear_w4a8=w4a8, linear_w4a16=w4a16)
+            layer.quantized_ops = ops
 
 
 def weights_of(

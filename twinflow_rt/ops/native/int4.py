@@ -1,5 +1,5 @@
-"""The products of ops/int4.py on a CPU. Rows of int8: where the CPU's library multiplies int8 well, blocks of the
-weight are widened for it, elsewhere our kernel widens and multiplies. Plain rows meet blocks of float32.
+"""The products of ops/int4.py on a CPU. Rows of int8: where torch's int8 product is exact, which is where it is fast,
+the weight is widened for it, elsewhere our kernel widens and multiplies. Plain rows meet a weight of float32.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear import int8_sums
+from ..linear import int8_sums, sums_int8
 from .library import FORMATS
-from .linear import dequantize, library_multiplies, multiply, product_like
+from .linear import dequantize, multiply, product_like
 from .register import address, op, run
 
-BLOCK = 1 << 20  # bytes, multiplied from the cache that they were widened into
+BLOCK = 1 << 27  # bytes of a weight that are widened at once: all of most layers', as parts must be put together
 WEIGHT = "Tensor packed, Tensor group_scales, Tensor? group_minimums, Tensor scales"
 Fields = Sequence[Any]  # of an `Int4Weight`
 
@@ -40,14 +40,14 @@ def _by_blocks(weight: Fields, inputs: int, dtype: torch.dtype, product: Callabl
         where = part.data_ptr(), FORMATS.get(dtype, 0), len(part), inputs
         run("widen_int4", weight[3], _struct(weight, inputs, first), *where)
         parts.append(product(part, first))
-    return torch.cat(parts, 1)
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 @op(f"linear_w4a8(Tensor x, Tensor x_scales, {WEIGHT}, Tensor? bias, ScalarType dtype) -> Tensor", product_like)
 def linear_w4a8(x: Tensor, x_scales: Tensor, *rest: Any) -> Tensor:
     """See ops/int4.py; the same numbers as `linear_quantized` of the widened weight."""
     *weight, bias, dtype = rest
-    if not library_multiplies():
+    if not sums_int8():
         return multiply("linear_int4", x, x_scales, weight[0], [_struct(weight, x.shape[-1])], bias, dtype)
 
     def product(block: Tensor, first: int) -> Tensor:

@@ -7,13 +7,12 @@ references. A GPU's kernels make int8 and float8, a CPU's int8: float8, which it
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..linear import LIMITS, int8_limit, int8_sums
+from ..linear import int8_sums, sums_int8
 from . import library
 from .register import Pair, address, kernels_of, op, quantized_like, results, rows_of, run
 
@@ -41,12 +40,6 @@ def dequantize(
     return out
 
 
-@cache
-def library_multiplies() -> bool:
-    """Whether this CPU's library multiplies int8 well: with VNNI or AMX. Elsewhere csrc's kernel takes less time."""
-    return int8_limit(torch.cpu.get_capabilities()) == LIMITS[torch.int8]
-
-
 def product_like(x: Tensor, x_scales: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """[..., N] in the dtype that is the last argument, for rows x [..., K] and a weight of N rows."""
     return x.new_empty((*x.shape[:-1], len(weight)), dtype=rest[-1])
@@ -61,7 +54,7 @@ def linear_quantized(
     x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """See ops/linear.py: int32 sums of torch's int8 product, scaled in one pass, or all in one kernel of csrc."""
-    if library_multiplies() or isinstance(kernels_of(x), library.CudaKernels):
+    if sums_int8() or isinstance(kernels_of(x), library.CudaKernels):
         y = dequantize(int8_sums(x, weight), x_scales, weight_scales, bias, dtype)
         return y.view(*x.shape[:-1], len(weight))
     if weight.dtype != torch.int8 or weight_scales.shape != (len(weight), 1):
