@@ -370,3 +370,24 @@ def test_qwen_images_time_embedding_follows_the_formula_in_float64():
     with torch.no_grad():
         # phases of up to 1000 rad are float32, resolved to 6e-5
         assert relative(ours(tensors, qwen_image_factory.SMALL).embed_time(t, tt), expected) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_a_plain_network_is_diffusers_own(case):
+    """Without the second embedder, unfolded, as tables and absorbed; no target time but t itself."""
+    if case.reference.second is None:
+        return
+    config = replace(case.config, twinflow=False)
+    tensors = {k: v for k, v in case.tensors.items() if not k.startswith(case.reference.prefix)}
+    args, times = case.inputs[0], ((0.9, 0.9), (0.4, 0.4))
+    plain, tables = ours(tensors, config), folded(tensors, config, times)
+    assert config.to_dict()["twinflow"] is False and "twinflow" not in case.config.to_dict()
+    for step, (t, tt) in enumerate(times):
+        expected = case.reference.velocity(args, t)
+        assert relative(run(plain, args, t, tt), expected) < 1e-5
+        assert relative(run_step(tables, args, step), expected) < 1e-5
+    if hasattr(case.build, "absorptions"):
+        absorbed = folded(tensors, config, times[:1], absorbed=True)
+        assert relative(run_step(absorbed, args, 0), case.reference.velocity(args, 0.9)) < 1e-5
+    with pytest.raises(ConfigError, match="second time embedder"):
+        run(plain, args, 1.0, 0.0)

@@ -205,3 +205,45 @@ def test_target_times_are_not_rounded_again():
     assert tt == 0.75 and torch.tensor(tt, dtype=torch.bfloat16) * 1000 == 752
     ours, exact, theirs = (sinusoids(torch.tensor([time])) for time in (TIME_SCALE * tt, 750.0, 752.0))
     assert torch.equal(ours, exact) and (ours - theirs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("stochast", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_given_times_keep_the_state_in_float64(dtype, stochast):
+    """Only what the network takes is rounded: its output in the model's dtype moves a float64 state."""
+    config = SamplerConfig(times=(0.999, 0.7, 0.3, 0.1), stochast_ratio=stochast, mode="multi")
+    noise, seen = initial_noise([1, 2], SHAPE[1:], dtype), []
+
+    def network(x, t, tt):
+        seen.append(x)
+        return torch.tanh(x * 3 - t.reshape(-1, 1, 1, 1).to(x))
+
+    fresh = lambda i: step_noise([1, 2], i, SHAPE[1:])
+    found = sample(from_function(network, config), noise, config, noise_fn=fresh)
+    taken = tuple(seen)
+    state, flows = noise.double(), [network(x, torch.tensor(t), None) for x, t in zip(taken, config.times, strict=True)]
+    for i, (t, after) in enumerate(zip(config.times, (*config.times[1:], 0.0), strict=True)):
+        assert torch.equal(seen[i], state.to(dtype))
+        flow = flows[i].double()
+        state = state + (after - t) * flow if not stochast or not after else (
+            (1 - after) * (state - t * flow) + after * fresh(i + 1).double()
+        )  # fmt: skip
+    assert (found.double() - state).abs().max() <= torch.finfo(dtype).eps * state.abs().max()
+
+
+def test_second_order_steps_follow_dpm_solver():
+    """DPM-Solver++(2M) in half log-SNR, on a flow that depends on the state."""
+    times = (0.95, 0.8, 0.5, 0.2)
+    config = SamplerConfig(times=times, mode="multi", solver="dpm++2m")
+    noise, estimates = initial_noise([1, 2], SHAPE[1:], torch.float64), []
+    flow = lambda x, t, tt: torch.sin(2 * x)
+    found = sample(from_function(flow, config), noise, config)
+    x, lam = noise, [math.log((1 - t) / t) for t in times]
+    for i, (t, after) in enumerate(zip(times, (*times[1:], 0.0), strict=True)):
+        estimates.append(x - t * torch.sin(2 * x))
+        shrink = after * (1 - t) / (t * (1 - after))
+        best = estimates[-1]
+        if 0 < i < 3:
+            best = best + 0.5 * (lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1]) * (best - estimates[-2])
+        x = after / t * x - (1 - after) * (shrink - 1) * best
+    assert (found - x).abs().max() < 1e-12

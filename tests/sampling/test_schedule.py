@@ -96,3 +96,32 @@ def test_settings_read_from_lists_are_hashable():
     config = SamplerConfig(2, time_dist_ctrl=[1, 1, 1], rfba_gap_steps=[0.001, 0.6])
     assert hash(config) == hash(SamplerConfig(2, rfba_gap_steps=(0.001, 0.6)))
     assert steps(config, torch.float32) is steps(config, torch.float32)
+
+
+def test_given_times_are_the_schedule():
+    config = SamplerConfig(times=[1.0, 0.7, 0.1], network_times=(1, 0.699, 0.1), mode="multi")
+    assert config.sampling_steps == config.intervals == 3 and config.times == (1.0, 0.7, 0.1)
+    for dtype in DTYPES:
+        assert schedule(config, dtype) == ((1.0, 1.0), (0.699, 0.699), (0.1, 0.1))
+        assert [step.t for step in steps(config, dtype)] == [1.0, 0.7, 0.1]
+    assert schedule(SamplerConfig(times=(0.5, 0.2)), torch.bfloat16) == ((0.5, 0.0), (0.2, 0.0))
+    assert schedule(SamplerConfig(times=(0.5, 0.2), mode="any"), torch.bfloat16) == ((0.5, 0.2), (0.2, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"times": ()}, "times"), ({"times": (0.5, 0.5)}, "times"), ({"times": (1.5, 0.5)}, "times"),
+        ({"times": (0.5, 0.0)}, "times"), ({"times": (math.nan, 0.1)}, "times"), ({"times": 0.5}, "times"),
+        ({"times": (0.9, 0.1), "sampling_steps": 3}, "sampling_steps"),
+        ({"times": (0.9, 0.1), "rfba_gap_steps": (0.1, 0)}, "rfba_gap_steps"),
+        ({"times": (0.9, 0.1), "sampling_order": 2}, "sampling_order"),
+        ({"times": (0.9, 0.1), "network_times": (0.9,)}, "network_times"),
+        ({"times": (0.9, 0.1), "network_times": (0.9, -1)}, "network_times"),
+        ({"network_times": (0.9,)}, "network_times"),
+        ({"solver": "dpm++2m"}, "solver"), ({"times": (0.9, 0.1), "solver": "heun"}, "solver"),
+    ],
+)  # fmt: skip
+def test_given_times_that_cannot_be(settings, named):
+    with pytest.raises(ConfigError, match=named):
+        SamplerConfig(**settings)

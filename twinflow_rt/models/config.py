@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from ..checkpoint.typed_json import hints_of, typed
@@ -96,9 +96,12 @@ class Heads:
         return self.attention_head_dim
 
 
+@dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """Base of the transformers' config dataclasses: fields are config.json's keys, defaults the release's.
 
+    twinflow: whether the network has TwinFlow's second time embedder; False: an ordinary flow model, whose target time
+    is always t.
     class_name: diffusers' network class. unread: keys that files have and inference does not need. variants: keys that,
     where set, make another network; variant_hint: which.
     """
@@ -108,25 +111,29 @@ class NetworkConfig:
     variants: ClassVar[tuple[str, ...]] = ()
     variant_hint: ClassVar[str] = ""
 
+    twinflow: bool = True
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
         """Build from config.json's content, without diffusers' bookkeeping keys (`_*`). Raises ConfigError for keys
         that the family does not know."""
         if active := [k for k in cls.variants if raw.get(k)]:
             raise ConfigError(f"transformer/config.json sets {', '.join(active)}: {cls.variant_hint}")
-        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        known = {f.name for f in fields(cls)}
         skipped = {*known, *cls.variants, *cls.unread, "quantization_config"}
         if unknown := [k for k, v in raw.items() if k not in skipped and not k.startswith("_") and v is not None]:
             raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}; remove them")
         where = "transformer/config.json"
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
         check_fields(cls, given, where)
         with reading(where):
             return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
         """Return config.json's content, which diffusers' class of that name loads."""
-        out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}  # type: ignore[call-overload]
+        out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.twinflow:
+            del out["twinflow"]  # as its files have it
         return {"_class_name": self.class_name, **out}
 
 

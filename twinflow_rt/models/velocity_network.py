@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -46,6 +47,16 @@ class VelocityNetwork(Module):
             )
         self.config, self.folded_steps, self.absorbed = config, folded_steps, absorbed
         self.ops: OpTable = EAGER
+
+    def has_target(self, t: Tensor, tt: Tensor) -> bool:
+        """Return whether a second embedder sees the target times tt. Raise ConfigError where a network without one is
+        asked for others than t."""
+        if not self.config.twinflow and not torch.equal(t, tt):
+            raise ConfigError(
+                "this network has no second time embedder, so no target time but t itself: sample it as its own "
+                "scheduler does (nfe=), or by a SamplerConfig of mode 'multi'"
+            )
+        return bool(self.config.twinflow)
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
         """Yield (buffer name, table) of the folded network for evaluations at times t, tt [N], in [-1, 1].

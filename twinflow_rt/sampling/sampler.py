@@ -99,6 +99,7 @@ def sample(
         x0 = project(noise, network(noise), plan[0].t)
         network.report(x0)
         return x0
+    network.exact = config.times is not None
     return _integrate(network, noise, plan, config.extrapol_ratio, noise_fn)
 
 
@@ -109,34 +110,39 @@ def _integrate(
     wide = torch.float32 if noise.device.type == "mps" else torch.float64  # mps has no float64
     x, raw = noise.to(wide), None
     for i, step in enumerate(plan[:-1]):
-        x_hat, z_hat = network.estimate(x.to(noise.dtype), step.t, step.gamma)
+        x_hat, z_hat = network.estimate(x, noise.dtype, step.t, step.gamma)
         x_hat, z_hat = x_hat.to(wide), z_hat.to(wide)
         before, raw = raw, (x_hat, z_hat)
         if extrapolation and before is not None and i > 1:
             x_hat = x_hat + extrapolation * (x_hat - before[0])
             z_hat = z_hat + extrapolation * (z_hat - before[1])
+        if step.second_order and before is not None:
+            x_hat = x_hat + step.second_order * (x_hat - before[0])
+            z_hat = x_hat + (x - x_hat) / step.t
         z = z_hat * step.keep
         if step.inject and noise_fn is not None:
             z = z + noise_fn(i + 1).to(x) * step.inject
         x_next = step.gamma_next * x_hat + step.t_next * z
         if step.heun is not None:
-            _, z_next = network.estimate(x_next.to(noise.dtype), step.t_next, step.gamma_next)
+            _, z_next = network.estimate(x_next, noise.dtype, step.t_next, step.gamma_next)
             z = 0.5 * z_hat + 0.5 * z_next.to(wide)
             x_next = x * step.gamma_next / step.gamma + step.heun * z
         x = x_next
-    x_hat, _ = network.estimate(x.to(noise.dtype), plan[-1].t, plan[-1].gamma)
+    x_hat, _ = network.estimate(x, noise.dtype, plan[-1].t, plan[-1].gamma)
     return x_hat.to(noise.dtype)
 
 
 @dataclass
 class _Network:
-    """The velocity function with its evaluation counter, cancellation and progress."""
+    """The velocity function with its evaluation counter, cancellation and progress. exact: estimates are formed in
+    float64, from the state as it is."""
 
     velocity: Velocity
     total: int
     cancel: Callable[[], bool] | None
     callback: Callable[[int, int, Tensor], None] | None
     done: int = 0
+    exact: bool = False
 
     def __call__(self, latents: Tensor) -> Tensor:
         if self.cancel is not None and self.cancel():
@@ -150,12 +156,14 @@ class _Network:
         self.done += 1
         return flow
 
-    def estimate(self, latents: Tensor, t: float, gamma: float) -> tuple[Tensor, Tensor]:
-        """x_hat and z_hat of one evaluation, in the model dtype."""
+    def estimate(self, state: Tensor, dtype: torch.dtype, t: float, gamma: float) -> tuple[Tensor, Tensor]:
+        """x_hat and z_hat of one evaluation, in the model's dtype, or `exact`."""
+        latents = state.to(dtype)
         flow = self(latents)
-        x_hat = latents - flow * t
-        self.report(x_hat)
-        return x_hat, latents + flow * gamma
+        x, flow = (state, flow.to(state.dtype)) if self.exact else (latents, flow)
+        x_hat = x - flow * t
+        self.report(x_hat.to(dtype))
+        return x_hat, x + flow * gamma
 
     def report(self, x0: Tensor) -> None:
         if self.callback is not None:

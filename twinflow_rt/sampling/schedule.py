@@ -6,9 +6,11 @@ model's modulation at exactly those times. `sampler.py` holds the rules these se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal
 
@@ -20,6 +22,7 @@ from ..errors import ConfigError
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODES = ("few", "any", "multi")
+SOLVERS = ("euler", "dpm++2m")
 MAX_STEPS = 1000
 
 
@@ -36,6 +39,12 @@ class SamplerConfig:
     rfba_gap_steps: (start, end), the grid runs from t = 1 - start down to t = end, then 0.
     mode: the target time tt given to the network: 0 ("few"), the next time ("any"), or the same
         time, which is the instantaneous velocity ("multi").
+    times: t_0 > t_1 > ... > t_{N-1} > 0 as given, in place of the grid, which then is left alone, as are order and
+        extrapolation; 0 is appended, `sampling_steps` is their number. They and all arithmetic are float64: nothing is
+        rounded to the model's dtype but what the network takes.
+    network_times: with `times`, what the network is told in their place, where a scheduler rounds that.
+    solver: with `times`, "euler", or "dpm++2m": from the second step on, estimates are extrapolated by the one before
+        (DPM-Solver++(2M), arXiv 2211.01095); the last step is Euler's.
     """
 
     sampling_steps: int = 1
@@ -45,6 +54,9 @@ class SamplerConfig:
     time_dist_ctrl: tuple[float, float, float] = (1.0, 1.0, 1.0)
     rfba_gap_steps: tuple[float, float] = (0.0, 0.0)
     mode: Literal["few", "any", "multi"] = "few"
+    times: tuple[float, ...] | None = None
+    network_times: tuple[float, ...] | None = None
+    solver: Literal["euler", "dpm++2m"] = "euler"
 
     def __post_init__(self) -> None:
         sde = isinstance(self.stochast_ratio, str) and self.stochast_ratio == "SDE"
@@ -56,6 +68,7 @@ class SamplerConfig:
             "time_dist_ctrl": _numbers("time_dist_ctrl", self.time_dist_ctrl, 3),
             "rfba_gap_steps": _numbers("rfba_gap_steps", self.rfba_gap_steps, 2),
             "mode": check_choice("mode", self.mode, MODES),
+            "solver": check_choice("solver", self.solver, SOLVERS),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -65,6 +78,29 @@ class SamplerConfig:
             min(gaps) >= 0 and sum(gaps) < 1, "rfba_gap_steps", gaps,
             "(start, end), both 0 or more, adding up to less than 1",
         )  # fmt: skip
+        self._check_times()
+
+    def _check_times(self) -> None:
+        """Give `times`, `network_times` and `sampling_steps` their checked values. Raise ConfigError."""
+        if self.times is None:
+            _require(self.network_times is None, "network_times", self.network_times, "None where times is")
+            _require(self.solver == "euler", "solver", self.solver, "'euler' where times is None")
+            return
+        count = len(items(self.times) or ())
+        times = _numbers("times", self.times, count)
+        falling = all(a > b for a, b in pairwise((*times, 0.0)))
+        wanted = f"1 to {MAX_STEPS} numbers that fall from 1 at most and stay above 0"
+        _require(1 <= count <= MAX_STEPS and times[0] <= 1 and falling, "times", self.times, wanted)
+        _require(self.sampling_steps in (1, count), "sampling_steps", self.sampling_steps, f"{count}, as many as times")
+        grid = self.sampling_order, self.extrapol_ratio, self.time_dist_ctrl, self.rfba_gap_steps
+        alone = "sampling_order, extrapol_ratio, time_dist_ctrl and rfba_gap_steps"
+        _require(grid == (1, 0.0, (1.0, 1.0, 1.0), (0.0, 0.0)), alone, grid, "left alone where times are given")
+        object.__setattr__(self, "sampling_steps", count)
+        object.__setattr__(self, "times", times)
+        if self.network_times is not None:
+            told = _numbers("network_times", self.network_times, count)
+            _require(all(0 <= time <= 1 for time in told), "network_times", told, "numbers 0..1")
+            object.__setattr__(self, "network_times", told)
 
     @property
     def intervals(self) -> int:
@@ -86,6 +122,8 @@ class Step:
     inject: float  # sqrt(s), weight of fresh noise
     heun: float | None  # t' - (1-t') t / (1-t), the weight of the averaged z; None: no correction
     heun_tt: float  # target time of the correcting evaluation
+    at: float  # the time that the network is told
+    second_order: float = 0.0  # x_hat <- x_hat + this * (x_hat - that of the step before)
 
 
 def time_grid(config: SamplerConfig, dtype: torch.dtype) -> tuple[float, ...]:
@@ -103,7 +141,7 @@ def schedule(config: SamplerConfig, dtype: torch.dtype) -> tuple[tuple[float, fl
     """(t, tt) of every network evaluation in the order `sample` makes them: what to fold for."""
     pairs = []
     for step in steps(config, dtype):
-        pairs.append((step.t, step.tt))
+        pairs.append((step.at, step.tt))
         if step.heun is not None:
             pairs.append((step.t_next, step.heun_tt))
     return tuple(pairs)
@@ -113,6 +151,8 @@ def schedule(config: SamplerConfig, dtype: torch.dtype) -> tuple[tuple[float, fl
 def steps(config: SamplerConfig, dtype: torch.dtype) -> tuple[Step, ...]:
     """The N steps of a run in model `dtype`."""
     grid = _grid(config, dtype)
+    if config.times is not None:
+        return tuple(_given_step(config, config.times, i) for i in range(config.intervals))
     heun = config.sampling_order == 2
     return tuple(
         _step(config, grid[i], grid[i + 1], heun and i + 1 < config.intervals) for i in range(config.intervals)
@@ -167,6 +207,8 @@ def _grid(config: SamplerConfig, dtype: torch.dtype) -> Tensor:
     """`time_grid` as a tensor [N + 1] of `dtype`."""
     if dtype not in DTYPES:
         raise ConfigError(f"the sampler works in {', '.join(map(str, DTYPES))}, not in {dtype}; cast the noise")
+    if config.times is not None:
+        return torch.tensor((*config.times, 0.0), dtype=torch.float64)
     n, (start, end) = config.intervals, config.rfba_gap_steps
     u = torch.linspace(start, 1 - end, n + (end == 0), dtype=torch.float64)[:n].to(dtype)
     a, b, c = config.time_dist_ctrl
@@ -181,7 +223,19 @@ def _step(config: SamplerConfig, t: Tensor, t_next: Tensor, correct: bool) -> St
     heun = float(t_next - gamma_next * t / gamma) if correct and gamma != 0 else None
     tt = {"few": 0.0, "any": float(t_next), "multi": float(t)}[config.mode]
     heun_tt = 0.0 if config.mode == "few" else float(t_next)
-    return Step(float(t), tt, float(gamma), float(t_next), float(gamma_next), keep, inject, heun, heun_tt)
+    return Step(float(t), tt, float(gamma), float(t_next), float(gamma_next), keep, inject, heun, heun_tt, float(t))
+
+
+def _given_step(config: SamplerConfig, times: tuple[float, ...], i: int) -> Step:
+    """Step i of a schedule that is given, in float64."""
+    t, t_next, second_order = times[i], (*times, 0.0)[i + 1], 0.0
+    at = t if config.network_times is None else config.network_times[i]
+    keep, inject = _noise_weights(config, torch.tensor(t, dtype=torch.float64), torch.tensor(t_next))
+    if config.solver == "dpm++2m" and 0 < i < len(times) - 1 and times[i - 1] < 1:
+        before, now, after = (math.log(1 - time) - math.log(time) for time in (times[i - 1], t, t_next))
+        second_order = 0.5 * (after - now) / (now - before)
+    tt = {"few": 0.0, "any": t_next, "multi": at}[config.mode]
+    return Step(t, tt, 1 - t, t_next, 1 - t_next, keep, inject, None, 0.0, at, second_order)
 
 
 def _noise_weights(config: SamplerConfig, t: Tensor, t_next: Tensor) -> tuple[float, float]:

@@ -196,7 +196,9 @@ class QwenImageTransformer(VelocityNetwork):
         self.proj_out = nn.Linear(dim, config.in_channels)
         if rows is None:
             self.norm_out = ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
-            self.time_text_embed, self.time_text_embed_2 = TimeEmbedding(dim), TimeEmbedding(dim)
+            self.time_text_embed = TimeEmbedding(dim)
+            if config.twinflow:
+                self.time_text_embed_2 = TimeEmbedding(dim)
         elif rows:
             self.register_buffer("norm_out_table", torch.empty(rows, 2, dim))
 
@@ -204,8 +206,10 @@ class QwenImageTransformer(VelocityNetwork):
 
     def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
         """Return temb [B, dim] float32 of t, tt [B] (see the module's docstring)."""
-        gap = (t.double() - tt.double()).float()[:, None]
-        return self.time_text_embed(t) + gap * self.time_text_embed_2(tt)
+        first: Tensor = self.time_text_embed(t)
+        if not self.has_target(t, tt):
+            return first
+        return first + (t.double() - tt.double()).float()[:, None] * self.time_text_embed_2(tt)
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
         """Return the constants at times t, tt ([B], in [-1, 1])."""

@@ -290,7 +290,7 @@ class SanaTransformer(VelocityNetwork):
         self.proj_out = nn.Linear(dim, config.out_channels)
         if rows is None:
             self.time_embed = TimeModulation(dim, guided)
-            if not guided:
+            if config.twinflow and not guided:
                 self.time_embed_2 = TimeModulation(dim, guided)
             self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
         elif rows:
@@ -310,8 +310,10 @@ class SanaTransformer(VelocityNetwork):
         if self.config.guidance_embeds:
             guidance = t.new_tensor([GUIDANCE * self.config.guidance_embeds_scale])
             return self.time_embed(t, guidance)
-        gap = (t - tt).float()[:, None]
         shared, condition = self.time_embed(TIME_SCALE * t)
+        if not self.has_target(t, tt):
+            return shared, condition
+        gap = (t - tt).float()[:, None]
         shared_2, condition_2 = self.time_embed_2(TIME_SCALE * tt)
         return shared + gap[..., None] * shared_2, condition + gap * condition_2
 

@@ -256,7 +256,8 @@ class SD3Transformer(VelocityNetwork):
         dim, pooled, timed = config.dim, config.pooled_projection_dim, folded_steps is None
         self.pos_embed = PatchEmbed(config)
         self.time_text_embed = TimeTextEmbedding(pooled, dim, timed)
-        self.time_text_embed_2 = TimeTextEmbedding(pooled, dim, timed)
+        if config.twinflow:
+            self.time_text_embed_2 = TimeTextEmbedding(pooled, dim, timed)
         self.context_embedder = nn.Linear(config.joint_attention_dim, dim)
         self.transformer_blocks = ModuleList(
             Block(
@@ -269,30 +270,36 @@ class SD3Transformer(VelocityNetwork):
         self.proj_out = nn.Linear(dim, 4 * config.out_channels)
         if folded_steps is not None:
             self.register_buffer("time_table", torch.empty(folded_steps, dim))
-            self.register_buffer("gap_table", torch.empty(folded_steps, 1))
+            if config.twinflow:
+                self.register_buffer("gap_table", torch.empty(folded_steps, 1))
 
     @property
     def prompt_modules(self) -> tuple[str, ...]:
         blocks = range(self.config.num_layers)
         norms = (f"transformer_blocks.{i}.{name}" for i in blocks for name in ("norm1", "norm1_context"))
-        return ("context_embedder", "time_text_embed", "time_text_embed_2", *norms, "norm_out")
+        embedders = ("time_text_embed", *("time_text_embed_2",) * self.config.twinflow)
+        return ("context_embedder", *embedders, *norms, "norm_out")
 
     # -- conditioning ---------------------------------------------------------------------------
 
-    def embed_time(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the time's part of temb [B, dim], and t - tt [B, 1], float32, of t, tt [B]."""
+    def embed_time(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the time's part of temb [B, dim], and t - tt [B, 1] (None without a second embedder), float32, of
+        t, tt [B]."""
         t, tt = t.double(), tt.double()
-        first, second = self.time_text_embed.timestep_embedder, self.time_text_embed_2.timestep_embedder
+        first: Tensor = self.time_text_embed.timestep_embedder(TIME_SCALE * t)
+        if not self.has_target(t, tt):
+            return first, None
         gap = (t - tt).float()[:, None]
-        return first(TIME_SCALE * t) + gap * second(TIME_SCALE * tt), gap
+        return first + gap * self.time_text_embed_2.timestep_embedder(TIME_SCALE * tt), gap
 
     def modulate(self, t: Tensor, tt: Tensor, context: Context) -> Tensor:
         """Return the constants [B, R, dim] float32 of the context's prompts at times t, tt ([B], in [-1, 1])."""
         return self._constants(*self.embed_time(t, tt), context.pooled)
 
-    def _constants(self, time: Tensor, gap: Tensor, pooled: Tensor) -> Tensor:
-        first, second = self.time_text_embed.text_embedder, self.time_text_embed_2.text_embedder
-        temb = time + first(pooled) + gap * second(pooled)
+    def _constants(self, time: Tensor, gap: Tensor | None, pooled: Tensor) -> Tensor:
+        temb = time + self.time_text_embed.text_embedder(pooled)
+        if gap is not None:
+            temb = temb + gap * self.time_text_embed_2.text_embedder(pooled)
         rows = [block.constants(temb) for block in self.transformer_blocks]
         # the closing norm has its scale before its shift
         return torch.cat((*rows, modulation_rows(self.norm_out["linear"], temb, (0,)).flip(1)), 1)
@@ -301,7 +308,8 @@ class SD3Transformer(VelocityNetwork):
         with resident("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder"):
             time, gap = self.embed_time(t, tt)
         yield "time_table", time
-        yield "gap_table", gap
+        if gap is not None:
+            yield "gap_table", gap
 
     def step_modulation(self, step: int) -> int:
         """Return which row of a context's constants evaluation `step` reads: they depend on the prompt, too."""
@@ -323,8 +331,8 @@ class SD3Transformer(VelocityNetwork):
             )
         tokens, constants = self.context_embedder(prompt_embeds), None
         if self.folded_steps is not None:
-            steps = range(self.folded_steps)
-            rows = [self._constants(self.time_table[i, None], self.gap_table[i, None], pooled) for i in steps]
+            gaps = self.gap_table.split(1) if self.config.twinflow else (None,) * self.folded_steps
+            rows = [self._constants(*each, pooled) for each in zip(self.time_table.split(1), gaps, strict=True)]
             constants = torch.stack(rows, 1)
         return Context(tokens, counts, pooled, constants)
 

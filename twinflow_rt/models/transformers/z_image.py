@@ -266,7 +266,8 @@ class ZImageTransformer(VelocityNetwork):
             self.register_buffer("norm_table", torch.empty(folded_steps, dim))
         else:
             self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
-            self.t_embedder_2 = TimestepEmbedder(min(dim, ADALN_DIM))
+            if config.twinflow:
+                self.t_embedder_2 = TimestepEmbedder(min(dim, ADALN_DIM))
         self._rope_tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         self._ropes = TableCache()
 
@@ -278,8 +279,10 @@ class ZImageTransformer(VelocityNetwork):
         t, tt = t.double(), tt.double()
         s, s2 = t.sign() * (1 - t.abs()), tt.sign() * (1 - tt.abs())
         scale = self.config.t_scale
-        second = self.t_embedder_2((s2 - s) * scale)
-        return self.t_embedder(s.abs() * scale) + (s - s2).abs().float()[:, None] * second
+        first: Tensor = self.t_embedder(s.abs() * scale)
+        if not self.has_target(t, tt):
+            return first
+        return first + (s - s2).abs().float()[:, None] * self.t_embedder_2((s2 - s) * scale)
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
         """Return the constants at times t, tt ([B], in [-1, 1])."""
