@@ -50,7 +50,7 @@ def test_trunk_and_tail_are_the_network(decoder):
 def test_nothing_beyond_reach_is_read(decoder):
     """Features outside a pixel's reach change nothing (group norms aside, whose statistics are fixed here)."""
     network, ops = decoder.network, decoder.ops
-    far = tiles.reach(network.tail_convs)
+    far = tiles.reach(network.convs)
     network.ops = replace(ops, group_norm_silu=lambda x, *_: x)
     channels, size = network.trunk(latents(decoder, 1, 1)).shape[1], tiles.cell(network)
     x = torch.randn(1, channels, 1, 2 * far + 3, generator=torch.Generator().manual_seed(0))

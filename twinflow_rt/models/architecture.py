@@ -20,7 +20,7 @@ class Architecture:
 
     config: dataclass with `from_dict(content of config.json)`. network(config): builds it. layout(config): which
     tensors are merged, unused, or kept in another dtype. strip: prefixes that files may put before every name.
-    read: the class that opens a folder of it.
+    read: the class that opens a folder of it. encoder: of an autoencoder's decoder, the other half in the same files.
     """
 
     config: Any
@@ -28,6 +28,7 @@ class Architecture:
     layout: Callable[[Any], Layout]
     strip: tuple[str, ...] = ()
     read: type[Checkpoint] = Checkpoint
+    encoder: Architecture | None = None
 
     def declare(self, raw: dict[str, Any], where: str = "config.json") -> tuple[nn.Module, Layout]:
         """Return the network that config.json's content asks for, on the meta device, and how its files are read.

@@ -1,8 +1,9 @@
-"""Decoding in tiles: the peak of a decode becomes that of one tile.
+"""Decoding, and encoding, in tiles: the peak becomes that of one tile.
 
 A decoder network is `tail(trunk(latents))`. The trunk, at a coarse resolution, has the attention and
 whatever else must see all positions, and always runs whole. The tail, where nearly all memory goes, is
-convolutions: a pixel depends on the features within `reach` cells.
+convolutions: a pixel depends on the features within `reach` cells. An encoder is the mirror image,
+`trunk(head(image))`: here the head runs in tiles, and a cell depends on the pixels of cells within `reach`.
 
     Tails without group norms (Qwen-Image's VAE, DC-AE): a tile is computed from its own features and `reach`
     more on every side, and what those add is cut off again. So the tiles are parts of the whole image, up to
@@ -23,6 +24,7 @@ the borders are those of zero padding.)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -37,10 +39,10 @@ SMALLEST = 4  # cells: a smaller tile is nearly all margin
 
 
 def reach(convs: Sequence[int]) -> int:
-    """Return the cells, on every side, that a pixel of a tail depends on beyond its own.
+    """Return the cells, on every side, that a pixel of a tail depends on beyond its own; or a cell of a head.
 
     convs: 3x3 convolutions on each level, coarsest first. Between levels the size doubles, by one more
-    convolution before or behind the doubling; one more closes the last level. Never too small, at most
+    convolution before or behind the doubling; one more stands at the image. Never too small, at most
     one cell per level too large.
     """
     cells = 1
@@ -51,12 +53,12 @@ def reach(convs: Sequence[int]) -> int:
 
 def cell(network: Any) -> int:
     """Return the pixels along each axis that one cell of a network's features becomes."""
-    return 1 << (len(network.tail_convs) - 1)
+    return 1 << (len(network.convs) - 1)
 
 
 def margin(network: Any) -> int:
     """Return the cells computed on every side of a tile beyond it."""
-    return BLEND if blends(network) else reach(network.tail_convs)
+    return BLEND if blends(network) else reach(network.convs)
 
 
 def blends(network: nn.Module) -> bool:
@@ -91,43 +93,55 @@ def decode(
     each tile, by a recorded graph perhaps.
     """
     check_tile(network, tile)
-    images = [_decode_one(network, one[None], tile // cell(network), check, call) for one in latents]
+    run = partial(_in_tiles, network, partial(call, "tile", network.tail), tile, (1, cell(network)), check)
+    images = [run(call("trunk", network.trunk, one[None])) for one in latents]
     return torch.cat(images) if len(images) > 1 else images[0]
 
 
-def _decode_one(
-    network: Any, latents: Tensor, core: int, check: Callable[[], None], call: Callable[..., Tensor]
+def encode(
+    network: Any, images: Tensor, tile: int, check: Callable[[], None] = lambda: None,
+    call: Callable[[str, Callable[[Tensor], Tensor], Tensor], Tensor] = plainly,
 ) -> Tensor:  # fmt: skip
-    features = call("trunk", network.trunk, latents)
-    size, blend, far = cell(network), BLEND if blends(network) else 0, margin(network)
-    rows, columns = (cuts(n, core) for n in features.shape[2:])
-    sides = [window_side(n, core, far) for n in features.shape[2:]]
+    """Return `network(images)` of an encoder, images [B, 3, H, W], with the head run on one tile at a time: `decode`'s
+    mirror image."""
+    check_tile(network, tile)
+    run = partial(_in_tiles, network, partial(call, "tile", network.head), tile, (cell(network), 1), check)
+    latents = [call("trunk", network.trunk, run(one[None])) for one in images]
+    return torch.cat(latents) if len(latents) > 1 else latents[0]
+
+
+def _in_tiles(
+    network: Any, run: Callable[[Tensor], Tensor], tile: int, sides: tuple[int, int], check: Callable[[], None],
+    source: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return run(source), by tiles of [1, C, ...]. sides: of one cell in the source and in the result."""
+    (read, made), blend, far = sides, BLEND if blends(network) else 0, margin(network)
+    height, width = (n // read for n in source.shape[2:])
+    core = tile // cell(network)
+    rows, columns = cuts(height, core), cuts(width, core)
     if len(rows) == len(columns) == 1:
-        return call("tile", network.tail, features)
-    image: Tensor | None = None
+        return run(source)
+    tall, wide = window_side(height, core, far), window_side(width, core, far)
+    result: Tensor | None = None
     for top, bottom in rows:
         for left, right in columns:
             check()
-            y, x = window(top, sides[0], features.shape[2], far), window(left, sides[1], features.shape[3], far)
-            part = call("tile", network.tail, features[:, :, y, x].clone(memory_format=torch.channels_last))
-            if image is None:
-                shape = (1, part.shape[1], features.shape[2] * size, features.shape[3] * size)
-                image = part.new_zeros(shape)
-            a, b = around(top, bottom, features.shape[2], blend), around(left, right, features.shape[3], blend)
-            part = part[:, :, inside(a, y, size), inside(b, x, size)]
-            target = image[:, :, pixels(a, size), pixels(b, size)]
+            y, x = window(top, tall, height, far), window(left, wide, width, far)
+            part = source[:, :, pixels(y, read), pixels(x, read)]
+            part = run(part.clone(memory_format=torch.channels_last))
+            if result is None:
+                result = part.new_zeros((1, part.shape[1], height * made, width * made))
+            a, b = around(top, bottom, height, blend), around(left, right, width, blend)
+            part = part[:, :, inside(a, y, made), inside(b, x, made)]
+            target = result[:, :, pixels(a, made), pixels(b, made)]
             if not blend:
                 target.copy_(part)
                 continue
-            fade = [
-                ramp(core_span, span, length, blend, size).to(part)
-                for core_span, span, length in (
-                    ((top, bottom), a, features.shape[2]), ((left, right), b, features.shape[3]),
-                )
-            ]  # fmt: skip
-            target.addcmul_(part, fade[0][:, None] * fade[1])
-    assert image is not None
-    return image
+            down = ramp((top, bottom), a, height, blend, made).to(part)
+            across = ramp((left, right), b, width, blend, made).to(part)
+            target.addcmul_(part, down[:, None] * across)
+    assert result is not None
+    return result
 
 
 def cuts(length: int, core: int) -> list[tuple[int, int]]:

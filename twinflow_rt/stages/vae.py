@@ -1,8 +1,9 @@
-"""The last stage: normalised latents to pixels. The encoder is never loaded."""
+"""The last stage, normalised latents to pixels; and its mirror image, which is not read until a picture comes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -20,17 +21,15 @@ from . import tiles
 from .stage import DEFAULTS, Stage, StageOptions, open_part
 
 
-class VaeDecoder(Stage):
-    """Decode x0, normalised as z = (raw - offset) * divisor, by the autoencoder `model` in `folder`.
+class VaeHalf(Stage):
+    """One half of the autoencoder `model` in `folder`. Latents are normalised, z = (raw - offset) * divisor.
 
     Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
-    `divisor` (numbers, or one per channel). Its network maps raw latents to images.
-
-    std, mean: float32 [C], of raw latents: z * std + mean, as `ops.x0_to_vae` takes them.
+    `divisor` (numbers, or one per channel).
     recorded_as: the name of its graphs. convolutions: what became of them, where they changed.
     """
 
-    recorded_as = "decode"
+    recorded_as = ""
     convolutions: tuple[Layers, ...] = ()
 
     def __init__(self, folder: Path, model: Architecture, files: Files = OWN_FILES) -> None:
@@ -54,8 +53,6 @@ class VaeDecoder(Stage):
             torch.tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
             for value in (self.config.offset, self.config.divisor)
         )
-        each = torch.ones(self.channels, dtype=torch.float32, device=device)
-        self.std, self.mean = each / self._divisor.flatten(), each * self._offset.flatten()
 
     def notes(self) -> tuple[str, ...]:
         return (*super().notes(), *(f"{self.parts[0].name} convolutions {group}" for group in self.convolutions))
@@ -70,6 +67,37 @@ class VaeDecoder(Stage):
         """Channels of a latent."""
         return self.config.latent_channels
 
+    def _run(self, x: Tensor, in_tiles: Callable[..., Tensor], check: Callable[[], None]) -> Tensor:
+        """Return network(x) in the weights' dtype, whole or in tiles."""
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if (tile := self.options.tile) is None:
+            return self.captured(self.recorded_as, self.network, x)
+        call = lambda part, run, x: self.captured(f"{self.recorded_as} {part}", run, x)
+        return in_tiles(self.network, x, tile, check, call)
+
+
+class VaeDecoder(VaeHalf):
+    """Decode x0. std, mean: float32 [C], of raw latents: z * std + mean, as `ops.x0_to_vae` takes them."""
+
+    recorded_as = "decode"
+
+    def __init__(self, folder: Path, model: Architecture, files: Files = OWN_FILES) -> None:
+        super().__init__(folder, model, files)
+        self._other_half = partial(VaeEncoder, folder, model.encoder or model, files)
+
+    @cached_property
+    def encoder(self) -> VaeEncoder:
+        """The other half: its files are opened when it is first asked for, and not read yet."""
+        return self._other_half()
+
+    def materialize(
+        self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        super().materialize(device, dtype, options, progress)
+        each = torch.ones(self.channels, dtype=torch.float32, device=device)
+        self.std, self.mean = each / self._divisor.flatten(), each * self._offset.flatten()
+
     def decode(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
         """Return the images of normalised latents [B, C, h, w]: float [B, 3, h*scale, w*scale], nominally in [-1, 1].
 
@@ -78,11 +106,7 @@ class VaeDecoder(Stage):
         """
         if not raw:
             latents = latents.float() / self._divisor + self._offset
-        latents = latents.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if (tile := self.options.tile) is None:
-            return self.captured(self.recorded_as, self.network, latents)
-        call = lambda part, run, x: self.captured(f"{self.recorded_as} {part}", run, x)
-        return tiles.decode(self.network, latents, tile, check, call)
+        return self._run(latents, tiles.decode, check)
 
     def decode_uint8(self, latents: Tensor) -> Tensor:
         """Return the images of normalised latents [B, C, h, w]: uint8 [B, H, W, 3]."""
@@ -92,6 +116,18 @@ class VaeDecoder(Stage):
         """Do the stage's work for one image on the meta device, to be counted."""
         shape = (1, self.channels, height // self.scale, width // self.scale)
         return self.parts[0].meta_network()(torch.zeros(shape, dtype=torch.float32, device="meta"))
+
+
+class VaeEncoder(VaeHalf):
+    """Encode pictures. Whoever calls `encode` has called `materialize` before."""
+
+    recorded_as = "encode"
+
+    def encode(self, images: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
+        """Return the normalised latents of images [B, 3, H, W] in [-1, 1], sides in multiples of `scale`: the mean of
+        what the encoder says of them, not a sample, so the same in every call. check(): see `decode`."""
+        mean = self._run(images, tiles.encode, check)[:, : self.channels]
+        return ((mean.float() - self._offset) * self._divisor).to(self.dtype)
 
 
 class PreviewDecoder(VaeDecoder):

@@ -1,9 +1,10 @@
-"""The decoder half of an AutoencoderDC (DC-AE, arXiv 2410.10733; diffusers), under the checkpoint's names."""
+"""The halves of an AutoencoderDC (DC-AE, arXiv 2410.10733; diffusers), under the checkpoint's names."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from ...errors import ConfigError
 from ...ops import OpTable
 from ..architecture import Architecture
 from ..layers import MixFeedForward, ModuleList, UpsampleConv
-from .decoder import HalvedDecoder, ScaledLatents
+from .decoder import HalvedDecoder, HalvedEncoder, ScaledLatents, no_encoder
 
 EPS = 1e-5
 FFN_RATIO = 4
@@ -23,7 +24,12 @@ FUSED = {"attn.to_qkv.weight": ("attn.to_q.weight", "attn.to_k.weight", "attn.to
 
 @dataclass(frozen=True)
 class DCConfig(ScaledLatents):
-    """The fields of vae/config.json that the decoder needs; per level, finest first."""
+    """The fields of vae/config.json that one half needs; per level, finest first.
+
+    interpolate: whether sizes double by a nearest enlargement. strided: whether they halve by a convolution's stride.
+    """
+
+    half: ClassVar[str] = "decoder"
 
     latent_channels: int
     out_channels: int
@@ -33,6 +39,7 @@ class DCConfig(ScaledLatents):
     attentive: tuple[bool, ...]
     scales: tuple[tuple[int, ...], ...]
     interpolate: bool
+    strided: bool
     scaling_factor: float
     shift_factor: float = 0.0
 
@@ -44,29 +51,31 @@ class DCConfig(ScaledLatents):
         if name != "AutoencoderDC":
             raise ConfigError(f"vae/config.json says _class_name {name!r}; SANA's VAE is an AutoencoderDC")
         try:
-            channels = tuple(raw["decoder_block_out_channels"])
+            half, decoder = cls.half, cls.half == "decoder"
+            channels = tuple(raw[f"{half}_block_out_channels"])
 
             def each(key: str) -> tuple[Any, ...]:
-                return tuple(raw[key]) if not isinstance(raw[key], str) else (raw[key],) * len(channels)
+                value = raw[f"{half}_{key}"]
+                return tuple(value) if not isinstance(value, str) else (value,) * len(channels)
 
-            kinds = each("decoder_block_types")
-            unknown = (
-                {*kinds} - {"ResBlock", "EfficientViTBlock"} | {*each("decoder_norm_types")} - {"rms_norm"}
-                | {*each("decoder_act_fns")} - {"silu"} | {raw.get("decoder_conv_act_fn", "relu")} - {"relu"}
-            )  # fmt: skip
+            kinds = each("block_types")
+            unknown = {*kinds} - {"ResBlock", "EfficientViTBlock"}
+            if decoder:
+                unknown |= {*each("norm_types")} - {"rms_norm"} | {*each("act_fns")} - {"silu"}
+                unknown |= {raw.get("decoder_conv_act_fn", "relu")} - {"relu"}
             config = cls(
                 raw["latent_channels"], raw["in_channels"], raw["attention_head_dim"], channels,
-                each("decoder_layers_per_block"), tuple(kind == "EfficientViTBlock" for kind in kinds),
-                tuple(map(tuple, raw["decoder_qkv_multiscales"])), raw["upsample_block_type"] == "interpolate",
-                raw["scaling_factor"],
+                each("layers_per_block"), tuple(kind == "EfficientViTBlock" for kind in kinds),
+                tuple(map(tuple, raw[f"{half}_qkv_multiscales"])), raw["upsample_block_type"] == "interpolate",
+                raw.get("downsample_block_type", "pixel_unshuffle") != "pixel_unshuffle", raw["scaling_factor"],
             )  # fmt: skip
-            shortcut = raw.get("decoder_in_shortcut", True)
+            shortcut = raw.get("decoder_in_shortcut" if decoder else "encoder_out_shortcut", True)
         except KeyError as error:
             raise ConfigError(f"vae/config.json lacks {error}; download it again") from None
         if unknown or not shortcut or min(config.depths) < 1:
             raise ConfigError(
                 f"vae/config.json asks for {sorted(unknown) or 'another shape'}; supported is SANA's DC-AE: rms_norm, "
-                "silu and relu, a shortcut at its entry, blocks on every level"
+                "silu and relu, a shortcut around each half, blocks on every level"
             )
         return config
 
@@ -77,8 +86,19 @@ class DCConfig(ScaledLatents):
 
     @property
     def local_levels(self) -> int:
-        """Levels, finest first, that follow all attention (at most all but the coarsest)."""
+        """Levels, finest first, without attention between them and the image (at most all but the coarsest)."""
         return (*self.attentive[:-1], True).index(True)
+
+    @property
+    def local_convs(self) -> tuple[int, ...]:
+        """3x3 convolutions that follow each other on each of these, coarsest first, behind the level that has none."""
+        return (0, *(2 * depth for depth in self.depths[: self.local_levels][::-1]))
+
+
+class DCEncoderConfig(DCConfig):
+    """The same for the encoder."""
+
+    half = "encoder"
 
 
 class Norm(nn.Module):
@@ -175,6 +195,57 @@ class Upsample(nn.Module):
         return (h + shortcut).permute(0, 2, 3, 1)
 
 
+class Downsample(nn.Module):
+    """Half the size, by a convolution beside a shortcut that averages what pixels become in channels."""
+
+    def __init__(self, inner: int, outer: int, strided: bool) -> None:
+        super().__init__()
+        self.strided, self.group = strided, 4 * inner // outer
+        self.conv = nn.Conv2d(inner, outer if strided else outer // 4, 3, stride=1 + strided, padding=1)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        image = x.permute(0, 3, 1, 2)
+        h = self.conv(image) if self.strided else F.pixel_unshuffle(self.conv(image), 2)
+        return (h + F.pixel_unshuffle(image, 2).unflatten(1, (-1, self.group)).mean(2)).permute(0, 2, 3, 1)
+
+
+def blocks(config: DCConfig, level: int) -> list[nn.Module]:
+    """Return the blocks of a level between its changes of size."""
+    width, depth = config.channels[level], config.depths[level]
+    if config.attentive[level]:
+        return [AttentiveBlock(width, config.head_dim, config.scales[level]) for _ in range(depth)]
+    return [ResBlock(width) for _ in range(depth)]
+
+
+def run(levels: Iterable[Iterable[Any]], x: Tensor, ops: OpTable) -> Tensor:
+    for level in levels:
+        for layer in level:
+            x = layer(x, ops)
+    return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: DCConfig) -> None:
+        super().__init__()
+        channels, last = config.channels, len(config.channels) - 1
+        self.split = config.local_levels
+        self.group = channels[-1] // config.latent_channels
+        self.conv_in = nn.Conv2d(config.out_channels, channels[0], 3, padding=1)
+        self.down_blocks: ModuleList[ModuleList[Any]] = ModuleList()
+        for i in range(len(channels)):
+            down = [] if i == last else [Downsample(channels[i], channels[i + 1], config.strided)]
+            self.down_blocks.append(ModuleList([*blocks(config, i), *down]))
+        self.conv_out = nn.Conv2d(channels[-1], config.latent_channels, 3, padding=1)
+
+    def head(self, image: Tensor, ops: OpTable) -> Tensor:
+        x = self.conv_in(image).permute(0, 2, 3, 1)
+        return run(self.down_blocks[: self.split], x, ops).permute(0, 3, 1, 2)
+
+    def trunk(self, features: Tensor, ops: OpTable) -> Tensor:
+        x = run(self.down_blocks[self.split :], features.permute(0, 2, 3, 1), ops).permute(0, 3, 1, 2)
+        return self.conv_out(x) + x.unflatten(1, (-1, self.group)).mean(2)
+
+
 class Decoder(nn.Module):
     def __init__(self, config: DCConfig) -> None:
         super().__init__()
@@ -183,36 +254,38 @@ class Decoder(nn.Module):
         self.repeats = channels[-1] // config.latent_channels
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.up_blocks: ModuleList[ModuleList[Any]] = ModuleList()
-        for i, (width, depth) in enumerate(zip(channels, config.depths, strict=True)):
-            level: list[nn.Module] = [] if i == last else [Upsample(channels[i + 1], width, config.interpolate)]
-            for _ in range(depth):
-                attentive = config.attentive[i]
-                level.append(AttentiveBlock(width, config.head_dim, config.scales[i]) if attentive else ResBlock(width))
-            self.up_blocks.append(ModuleList(level))
+        for i, width in enumerate(channels):
+            up = [] if i == last else [Upsample(channels[i + 1], width, config.interpolate)]
+            self.up_blocks.append(ModuleList([*up, *blocks(config, i)]))
         self.norm_out = Norm(channels[0])
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def trunk(self, latents: Tensor, ops: OpTable) -> Tensor:
         x = (self.conv_in(latents) + latents.repeat_interleave(self.repeats, 1)).permute(0, 2, 3, 1)
-        return self._run(self.up_blocks[self.split :], x, ops).permute(0, 3, 1, 2)
+        return run([*self.up_blocks[self.split :]][::-1], x, ops).permute(0, 3, 1, 2)
 
     def tail(self, features: Tensor, ops: OpTable) -> Tensor:
-        x = self._run(self.up_blocks[: self.split], features.permute(0, 2, 3, 1), ops)
+        x = run([*self.up_blocks[: self.split]][::-1], features.permute(0, 2, 3, 1), ops)
         return self.conv_out(F.relu(self.norm_out(x, ops)).permute(0, 3, 1, 2))
-
-    def _run(self, levels: ModuleList[ModuleList[Any]], x: Tensor, ops: OpTable) -> Tensor:
-        for level in reversed(levels):
-            for layer in level:
-                x = layer(x, ops)
-        return x
 
 
 class DCDecoder(HalvedDecoder):
     """The decoder of an AutoencoderDC."""
 
     def __init__(self, config: DCConfig) -> None:
-        convs = (0, *(2 * depth for depth in config.depths[: config.local_levels][::-1]))
-        super().__init__(config, Decoder(config), convs, None)
+        super().__init__(config, Decoder(config), config.local_convs, None)
 
 
-MODEL = Architecture(DCConfig, DCDecoder, lambda config: Layout(FUSED, ("encoder.",), float32_where(".norm")))
+class DCEncoder(HalvedEncoder):
+    """The encoder of an AutoencoderDC."""
+
+    def __init__(self, config: DCConfig) -> None:
+        super().__init__(config, Encoder(config), config.local_convs, None)
+
+
+ENCODER = Architecture(
+    DCEncoderConfig, DCEncoder, lambda config: Layout(FUSED, ("decoder.",), float32_where(".norm"), no_encoder)
+)
+MODEL = Architecture(
+    DCConfig, DCDecoder, lambda config: Layout(FUSED, ("encoder.",), float32_where(".norm")), encoder=ENCODER
+)

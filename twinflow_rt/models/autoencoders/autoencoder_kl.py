@@ -1,4 +1,4 @@
-"""The decoder half of an AutoencoderKL (diffusers), under the checkpoint's names."""
+"""The halves of an AutoencoderKL (diffusers), under the checkpoint's names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ from ...errors import ConfigError
 from ...ops import OpTable
 from ..architecture import Architecture
 from ..layers import UpsampleConv
-from .decoder import HalvedDecoder, LevelsDecoder, ScaledLatents
+from .decoder import (
+    HalvedDecoder,
+    HalvedEncoder,
+    Level,
+    LevelsDecoder,
+    LevelsEncoder,
+    ScaledLatents,
+    halved,
+    no_encoder,
+)
 
 EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig(ScaledLatents):
-    """The fields of vae/config.json that the decoder needs."""
+    """The fields of vae/config.json that are needed."""
 
     latent_channels: int
     out_channels: int
@@ -30,6 +39,7 @@ class AutoencoderConfig(ScaledLatents):
     scaling_factor: float
     shift_factor: float
     sample_size: int
+    quant: bool
     post_quant: bool
     mid_attention: bool
 
@@ -49,8 +59,8 @@ class AutoencoderConfig(ScaledLatents):
         return cls(
             raw.get("latent_channels", 4), raw.get("out_channels", 3), channels, raw.get("layers_per_block", 1),
             raw.get("norm_num_groups", 32), raw.get("scaling_factor", 0.18215), raw.get("shift_factor") or 0.0,
-            size if isinstance(size, int) else size[0], raw.get("use_post_quant_conv", True),
-            raw.get("mid_block_add_attention", True),
+            size if isinstance(size, int) else size[0], raw.get("use_quant_conv", True),
+            raw.get("use_post_quant_conv", True), raw.get("mid_block_add_attention", True),
         )  # fmt: skip
 
     @property
@@ -89,6 +99,32 @@ class Upsample(nn.Module):
         return self.conv.enlarged(x, ops)
 
 
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return halved(self.conv, x)
+
+
+class AutoencoderEncoder(HalvedEncoder):
+    """The encoder of an AutoencoderKL."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        channels, groups, depth = config.block_out_channels, config.groups, config.layers_per_block
+        norm = lambda width: Norm(groups, width, EPS)
+        levels: list[nn.Module] = [
+            Level(inner, outer, depth, norm, Downsample(outer) if i + 1 < len(channels) else None, "downsamplers")
+            for i, (inner, outer) in enumerate(zip((channels[0], *channels), channels, strict=False))
+        ]
+        last, moments = channels[-1], 2 * config.latent_channels
+        attention = SpatialAttention(last, groups) if config.mid_attention else None
+        encoder = LevelsEncoder(levels, channels[0], last, norm, attention, "conv_norm_out", moments)
+        quant = nn.Conv2d(moments, moments, 1) if config.quant else None
+        super().__init__(config, encoder, (2 * depth,) * len(channels), quant)
+
+
 class AutoencoderDecoder(HalvedDecoder):
     """The decoder of an AutoencoderKL."""
 
@@ -106,4 +142,10 @@ class AutoencoderDecoder(HalvedDecoder):
         )
 
 
-MODEL = Architecture(AutoencoderConfig, AutoencoderDecoder, lambda config: Layout(unused=("encoder.", "quant_conv.")))
+ENCODER = Architecture(
+    AutoencoderConfig, AutoencoderEncoder,
+    lambda config: Layout(unused=("decoder.", "post_quant_conv."), absent=no_encoder),
+)  # fmt: skip
+MODEL = Architecture(
+    AutoencoderConfig, AutoencoderDecoder, lambda config: Layout(unused=("encoder.", "quant_conv.")), encoder=ENCODER
+)

@@ -1,11 +1,11 @@
-"""The decoder half of an AutoencoderKLQwenImage (diffusers) for one frame, in two dimensions.
+"""The halves of an AutoencoderKLQwenImage (diffusers) for one frame, in two dimensions.
 
 That VAE is made for video: its convolutions are causal in time, padded with zeros before the first frame. For a single
 frame every temporal tap but the last meets those zeros, so
 
     conv3d(x, W) = conv2d(x, W[:, :, -1])
 
-and upsampling in time does not happen at all (its convolutions act from the second frame on). Nothing is approximated;
+and resampling in time does not happen at all (its convolutions act from the second frame on). Nothing is approximated;
 3 x 3 x 3 kernels lose two thirds of their work.
 """
 
@@ -24,12 +24,12 @@ from ...errors import ConfigError
 from ...ops import OpTable
 from ..architecture import Architecture
 from ..layers import ModuleDict, UpsampleConv
-from .decoder import HalvedDecoder, LevelsDecoder
+from .decoder import HalvedDecoder, HalvedEncoder, LevelsDecoder, LevelsEncoder, Resnet, halved, no_encoder
 
 
 @dataclass(frozen=True)
 class QwenAutoencoderConfig:
-    """The fields of vae/config.json that the decoder needs."""
+    """The fields of vae/config.json that are needed."""
 
     base_dim: int
     z_dim: int
@@ -122,6 +122,32 @@ class Upsample(nn.Module):
         return self.resample["1"].enlarged(x, ops)
 
 
+class Downsample(nn.Module):
+    """Half the size; the convolution is number 1 of a sequence in the checkpoint."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.resample = ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
+
+    def forward(self, x: Tensor, ops: OpTable) -> Tensor:
+        return halved(self.resample["1"], x)
+
+
+class QwenAutoencoderEncoder(HalvedEncoder):
+    """The encoder of an AutoencoderKLQwenImage, for one frame: its levels follow each other in one list."""
+
+    def __init__(self, config: QwenAutoencoderConfig) -> None:
+        outer, depth = [config.base_dim * m for m in config.dim_mult], config.num_res_blocks
+        blocks: list[nn.Module] = []
+        for i, channels in enumerate(outer):
+            first = outer[i - 1] if i else config.base_dim
+            blocks += [Resnet(channels if j else first, channels, Norm) for j in range(depth)]
+            blocks += [Downsample(channels)] * (i + 1 < len(outer))
+        last, moments = outer[-1], 2 * config.z_dim
+        encoder = LevelsEncoder(blocks, config.base_dim, last, Norm, SpatialAttention(last), "norm_out", moments)
+        super().__init__(config, encoder, (2 * depth,) * len(outer), nn.Conv2d(moments, moments, 1))
+
+
 class QwenAutoencoderDecoder(HalvedDecoder):
     """The decoder of an AutoencoderKLQwenImage, for one frame."""
 
@@ -159,4 +185,12 @@ def _layout(config: QwenAutoencoderConfig) -> Layout:
     return Layout(unused=("encoder.", "quant_conv.", *time), dtype_of=float32_where(".gamma"))
 
 
-MODEL = Architecture(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame)
+def _encoder_layout(config: QwenAutoencoderConfig) -> Layout:
+    places = ((i + 1) * (config.num_res_blocks + 1) - 1 for i in range(len(config.temporal_upsample)))
+    down = zip(places, config.temporal_upsample[::-1], strict=True)
+    time = (f"encoder.down_blocks.{place}.time_conv." for place, also in down if also)
+    return Layout(unused=("decoder.", "post_quant_conv.", *time), dtype_of=float32_where(".gamma"), absent=no_encoder)
+
+
+ENCODER = Architecture(QwenAutoencoderConfig, QwenAutoencoderEncoder, _encoder_layout, read=OneFrame)
+MODEL = Architecture(QwenAutoencoderConfig, QwenAutoencoderDecoder, _layout, read=OneFrame, encoder=ENCODER)
