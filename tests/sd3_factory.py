@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -116,14 +117,14 @@ def t5_encoder(d_model: int = SMALL.joint_attention_dim):
     return T5EncoderModel(config)
 
 
-def make_model(folder: Path, *, with_t5: bool = True) -> Path:
+def make_model(folder: Path, *, with_t5: bool = True, channels: int = 4) -> Path:
     """A whole TwinFlow-SD3.5 folder as diffusers saves it, every part tiny and random."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-    reference = TwinFlowReference()
+    reference = TwinFlowReference(replace(SMALL, in_channels=channels, out_channels=channels))
     pipe = StableDiffusion3Pipeline(
         transformer=reference.network, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=randomize(AutoencoderKL(**VAE), 3),
+        vae=randomize(AutoencoderKL(**{**VAE, "latent_channels": channels}), 3),
         text_encoder=randomize(clip_encoder(8, 4, "quick_gelu", False), 4), tokenizer=clip_tokenizer("<|endoftext|>"),
         text_encoder_2=randomize(clip_encoder(10, 6, "gelu", True), 5), tokenizer_2=clip_tokenizer("!"),
         text_encoder_3=randomize(t5_encoder(), 6) if with_t5 else None, tokenizer_3=t5_tokenizer() if with_t5 else None,

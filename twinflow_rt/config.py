@@ -377,7 +377,7 @@ GUIDED = "TwinFlow's models need no guidance, one evaluation makes the image; le
 OFFLOADED = "load(..., memory_budget='8GB') streams what does not fit"
 CALL_NAMES = {
     "num_inference_steps": Elsewhere("nfe"), "num_images_per_prompt": Elsewhere("num_images"),
-    "generator": Elsewhere("seed"),
+    "generator": Elsewhere("seed"), "mask_image": Elsewhere("mask"),
     "prompt_embeds": Elsewhere(
         "prompt", "give what pipe.text or pipe.read_embeds returns", lambda value: "Embeds" in type(value).__name__
     ),

@@ -33,7 +33,7 @@ from .config import (
 )
 from .errors import ConfigError, DeviceError, NonFiniteError
 from .plan import Plan
-from .planning import warm_up
+from .planning import encoder_costs, warm_up
 from .planning.memory_plan import MemoryPlan
 from .planning.roofline import StageWork
 from .planning.work import predict_stages
@@ -46,10 +46,10 @@ from .runtime.parallel import Ulysses
 from .runtime.threads import placed_threads
 from .runtime.timing import StageTimer
 from .sampling.noise import check_batch, initial_noise, resolve_seeds
-from .sampling.schedule import SamplerConfig, resolve_sampler, schedule
+from .sampling.schedule import SamplerConfig, resolve_sampler, schedule, started
 from .stages import embeds_file
+from .stages.image_input import ImageInput, resolve_images
 from .stages.result import Result, Truncated, deliver
-from .stages.stage import in_parts
 from .stages.text import PromptEmbeds, TextStage
 from .stages.vae import VaeDecoder
 from .stages.velocity import Callback, Prompts, VelocityStage
@@ -58,7 +58,7 @@ from .stages.velocity import Callback, Prompts, VelocityStage
 @dataclass(frozen=True)
 class Request:
     """The arguments of a call, checked. repeats: images per prompt. size: height and width in pixels. seeds: one per
-    image."""
+    image. given: the pictures to start from, if any."""
 
     prompts: Prompts
     repeats: int
@@ -68,6 +68,7 @@ class Request:
     output: str
     callback: Callback | None
     preview: bool
+    given: ImageInput | None
 
 
 class Pipeline:
@@ -122,6 +123,7 @@ class Pipeline:
         graphs = self.captures.notes() if self.captures is not None else ()
         graphs += self.memory.notes() if self.memory is not None else ()
         graphs += (str(self.prompts),) if self.prompts.budget else ()
+        graphs += (encoder_costs.note(self.vae, self.sizes.resolve(None, None)),)
         if self.program.schedule != tuple(own := schedule(self.sampler, self.dtype)):
             graphs += (f"folded for the last call; save, and calls without one, go back to {len(own)} evaluation(s)",)
         return replace(self.program.plan, stages=self._work, notes=self.program.plan.notes + loads + graphs)
@@ -148,7 +150,8 @@ class Pipeline:
         seed: int | Sequence[int] | None = None, num_images: int = 1, nfe: int | None = None,
         sampler: SamplerConfig | str | None = None, output: str = "pil",
         callback: Callback | None = None, cancel: Callable[[], bool] | None = None,
-        on_oom: str = "raise", preview: bool = False,
+        on_oom: str = "raise", preview: bool = False, image: Any = None, strength: float | None = None,
+        mask: Any = None,
     ) -> Result:  # fmt: skip
         """Generate num_images images per prompt, all in one batch, prompt-major.
 
@@ -163,6 +166,9 @@ class Pipeline:
         on_oom: what follows when memory runs out: "raise" OutOfMemoryError, or "split": begin again with
             half as many images at once, down to one. Either way nothing of the failed run is kept.
         preview: decode with the small decoder that the model was loaded with (`load(preview=FOLDER)`).
+        image: a picture to start from, or one per prompt or image (`stages.image_input`), which gives the default size.
+            strength: above 0 and up to 1, default 0.6: the time of the schedule at which its noise begins. mask:
+            of its size, white where it is painted anew; all other pixels stay as they are.
         Names of diffusers (`num_inference_steps`, `generator`, ...) are taken where they mean the same.
         Raises ConfigError for arguments that cannot work, CancelledError, OutOfMemoryError, NonFiniteError.
         """
@@ -171,7 +177,9 @@ class Pipeline:
             check_callable("cancel", cancel, ())
         if self.program.sequence is not None and (cancel is not None or on_oom != "raise"):
             raise ConfigError("cancel= and on_oom='split' would part the processes of a sequence-parallel call")
-        request = self._checked(prompt, (height, width), seed, num_images, nfe, sampler, output, callback, preview)
+        request = self._checked(
+            prompt, (height, width), seed, num_images, nfe, sampler, output, callback, preview, (image, mask, strength)
+        )
         timer = StageTimer(self.device, cancel)
         if self._lock.forked and self.device.type == "cuda":
             raise DeviceError("CUDA does not survive a fork: start the worker by spawn and load the model in it")
@@ -188,7 +196,7 @@ class Pipeline:
     def _checked(
         self, prompt: str | Sequence[str] | PromptEmbeds, size: tuple[int | None, int | None],
         seed: int | Sequence[int] | None, num_images: int, nfe: int | None, sampler: SamplerConfig | str | None,
-        output: str, callback: Callback | None, preview: bool,
+        output: str, callback: Callback | None, preview: bool, picture: tuple[Any, Any, Any],
     ) -> Request:  # fmt: skip
         """Return a call's arguments checked and completed. Raises ConfigError."""
         check_choice("output", output, OUTPUTS)
@@ -198,8 +206,9 @@ class Pipeline:
         prompts: Prompts = (
             self._checked_embeds(prompt) if isinstance(prompt, PromptEmbeds) else resolve_prompts(prompt)
         )
-        resolved, config = self.sizes.resolve(*size), resolve_sampler(nfe, sampler) or self.sampler
         check_batch(images := len(prompts) * num_images)
+        given, resolved = resolve_images(*picture, len(prompts), num_images, self.sizes, size)
+        config = started(resolve_sampler(nfe, sampler) or self.sampler, 1 if given is None else given.strength)
         if self.memory is not None:
             self.memory.require(*resolved, images)
         if preview and self.preview is None:
@@ -207,7 +216,7 @@ class Pipeline:
         seeds = resolve_seeds(seed, images)  # last: it takes a generator for used
         if (sequence := self.program.sequence) is not None:
             seeds = sequence.agree(seeds)
-        return Request(prompts, num_images, resolved, seeds, config, output, callback, preview)
+        return Request(prompts, num_images, resolved, seeds, config, output, callback, preview, given)
 
     def _truncated(self, request: Request) -> Truncated:
         """Return which of a call's images have prompts that were cut, and warn of texts that are."""
@@ -242,7 +251,8 @@ class Pipeline:
         self.program.refold(times)
         vae = self.preview if request.preview and self.preview is not None else self.vae
         latents_wanted = request.output == "latent" or request.callback is not None
-        raw = vae is self.vae and not latents_wanted and velocity.projects_to_vae(times)
+        given, masked = request.given, request.given is not None and request.given.mask is not None
+        raw = vae is self.vae and not latents_wanted and not masked and velocity.projects_to_vae(times)
         with timer("text"):
             contexts = velocity.contexts(
                 request.prompts, self.text.encode, request.repeats, times, at_once, self.batch_invariant
@@ -250,15 +260,23 @@ class Pipeline:
         with timer("noise"):
             shape = (vae.channels, size[0] // vae.scale, size[1] // vae.scale)
             noise = initial_noise(seeds, shape, self.dtype, self.device)
+        start = None
+        if given is not None:
+            with timer("encode"):
+                encoder = encoder_costs.ready(self.vae, self.memory, size)
+                start = encoder.start(given, noise, at_once if self.memory is None else 1, timer)
+            if self.memory is not None:
+                self.vae.close_encoder()
         with timer("sample"):
             latents = velocity.sample(
-                noise, contexts, seeds, request.sampler, at_once, timer, request.callback, vae if raw else None
+                noise, contexts, seeds, request.sampler, at_once, timer, request.callback, vae if raw else None, start
             )
         finite.note("latents", latents)
         if request.output == "latent":
             return latents
         with timer("decode"):
-            return _decode(vae, latents, request.output, at_once, timer, raw, finite)
+            images = vae.images(latents, request.output, at_once, timer, raw, finite)
+            return images if given is None else given.keep(images)
 
     def damaged(self, most: int | None = None) -> tuple[Path, str] | None:
         """Return the first of the weights and constants that holds NaN or infinity, as its folder and name, or None.
@@ -388,7 +406,8 @@ class Pipeline:
             self.program.restore(schedule(self.sampler, self.dtype))  # a call may have left another
             parts = {
                 "transformer": (self.program.network.config.to_dict(), self.program.network.state_dict()),
-                **{part.name: (part.checkpoint.config, part.weights()) for part in (*self.text.parts, *self.vae.parts)},
+                **{part.name: (part.checkpoint.config, part.weights()) for part in self.text.parts},
+                "vae": (self.vae.parts[0].checkpoint.config, self.vae.parts[0].weights() | self.vae.encoder.stored()),
             }
             meta = {
                 "sampler": asdict(self.sampler),
@@ -396,16 +415,3 @@ class Pipeline:
                 "plan": self.plan.to_dict(),
             }
             return artifact.write(folder, parts, self.folder, meta)
-
-
-def _decode(
-    vae: VaeDecoder, latents: Tensor, output: str, at_once: int, timer: StageTimer, raw: bool, finite: FiniteCheck
-) -> Tensor:
-    """Return the images of latents: uint8 [B, H, W, 3], or for output "pt" float [B, 3, H, W], nominally in [-1, 1]."""
-
-    def decode(part: Tensor, _: int) -> Tensor:
-        images = vae.decode(part, raw=raw, check=lambda: timer.check("before a tile of its decode stage"))
-        finite.note("pixels", images)
-        return images if output == "pt" else vae.ops.to_uint8(images)
-
-    return in_parts(decode, latents, at_once, timer)

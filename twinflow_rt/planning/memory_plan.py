@@ -76,20 +76,20 @@ class MemoryPlan:
 
     def unrecorded(self) -> dict[str, str]:
         """Return why stages are not recorded whose graph would need more than `graphs`: what a stage works in."""
-        left = f"its graph would hold {{}}, and memory_budget leaves {_mega(self.graphs)}"
-        return {name: left.format(_mega(size)) for name, size in self.work.items() if size > self.graphs}
+        left = f"its graph would hold {{}}, and memory_budget leaves {mega(self.graphs)}"
+        return {name: left.format(mega(size)) for name, size in self.work.items() if size > self.graphs}
 
     def notes(self) -> tuple[str, ...]:
         """Return lines for a plan."""
         height, width, images = self.largest
-        limit = "no limit" if self.budget is None else f"budget {_mega(self.budget)}"
-        held = ", ".join(f"{name} {_mega(size)}" for name, size in self.weights.items())
-        work = ", ".join(f"{name} {_mega(size)}" for name, size in self.stages.items())
+        limit = "no limit" if self.budget is None else f"budget {mega(self.budget)}"
+        held = ", ".join(f"{name} {mega(size)}" for name, size in self.weights.items())
+        work = ", ".join(f"{name} {mega(size)}" for name, size in self.stages.items())
         how = "text encoder streams by block" if self.text_streams else "text encoder stays"
         network = f"{self.streamed} of {self.blocks} blocks stream" if self.streamed else "network stays"
         decode = "decoded whole" if self.tile is None else f"decoded in tiles of {self.tile} pixels"
         return (
-            f"memory: predicted peak {_mega(self.peak)} for {images} x {width}x{height}, {limit}; "
+            f"memory: predicted peak {mega(self.peak)} for {images} x {width}x{height}, {limit}; "
             f"{how}, {network}, {decode}",
             f"memory: weights held: {held}; peak in each stage: {work}",
         )
@@ -108,8 +108,8 @@ def choose(
         least = plan.peak if least is None else min(least, plan.peak)
     assert budget is not None and least is not None
     raise ConfigError(
-        f"memory_budget {_mega(budget)} is too small for this model: with everything streamed and in tiles it needs "
-        f"{_mega(least)} for {largest[2]} x {largest[1]}x{largest[0]}; give more, or a smaller `largest`"
+        f"memory_budget {mega(budget)} is too small for this model: with everything streamed and in tiles it needs "
+        f"{mega(least)} for {largest[2]} x {largest[1]}x{largest[0]}; give more, or a smaller `largest`"
     )
 
 
@@ -167,5 +167,5 @@ def plan_memory(
     return choose(costs, budget, largest, tile)
 
 
-def _mega(size: int) -> str:
+def mega(size: int) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -51,6 +51,11 @@ from .schedule import SamplerConfig, Step, schedule, steps
 
 Velocity = Callable[[Tensor, int], Tensor]
 NoiseFn = Callable[[int], Tensor]
+Keep = Callable[[Tensor, float], Tensor]
+
+
+def unchanged(x: Tensor, t: float) -> Tensor:
+    return x
 
 
 def from_function(fn: Callable[[Tensor, Tensor, Tensor], Tensor], config: SamplerConfig) -> Velocity:
@@ -72,9 +77,9 @@ def from_function(fn: Callable[[Tensor, Tensor, Tensor], Tensor], config: Sample
 def sample(
     velocity: Velocity, noise: Tensor, config: SamplerConfig, *, noise_fn: NoiseFn | None = None,
     callback: Callable[[int, int, Tensor], None] | None = None, cancel: Callable[[], bool] | None = None,
-    project: Callable[[Tensor, Tensor, float], Tensor] = x0_project,
+    project: Callable[[Tensor, Tensor, float], Tensor] = x0_project, keep: Keep = unchanged,
 ) -> Tensor:  # fmt: skip
-    """Clean latents from `noise`, both [B, ...] in the model dtype.
+    """Clean latents from `noise`, the state at the schedule's first time, both [B, ...] in the model dtype.
 
     velocity(latents, i) -> F: the network at entry i of `schedule(config, noise.dtype)`; latents
         and F are shaped as `noise`.
@@ -84,6 +89,8 @@ def sample(
     callback(done, total, x0): after each evaluation, with a copy of the estimate it gave.
     cancel(): asked before each evaluation; True raises CancelledError.
     project(noise, F, t): the op that ends the one-step path (float32 inside, one rounding).
+    keep(x, t): called with the state behind each step, at its time, and with the result, at 0; returns what
+        sampling goes on with (`start.Start.keep`).
 
     A single step touches no float64 and no elementwise op but `project`. Nothing here waits for the device, if noise_fn
     answers on it. Raises ConfigError for an unusable dtype, a missing noise_fn, a velocity of another shape.
@@ -98,14 +105,15 @@ def sample(
     if len(plan) == 1 and noise.dtype != torch.float64:
         x0 = project(noise, network(noise), plan[0].t)
         network.report(x0)
-        return x0
+        return keep(x0, 0.0)
     network.exact = config.times is not None
-    return _integrate(network, noise, plan, config.extrapol_ratio, noise_fn)
+    return keep(_integrate(network, noise, plan, config.extrapol_ratio, noise_fn, keep), 0.0)
 
 
 def _integrate(
-    network: _Network, noise: Tensor, plan: tuple[Step, ...], extrapolation: float, noise_fn: NoiseFn | None
-) -> Tensor:
+    network: _Network, noise: Tensor, plan: tuple[Step, ...], extrapolation: float, noise_fn: NoiseFn | None,
+    keep: Keep = unchanged,
+) -> Tensor:  # fmt: skip
     """The general path. The order of operations is the published one, to the last bit."""
     wide = torch.float32 if noise.device.type == "mps" else torch.float64  # mps has no float64
     x, raw = noise.to(wide), None
@@ -127,7 +135,7 @@ def _integrate(
             _, z_next = network.estimate(x_next, noise.dtype, step.t_next, step.gamma_next)
             z = 0.5 * z_hat + 0.5 * z_next.to(wide)
             x_next = x * step.gamma_next / step.gamma + step.heun * z
-        x = x_next
+        x = keep(x_next, step.t_next)
     x_hat, _ = network.estimate(x, noise.dtype, plan[-1].t, plan[-1].gamma)
     return x_hat.to(noise.dtype)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from types import MappingProxyType
@@ -185,6 +185,24 @@ def preset(nfe: int, mode: Literal["few", "any", "multi"] | None = None) -> Samp
     if mode == "any":
         return SamplerConfig(nfe, rfba_gap_steps=(0.001, 0.5), mode="any")
     return SamplerConfig(nfe, time_dist_ctrl=(1.17, 0.8, 1.1), rfba_gap_steps=(0.001, 0.0), mode="multi")
+
+
+def started(config: SamplerConfig, strength: float) -> SamplerConfig:
+    """Return `config` for images that start from given ones, at time `strength` of its first, 0 < strength <= 1.
+
+    A grid is drawn together: all its times are multiplied, so there are as many evaluations. Given times are cut, as
+    diffusers' pipelines do: of N the last ones are left, N * strength of them rounded up. Raises ConfigError for
+    samplers of order 2 and such that extrapolate."""
+    if strength == 1:
+        return config
+    if (times := config.times) is None:
+        if config.sampling_order != 1 or config.extrapol_ratio:
+            raise ConfigError("strength= takes samplers of sampling_order 1 and extrapol_ratio 0: give nfe= instead")
+        grid = tuple(strength * t for t in time_grid(config, torch.float64)[:-1])
+        return SamplerConfig(len(grid), stochast_ratio=config.stochast_ratio, mode=config.mode, times=grid)
+    first = int(len(times) - len(times) * strength)
+    told = None if config.network_times is None else config.network_times[first:]
+    return replace(config, sampling_steps=len(times) - first, times=times[first:], network_times=told)
 
 
 def resolve_sampler(nfe: int | None, sampler: SamplerConfig | str | None) -> SamplerConfig | None:

@@ -31,9 +31,10 @@ class Result:
     """What a call made: iterating, indexing and len() are those of `images`; notebooks show them.
 
     images: one per (prompt, repeat), prompt-major, as `output` says. seeds: image k's own. timings: seconds of each
-    stage (text, noise, sample, decode, output) and in total. memory: peak bytes of each, of the device, on a CPU of the
-    process. at_once: the most images that went through a network together. truncated: of each image whether its prompt
-    is longer than the model reads (a PromptTruncatedWarning said what was lost); the whole is true if any is."""
+    stage (text, noise, encode, sample, decode, output) and in total. memory: peak bytes of each, of the device, on a
+    CPU of the process. at_once: the most images that went through a network together. truncated: of each image whether
+    its prompt is longer than the model reads (a PromptTruncatedWarning said what was lost); the whole is true if any
+    is."""
 
     images: Any
     seeds: list[int]

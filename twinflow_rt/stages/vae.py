@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import OWN_FILES, Files
+from ..checkpoint.fuse import sources
 from ..checkpoint.reading import Progress
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
@@ -17,8 +18,12 @@ from ..models.autoencoders import autoencoder_tiny
 from ..ops import Target
 from ..passes.convolutions import convert_convolutions
 from ..passes.layer_groups import Layers
+from ..runtime.finite import FiniteCheck
+from ..runtime.timing import StageTimer
+from ..sampling.start import Start
 from . import tiles
-from .stage import DEFAULTS, Stage, StageOptions, open_part
+from .image_input import ImageInput
+from .stage import DEFAULTS, Stage, StageOptions, in_parts, open_part
 
 
 class VaeHalf(Stage):
@@ -48,7 +53,7 @@ class VaeHalf(Stage):
         part = self.parts[0]
         read = lambda name: part.checkpoint.get(name, device, part.layout.dtype_of(name, dtype))
         self.convolutions = convert_convolutions(self.network, Target.of(device, dtype), read)
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
         self._offset, self._divisor = (
             torch.tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
             for value in (self.config.offset, self.config.divisor)
@@ -90,6 +95,10 @@ class VaeDecoder(VaeHalf):
         """The other half: its files are opened when it is first asked for, and not read yet."""
         return self._other_half()
 
+    def close_encoder(self) -> None:
+        """Let go of the other half's weights; the next picture reads them again."""
+        vars(self).pop("encoder", None)
+
     def materialize(
         self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,
         progress: Progress | None = None,
@@ -108,6 +117,19 @@ class VaeDecoder(VaeHalf):
             latents = latents.float() / self._divisor + self._offset
         return self._run(latents, tiles.decode, check)
 
+    def images(
+        self, latents: Tensor, output: str, at_once: int, timer: StageTimer, raw: bool, finite: FiniteCheck
+    ) -> Tensor:
+        """Return the images of a call's latents, `at_once` together: uint8 [B, H, W, 3], or for output "pt" float
+        [B, 3, H, W], nominally in [-1, 1]. finite: told of each part before it is rounded."""
+
+        def decode(part: Tensor, _: int) -> Tensor:
+            images = self.decode(part, raw=raw, check=lambda: timer.check("before a tile of its decode stage"))
+            finite.note("pixels", images)
+            return images if output == "pt" else self.ops.to_uint8(images)
+
+        return in_parts(decode, latents, at_once, timer)
+
     def decode_uint8(self, latents: Tensor) -> Tensor:
         """Return the images of normalised latents [B, C, h, w]: uint8 [B, H, W, 3]."""
         return self.ops.to_uint8(self.decode(latents))
@@ -123,11 +145,25 @@ class VaeEncoder(VaeHalf):
 
     recorded_as = "encode"
 
+    def stored(self) -> dict[str, Tensor]:
+        """Return the weights under the checkpoint's names, as its files have them: none where they have no encoder."""
+        part = self.parts[0]
+        names = [source for name in part.network.state_dict() for source in sources(name, part.layout.fused)]
+        return {name: part.checkpoint.get(name) for name in names if name in part.checkpoint}
+
     def encode(self, images: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
         """Return the normalised latents of images [B, 3, H, W] in [-1, 1], sides in multiples of `scale`: the mean of
         what the encoder says of them, not a sample, so the same in every call. check(): see `decode`."""
         mean = self._run(images, tiles.encode, check)[:, : self.channels]
         return ((mean.float() - self._offset) * self._divisor).to(self.dtype)
+
+    def start(self, given: ImageInput, noise: Tensor, at_once: int, timer: StageTimer) -> Start:
+        """Return where the images of a call start that have pictures, `at_once` of which are encoded together."""
+        check = lambda: timer.check("before a tile of its encode stage")
+        pixels = given.pixels.to(self.device) * 2 - 1
+        latents = in_parts(lambda part, _: self.encode(part, check), pixels, at_once, timer)
+        mask = given.latent_mask(self.scale)
+        return Start(latents[list(given.numbers)], noise, None if mask is None else mask.to(self.device))
 
 
 class PreviewDecoder(VaeDecoder):

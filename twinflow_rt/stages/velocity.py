@@ -19,6 +19,7 @@ from ..runtime.timing import StageTimer
 from ..sampling.noise import step_noise
 from ..sampling.sampler import sample
 from ..sampling.schedule import SamplerConfig, steps
+from ..sampling.start import Start
 from .prompt_cache import PromptCache
 from .stage import DEFAULTS, StageOptions, in_parts
 from .text import PromptEmbeds
@@ -122,14 +123,15 @@ class VelocityStage(Generic[AnyProgram]):
 
     def sample(
         self, noise: Tensor, contexts: Sequence[Context], seeds: Sequence[int], sampler: SamplerConfig, at_once: int,
-        timer: StageTimer, callback: Callback | None = None, vae: VaeInput | None = None,
+        timer: StageTimer, callback: Callback | None = None, vae: VaeInput | None = None, start: Start | None = None,
     ) -> Tensor:  # fmt: skip
         """Return clean latents of noise [B, C, h, w], both normalised, `at_once` images together with their contexts.
 
         seeds: of the images, for the noise between evaluations. timer: asked between parts and evaluations whether to
         stop. callback: see `sampling.sampler.sample`. vae: whose input is wanted in place of the normalised latents,
-        where `projects_to_vae`."""
-        t = None if vae is None else steps(sampler, self.dtype)[0].t
+        where `projects_to_vae`. start: given images, which with the noise make what sampling begins from."""
+        t = steps(sampler, self.dtype)[0].t
+        begin, keep = (noise, {}) if start is None else (start.at(t), {"keep": start.keep})
         parts = [
             self._evaluation(context, part, vae, t)
             for context, part in zip(contexts, noise.split(at_once), strict=True)
@@ -137,18 +139,18 @@ class VelocityStage(Generic[AnyProgram]):
         velocity = lambda x, step: in_parts(lambda part, i: parts[i](part, step), x, at_once, timer)
         fresh = lambda step: step_noise(seeds, step, noise.shape[1:], device=noise.device)
         return sample(
-            velocity, noise, sampler, noise_fn=fresh, callback=callback, cancel=timer.cancel,
-            project=self.program.network.ops.x0_project if vae is None else (lambda noise, raw, t: raw),
+            velocity, begin, sampler, noise_fn=fresh, callback=callback, cancel=timer.cancel,
+            project=self.program.network.ops.x0_project if vae is None else (lambda noise, raw, t: raw), **keep,
         )  # fmt: skip
 
-    def _evaluation(self, context: Context, noise: Tensor, vae: VaeInput | None, t: float | None) -> Evaluation:
+    def _evaluation(self, context: Context, noise: Tensor, vae: VaeInput | None, t: float) -> Evaluation:
         """Return the network for these prompts: recorded where that is asked for, or (capture "auto") worth while.
         vae, t: see `sample`; its time."""
         network, captures = self.program.network, self.options.captures
 
         def run(x: Tensor, step: int, context: Context) -> Tensor:
             modulation = network.step_modulation(step)
-            if vae is None or t is None:
+            if vae is None:
                 velocity: Tensor = network(x, modulation, context)
                 return velocity
             patches, sign = network.patches(x, modulation, context)
