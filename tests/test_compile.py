@@ -247,6 +247,33 @@ def test_refold_equals_compiling_anew_and_stays_bounded(checkpoint):
         program.refold(ONE)
 
 
+def test_constants_of_schedules_seen_before_are_not_folded_again(checkpoint, monkeypatch):
+    program = compiled(checkpoint, FOUR)
+    read, get = [], Checkpoint.get
+    monkeypatch.setattr(Checkpoint, "get", lambda *args, **kwargs: read.append(args[1]) or get(*args, **kwargs))
+    keys = [program.constants]
+    for schedule in (ONE, FOUR, ONE, FOUR):
+        program.refold(schedule)
+        keys.append(program.constants)
+        if len(keys) == 2:
+            assert read
+            read.clear()
+    assert not read and keys[0] == keys[2] == keys[4] != keys[1] == keys[3]
+    fresh = compiled(checkpoint, FOUR).network.state_dict()
+    assert all(torch.equal(program.network.state_dict()[name], tensor) for name, tensor in fresh.items())
+
+
+@pytest.mark.parametrize("changes", [{"tables_bytes": 0}, {"tables_bytes": 40_000}])
+def test_constants_of_other_schedules_take_bounded_memory(checkpoint, changes):
+    recipe = Recipe(checkpoint, family_of(checkpoint.config), CPU, torch.float32, **changes)
+    program = compile_network(recipe, ONE)
+    for n in range(2, 40):
+        program.refold(tuple((1 - i / n, 0.0) for i in range(n)))
+        held = [folded.tables for folded in program._folded._kept.values()]
+        assert len(held) == 1 or program._folded.nbytes <= recipe.tables_bytes
+        assert all(any(t is b for b in program.network.buffers()) for t in held[-1].values())
+
+
 @pytest.mark.parametrize("n", [0, 101])
 def test_schedule_length_is_bounded(checkpoint, n):
     with pytest.raises(ConfigError, match="1 to 100"):

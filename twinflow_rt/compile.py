@@ -9,14 +9,14 @@
     plan    say what was done
 
 The result holds no time embedder and no modulation layer. Another schedule needs other constants:
-`Program.refold` makes them from the checkpoint, so long as the program still has one. Adapters are
-merged into the checkpoint's tensors as these passes read them (`checkpoint.lora`).
+`Program.refold` makes them from the checkpoint, so long as the program still has one, and keeps those of both. Adapters
+are merged into the checkpoint's tensors as these passes read them (`checkpoint.lora`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from .ops.int4 import Int4Weight
 from .ops.selection import Choice
 from .passes import fold as folding
 from .passes import quantize
-from .passes.fold import Schedule, fold, folded_away
+from .passes.fold import Schedule, TableCache, fold, folded_away
 from .passes.layer_groups import Group
 from .plan import Plan
 from .planning.parameters import group_parameters, parameter_bytes
@@ -45,6 +45,7 @@ from .runtime.parallel import Ulysses
 from .runtime.streaming import Streaming
 
 MAX_EVALUATIONS = 100
+TABLES = 128 << 20  # bytes of the tables of all schedules that a program keeps: of 60 evaluations of Z-Image's network
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class Recipe:
     float32, and in bfloat16 within 1.1x of the unfolded network's error. precision, skip_layers: of the linear layers,
     see `quantize.convert_layers`. fp8_attention: whether attention's scores are float8 products (`ops.attention_fp8`).
     sensitivity: what `skip_layers` was measured by, if it was. notes: on the choice of all this, for the plan.
-    streamed: how many of the last blocks come and go as they run (see `runtime.streaming`)."""
+    streamed: how many of the last blocks come and go as they run (see `runtime.streaming`). tables_bytes: what
+    the tables of all schedules together may take; those in use may take more. tables_on_host: whether those that are
+    not in use are kept in host memory."""
 
     source: Checkpoint
     family: Family
@@ -69,6 +72,8 @@ class Recipe:
     sensitivity: tuple[Group, ...] = ()
     notes: tuple[str, ...] = ()
     streamed: int = 0
+    tables_bytes: int = TABLES
+    tables_on_host: bool = False
 
     @property
     def absorbs(self) -> bool:
@@ -99,7 +104,8 @@ class Recipe:
 class Program:
     """A compiled velocity network: `network(latents, modulation(step), context)` per evaluation.
 
-    recipe: None for a program that was saved, which no longer has a checkpoint to go back to.
+    recipe: None for a program that was saved, which no longer has a checkpoint to go back to. constants: a key that
+    stands for the tensors of the tables in use.
     """
 
     network: Any  # None only while another one is compiled
@@ -107,6 +113,8 @@ class Program:
     plan: Plan
     recipe: Recipe | None = None
     sequence: Ulysses | None = None
+    constants: object = None
+    _folded: TableCache = field(default_factory=lambda: TableCache(0))
 
     def parallelize(self, sequence: Ulysses) -> None:
         """Spreads each image's tokens over the processes of `sequence`, now and after every recompilation.
@@ -121,7 +129,8 @@ class Program:
         self.network.ops = replace(self.network.ops, attention=sequence.attention(self.network.ops.attention))
 
     def refold(self, schedule: Schedule) -> None:
-        """Switches to another schedule: tables are folded anew, absorbed weights read anew.
+        """Switches to another schedule: its tables are those it had before, or folded anew; absorbed weights are read
+        anew.
 
         A program that has left one absorbed evaluation keeps tables from then on, so going back and forth reads the
         weights once. Raises ConfigError if the program came from a saved artifact, which holds one schedule only.
@@ -133,10 +142,13 @@ class Program:
         if self.network is None or self.plan.absorbed:
             return self._replace(recipe, schedule)
         device = next(self.network.parameters()).device
-        tables = recipe.tables(recipe.unfolded(), schedule)
-        self.schedule = ()  # until all of them are there: what stops in between is begun again by the next call
-        for name, table in tables.items():
+        home = torch.device("cpu") if recipe.tables_on_host else device
+        make = lambda: {name: table.to(home) for name, table in recipe.tables(recipe.unfolded(), schedule).items()}
+        self.schedule = ()  # until all tables are there: what stops in between is begun again by the next call
+        folded = self._folded.get(schedule, make)
+        for name, table in folded.tables.items():
             assign(self.network, name, table.to(device))
+        self.constants = folded.key if home == device else object()
         self.network.folded_steps = len(schedule)
         self.schedule = schedule
         self.plan = replace(self.plan, schedule=schedule, bytes_after=parameter_bytes(self.network))
@@ -173,6 +185,7 @@ class Program:
         self.network, self.schedule, self.recipe = None, (), recipe
         fresh = compile_network(recipe, schedule)
         self.network, self.schedule, self.plan = fresh.network, fresh.schedule, fresh.plan
+        self.constants, self._folded = fresh.constants, fresh._folded
         if (sequence := self.sequence) is not None:
             self.sequence = None
             self.parallelize(sequence)
@@ -216,7 +229,10 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
         fp8_attention=recipe.fp8_attention, sensitivity=recipe.sensitivity,
         notes=(f"transformer {report}", *recipe.notes, *quantize.dtype_notes(source.main_dtype(), dtype, device)),
     )  # fmt: skip
-    return Program(network, schedule, plan, recipe)
+    program = Program(network, schedule, plan, recipe, _folded=TableCache(recipe.tables_bytes))
+    if not plan.absorbed:
+        program.constants = program._folded.get(schedule, lambda: {n: network.get_buffer(n) for n in tables}).key
+    return program
 
 
 def load_program(

@@ -17,7 +17,7 @@ from .checkpoint.files import WEIGHTS
 from .checkpoint.lora import Loras, Merged, require_same, resolve_loras
 from .checkpoint.model_folder import model_folder, weight_files
 from .checkpoint.reading import Progress
-from .compile import Program, Recipe, compile_network, load_program
+from .compile import TABLES, Program, Recipe, compile_network, load_program
 from .config import (
     DTYPES,
     LOAD_NAMES,
@@ -232,7 +232,11 @@ def _load_folder(folder: Path, files: Files, asked: Asked) -> Pipeline:
         memory = plan(arithmetic)
     streamed = 0 if memory is None else memory.streamed
     notes = (*(f"{part} from {file.folder}" for part, file in files.items()), *arithmetic.notes)
-    recipe = Recipe(checkpoint, family, asked.device, **vars(replace(arithmetic, notes=notes)), streamed=streamed)
+    budgeted, cpu = asked.budget is not None, asked.device.type == "cpu"
+    recipe = Recipe(
+        checkpoint, family, asked.device, **vars(replace(arithmetic, notes=notes)), streamed=streamed,
+        tables_bytes=0 if budgeted and cpu else TABLES, tables_on_host=budgeted,
+    )  # fmt: skip
     return _assemble(model, asked, memory, partial(compile_network, recipe, model.times))
 
 

@@ -20,8 +20,10 @@ layer's columns gain anything: the norm multiplies anyway, and the weights would
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,6 +61,35 @@ def fold(network: Any, read: Callable[[str], Tensor], schedule: Schedule) -> dic
     t, tt = torch.tensor(schedule, dtype=torch.float64).unbind(1)
     with torch.no_grad():
         return dict(network.fold(t, tt, resident))
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The tables of a schedule by buffer name. key: stands for exactly these tensors in keys, and keeps none alive."""
+
+    tables: Mapping[str, Tensor]
+    key: object = field(default_factory=object)
+
+
+class TableCache:
+    """The tables of schedules; the least recently used go where together they exceed `most` bytes, never those asked
+    for last."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._kept: OrderedDict[Hashable, Folded] = OrderedDict()
+
+    def get(self, schedule: Hashable, make: Callable[[], Mapping[str, Tensor]]) -> Folded:
+        """Return the tables of `schedule`: those kept, else what `make` returns, kept from now on."""
+        self._kept[schedule] = folded = self._kept.pop(schedule, None) or Folded(make())
+        while len(self._kept) > 1 and self.nbytes > self.most:
+            self._kept.popitem(last=False)
+        return folded
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all tables kept."""
+        return sum(table.nbytes for folded in self._kept.values() for table in folded.tables.values())
 
 
 def folded_away(unfolded: nn.Module, folded: nn.Module) -> dict[str, int]:

@@ -139,7 +139,7 @@ def _count_products(network: nn.Module) -> None:
         return block.new_empty((*x.shape[:-1], len(packed)), dtype=x.dtype)
 
     for layer in network.modules():
-        if isinstance(layer, QuantizedLinear):
+        if isinstance(layer, QuantizedLinear) and layer.kind != "fp8":
             ops = replace(layer.quantized_ops, linear_quantized=int8_mm, linear_w4a8=w4a8, linear_w4a16=w4a16)
             layer.quantized_ops = ops
 

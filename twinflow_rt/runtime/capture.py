@@ -8,7 +8,8 @@ copied into the buffers that were recorded with, outputs out of theirs, so calle
     y = graphs("decode", network, network.forward, x)      # records for x's shape, or replays
 
 `owner` is what the recorded addresses belong to: where it is another object than last time (a network that
-was compiled anew, a schedule folded anew), the stage's graphs are forgotten. One lock holds copy-in, replay and
+was compiled anew), the stage's graphs are forgotten. `version` tells apart what one owner computes with in turn (the
+constants of schedules). One lock holds copy-in, replay and
 copy-out together, and each replay waits on the device for the one before: any thread and stream may call.
 
 Memory. All graphs share one pool, so their intermediate results lie in the same memory: together they need what the
@@ -117,12 +118,15 @@ class Captures:
         self._owners: dict[str, Any] = {}
         self._stats: dict[str, Stats] = {}
 
-    def __call__(self, stage: str, owner: Any, function: Callable[..., Any], *args: Any) -> Any:
+    def __call__(
+        self, stage: str, owner: Any, function: Callable[..., Any], *args: Any, version: object = None
+    ) -> Any:
         """Return function(*args), by a graph. args: tensors, also in tuples, dicts and dataclasses; everything else in
         them must be hashable and decides, with shapes and dtypes, which graph it is. The result's tensors are
-        the caller's own. function may read other tensors if they live as long as `owner` and never move."""
+        the caller's own. function may read other tensors if they live as long as `owner` and never move. version:
+        stands for those of them that are others from call to call: graphs of every version are kept."""
         leaves: list[Tensor] = []
-        key = (stage, structure(args, leaves), torch.is_inference_mode_enabled())
+        key = (stage, version, structure(args, leaves), torch.is_inference_mode_enabled())
         with self._lock:
             if self._owners.get(stage) is not owner:
                 self.forget(stage)

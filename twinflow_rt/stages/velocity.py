@@ -31,14 +31,14 @@ Evaluation = Callable[[Tensor, int], Tensor]
 
 
 class Program(Protocol):
-    """A compiled network that can be folded for another schedule. plan: another object whenever constants or weights
-    are others than before, so recordings of the network belong to it."""
+    """A compiled network that can be folded for another schedule. constants: see `compile.Program`; recordings of the
+    network belong to it and them."""
 
     @property
     def network(self) -> VelocityNetwork: ...
 
     @property
-    def plan(self) -> object: ...
+    def constants(self) -> object: ...
 
     def refold(self, schedule: Schedule) -> None: ...
 
@@ -108,7 +108,7 @@ class VelocityStage(Generic[AnyProgram]):
         given, network, captures = embeds.to(self.device, self.dtype), self.program.network, self.options.captures
         if captures is None:
             return network.encode_context(given.embeds, given.lengths, **given.extras)
-        call = partial(captures, "context", self.program.plan)
+        call = partial(captures, "context", network, version=self.program.constants)
         if captures.buckets:
             return recorded_context(network, call, given.embeds, given.lengths, **given.extras)
         encode = lambda embeds, lengths, extras: network.encode_context(embeds, lengths, **extras)
@@ -162,7 +162,6 @@ class VelocityStage(Generic[AnyProgram]):
             captures = None
         if captures is None or not (captures.strict or noise[:, 0].numel() <= AUTO_POSITIONS):
             return lambda x, step: run(x, step, context)
-        record, plan = captures, self.program.plan
+        call = partial(captures, "velocity" if vae is None else "vae input", network, version=self.program.constants)
         static = context.in_bucket() if captures.buckets else context
-        name = "velocity" if vae is None else "vae input"
-        return lambda x, step: record(name, plan, run, x, step, static)
+        return lambda x, step: call(run, x, step, static)
