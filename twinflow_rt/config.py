@@ -274,6 +274,10 @@ class SizeRule:
                 "configs do not fit each other; download them again"
             )
 
+    def tokens(self, height: int, width: int) -> int:
+        """Return how many tokens an image of this many pixels has, by which schedulers shift times."""
+        return (height // self.multiple) * (width // self.multiple)
+
     def resolve(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Return height and width in pixels; None means the model's default size."""
         return self._axis("height", height, self.max_height), self._axis("width", width, self.max_width)
@@ -420,7 +424,7 @@ METHODS = {
     "enable_attention_slicing": "pipe(..., on_oom='split')", "load_lora_weights": "pipe.set_loras({path: weight})",
     "unload_lora_weights": "pipe.set_loras()", "set_adapters": "pipe.set_loras({path: weight})",
     "fuse_lora": "pipe.set_loras({path: weight}), which merges", "save_pretrained": "pipe.save(folder)",
-    "encode_prompt": "pipe.text([prompt])", "scheduler": "pipe.sampler, or nfe= of a call",
+    "encode_prompt": "pipe.text([prompt])", 
     "transformer": "pipe.program.network", "tokenizer": "pipe.text.tokenizer", "text_encoder": "pipe.text",
     "set_progress_bar_config": "callback= of a call",
     "cuda": "load(..., device='cuda')", "cpu": "load(..., device='cpu')",

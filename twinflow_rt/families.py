@@ -6,18 +6,21 @@ A family is found by the `_class_name` of its transformer's config.json, and onl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.checkpoint import OWN_FILES, Files
+from .checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
+from .checkpoint.files import read_json
 from .checkpoint.layout import Layout
 from .config import SizeRule
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .models.architecture import Architecture
 from .models.config import reading
 from .models.meta_device import meta_device
+from .sampling.scheduler import FILE, SCM, Scheduler
 from .stages.text import TextEncoder, TextStage
 from .stages.text_encoders import OpenUniText, QwenImageTokenizer, SanaText, SD3Text
 from .stages.tokenizer import ChatTokenizer
@@ -27,6 +30,7 @@ Z_IMAGE_TOKENS = 1024  # of a prompt, as TwinFlow asks diffusers for; the releas
 QWEN_IMAGE_DEFAULT = 83  # tokens per axis: 1328 pixels, the square that Qwen-Image was released for
 QWEN_IMAGE_LARGEST = 256  # tokens per axis: 4096 pixels
 CONNECTOR = "connector"  # OpenUni's folder, whose config.json names no kind
+SPRINT_STEPS = 2  # evaluations that SANA-Sprint was published with
 SANA_LARGEST = 4096  # pixels per axis: the largest that SANA was published for
 
 
@@ -37,7 +41,8 @@ class Family:
     config, network, layout: the velocity network's config class, class, and how its files are read. autoencoder: of the
     VAE. parts: it and the text encoders, by _class_name or model_type of their config.json. text(folder, config,
     files): opens the text stage of a model folder whose transformer has this config, unread. sizes(config, text, vae):
-    the image sizes that the three make together; raises CheckpointError where they belong to different models.
+    the image sizes that the three make together; raises CheckpointError where they belong to different models. steps:
+    evaluations that the ordinary model was published with. evenly: see `Scheduler`.
     """
 
     name: str
@@ -48,11 +53,37 @@ class Family:
     parts: Mapping[str, Architecture]
     text: Callable[[Path, Any, Files], TextStage]
     sizes: Callable[[Any, Any, VaeDecoder], SizeRule]
+    steps: int
+    evenly: bool = False
 
     def build(self, config: Any, **options: Any) -> Any:
         """Return network(config, **options) on the meta device. Raises ConfigError for a config that builds none."""
         with reading("transformer/config.json"), meta_device():
             return self.network(config, **options)
+
+    def scheduler(self, folder: Path, checkpoint: Checkpoint) -> Scheduler | None:
+        """Return what samples the network in `checkpoint`, of a model folder, if it is an ordinary flow model, and say
+        so in its config (`twinflow`); None for TwinFlow's: with a key of the second time embedder, in the folder's own
+        files if `checkpoint` is of others, or called TwinFlow by folder, files, scheduler or config, unless the config
+        says otherwise. Raises CheckpointError, ConfigError for a scheduler that is absent or another model's."""
+        config, path = checkpoint.config, folder / FILE
+        names = set(checkpoint)
+        if checkpoint.files is not None:
+            with suppress(CheckpointError):  # which need not be there
+                names |= set(Checkpoint(folder / "transformer"))
+        if any(name.startswith(self.network.second_embedder + ".") for name in names):
+            return None
+        settings, said = read_json(path, infinite=True) if path.exists() else {}, config.get("twinflow")
+        called = folder.name, *(part for part in folder.parts if part.startswith("models--")), settings
+        called += *(file.name for file in checkpoint.paths), {k: v for k, v in config.items() if k != "twinflow"}
+        if said is not False and (said is not None or "twinflow" in str(called).lower()):
+            return None
+        config["twinflow"] = False
+        sprint = bool(config.get("guidance_embeds"))
+        scheduler = Scheduler(settings or read_json(path), SPRINT_STEPS if sprint else self.steps, self.evenly)
+        if (scheduler.kind == SCM) != sprint:
+            raise ConfigError(f"{FILE} says _class_name {scheduler.kind}: {SCM} goes with SANA-Sprint, and it alone")
+        return scheduler
 
     def open(
         self, folder: Path, raw: dict[str, Any], files: Files = OWN_FILES
@@ -100,7 +131,8 @@ def z_image() -> Family:
         return SizeRule(multiple, *most, default=min(default, *most))
 
     parts = {"qwen3": qwen3.MODEL, "AutoencoderKL": autoencoder_kl.MODEL}
-    return Family("z-image", ZImageConfig, ZImageTransformer, LAYOUT, autoencoder_kl.MODEL, parts, text, sizes)
+    vae = autoencoder_kl.MODEL
+    return Family("z-image", ZImageConfig, ZImageTransformer, LAYOUT, vae, parts, text, sizes, steps=8, evenly=True)
 
 
 @cache
@@ -126,7 +158,8 @@ def qwen_image() -> Family:
 
     vae = autoencoder_qwen.MODEL
     parts = {"qwen2_5_vl": qwen2_5_vl.MODEL, "AutoencoderKLQwenImage": vae}
-    return Family("qwen-image", QwenImageConfig, QwenImageTransformer, LAYOUT, vae, parts, text, sizes)
+    network = QwenImageTransformer
+    return Family("qwen-image", QwenImageConfig, network, LAYOUT, vae, parts, text, sizes, steps=50, evenly=True)
 
 
 @cache
@@ -158,7 +191,7 @@ def sd3() -> Family:
         return SizeRule(2 * vae.scale, most, most, default=min(config.sample_size * vae.scale, most))
 
     parts = {"clip_text_model": clip_text.MODEL, "t5": t5.MODEL, "AutoencoderKL": autoencoder_kl.MODEL}
-    return Family("sd3.5", SD3Config, SD3Transformer, LAYOUT, autoencoder_kl.MODEL, parts, text, sizes)
+    return Family("sd3.5", SD3Config, SD3Transformer, LAYOUT, autoencoder_kl.MODEL, parts, text, sizes, steps=28)
 
 
 @cache
@@ -184,7 +217,7 @@ def sana() -> Family:
 
     parts = {"gemma2": gemma2.MODEL, "AutoencoderDC": autoencoder_dc.MODEL, CONNECTOR: openuni.CONNECTOR}
     parts |= {"qwen2": openuni.LANGUAGE, "internvl_chat": openuni.LANGUAGE}
-    return Family("sana", SanaConfig, SanaTransformer, LAYOUT, autoencoder_dc.MODEL, parts, text, sizes)
+    return Family("sana", SanaConfig, SanaTransformer, LAYOUT, autoencoder_dc.MODEL, parts, text, sizes, steps=20)
 
 
 FAMILIES: dict[str, Callable[[], Family]] = {

@@ -48,7 +48,8 @@ from .runtime.capture import Captures, open_captures
 from .runtime.finite import SMALL
 from .runtime.host_state import isolated
 from .sampling.noise import check_batch
-from .sampling.schedule import SamplerConfig, preset, resolve_sampler, schedule
+from .sampling.schedule import PRESETS, SamplerConfig, resolve_sampler, schedule
+from .sampling.scheduler import MAX_STEPS, Scheduler, sampler_of
 from .single_files.recognition import open_files
 from .stages.stage import StageOptions
 from .stages.text import TextStage
@@ -125,11 +126,10 @@ def load_opened(folder: Path, files: Files, asked: Asked) -> Pipeline:
 
 @dataclass(frozen=True)
 class Asked:
-    """`LoadOptions` checked for this machine, in the types that loading works with. sampler, dtype, loras, budget:
-    None where nothing is asked for. captures: what records the stages, or None."""
+    """`LoadOptions` checked for this machine, in the types that loading works with. dtype, loras, budget: None where
+    nothing is asked for. captures: what records the stages, or None."""
 
     options: LoadOptions
-    sampler: SamplerConfig | None
     device: torch.device
     dtype: str | torch.dtype | None
     captures: Captures | None
@@ -139,12 +139,13 @@ class Asked:
     @classmethod
     def of(cls, options: LoadOptions) -> Asked:
         """Check what can be checked without the model. Raise ConfigError, DeviceError."""
-        sampler, device = resolve_sampler(options.nfe, options.sampler), resolve_device(options.device)
+        resolve_sampler(options.nfe, options.sampler)
+        device = resolve_device(options.device)
         _, dtype = resolve_precision(options.precision, options.dtype)
         check_choice("capture", options.capture, CAPTURES)
         loras = None if options.loras is None else resolve_loras(options.loras)
         budget = parse_bytes(options.memory_budget)
-        return cls(options, sampler, device, dtype, open_captures(options.capture, device), loras, budget)
+        return cls(options, device, dtype, open_captures(options.capture, device), loras, budget)
 
     def text_options(self, captures: Captures | None = None) -> StageOptions:
         """Return how the text stage is read where memory allows."""
@@ -161,7 +162,7 @@ class Asked:
 @dataclass(frozen=True)
 class Model:
     """A model whose files are open and compared, none of its weights read: the stages around its network, and the
-    sampler it is to be compiled for, whose evaluations are at `times`."""
+    sampler it is to be compiled for, whose evaluations are at `times`. scheduler: an ordinary flow model's."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -171,21 +172,31 @@ class Model:
     sizes: SizeRule
     dtype: torch.dtype
     sampler: SamplerConfig
+    scheduler: Scheduler | None
     times: Schedule
 
     @classmethod
     def open(
-        cls, folder: Path, checkpoint: Checkpoint, family: Family, dtype: torch.dtype, sampler: SamplerConfig,
-        asked: Asked, files: Files = OWN_FILES,
+        cls, folder: Path, checkpoint: Checkpoint, family: Family, dtype: torch.dtype, asked: Asked,
+        scheduler: Scheduler | None, files: Files = OWN_FILES, saved: SamplerConfig | None = None,
     ) -> Model:  # fmt: skip
-        """Open the stages in `folder` beside the network in `checkpoint`. files: in place of the folder's."""
+        """Open the stages in `folder` beside the network in `checkpoint`. files: in place of the folder's. saved: a
+        program's sampler."""
         options = asked.options
         text, vae, sizes = family.open(folder, checkpoint.config, files)
         text.require_precision(options.text_precision, options.text_skip_layers, asked.device, dtype)
         resolve_largest(options.largest, sizes)
         if options.tile is not None:
             check_tile(vae.network, options.tile)
-        return cls(folder, checkpoint, family, text, vae, sizes, dtype, sampler, schedule(sampler, dtype))
+        tokens = sizes.tokens(*sizes.resolve(None, None))
+        usual = scheduler if saved is None or scheduler is None else replace(scheduler, steps=None)
+        sampler = sampler_of(options.nfe, options.sampler, saved or PRESETS["1"], usual, tokens)
+        if scheduler is not None:  # calls that name no steps make as many by it, unless the sampler is not its own
+            steps = sampler.sampling_steps
+            own = steps <= MAX_STEPS and scheduler.sampler(steps, tokens) == sampler
+            scheduler = replace(scheduler, steps=steps if own else None)
+        times = schedule(sampler, dtype)
+        return cls(folder, checkpoint, family, text, vae, sizes, dtype, sampler, scheduler, times)
 
     def plan_memory(self, asked: Asked, **network: Any) -> MemoryPlan | None:
         """Return what streams, and the side of tiles, so that the budget holds; None without one. network: its
@@ -216,12 +227,13 @@ def _load_folder(folder: Path, files: Files, asked: Asked) -> Pipeline:
     else:
         checkpoint = Checkpoint.of_part(network, files)
     family = family_of(checkpoint.config)
+    scheduler = family.scheduler(folder, checkpoint)
     dtype = resolve_dtype(asked.dtype, asked.device, checkpoint.main_dtype())
     arithmetic = precisions.resolve(
         checkpoint, options.precision, options.skip_layers, options.fp8_attention, asked.device, dtype,
         free=asked.dtype is None,
     )  # fmt: skip
-    model = Model.open(folder, checkpoint, family, arithmetic.dtype, asked.sampler or preset(1), asked, files)
+    model = Model.open(folder, checkpoint, family, arithmetic.dtype, asked, scheduler, files)
 
     def plan(some: precisions.Arithmetic) -> MemoryPlan | None:
         return model.plan_memory(asked, precision=some.precision, skip_layers=some.skip_layers)
@@ -231,7 +243,8 @@ def _load_folder(folder: Path, files: Files, asked: Asked) -> Pipeline:
     else:
         memory = plan(arithmetic)
     streamed = 0 if memory is None else memory.streamed
-    notes = (*(f"{part} from {file.folder}" for part, file in files.items()), *arithmetic.notes)
+    plain = () if scheduler is None else (f"an ordinary flow model, sampled by {scheduler.kind}",)
+    notes = (*plain, *(f"{part} from {file.folder}" for part, file in files.items()), *arithmetic.notes)
     budgeted, cpu = asked.budget is not None, asked.device.type == "cpu"
     recipe = Recipe(
         checkpoint, family, asked.device, **vars(replace(arithmetic, notes=notes)), streamed=streamed,
@@ -249,7 +262,8 @@ def _load_artifact(folder: Path, asked: Asked) -> Pipeline:
     checkpoint = Checkpoint(folder / "transformer", quantized=plan.precision is not None)
     family = family_of(checkpoint.config)
     dtype = resolve_dtype(asked.dtype, asked.device, DTYPES[plan.dtype])
-    model = Model.open(folder, checkpoint, family, dtype, asked.sampler or saved["sampler"], asked)
+    scheduler = family.scheduler(folder, checkpoint) if checkpoint.config.get("twinflow") is False else None
+    model = Model.open(folder, checkpoint, family, dtype, asked, scheduler, saved=saved["sampler"])
     memory = model.plan_memory(asked, precision=plan.precision, skip_layers=plan.skip_layers, saved=True)
 
     def program(progress: Progress | None) -> Program:
@@ -281,7 +295,7 @@ def _assemble(
         preview.materialize(device, dtype, StageOptions(recorders["decode"]), asked.progress("preview"))
     pipe = Pipeline(
         text, velocity, vae, model.sizes, model.sampler, model.folder, preview=preview, memory=memory,
-        batch_invariant=options.batch_invariant, check_finite=options.check_finite,
+        batch_invariant=options.batch_invariant, check_finite=options.check_finite, scheduler=model.scheduler,
     )  # fmt: skip
     if options.check_finite and (found := pipe.damaged(SMALL)) is not None:
         raise CheckpointError(

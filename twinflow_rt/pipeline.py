@@ -46,7 +46,8 @@ from .runtime.parallel import Ulysses
 from .runtime.threads import placed_threads
 from .runtime.timing import StageTimer
 from .sampling.noise import check_batch, initial_noise, resolve_seeds
-from .sampling.schedule import SamplerConfig, resolve_sampler, schedule, started
+from .sampling.schedule import SamplerConfig, schedule, started
+from .sampling.scheduler import Scheduler, sampler_of
 from .stages import embeds_file
 from .stages.image_input import ImageInput, resolve_images
 from .stages.result import Result, Truncated, deliver
@@ -74,8 +75,9 @@ class Request:
 class Pipeline:
     """A loaded model. Calls are serialised: one device runs one generation at a time.
 
-    text, velocity, vae: its stages. preview: the decoder of calls with preview=True, or None. sampler: of calls that
-    name none. folder: it was loaded from. memory: how it keeps to a budget, or None.
+    text, velocity, vae: its stages. preview: the decoder of calls with preview=True, or None. sampler: of calls of the
+    default size that name none. scheduler: of an ordinary flow model, which gives calls their samplers; None for
+    TwinFlow's. folder: it was loaded from. memory: how it keeps to a budget, or None.
     batch_invariant: whether every image goes through the networks alone, so that its bits are the same in
     any batch (docs/reliability.md). check_finite: whether latents and pixels that hold NaN or infinity are a
     NonFiniteError. Both may be changed between calls.
@@ -84,12 +86,12 @@ class Pipeline:
     def __init__(
         self, text: TextStage, velocity: VelocityStage[Program], vae: VaeDecoder, sizes: SizeRule,
         sampler: SamplerConfig, folder: Path, *, preview: VaeDecoder | None = None, memory: MemoryPlan | None = None,
-        batch_invariant: bool = False, check_finite: bool = True,
+        batch_invariant: bool = False, check_finite: bool = True, scheduler: Scheduler | None = None,
     ) -> None:  # fmt: skip
         self.text, self.velocity, self.vae, self.preview = text, velocity, vae, preview
         self.sizes, self.sampler, self.folder, self.memory = sizes, sampler, folder, memory
         self.device, self.dtype, self.prompts = velocity.device, velocity.dtype, velocity.prompts
-        self.batch_invariant, self.check_finite = batch_invariant, check_finite
+        self.batch_invariant, self.check_finite, self.scheduler = batch_invariant, check_finite, scheduler
         self._lock = Lock("this pipeline")
         self._work: tuple[StageWork, ...] | None = None
         self._probe: PromptEmbeds | None = None  # of the text stage: what embeddings look like
@@ -208,7 +210,7 @@ class Pipeline:
         )
         check_batch(images := len(prompts) * num_images)
         given, resolved = resolve_images(*picture, len(prompts), num_images, self.sizes, size)
-        config = started(resolve_sampler(nfe, sampler) or self.sampler, 1 if given is None else given.strength)
+        config = started(self.sampler_of(nfe, sampler, resolved), 1 if given is None else given.strength)
         if self.memory is not None:
             self.memory.require(*resolved, images)
         if preview and self.preview is None:
@@ -217,6 +219,12 @@ class Pipeline:
         if (sequence := self.program.sequence) is not None:
             seeds = sequence.agree(seeds)
         return Request(prompts, num_images, resolved, seeds, config, output, callback, preview, given)
+
+    def sampler_of(
+        self, nfe: int | None, sampler: SamplerConfig | str | None, size: tuple[int, int]
+    ) -> SamplerConfig:
+        """Return the sampler that a call with these arguments has. size: height and width in pixels."""
+        return sampler_of(nfe, sampler, self.sampler, self.scheduler, self.sizes.tokens(*size))
 
     def _truncated(self, request: Request) -> Truncated:
         """Return which of a call's images have prompts that were cut, and warn of texts that are."""

@@ -111,6 +111,7 @@ def weights(**changes):
 
 def remove_second_embedder(model):
     edit_weights(model, lambda t: [t.pop(k) for k in list(t) if k.startswith("t_embedder_2")])
+    (model / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "TwinFlowScheduler"}')
 
 
 def bytes_of(change):

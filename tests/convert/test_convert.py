@@ -247,7 +247,7 @@ def without_second(tensors):
     ("change", "message"),
     [
         (drop("layers.1.feed_forward.w2.weight"), r"transformer lacks layers\.1\.feed_forward\.w2\.weight"),
-        (without_second, "t_embedder_2 is missing: this is a plain Z-Image"),
+        (without_second, "t_embedder_2 is missing, though this is called TwinFlow"),
         (lambda t: {**t, "model.diffusion_model.control.weight": torch.ones(2)}, r"unknown control\.weight"),
         (shorten("cap_embedder.1.bias"), "has shape"),
         (shorten("layers.0.attention.qkv.weight"), "do not split in 3"),
@@ -312,4 +312,4 @@ def test_dry_run_reports_before_it_refuses(z_image, tmp_path, capsys):
     assert cli.main(["convert", str(file), str(tmp_path / "out"), "--base", str(z_image), "--dry-run"]) == 2
     out = capsys.readouterr()
     assert "missing       4" in out.out and "t_embedder_2.mlp.0.weight" in out.out
-    assert "t_embedder_2 is missing: this is a plain Z-Image" in out.err
+    assert "t_embedder_2 is missing, though this is called TwinFlow" in out.err

@@ -11,7 +11,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.factory import WEIGHTS
 from tests.networks import relative
@@ -50,8 +50,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    """pipe(name): that miniature, loaded once."""
-    return cache(lambda name: load(folder(name), device="cpu"))
+    """pipe(name): that miniature, loaded once, for one evaluation (SANA-Sprint's own number is two)."""
+    return cache(lambda name: load(folder(name), device="cpu", nfe=1))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -127,7 +127,7 @@ def test_another_schedule_has_other_constants(folder, name, bar):
 
 @pytest.mark.parametrize("name", ["qwen-image", "sd3", "sana", "sana-sprint"])
 def test_an_artifact_gives_the_same_images(folder, name, tmp_path):
-    args, ours = {"height": 16, "width": 32, "seed": 3, "output": "np"}, load(folder(name), device="cpu")
+    args, ours = {"height": 16, "width": 32, "seed": 3, "output": "np"}, load(folder(name), device="cpu", nfe=1)
     saved = load(ours.save(tmp_path / "artifact"), device="cpu")
     assert saved.plan.absorbed == (name != "sd3")
     assert np.array_equal(saved(PROMPTS, **args).images, ours(PROMPTS, **args).images)
@@ -139,7 +139,7 @@ def test_an_artifact_gives_the_same_images(folder, name, tmp_path):
 def test_describes_itself(folder, name, capsys):
     """`inspect` reads headers only; the plan counts each stage's work; both know all encoders."""
     family, parts, line, default, height, refused = DESCRIBED[name]
-    description, ours = describe(folder(name)), load(folder(name), device="cpu")
+    description, ours = describe(folder(name)), load(folder(name), device="cpu", nfe=1)
     assert description.family == family == ours.plan.family and family in str(ours.plan)
     names = [part.name for part in description.parts]
     assert len(names) == parts and names[0] == "text_encoder" and names[-2:] == ["transformer", "vae"]
@@ -169,14 +169,6 @@ def refuse(folder, error, match):
 def change(folder, file, **changes):
     path = folder / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-@pytest.mark.parametrize(("name", "plain"), [*zip(LATER, ["Qwen-Image", r"SD3\.5", "SANA"], strict=True)])
-def test_a_checkpoint_without_the_second_embedder_is_refused(folder, tmp_path, name, plain):
-    copied, second = shutil.copytree(folder(name), tmp_path / "m"), MODELS[name].second
-    file = copied / "transformer" / WEIGHTS
-    save_file({k: v for k, v in load_file(file).items() if not k.startswith(second)}, file, metadata={"format": "pt"})
-    refuse(copied, CheckpointError, f"{second.rstrip('.')} is missing: this is a plain {plain}")
 
 
 @pytest.mark.parametrize(

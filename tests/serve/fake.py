@@ -16,7 +16,7 @@ class FakePipe:
     """Images hold prompt and seed in `info`; `gate` closed holds a run back; prompts name what should go wrong."""
 
     def __init__(self) -> None:
-        self.sizes, self.sampler = SizeRule(16, 64, 64, default=32), preset(1)
+        self.sizes, self.sampler, self.scheduler = SizeRule(16, 64, 64, default=32), preset(1), None
         self.calls: list[dict] = []
         self.gate, self.entered, self.cancelled = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()

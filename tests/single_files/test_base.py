@@ -159,7 +159,7 @@ def test_what_is_missing_is_named(model, files, base, tmp_path):
         return lambda: open_files(at, [files.get(name, name) for name in names])
 
     second = r"network\.safetensors: t_embedder_2 is missing.*give what has it beside these \(files=, --files\): a file"
-    refused(opened("network"), second, CheckpointError)
+    refused(opened("network", at=shutil.copytree(base, tmp_path / "TwinFlow")), second, CheckpointError)
     refused(opened("second"), "transformer lacks all_final_layer", CheckpointError)
     refused(opened("network", "second", "network"), r"network\.safetensors is a second transformer beside", ConfigError)
     refused(lambda: load(files["network"]), "is a single file; say with base=", CheckpointError)

@@ -29,6 +29,7 @@ from ..ops import EAGER
 from ..pipeline import Pipeline
 from ..sampling.noise import initial_noise
 from ..sampling.schedule import preset
+from ..sampling.scheduler import sampler_of
 from ..stages.velocity import VelocityStage
 from .random_file import random_tensor
 from .workload import Workload
@@ -69,6 +70,7 @@ class UnfoldedProgram:
 def uncompiled(folder: Path, files: Files, device: torch.device, dtype: torch.dtype) -> Pipeline:
     """Open a model folder with no pass run over it: the unfolded network, eager ops throughout. files: see `load`."""
     source = Checkpoint.of_part(folder / "transformer", files)
+    scheduler = family_of(source.config).scheduler(folder, source)
     network, family = _network(source, device, dtype)
     text, vae, sizes = family.open(folder, source.config, files)
     with torch.no_grad():
@@ -76,7 +78,9 @@ def uncompiled(folder: Path, files: Files, device: torch.device, dtype: torch.dt
         vae.materialize(device, dtype)
     text, vae = _eager_stage(text), _eager_stage(vae)
     program: Any = UnfoldedProgram(Unfolded(network))
-    return Pipeline(text, VelocityStage(program, device, dtype), vae, sizes, preset(1), folder)
+    velocity, tokens = VelocityStage(program, device, dtype), sizes.tokens(*sizes.resolve(None, None))
+    sampler = sampler_of(None, None, preset(1), scheduler, tokens)
+    return Pipeline(text, velocity, vae, sizes, sampler, folder, scheduler=scheduler)
 
 
 def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
@@ -85,7 +89,7 @@ def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:
     program: Any = UnfoldedProgram(Unfolded(network, torch.compile(network) if compiled else None))
     text, vae = _eager_stage(pipe.text), _eager_stage(pipe.vae)
     velocity = VelocityStage(program, pipe.device, pipe.dtype)
-    return Pipeline(text, velocity, vae, pipe.sizes, pipe.sampler, pipe.folder)
+    return Pipeline(text, velocity, vae, pipe.sizes, pipe.sampler, pipe.folder, scheduler=pipe.scheduler)
 
 
 def _network(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Family]:

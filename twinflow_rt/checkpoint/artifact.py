@@ -3,7 +3,7 @@
     artifact.json      schema, sampler, plan, hash of the source weights, hash of every file
     transformer/       config.json, safetensors: fused weights and folded tables, under module names
     text_encoder/ vae/ the parts inference uses, under checkpoint names
-    tokenizer/ model_index.json   as in the source
+    tokenizer/ scheduler/ model_index.json   as in the source
 
 The folder is written under another name and renamed when complete; artifact.json is its last file and
 every other file's SHA-256 stands in it, so neither half an artifact nor a changed one will load.
@@ -63,8 +63,8 @@ def write(
             said = {key: value for key, value in config.items() if key != "quantization_config"}  # of the files read
             (partial / name / "config.json").write_text(json.dumps(said, indent=1))
             _write_tensors(partial / name, tensors)
-        for tokenizer in sorted(source.glob("tokenizer*/")):
-            shutil.copytree(tokenizer, partial / tokenizer.name)
+        for part in sorted((*source.glob("tokenizer*/"), *source.glob("scheduler/"))):
+            shutil.copytree(part, partial / part.name)
         shutil.copy(source / "model_index.json", partial / "model_index.json")
         files = {str(p.relative_to(partial)): sha256(p) for p in sorted(partial.rglob("*")) if p.is_file()}
         manifest = {"schema": SCHEMA, **meta, "files": files}

@@ -107,10 +107,11 @@ def read_text(path: Path) -> str:
         raise CheckpointError(f"{path} is not UTF-8 text ({error}); download it again") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises CheckpointError saying what is wrong with it."""
+def read_json(path: Path, infinite: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file. infinite: whether it may hold infinity and NaN, as Python writes them. Raises
+    CheckpointError saying what is wrong with it."""
     try:
-        content = parse_json(read_text(path))
+        content = parse_json(read_text(path), infinite)
     except ValueError as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from None
     if not isinstance(content, dict):
@@ -118,10 +119,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Return what `text` says. Raises ValueError for a key that stands twice, NaN, or endless nesting, too."""
+def parse_json(text: str | bytes, infinite: bool = False) -> Any:
+    """Return what `text` says. Raises ValueError for a key that stands twice, NaN (unless `infinite`), or endless
+    nesting, too."""
     try:
-        return json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=float if infinite else _no_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         check_image_path(args.sheet, "--sheet")
     samplers = {nfe: preset(nfe, args.mode) for nfe in args.nfe}
     pipe = load_model(args, nfe=None, largest=(None, None, BATCH))
+    if args.mode is None:
+        samplers = {nfe: pipe.sampler_of(nfe, None, pipe.sizes.resolve(None, None)) for nfe in args.nfe}
     generators = {nfe: Generator(pipe, sampler, args.guidance) for nfe, sampler in samplers.items()}
     rows: list[dict[str, Any]] = []
     with doing(f"scoring {args.model}") as tell:

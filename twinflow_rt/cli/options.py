@@ -46,12 +46,12 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def chosen_sampler(args: argparse.Namespace) -> Any:
-    """Return what --nfe and --mode ask for; None leaves the choice to the model."""
+    """Return what --mode asks for, with --nfe; None leaves the choice to the model, of --nfe evaluations."""
     from ..sampling.schedule import preset
 
     if args.nfe is None and args.mode in ("any", "multi"):
         return args.mode  # that mode's published settings
-    return None if args.nfe is None and args.mode is None else preset(1 if args.nfe is None else args.nfe, args.mode)
+    return None if args.mode is None else preset(1 if args.nfe is None else args.nfe, args.mode)
 
 
 def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:

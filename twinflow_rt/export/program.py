@@ -74,6 +74,13 @@ class Generate(nn.Module):
         return images
 
 
+def generator_of(pipe: Pipeline, size: tuple[int, int]) -> Generate:
+    """Return the program of images of this size, its network folded for their times."""
+    sampler = pipe.sampler_of(None, None, size)
+    pipe.program.refold(schedule(sampler, pipe.dtype))
+    return Generate(pipe, sampler)
+
+
 class Encode(nn.Module):
     """The text encoder's program: token ids int64 [B, T], padded on the right by anything, to prompt embeddings
     [B, T - dropped, D]; `dropped` tokens are the fixed beginning of every prompt."""
@@ -136,7 +143,8 @@ def export_model(
         for height, width in chosen:
             progress(f"compiling {width}x{height}")
             inputs, shapes = image_inputs(pipe, (height, width))
-            compile_into(writer, image_name(height, width), Generate(pipe, pipe.sampler), inputs, shapes, options)
+            program = generator_of(pipe, (height, width))
+            compile_into(writer, image_name(height, width), program, inputs, shapes, options)
         if text_encoder:
             progress("compiling the text encoder")
             compile_into(writer, TEXT, Encode(language_model(pipe)), *text_inputs(pipe), options)
@@ -314,7 +322,7 @@ def compare(pipe: Pipeline, exported: Exported, sizes: Sequence[tuple[int, int]]
     for size in sizes:
         for images in (1, 2):
             inputs, _ = image_inputs(pipe, size, images, seed=images)
-            ours, theirs = Generate(pipe, pipe.sampler)(*inputs), exported.run(image_name(*size), inputs)
+            ours, theirs = generator_of(pipe, size)(*inputs), exported.run(image_name(*size), inputs)
             if (worst := int((ours.int() - theirs.int()).abs().max())) > TOLERANCE:
                 raise TwinFlowError(f"the compiled program for {size[1]}x{size[0]} is off by {worst} of 255 levels")
     if text_encoder:

@@ -78,7 +78,8 @@ def accelerate(pipe: Any, *, twinflow: str | Path | Literal[False] | None = None
     handle = Accelerated(pipe, original, pipe.vae.decoder)
     try:
         handle.park()
-        source = Checkpoint.of({**original.state_dict(), **second}, _config(original), name)
+        config = _config(original) | {"twinflow": bool(second)}
+        source = Checkpoint.of({**original.state_dict(), **second}, config, name)
         program = compile_network(Recipe(source, family, device, dtype, absorb=False), first_times)
     except BaseException:
         handle.restore()
@@ -160,7 +161,7 @@ def _require_plain(module: Any) -> None:
 
 
 def _second(original: Any, family: Family, twinflow: str | Path | Literal[False] | None) -> dict[str, Tensor]:
-    """Return the tensors of the second time embedder: TwinFlow's, read from its folder, or zeros."""
+    """Return the tensors of TwinFlow's second time embedder, read from its folder, or none."""
     with meta_device():
         wanted = family.network(family.config.from_dict(_config(original))).state_dict()
     second = family.network.second_embedder
@@ -184,4 +185,4 @@ def _second(original: Any, family: Family, twinflow: str | Path | Literal[False]
             f"twinflow={str(origin.parent)!r} to use it as TwinFlow, or twinflow=False for the many-step model "
             "that the pipeline is now"
         )
-    return {name: torch.zeros(wanted[name].shape, dtype=original.dtype) for name in names}
+    return {}

@@ -137,16 +137,17 @@ class NetworkConfig:
         return {"_class_name": self.class_name, **out}
 
 
-def second_embedder(name: str, family: str, instead: str = "") -> Callable[[set[str]], str | None]:
+def second_embedder(name: str, family: str) -> Callable[[set[str]], str | None]:
     """Return a `Layout.absent` that explains missing keys where all are of the second time embedder `name`."""
 
     def absent(missing: set[str]) -> str | None:
         if any(not key.startswith(name + ".") for key in missing):
             return None
         return (
-            f"{name} is missing: this is a plain {family} checkpoint, or a community loader saved it without "
-            f"TwinFlow's second time embedder; get the original TwinFlow files, or give what has it beside these "
-            f"(files=, --files): a file, or the released transformer's folder{instead}"
+            f"{name} is missing, though this is called TwinFlow: community loaders drop TwinFlow's second time "
+            "embedder; get the original TwinFlow files, or give what has it beside these (files=, --files): a file, or "
+            f"the released transformer's folder. For an ordinary {family} model, sampled by its own scheduler, set "
+            '"twinflow": false in transformer/config.json'
         )
 
     return absent

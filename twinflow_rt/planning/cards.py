@@ -39,6 +39,7 @@ def count(
     """
     checkpoint = Checkpoint.of_part(folder / "transformer", files)
     family = family_of(checkpoint.config)
+    family.scheduler(folder, checkpoint)  # which says whether there is a second embedder
     text, vae, sizes = family.open(folder, checkpoint.config, files)
     text.max_tokens = min(text.max_tokens, PROMPT_TOKENS)
     side = SIDE if min(sizes.max_height, sizes.max_width) >= SIDE else sizes.default

@@ -118,6 +118,7 @@ def describe(
     folder = model_folder(path)
     transformer = Checkpoint.of_part(folder / "transformer", files)
     family = family_of(transformer.config)
+    scheduler = family.scheduler(folder, transformer)
     text, vae, sizes = family.open(folder, transformer.config, files)
     config = family.config.from_dict(transformer.config)
     network, folded = family.build(config), family.build(config, folded_steps=1)
@@ -141,7 +142,8 @@ def describe(
     stages = predict_stages(text, folded, vae, *size, dtype, tokens)
     known: dict[str, Ceiling] = CEILINGS if ceilings is None else {**CEILINGS, "measured": _measured(ceilings, dtype)}
     floors = {stage.name: stage.floors(known) for stage in stages}
-    where = "".join((str(path), *(f", {part} from {file.folder}" for part, file in files.items())))
+    kind = "" if scheduler is None else f", an ordinary flow model sampled by {scheduler.kind}"
+    where = "".join((str(path), kind, *(f", {part} from {file.folder}" for part, file in files.items())))
     return Description(family.name, where, parts, away, memory, size, tokens, dtype_name(dtype), stages, floors)
 
 

@@ -23,6 +23,7 @@ from ray.exceptions import (
 from ..config import SizeRule
 from ..errors import CancelledError, DeviceError, TwinFlowError
 from ..sampling.schedule import SamplerConfig
+from ..sampling.scheduler import Scheduler
 from .engine import SMOOTHING, Batch, Engine, Job
 from .settings import Limits
 
@@ -37,6 +38,7 @@ class Model(NamedTuple):
 
     sizes: SizeRule
     sampler: SamplerConfig
+    scheduler: Scheduler | None = None
 
 
 class Cluster(Engine):

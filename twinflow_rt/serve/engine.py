@@ -21,7 +21,7 @@ from ..config import check_count, resolve_prompts, shown
 from ..errors import CancelledError, ConfigError, TwinFlowError
 from ..runtime.forks import reopen_in_children
 from ..sampling.noise import resolve_seeds
-from ..sampling.schedule import resolve_sampler
+from ..sampling.scheduler import sampler_of
 from .settings import Limits
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Batch:
 class Engine:
     """Runs `pipe` for many callers. `submit` and `cancel` may be called from any thread.
 
-    pipe: called like `pipeline.Pipeline`, with its `sizes` and `sampler`. observe(batch): told of
+    pipe: called like `pipeline.Pipeline`, with its `sizes`, `sampler` and `scheduler`. observe(batch): told of
     every run, from the worker thread; it must not raise.
     """
 
@@ -177,10 +177,10 @@ class Engine:
             raise ConfigError(f"{shown(num_images)} images in one request; at most {limits.max_images} are taken")
         if len(prompt) > limits.max_prompt:
             raise ConfigError(f"prompt has {len(prompt)} characters; at most {limits.max_prompt} are taken")
-        sampler = resolve_sampler(nfe, None) or self.pipe.sampler
+        size, pipe = self.pipe.sizes.resolve(height, width), self.pipe
+        sampler = sampler_of(nfe, None, pipe.sampler, pipe.scheduler, pipe.sizes.tokens(*size))
         if nfe is not None and nfe > limits.max_nfe:
             raise ConfigError(f"nfe {nfe}: at most {limits.max_nfe} evaluations per image are taken")
-        size = self.pipe.sizes.resolve(height, width)
         if size[0] * size[1] > limits.max_pixels:
             raise ConfigError(f"size {size[1]}x{size[0]}: at most {limits.max_pixels} pixels are taken")
         return (*size, sampler)

@@ -99,7 +99,8 @@ class Worker:
 
     async def describe(self) -> Model:
         """Return what requests to this model are checked against."""
-        return Model(self.engine.pipe.sizes, self.engine.pipe.sampler)
+        pipe = self.engine.pipe
+        return Model(pipe.sizes, pipe.sampler, pipe.scheduler)
 
     async def generate(
         self, prompt: str, width: int, height: int, seed: int, nfe: int | None

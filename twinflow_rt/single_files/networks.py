@@ -17,7 +17,7 @@ from ..checkpoint.files import Declared, read_json
 from ..checkpoint.fuse import sources
 from ..checkpoint.tensor_files import DTYPES, stored_bytes
 from ..errors import CheckpointError, ConfigError
-from ..families import CONNECTOR, family_of, parts_by_kind
+from ..families import CONNECTOR, Family, family_of, parts_by_kind
 from ..models.config import reading
 from ..ops.int4 import Int4Form, Int4Weight
 from .names import FUSED, RULES, TEXT, Key, Names
@@ -34,10 +34,11 @@ class Slot:
         with reading(str(folder / "config.json")):
             rules = RULES[kind](config) if kind in RULES else TEXT if self.name.startswith("text_encoder") else Names()
         self.config, self.read = config, Checkpoint
+        self.family: Family | None = None
         self.strip: tuple[str, ...] = ()
         if self.name == "transformer":
-            family = family_of(config)
-            network, self.layout = family.build(family.config.from_dict(config)), family.layout
+            self.family = family_of(config)
+            network, self.layout = self.family.build(self.family.config.from_dict(config)), self.family.layout
         elif part := parts_by_kind().get(kind):
             (network, self.layout), self.strip, self.read = part.declare(config), part.strip, part.read
         else:

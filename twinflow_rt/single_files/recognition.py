@@ -75,7 +75,7 @@ def recognise(paths: Iterable[Path], base: Path) -> list[tuple[Converted, PartRe
     for source in _open_sources(paths):
         for slot, keys in _networks(source, slots):
             networks.setdefault(slot.name, Converted(slot)).add(source, keys)
-    return [(network, _account(network)) for network in networks.values()]
+    return [(network, _account(network, base)) for network in networks.values()]
 
 
 def _open_sources(paths: Iterable[Path]) -> Iterator[Checkpoint]:
@@ -126,13 +126,17 @@ def _container(key: str) -> tuple[tuple[str, str], str]:
     return ("", ""), key
 
 
-def _account(network: Converted) -> PartReport:
-    """Compare names, shapes and dtypes with what the network declares; return what was found."""
+def _account(network: Converted, base: Path) -> PartReport:
+    """Compare names, shapes and dtypes with what the network declares; return what was found. The second embedder is
+    not asked of an ordinary flow model."""
     slot, checkpoint = network.slot, network.checkpoint()
-    found = set(checkpoint)
-    missing = slot.wanted - found
+    found, expected = set(checkpoint), slot.expected
+    missing, family = slot.wanted - found, slot.family
+    spare = {name for name in missing if family is not None and name.startswith(family.network.second_embedder + ".")}
+    if family is not None and spare and spare == missing and family.scheduler(base, checkpoint) is not None:
+        expected, missing = {name: expected[name] for name in expected.keys() - spare}, set()
     unknown = {name for name in found - slot.wanted if not name.startswith(slot.layout.unused)}
     if not missing:
-        check(slot.expected, checkpoint, Layout(slot.layout.fused, (*slot.layout.unused, *unknown)))
+        check(expected, checkpoint, Layout(slot.layout.fused, (*slot.layout.unused, *unknown)))
     hint, keys = slot.layout.absent(missing) if missing else None, tuple(network.found)
     return PartReport(slot.name, str(checkpoint.folder), keys, tuple(sorted(unknown)), tuple(sorted(missing)), hint)

@@ -384,5 +384,5 @@ class SanaTransformer(VelocityNetwork):
 
 LAYOUT = Layout(
     FUSED, (), float32_where(".norm_", "caption_norm."),
-    second_embedder(SanaTransformer.second_embedder, "SANA", ", or SANA-Sprint"),
+    second_embedder(SanaTransformer.second_embedder, "SANA"),
 )  # fmt: skip
