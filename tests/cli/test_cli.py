@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.factory import make_model
 from twinflow_rt import cli
@@ -35,8 +36,6 @@ def generate(model, tmp_path, capsys):
 
 
 def pixels(path):
-    from PIL import Image
-
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
@@ -51,9 +50,33 @@ def test_one_image(generate, model, tmp_path):
     assert os.listdir(tmp_path) == ["out.png"]
 
 
-def test_png_says_how_it_was_made(generate, tmp_path):
-    from PIL import Image
+def test_pictures(generate, model, tmp_path):
+    """One picture for each prompt, in calls of one image; bad ones are refused before the model is loaded."""
+    pictures = [np.full((16, 24, 3), value, np.uint8) for value in (40, 200)]
+    files = [tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "mask.png"]
+    for file, image in zip(files, (*pictures, np.tile(np.arange(24) < 9, (16, 1))), strict=True):
+        Image.fromarray(image).save(file)
+    given = ("--image", files[0], "--image", files[1], "--mask", files[2], "--strength", 0.7)
+    code, _ = generate(*given, "--seed", 5, "--batch-size", 1, "--num-images", 2, prompts=("a", "b"))
+    pipe = load(model, device="cpu")
+    expected = pipe(
+        ["a", "b"], image=files[:2], mask=files[2], strength=0.7, seed=5, num_images=2, output="np"
+    ).images  # fmt: skip
+    assert code == 0
+    for k, want in enumerate(expected):
+        assert np.abs(pixels(tmp_path / f"out-{k}.png").astype(int) - want).max() <= 1
+    with Image.open(tmp_path / "out-0.png") as image:
+        facts = json.loads(image.text["twinflow_rt"])
+    assert facts["strength"] == 0.7 and facts["image"] == [str(files[0]), str(files[1])]
+    for wrong, message in (
+        (("--image", tmp_path / "none.png"), "cannot be read"), (("--strength", 0.5), "strength= goes with image="),
+        (("--image", files[0], "--strength", "nan"), "strength must be"), (given[:4] + given[:2], "for all prompts"),
+    ):  # fmt: skip
+        code, out = generate(*wrong, prompts=("a", "b"))
+        assert code == 2 and message in out.err and "loading" not in out.err
 
+
+def test_png_says_how_it_was_made(generate, tmp_path):
     generate("--seed", 5, "--size", 16, prompts=("ein rotes Quadrat ✓",))
     with Image.open(tmp_path / "out.png") as image:
         facts = json.loads(image.text["twinflow_rt"])
@@ -95,8 +118,6 @@ def test_many_images_with_grid_and_json(generate, tmp_path):
     ("args", "nfe"), [([], 1), (["--nfe", "3"], 3), (["--mode", "any"], 4), (["--nfe", "2", "--mode", "multi"], 2)]
 )
 def test_nfe_and_mode_choose_the_schedule(generate, tmp_path, args, nfe):
-    from PIL import Image
-
     assert generate("--size", 16, *args)[0] == 0
     with Image.open(tmp_path / "out.png") as image:
         assert json.loads(image.text["twinflow_rt"])["nfe"] == nfe
@@ -111,8 +132,6 @@ def test_a_saved_program_keeps_its_schedule(model, tmp_path, capsys):
 
 
 def test_grid_places_images_row_by_row():
-    from PIL import Image
-
     images = [Image.new("RGB", (2, 1), (i, 0, 0)) for i in range(5)]
     sheet = np.asarray(image_files.grid(images))[:, ::2, 0]
     assert sheet.tolist() == [[0, 1, 2], [3, 4, 255]]
@@ -151,8 +170,6 @@ def test_unparsable_options_exit_2(generate, args):
 
 
 def test_a_full_disk_leaves_no_file_and_no_traceback(generate, tmp_path, monkeypatch):
-    from PIL import Image
-
     (tmp_path / "out.png").write_bytes(b"before")
 
     def full(self, path, **kwargs):

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -16,7 +17,7 @@ from twinflow_rt.errors import ConfigError, PromptTruncatedWarning
 from twinflow_rt.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, Decode
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN"}
-LINKS = {"LATENT", "IMAGE", "TWINFLOW_MODEL", "TWINFLOW_PROMPT"}
+LINKS = {"LATENT", "IMAGE", "MASK", "TWINFLOW_MODEL", "TWINFLOW_PROMPT"}
 
 
 def node(name: str):
@@ -36,7 +37,7 @@ def node(name: str):
 
 @pytest.fixture(scope="module")
 def model():
-    return node("TwinFlowLoad")(path="demo", device="cpu")
+    return node("TwinFlowLoad")(path="demo", device="cpu", dtype="float32")
 
 
 @pytest.mark.parametrize("name", NODE_CLASS_MAPPINGS)
@@ -73,6 +74,24 @@ def test_graph_gives_the_pipelines_images(model):
     assert (image - want.permute(0, 2, 3, 1)).abs().max() <= 1e-4
     for tensor in (latent["samples"], image):  # as later nodes do
         tensor.requires_grad_(False).mul_(1)
+
+
+def test_images_and_masks(model):
+    prompt, seed = node("TwinFlowEncode")(model=model, text="a green triangle"), 3
+    given = model("a red circle", seed=[1, 2], num_images=2, output="pt").images.movedim(1, -1)
+    mask = torch.zeros(1, *given.shape[1:3])
+    mask[..., :32] = 1
+    sample = partial(node("TwinFlowSample"), model=model, prompt=prompt, seed=seed, batch_size=2)
+    for more in ({}, {"mask": mask}):
+        ours = node("TwinFlowDecode")(model=model, samples=sample(image=given, strength=0.8, **more))
+        want = model(
+            "a green triangle", seed=seed, num_images=2, image=given.movedim(-1, 1), strength=0.8, output="pt",
+            mask=mask[:, None] if more else None,
+        ).images.movedim(1, -1)  # fmt: skip
+        painted = mask[0].bool() if more else torch.ones(64, 64, dtype=torch.bool)
+        assert (ours - want).abs()[:, painted].max() <= 1e-4
+    with pytest.raises(ConfigError, match="mask= goes with image="):
+        sample(mask=mask)
 
 
 def test_latents_are_the_vaes_own(model):

@@ -21,8 +21,8 @@ class FakePipe:
         self.gate, self.entered, self.cancelled = threading.Event(), threading.Event(), threading.Event()
         self.gate.set()
 
-    def __call__(self, prompts, *, seed, cancel, height, width, sampler):
-        self.calls.append({"prompts": prompts, "size": (width, height), "sampler": sampler})
+    def __call__(self, prompts, *, seed, cancel, height, width, sampler, **picture):
+        self.calls.append({"prompts": prompts, "size": (width, height), "sampler": sampler, **picture})
         self.entered.set()
         while not self.gate.wait(0.01):
             if cancel():

@@ -127,7 +127,7 @@ WRONG = [
     ({"image": torch.zeros(3, 32, 32, dtype=torch.uint8)}, r"floats \[3, H, W\]"),
     ({"image": torch.zeros(32, 32, 3)}, r"floats \[3, H, W\]"), ({"image": torch.full((3, 32, 32), NAN)}, "outside"),
     ({"image": torch.full((3, 32, 32), 255.0)}, r"x / 255"), ({"image": torch.full((3, 32, 32), -1.0)}, "outside"),
-    ({"image": 3}, "image must be a path"), ({"image": b"bytes"}, "image must be a path"),
+    ({"image": 3}, "image must be a path"), ({"image": b"bytes"}, "image cannot be read"),
     ({"image": []}, "empty list"),
     ({"image": [PICTURE, None]}, "image must be a path"), ({"image": {}}, "image must be a path"),
     ({"image": "nowhere.png"}, "cannot be read"), ({"image": "."}, "cannot be read"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .files import WEIGHTS, check_tree, file_type, is_folder, read_json
 
-IMAGE_TASKS = ("Edit", "Img2Img", "Inpaint", "ControlNet", "Layered", "Kontext")  # in names of pipelines
+IMAGE_TASKS = ("Edit", "ControlNet", "Layered", "Kontext")  # in names of pipelines
 
 
 def model_folder(path: Path) -> Path:
@@ -31,8 +31,8 @@ def model_folder(path: Path) -> Path:
     pipeline = str(read_json(path / "model_index.json").get("_class_name", ""))
     if any(task in pipeline for task in IMAGE_TASKS):
         raise CheckpointError(
-            f"{path} is a {pipeline}, which takes images as input; only generation from text is supported "
-            "(docs/editing.md says what more it would take)"
+            f"{path} is a {pipeline}, which takes images as input; supported is generation from text, and "
+            "from a picture by noise (docs/editing.md says what more it would take)"
         )
     for part in ("transformer", "text_encoder", "tokenizer", "vae"):
         if not is_folder(path / part):

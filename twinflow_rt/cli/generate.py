@@ -33,6 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_mode(parser)
     parser.add_argument(
+        "--image", action="append", metavar="FILE",
+        help="picture to start from, which gives the default size; several times: one for each prompt",
+    )  # fmt: skip
+    parser.add_argument("--mask", action="append", metavar="FILE", help="of an image's size: white is painted anew")
+    parser.add_argument(
+        "--strength", type=float, help="how far from the picture, above 0 and up to 1 (default 0.6; docs/editing.md)"
+    )
+    parser.add_argument(
         "--num-images", type=int, default=1, metavar="N", help="images per prompt (default %(default)s)"
     )
     parser.add_argument(
@@ -56,10 +64,15 @@ def run(args: argparse.Namespace) -> int:
     paths = output_paths(args.output, len(names) * args.num_images)
     from ..config import check_count, dtype_name, resolve_prompts
     from ..sampling.noise import resolve_seeds
+    from ..stages.image_input import read_pictures, resolve_strength
 
     check_count("num_images", args.num_images)
     check_count("batch_size", args.batch_size)
     resolve_prompts(names)
+    resolve_strength(args.image, args.mask, args.strength)
+    pictures = {k: read_pictures(k, v) for k, v in (("image", args.image), ("mask", args.mask)) if v is not None}
+    if strange := [k for k, v in pictures.items() if len(v) not in (1, len(names))]:
+        raise ConfigError(f"--{strange[0]}: give one file for all prompts, or one for each of {len(names)}")
     seeds = resolve_seeds(args.seed, len(names) * args.num_images)
     start = time.perf_counter()
     width, height = args.size or (None, None)
@@ -71,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
     facts: dict[str, Any] = {"model": args.model, "nfe": len(pipe.program.schedule)}
     if loras := [str(lora) for lora in pipe.program.plan.loras]:
         facts["loras"] = loras
+    facts |= {k: v for k in ("image", "mask", "strength") if (v := getattr(args, k)) is not None}
     images: list[Any] = []
     calls = []
-    for result in paint(pipe, given, seeds, args):
+    for result in paint(pipe, given, seeds, args, pictures):
         for image, seed in zip(result.images, result.seeds, strict=True):
             path, prompt = paths[len(images)], names[len(images) // args.num_images]
             save_image(image, path, {"prompt": prompt, "seed": seed, **facts})
@@ -99,10 +113,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def paint(pipe: Any, prompts: Any, seeds: list[int], args: argparse.Namespace) -> Iterator[Any]:
-    """Yield the results of calls of at most --batch-size images, and say how far they are."""
+def paint(
+    pipe: Any, prompts: Any, seeds: list[int], args: argparse.Namespace, pictures: dict[str, list[Any]]
+) -> Iterator[Any]:
+    """Yield the results of calls of at most --batch-size images, and say how far they are. pictures: image and mask,
+    one for all prompts or one for each."""
     width, height = args.size or (None, None)
     how = {"width": width, "height": height, "preview": args.preview is not None, "on_oom": args.on_oom}
+    how["strength"] = args.strength
     evaluations = len(pipe.program.schedule)
     with counting(f"making {len(seeds)} image{'s' * (len(seeds) > 1)}", len(seeds)) as advance:
         if evaluations > 1:  # one is over at once, and has kernels that go on to the decoder
@@ -110,7 +128,8 @@ def paint(pipe: Any, prompts: Any, seeds: list[int], args: argparse.Namespace) -
         for part, repeats in calls_of(len(seeds) // args.num_images, args.num_images, args.batch_size):
             some = [prompts[i] for i in part] if isinstance(prompts, list) else prompts.select(part)
             count = len(part) * repeats
-            yield pipe(some, num_images=repeats, seed=seeds[:count], **how)
+            own = {name: each if len(each) == 1 else [each[i] for i in part] for name, each in pictures.items()}
+            yield pipe(some, num_images=repeats, seed=seeds[:count], **how, **own)
             seeds = seeds[count:]
             advance(count)
 

@@ -23,6 +23,7 @@ from ..options import LoadOptions, describe
 from ..pipeline import Pipeline
 from ..runtime.host_state import isolated
 from ..sampling.noise import MAX_SEED, resolve_seeds
+from ..stages.image_input import STRENGTH
 from ..stages.text import PromptEmbeds
 
 MODEL, PROMPT = "TWINFLOW_MODEL", "TWINFLOW_PROMPT"  # types of our own: they connect to nothing else
@@ -85,7 +86,7 @@ class Encode:
 
 
 class Sample:
-    """Images of one prompt as latents."""
+    """Images of one prompt as latents, from noise or from an image of the batch each."""
 
     RETURN_TYPES: ClassVar = ("LATENT",)
     FUNCTION, CATEGORY = "sample", "TwinFlow"
@@ -93,7 +94,7 @@ class Sample:
 
     @classmethod
     def INPUT_TYPES(cls) -> Inputs:
-        pixels = {"default": 0, "min": 0, "max": 4096, "step": 8, "tooltip": "0: the model's own"}
+        pixels = {"default": 0, "min": 0, "max": 4096, "step": 8, "tooltip": "0: the image's, or the model's own"}
         seed = {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}
         nfe = {"default": 0, "min": 0, "max": 100, "tooltip": "network evaluations per image; 0: the model's own"}
         return {
@@ -105,21 +106,30 @@ class Sample:
                 "height": ("INT", pixels),
                 "batch_size": ("INT", {"default": 1, "min": 1, "max": MAX_BATCH}),
                 "nfe": ("INT", nfe),
-            }
+            },
+            "optional": {
+                "image": ("IMAGE",),
+                "mask": ("MASK", {"tooltip": "of the image's size: where it is painted anew"}),
+                "strength": ("FLOAT", {"default": STRENGTH, "min": 0.01, "max": 1.0, "step": 0.01}),
+            },
         }
 
     @isolated()
     def sample(
         self, model: Pipeline, prompt: PromptEmbeds, seed: int, width: int = 0, height: int = 0, batch_size: int = 1,
-        nfe: int = 0,
+        nfe: int = 0, image: Tensor | None = None, mask: Tensor | None = None, strength: float = STRENGTH,
     ) -> tuple[dict[str, Tensor]]:  # fmt: skip
-        """{"samples": raw latents float32 [batch_size, C, h, w]}. Raises what the pipeline raises."""
+        """{"samples": raw latents float32 [batch_size, C, h, w]}. image: [1 or batch_size, H, W, 3], mask: [1 or
+        batch_size, H, W], both in [0, 1]. Raises what the pipeline raises."""
         (first,), count = resolve_seeds(seed, 1), check_count("batch_size", batch_size)
         past = first + count > MAX_SEED and count <= MAX_BATCH
         seeds = [(first + k) % (MAX_SEED + 1) for k in range(count)] if past else seed
+        picture: dict[str, Any] = {} if mask is None else {"mask": mask[:, None]}
+        if image is not None:
+            picture |= {"image": image[..., :3].movedim(-1, 1), "strength": strength}
         result = model(
             prompt, width=width or None, height=height or None, seed=seeds, num_images=batch_size, nfe=nfe or None,
-            output="latent", cancel=_interrupted(),
+            output="latent", cancel=_interrupted(), **picture,
         )  # fmt: skip
         offset, divisor = _normalisation(model)
         return ({"samples": result.images.float().cpu() / divisor + offset},)

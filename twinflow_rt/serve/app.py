@@ -1,7 +1,7 @@
 """The HTTP side of an engine: OpenAI's images API, health, metrics, and a page to try prompts.
 
     POST /v1/images/generations    GET /v1/models    GET /health /health/live /health/ready
-    GET /metrics                   GET /             GET /openapi.json
+    POST /v1/images/edits          GET /metrics      GET /             GET /openapi.json
 
 Errors have OpenAI's shape, {"error": {"message", "type", "param", "code"}}. Images come as base64
 only: a server that hands out links would have to keep what it made.
@@ -13,21 +13,23 @@ import asyncio
 import base64
 import io
 import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..errors import CancelledError, CheckpointError, ConfigError, StorageError, TwinFlowError
+from .edits import EditRequest, read_edit
 from .engine import DrainingError, Engine, Job, QueueFullError
-from .gate import CLOSE, Gate, failure
+from .gate import CLOSE, EDITS, Gate, failure
 from .metrics import Metrics
+from .requests import ImageRequest
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_HEADERS = {  # nothing is fetched from anywhere else, and no other site may frame or script it
@@ -44,37 +46,6 @@ class NoSuchModel(Exception):
     """A request names another model than the one served."""
 
 
-class ImageRequest(BaseModel):
-    """Body of /v1/images/generations: OpenAI's fields and `seed` (image k gets seed + k) and `nfe` (network evaluations
-    per image; default: what the server was started with). Of OpenAI's those for which there is no choice here take
-    the values that agree with what is done; null is as if a field were not sent. Refusals quote descriptions."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: str
-    model: str | None = None
-    n: int | None = Field(None, description="images, default 1")
-    size: str | None = Field(None, description="WxH in pixels, or auto", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")
-    seed: int | None = None
-    nfe: int | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: int | None = Field(None, description="quality of jpeg and webp, default 95", ge=0, le=100)
-    response_format: Literal["b64_json"] | None = Field(None, description="images are not kept, so there are no links")
-    quality: Literal["auto", "standard"] | None = Field(None, description="nfe is what changes an image's quality")
-    style: Literal["vivid", "natural"] | None = Field(None, description="ignored: the prompt says the style")
-    background: Literal["auto", "opaque"] | None = Field(None, description="images have no transparency")
-    moderation: Literal["auto", "low"] | None = Field(None, description="nothing is filtered here")
-    stream: Literal[False] | None = Field(None, description="an image is sent when it is done")
-    partial_images: Literal[0] | None = Field(None, description="an image is sent when it is done")
-    user: str | None = Field(None, description="ignored")
-    safety_identifier: str | None = Field(None, description="ignored")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _sent(cls, body: Any) -> Any:
-        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
-
-
 def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: float = 120.0) -> FastAPI:
     """Return the application serving `engine` as model `name`.
 
@@ -88,6 +59,16 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
 
     @app.post("/v1/images/generations")
     async def generate(request: Request, body: ImageRequest) -> Response:
+        return await answer(request, body, {})
+
+    @app.post(EDITS)
+    async def edit(request: Request) -> Response:
+        most = 4 * engine.limits.max_pixels  # of what is made smaller
+        kind, content = request.headers.get("content-type", ""), await request.body()
+        body, files = await run_in_threadpool(read_edit, kind, content, most)
+        return await answer(request, body, {**files, "strength": body.strength})
+
+    async def answer(request: Request, body: ImageRequest, picture: dict[str, Any]) -> Response:
         if body.model not in (None, name):
             raise NoSuchModel(body.model)
         kind, quality = body.output_format or "png", body.output_compression
@@ -96,9 +77,9 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
             return failure(400, message, param="output_compression")
         width, height = map(int, body.size.split("x")) if body.size not in (None, "auto") else (None, None)
         count = 1 if body.n is None else body.n
-        jobs = engine.submit(
-            body.prompt, width=width, height=height, seed=body.seed, num_images=count, nfe=body.nfe
-        )
+        asked = {"width": width, "height": height, "seed": body.seed, "num_images": count, "nfe": body.nfe, **picture}
+        submit = partial(engine.submit, body.prompt, **asked)
+        jobs = await run_in_threadpool(submit) if picture else submit()
         try:
             images = await _finished(engine, jobs, request, timeout)
         except (TwinFlowError, TimeoutError):
@@ -198,7 +179,8 @@ def _add_errors(app: FastAPI, name: str, timeout: float) -> None:
             return failure(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
         if len(first["loc"]) < 2:
             return failure(400, "the body must be a JSON object, sent as application/json")
-        param, fields = str(first["loc"][1]), ImageRequest.model_fields
+        asked = EditRequest if request.url.path == EDITS else ImageRequest
+        param, fields = str(first["loc"][1]), asked.model_fields
         if first["type"] == "extra_forbidden":
             return failure(400, f"{param}: there is no such field; there are {', '.join(fields)}", param=param)
         why = fields[param].description

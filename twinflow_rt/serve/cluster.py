@@ -24,6 +24,7 @@ from ..config import SizeRule
 from ..errors import CancelledError, DeviceError, TwinFlowError
 from ..sampling.schedule import SamplerConfig
 from ..sampling.scheduler import Scheduler
+from ..stages.image_input import arguments
 from .engine import SMOOTHING, Batch, Engine, Job
 from .settings import Limits
 
@@ -83,10 +84,11 @@ class Cluster(Engine):
 
     async def _finish(self, job: Job, nfe: int | None) -> None:
         """Have the image made and settle its future, unless the job was given up meanwhile."""
-        height, width, _ = job.kind
+        height, width, *_ = job.kind
         outcome: Any = CancelledError("Ray gave this image up")
         try:
-            pixels, job.truncated = await self._ask("generate", job.prompt, width, height, job.seed, nfe)
+            picture = arguments([job.given] if job.given is not None else [])
+            pixels, job.truncated = await self._ask("generate", job.prompt, width, height, job.seed, nfe, picture)
             outcome = Image.fromarray(pixels)
         except Exception as error:
             if not isinstance(error, TwinFlowError):

@@ -22,6 +22,7 @@ from ..errors import CancelledError, ConfigError, TwinFlowError
 from ..runtime.forks import reopen_in_children
 from ..sampling.noise import resolve_seeds
 from ..sampling.scheduler import sampler_of
+from ..stages.image_input import ImageInput, arguments, resolve_images
 from .settings import Limits
 
 log = logging.getLogger(__name__)
@@ -45,12 +46,14 @@ class Job:
     """One image on its way. `future` gives the PIL image, or raises what went wrong; once it does, `truncated` says
     whether its prompt is longer than the model reads.
 
-    kind: (height, width, sampler); only jobs alike in it share a batch.
+    kind: (height, width, sampler, strength, masked); only jobs alike in it share a batch. given: the picture to start
+    from, or None.
     """
 
     prompt: str
     seed: int
     kind: tuple[Any, ...]
+    given: ImageInput | None = None
     future: Future[Any] = field(default_factory=Future)
     truncated: bool = False
     abandoned: bool = False
@@ -90,14 +93,17 @@ class Engine:
 
     def submit(
         self, prompt: str, *, width: int | None = None, height: int | None = None, seed: int | None = None,
-        num_images: int = 1, nfe: int | None = None,
+        num_images: int = 1, nfe: int | None = None, image: Any = None, mask: Any = None, strength: float | None = None,
     ) -> list[Job]:  # fmt: skip
-        """Queue a request, all of it or nothing; image k gets seed + k (None: a random seed).
+        """Queue a request, all of it or nothing; image k gets seed + k (None: a random seed). image, mask, strength: as
+        for `Pipeline`, one picture for all images.
 
         Raises ConfigError for what cannot work or exceeds the limits, QueueFullError, DrainingError.
         """
-        kind = self._kind(prompt, width, height, num_images, nfe)
-        jobs = [Job(prompt, s, kind) for s in resolve_seeds(seed, num_images)]
+        given, size = resolve_images(image, mask, strength, 1, 1, self.pipe.sizes, (height, width))
+        start = (None, False) if given is None else (given.strength, given.mask is not None)
+        kind = (*self._kind(prompt, size, num_images, nfe), *start)
+        jobs = [Job(prompt, s, kind, given) for s in resolve_seeds(seed, num_images)]
         with self._changed:
             if not self.accepting:
                 raise DrainingError("the server is shutting down and takes no more requests; ask another one")
@@ -168,16 +174,14 @@ class Engine:
             self._queue.clear()
         return False
 
-    def _kind(
-        self, prompt: str, width: int | None, height: int | None, num_images: int, nfe: int | None
-    ) -> tuple[Any, ...]:
+    def _kind(self, prompt: str, size: tuple[int, int], num_images: int, nfe: int | None) -> tuple[Any, ...]:
         limits = self.limits
         resolve_prompts(prompt)
         if check_count("num_images", num_images) > limits.max_images:
             raise ConfigError(f"{shown(num_images)} images in one request; at most {limits.max_images} are taken")
         if len(prompt) > limits.max_prompt:
             raise ConfigError(f"prompt has {len(prompt)} characters; at most {limits.max_prompt} are taken")
-        size, pipe = self.pipe.sizes.resolve(height, width), self.pipe
+        pipe = self.pipe
         sampler = sampler_of(nfe, None, pipe.sampler, pipe.scheduler, pipe.sizes.tokens(*size))
         if nfe is not None and nfe > limits.max_nfe:
             raise ConfigError(f"nfe {nfe}: at most {limits.max_nfe} evaluations per image are taken")
@@ -241,10 +245,11 @@ class Engine:
 
     def _call(self, batch: list[Job]) -> tuple[list[Any], dict[str, float]]:
         """Return the images of a batch, and the pipeline's timings."""
-        height, width, sampler = batch[0].kind
+        height, width, sampler, *_ = batch[0].kind
+        given = [job.given for job in batch if job.given is not None]
         result = self.pipe(
             [job.prompt for job in batch], height=height, width=width, seed=[job.seed for job in batch],
-            sampler=sampler, cancel=lambda: all(job.abandoned for job in batch),
+            sampler=sampler, cancel=lambda: all(job.abandoned for job in batch), **arguments(given),
         )  # fmt: skip
         if len(result.images) != len(batch):
             raise RuntimeError(f"the pipeline gave {len(result.images)} images for {len(batch)} prompts")

@@ -12,8 +12,11 @@ from starlette.responses import JSONResponse
 
 log = logging.getLogger(__name__)
 OPEN = ("/", "/health", "/health/live", "/health/ready")  # no token asked for
-PATHS = (*OPEN, "/v1/images/generations", "/v1/models", "/metrics")  # named in the metrics
+EDITS = "/v1/images/edits"
+MAKING = ("/v1/images/generations", EDITS)
+PATHS = (*OPEN, *MAKING, "/v1/models", "/metrics")  # named in the metrics
 MAX_BODY = 1 << 18  # bytes
+MAX_PICTURES = 1 << 25  # bytes of a body with pictures
 MAX_READ = 16 * MAX_BODY  # of a body that is refused: who is cut off while sending may not see the answer
 CLOSE = {"Connection": "close"}  # the body is not read
 
@@ -39,24 +42,24 @@ class Gate:
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
                 self.count.labels(label, str(message["status"])).inc()
-                if label == "/v1/images/generations":
+                if label in MAKING:
                     self.seconds.observe(time.monotonic() - began)
             elif head:
                 message = {**message, "body": b""}
             await send(message)
 
-        headers = dict(scope["headers"])
-        refusal = self._refusal(scope, headers)
+        headers, most = dict(scope["headers"]), MAX_PICTURES if path == EDITS else MAX_BODY
+        refusal = self._refusal(scope, headers, most)
         if refusal is None and scope["method"] == "POST":
             try:
-                body = await asyncio.wait_for(_read(receive), self.timeout)
+                body = await asyncio.wait_for(_read(receive, 0 if refusal else most), self.timeout)
             except TimeoutError:
                 message = f"the body did not arrive within {self.timeout:g} seconds"
                 body, refusal = b"", failure(408, message, code="timeout", headers=CLOSE)
             if body is None:
                 return
-            if max(len(body), int(headers.get(b"content-length", b"0"))) > MAX_BODY:
-                refusal = refusal or _too_large()
+            if max(len(body), int(headers.get(b"content-length", b"0"))) > most:
+                refusal = refusal or _too_large(most)
             receive = _replay(body, receive)
         try:
             await (refusal or self.app)(scope, receive, counted)
@@ -64,7 +67,7 @@ class Gate:
             log.exception("answering %s failed", label)
             await failure(500, "the server failed", "server_error")(scope, receive, counted)
 
-    def _refusal(self, scope: dict[str, Any], headers: dict[bytes, bytes]) -> JSONResponse | None:
+    def _refusal(self, scope: dict[str, Any], headers: dict[bytes, bytes], most: int) -> JSONResponse | None:
         """Return the answer to a request that goes no further."""
         if self.token is not None and scope["path"] not in OPEN:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -75,24 +78,24 @@ class Gate:
             length = headers.get(b"content-length", b"0")  # a chunked body has none
             if not length.isdigit():
                 return failure(400, "Content-Length must be a number of bytes", headers=CLOSE)
-            if len(length) > 18 or int(length) > MAX_READ:
-                return _too_large()
+            if len(length) > 18 or int(length) > max(most, MAX_READ):
+                return _too_large(most)
         return None
 
 
-async def _read(receive: Any) -> bytes | None:
-    """Return a request's body, of one too long its beginning; None when the client has left."""
-    body, size = b"", 0
-    while size <= MAX_READ:
+async def _read(receive: Any, most: int) -> bytes | None:
+    """Return a request's body, of one beyond `most` bytes its beginning; None when the client has left."""
+    body, size = bytearray(), 0
+    while size <= max(most, MAX_READ):
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         size += len(message.get("body", b""))
-        if len(body) <= MAX_BODY:
+        if len(body) <= most:
             body += message.get("body", b"")
         if not message.get("more_body"):
             break
-    return body
+    return bytes(body)
 
 
 def _replay(body: bytes, receive: Any) -> Any:
@@ -105,8 +108,8 @@ def _replay(body: bytes, receive: Any) -> Any:
     return replayed
 
 
-def _too_large() -> JSONResponse:
-    return failure(413, f"the body has more than {MAX_BODY} bytes", code="body_too_large", headers=CLOSE)
+def _too_large(most: int) -> JSONResponse:
+    return failure(413, f"the body has more than {most} bytes", code="body_too_large", headers=CLOSE)
 
 
 def failure(

@@ -1,7 +1,8 @@
 """Pictures as input: what callers give becomes pixels of one size, checked; what is no picture is an error by name.
 
-    image     a path, a PIL picture, uint8 [H, W], [H, W, 3] or [H, W, 4] of numpy, or float [3, H, W] in [0, 1] of
-              torch; or several: a list, or [B, ...]. EXIF orientation is applied, transparency is put on white.
+    image     a path, a file's bytes, a PIL picture, uint8 [H, W], [H, W, 3] or [H, W, 4] of numpy, or float [3, H, W]
+              in [0, 1] of torch; or several: a list, or [B, ...]. EXIF orientation is applied, transparency is put on
+              white.
     mask      the same with one channel (float [1, H, W] or [H, W]), of the image's size: white is painted anew, black
               is kept. Of a mask with transparent pixels these are painted anew, whatever their colour.
 
@@ -12,8 +13,9 @@ down to what the model makes. Masks are cut at a half.
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,21 +66,16 @@ def resolve_images(
 
     prompts, repeats: the call makes `repeats` images of each prompt; there is a picture (and a mask) for all, for each
     prompt, or for each image. size: height and width as asked for. Raises ConfigError."""
+    start = resolve_strength(image, mask, strength)
     if image is None:
-        for name, value in (("mask", mask), ("strength", strength)):
-            if value is not None:
-                raise ConfigError(f"{name}= goes with image=: give the picture to start from, or leave it out")
         return None, sizes.resolve(*size)
-    start = STRENGTH if strength is None else number(strength)
-    if start is None or not 0 < start <= 1:
-        raise ConfigError(f"strength must be a number above 0, 1 at most; got {shown(strength)}")
-    pictures = _read("image", image)
+    pictures = read_pictures("image", image)
     numbers = _numbers("image", len(pictures), prompts, repeats)
     resolved = _size(extent(pictures[0]), sizes, size)
     pixels = torch.stack([_resized(picture, resolved) for picture in pictures])
     if mask is None:
         return ImageInput(pixels, numbers, None, start), resolved
-    masks = _read("mask", mask)
+    masks = read_pictures("mask", mask)
     of_image = _numbers("mask", len(masks), prompts, repeats)
     for at, picture in set(zip(of_image, numbers, strict=True)):
         if (own := extent(masks[at])) != (other := extent(pictures[picture])):
@@ -87,8 +84,35 @@ def resolve_images(
     return ImageInput(pixels, numbers, painted if len(masks) == 1 else painted[list(of_image)], start), resolved
 
 
+def arguments(pictures: Sequence[ImageInput]) -> dict[str, Any]:
+    """Return how a pipeline is told to start from pictures of calls with one image each, of one size and strength, all
+    with a mask or none; nothing where there are none."""
+    if not pictures:
+        return {}
+    masks = [picture.mask for picture in pictures if picture.mask is not None]
+    pixels = torch.cat([picture.pixels for picture in pictures])
+    return {"image": pixels, "mask": torch.cat(masks) if masks else None, "strength": pictures[0].strength}
+
+
+def transparent(value: Any) -> bool:
+    """Return whether a picture has pixels that are not opaque."""
+    with decoding("image"), _opened(value) as picture:
+        return _has_alpha(picture) and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
+def resolve_strength(image: Any, mask: Any, strength: Any) -> float:
+    """Return the strength of a call. Raises ConfigError, also for what goes with a picture where there is none."""
+    for name, value in (("mask", mask), ("strength", strength)):
+        if image is None and value is not None:
+            raise ConfigError(f"{name}= goes with image=: give the picture to start from, or leave it out")
+    start = STRENGTH if strength is None else number(strength)
+    if start is None or not 0 < start <= 1:
+        raise ConfigError(f"strength must be a number above 0, 1 at most; got {shown(strength)}")
+    return start
+
+
 def extent(picture: Any) -> tuple[int, int]:
-    """Return height and width of a picture as `_read` returns it."""
+    """Return height and width of a picture as `read_pictures` returns it."""
     return (picture.shape[1], picture.shape[2]) if isinstance(picture, Tensor) else (picture.height, picture.width)
 
 
@@ -118,8 +142,9 @@ def _numbers(name: str, count: int, prompts: int, repeats: int) -> tuple[int, ..
     return tuple(0 if count == 1 else k if count == images else k // repeats for k in range(images))
 
 
-def _read(name: str, value: Any) -> list[Any]:
-    """Return pictures, or masks: each a PIL picture in mode RGB or L, or a float32 tensor [3 or 1, H, W] in [0, 1]."""
+def read_pictures(name: str, value: Any) -> list[Any]:
+    """Return pictures, or (name "mask") masks: each a PIL picture in mode RGB or L, or a float32 tensor [3 or 1, H, W]
+    in [0, 1]. Raises ConfigError."""
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim == 4:
         value = list(value)
     some = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -141,18 +166,29 @@ def _of_picture(name: str, value: Any) -> Any:
             )
         _check_sides(name, value.shape[:2])
         value = Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value)
-    if isinstance(value, (str, os.PathLike)):
-        with _decoding(f"{name} {shown(os.fspath(value))}"), Image.open(value) as opened:
+    if isinstance(value, (str, os.PathLike, bytes)):
+        what = name if isinstance(value, bytes) else f"{name} {shown(os.fspath(value))}"
+        with decoding(what), _opened(value) as opened:
             return _upright(name, opened)
     if not isinstance(value, Image.Image):
-        kinds = "a path, a PIL picture, a uint8 array, a float tensor, or a list of them"
+        kinds = "a path, a file's bytes, a PIL picture, a uint8 array, a float tensor, or a list of them"
         raise ConfigError(f"{name} must be {kinds}; got {shown(value)}")
-    with _decoding(name):
+    with decoding(name):
         return _upright(name, value)
 
 
+def _opened(file: Any) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+
+
+def _has_alpha(picture: Any) -> bool:
+    return "A" in picture.getbands() or "transparency" in picture.info
+
+
 @contextmanager
-def _decoding(what: str) -> Iterator[None]:
+def decoding(what: str) -> Iterator[None]:
     """Turn what PIL raises over a file into a ConfigError."""
     from PIL import Image
 
@@ -171,7 +207,7 @@ def _upright(name: str, picture: Any) -> Any:
     if picture.mode.startswith(("I", "F")):
         raise ConfigError(f"{name} has pixels of kind {picture.mode}, not of 8 bits: convert it to RGB or L first")
     picture = ImageOps.exif_transpose(picture)
-    if "A" in picture.getbands() or "transparency" in picture.info:
+    if _has_alpha(picture):
         picture = picture.convert("RGBA")
         alpha = picture.getchannel("A")
         if name == "mask" and alpha.getextrema() != (255, 255):
@@ -201,7 +237,7 @@ def _check_sides(name: str, size: Any) -> None:
 
 
 def _resized(picture: Any, size: tuple[int, int]) -> Tensor:
-    """Return float32 [C, *size] in [0, 1] of a picture as `_read` returns it."""
+    """Return float32 [C, *size] in [0, 1] of a picture as `read_pictures` returns it."""
     from PIL import Image
 
     if isinstance(picture, Tensor):
