@@ -10,6 +10,7 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import cache
+from itertools import count
 
 import diffusers
 import numpy as np
@@ -19,9 +20,11 @@ from PIL import Image
 
 from tests.factory import make_model
 from tests.networks import relative
-from tests.pipelines.references import PROMPTS, open_reference
+from tests.pipelines.references import MODELS, PROMPTS, open_reference
+from tests.pipelines.test_plain import peer_of, plain_model
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
+from twinflow_rt.sampling.noise import step_noise
 from twinflow_rt.sampling.schedule import SamplerConfig, preset, schedule
 
 PEERS = {
@@ -105,6 +108,32 @@ def test_equals_diffusers(pipe, peer, name, masked):
             sampler=SamplerConfig(times=times, mode="multi"), output="latent",
         ).images  # fmt: skip
         assert relative(ours, expected) < 1e-5, (steps, strength)
+
+
+@pytest.mark.parametrize("name", ["z-image", "qwen-image", "sd3-without-t5", "sana-sprint"])
+def test_plain_checkpoints_equal_diffusers(tmp_path, monkeypatch, name):
+    """Without the second embedder, by the published scheduler."""
+    kind = {"sana-sprint": "SanaSprintImg2ImgPipeline", "sd3-without-t5": PEERS["sd3"][0]}.get(name) or PEERS[name][0]
+    model = plain_model(name, tmp_path / "m")
+    ours, peer = load(model, device="cpu"), peer_of(name, model, kind)
+    size = (64, 32) if name == "sana-sprint" else SIZE
+    noise = lambda stream: step_noise([3], stream, (4, *(side // MODELS[name].scale for side in size)))
+    for module in (type(peer).__module__, "diffusers.schedulers.scheduling_scm"):
+        monkeypatch.setattr(f"{module}.randn_tensor", lambda shape, **_: noise(next(drawn)).view(shape))
+    if hasattr(module := sys.modules[type(peer).__module__], "retrieve_latents"):
+        monkeypatch.setattr(module, "retrieve_latents", lambda encoded, **_: encoded.latent_dist.mode())
+    how = dict(MODELS[name].call, output_type="latent")
+    if name != "z-image":
+        how |= {"height": size[0], "width": size[1]}
+    for steps, strength in ((2, 0.5), (4, 0.6), (5, 0.3)):
+        drawn = count()
+        if name == "sana-sprint":
+            how |= {"max_timesteps": 1.57080, "intermediate_timesteps": 1.3 if steps == 2 else None}
+        with torch.no_grad():
+            out = peer(PROMPTS[0], image=picture(size), strength=strength, num_inference_steps=steps, **how).images
+        expected = peer._unpack_latents(out, *SIZE, 8)[:, :, 0] if name == "qwen-image" else out
+        made = ours(PROMPTS[0], image=picture(size), strength=strength, nfe=steps, seed=3, output="latent").images
+        assert relative(made, expected) < 1e-5, (steps, strength)
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "sd3"])

@@ -75,10 +75,10 @@ def pipes(folder):
     return cache(lambda name: (load(folder(name), device="cpu"), peer_of(name, folder(name))))
 
 
-def peer_of(name, folder):
+def peer_of(name, folder, kind=None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peer = getattr(diffusers, MODELS[name].peer).from_pretrained(folder, **MODELS[name].load)
+        peer = getattr(diffusers, kind or MODELS[name].peer).from_pretrained(folder, **MODELS[name].load)
     peer.set_progress_bar_config(disable=True)
     return peer
 
