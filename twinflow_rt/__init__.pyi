@@ -15,6 +15,7 @@ from .integrations.diffusers import accelerate as accelerate
 from .loading import load as load
 from .options import LoadOptions as LoadOptions
 from .pipeline import Pipeline as Pipeline
+from .sampling.guidance import Guidance as Guidance
 from .sampling.schedule import PRESETS as PRESETS
 from .sampling.schedule import SamplerConfig as SamplerConfig
 from .sampling.schedule import preset as preset

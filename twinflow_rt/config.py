@@ -359,16 +359,6 @@ def understands(table: Mapping[str, Elsewhere]) -> Callable[[Callable[P, T]], Ca
     return decorate
 
 
-def _no_guidance(value: object) -> bool:
-    strength = number(value)
-    return value is None or (strength is not None and strength <= 1)
-
-
-def _no_text(value: object) -> bool:
-    texts = items(value) or [value]
-    return all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
-
-
 def _is(*values: object) -> Callable[[object], bool]:
     return lambda value: any(value is one or (isinstance(value, str) and value == one) for one in values)
 
@@ -377,7 +367,6 @@ def _each(names: str, meant: Elsewhere) -> dict[str, Elsewhere]:
     return dict.fromkeys(names.split(), meant)
 
 
-GUIDED = "TwinFlow's models need no guidance, one evaluation makes the image; leave it out"
 OFFLOADED = "load(..., memory_budget='8GB') streams what does not fit"
 CALL_NAMES = {
     "num_inference_steps": Elsewhere("nfe"), "num_images_per_prompt": Elsewhere("num_images"),
@@ -388,8 +377,10 @@ CALL_NAMES = {
     "output_type": Elsewhere(
         "output", "give output='pil', 'np' (uint8 here), 'pt' or 'latent' (normalised)", _is("pil", "pt")
     ),
-    **_each("guidance_scale true_cfg_scale", Elsewhere(instead=GUIDED, idle=_no_guidance)),
-    **_each("negative_prompt negative_prompt_embeds", Elsewhere(instead=GUIDED, idle=_no_text)),
+    **_each("guidance_scale true_cfg_scale", Elsewhere("guidance")),
+    "negative_prompt_embeds": Elsewhere(
+        "negative_prompt", "give what pipe.text returns", lambda value: "Embeds" in type(value).__name__
+    ),
     "return_dict": Elsewhere(instead="a Result is indexed: pipe(...)[0] is an image", idle=_is(None, True)),
     "latents": Elsewhere(instead="noise follows from seed=, one for each image"),
     "max_sequence_length": Elsewhere(instead="prompts are read to pipe.text.max_tokens tokens; leave it out"),

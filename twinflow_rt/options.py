@@ -148,6 +148,26 @@ class LoadOptions:
         check_fields(self)
 
 
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """How a call is guided; of generate, requests to a server and the ComfyUI node. Raises ConfigError."""
+
+    guidance: float | None = field(default=None, metadata=about(
+        "scale of classifier-free guidance, for ordinary flow models that are not distilled: diffusers' "
+        "guidance_scale, of Qwen-Image true_cfg_scale", "none", metavar="SCALE", page="models.md",
+    ))  # fmt: skip
+    negative_prompt: str | None = field(default=None, metadata=about(
+        "with guidance: what images are led away from", "the empty prompt", metavar="TEXT", page="models.md",
+    ))  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def given(self) -> dict[str, Any]:
+        """Return those that are asked for, as arguments of a call."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
 def check_fields(options: Any) -> None:
     """Check every field of a dataclass of options by its annotation, and give it the value that the check returns.
     Raise ConfigError."""

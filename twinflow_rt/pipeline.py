@@ -45,6 +45,7 @@ from .runtime.host_state import isolated
 from .runtime.parallel import Ulysses
 from .runtime.threads import placed_threads
 from .runtime.timing import StageTimer
+from .sampling.guidance import Guidance, resolve_guidance
 from .sampling.noise import check_batch, initial_noise, resolve_seeds
 from .sampling.schedule import SamplerConfig, schedule, started
 from .sampling.scheduler import Scheduler, sampler_of
@@ -59,7 +60,8 @@ from .stages.velocity import Callback, Prompts, VelocityStage
 @dataclass(frozen=True)
 class Request:
     """The arguments of a call, checked. repeats: images per prompt. size: height and width in pixels. seeds: one per
-    image. given: the pictures to start from, if any."""
+    image. given: the pictures to start from, if any. guidance, negative: the prompts to lead away from, one each or one
+    for all; None: no guidance."""
 
     prompts: Prompts
     repeats: int
@@ -70,6 +72,8 @@ class Request:
     callback: Callback | None
     preview: bool
     given: ImageInput | None
+    guidance: Guidance | None
+    negative: Prompts
 
 
 class Pipeline:
@@ -153,7 +157,8 @@ class Pipeline:
         sampler: SamplerConfig | str | None = None, output: str = "pil",
         callback: Callback | None = None, cancel: Callable[[], bool] | None = None,
         on_oom: str = "raise", preview: bool = False, image: Any = None, strength: float | None = None,
-        mask: Any = None,
+        mask: Any = None, guidance: float | Guidance | None = None,
+        negative_prompt: str | Sequence[str] | PromptEmbeds | None = None,
     ) -> Result:  # fmt: skip
         """Generate num_images images per prompt, all in one batch, prompt-major.
 
@@ -171,6 +176,9 @@ class Pipeline:
         image: a picture to start from, or one per prompt or image (`stages.image_input`), which gives the default size.
             strength: above 0 and up to 1, default 0.6: the time of the schedule at which its noise begins. mask:
             of its size, white where it is painted anew; all other pixels stay as they are.
+        guidance: scale of classifier-free guidance, as diffusers' pipeline of the family counts it (Qwen-Image's
+            `true_cfg_scale`), or a `Guidance`; for ordinary flow models that are not distilled: twice the work.
+            negative_prompt: what to lead away from, one or one per prompt; default: the empty prompt.
         Names of diffusers (`num_inference_steps`, `generator`, ...) are taken where they mean the same.
         Raises ConfigError for arguments that cannot work, CancelledError, OutOfMemoryError, NonFiniteError.
         """
@@ -180,8 +188,9 @@ class Pipeline:
         if self.program.sequence is not None and (cancel is not None or on_oom != "raise"):
             raise ConfigError("cancel= and on_oom='split' would part the processes of a sequence-parallel call")
         request = self._checked(
-            prompt, (height, width), seed, num_images, nfe, sampler, output, callback, preview, (image, mask, strength)
-        )
+            prompt, (height, width), seed, num_images, nfe, sampler, output, callback, preview, (image, mask, strength),
+            guidance, negative_prompt,
+        )  # fmt: skip
         timer = StageTimer(self.device, cancel)
         if self._lock.forked and self.device.type == "cuda":
             raise DeviceError("CUDA does not survive a fork: start the worker by spawn and load the model in it")
@@ -199,18 +208,20 @@ class Pipeline:
         self, prompt: str | Sequence[str] | PromptEmbeds, size: tuple[int | None, int | None],
         seed: int | Sequence[int] | None, num_images: int, nfe: int | None, sampler: SamplerConfig | str | None,
         output: str, callback: Callback | None, preview: bool, picture: tuple[Any, Any, Any],
+        guidance: float | Guidance | None, negative: str | Sequence[str] | PromptEmbeds | None,
     ) -> Request:  # fmt: skip
         """Return a call's arguments checked and completed. Raises ConfigError."""
         check_choice("output", output, OUTPUTS)
         num_images, preview = check_count("num_images", num_images), check_flag("preview", preview)
         if callback is not None:
             check_callable("callback", callback, ("done", "total", "x0"))
-        prompts: Prompts = (
-            self._checked_embeds(prompt) if isinstance(prompt, PromptEmbeds) else resolve_prompts(prompt)
-        )
+        prompts, away = self._checked_prompts(prompt), self._checked_prompts("" if negative is None else negative)
         check_batch(images := len(prompts) * num_images)
         given, resolved = resolve_images(*picture, len(prompts), num_images, self.sizes, size)
         config = started(self.sampler_of(nfe, sampler, resolved), 1 if given is None else given.strength)
+        guided = resolve_guidance(guidance, negative, config.mode, self.program.network)
+        if guided is not None and len(away) not in (1, len(prompts)):
+            raise ConfigError(f"{len(away)} negative prompts for {len(prompts)}: give one, or one for each")
         if self.memory is not None:
             self.memory.require(*resolved, images)
         if preview and self.preview is None:
@@ -218,7 +229,9 @@ class Pipeline:
         seeds = resolve_seeds(seed, images)  # last: it takes a generator for used
         if (sequence := self.program.sequence) is not None:
             seeds = sequence.agree(seeds)
-        return Request(prompts, num_images, resolved, seeds, config, output, callback, preview, given)
+        return Request(
+            prompts, num_images, resolved, seeds, config, output, callback, preview, given, guided, away
+        )
 
     def sampler_of(
         self, nfe: int | None, sampler: SamplerConfig | str | None, size: tuple[int, int]
@@ -229,14 +242,18 @@ class Pipeline:
     def _truncated(self, request: Request) -> Truncated:
         """Return which of a call's images have prompts that were cut, and warn of texts that are."""
         given = request.prompts
+        if request.guidance is not None and not isinstance(request.negative, PromptEmbeds):
+            self.text.truncated(request.negative)
         known = given.truncated if isinstance(given, PromptEmbeds) else self.text.truncated(given)
         return Truncated(one for one in known or (False,) * len(given) for _ in range(request.repeats))
 
-    def _checked_embeds(self, embeds: PromptEmbeds) -> PromptEmbeds:
-        """Return embeddings, if the text stage could have made them. Raises ConfigError."""
+    def _checked_prompts(self, given: str | Sequence[str] | PromptEmbeds) -> Prompts:
+        """Return texts, or embeddings if the text stage could have made them. Raises ConfigError."""
+        if not isinstance(given, PromptEmbeds):
+            return resolve_prompts(given)
         if self._probe is None:
             self._probe = self.text.probe(1)
-        return embeds.check(self._probe, self.text.max_tokens)
+        return given.check(self._probe, self.text.max_tokens)
 
     def _run(self, request: Request, at_once: int, timer: StageTimer) -> Any:
         """Return the images of a call, `at_once` of them in a network together; tensors are such as autograd takes."""
@@ -260,10 +277,12 @@ class Pipeline:
         vae = self.preview if request.preview and self.preview is not None else self.vae
         latents_wanted = request.output == "latent" or request.callback is not None
         given, masked = request.given, request.given is not None and request.given.mask is not None
-        raw = vae is self.vae and not latents_wanted and not masked and velocity.projects_to_vae(times)
+        plain = not latents_wanted and not masked and request.guidance is None
+        raw = vae is self.vae and plain and velocity.projects_to_vae(times)
         with timer("text"):
+            prompts, negative = self._with_negative(request)
             contexts = velocity.contexts(
-                request.prompts, self.text.encode, request.repeats, times, at_once, self.batch_invariant
+                prompts, self.text.encode, request.repeats, times, at_once, self.batch_invariant, negative
             )
         with timer("noise"):
             shape = (vae.channels, size[0] // vae.scale, size[1] // vae.scale)
@@ -277,14 +296,24 @@ class Pipeline:
                 self.vae.close_encoder()
         with timer("sample"):
             latents = velocity.sample(
-                noise, contexts, seeds, request.sampler, at_once, timer, request.callback, vae if raw else None, start
-            )
+                noise, contexts, seeds, request.sampler, at_once, timer, request.callback, vae if raw else None, start,
+                request.guidance, apart=self.memory is not None,
+            )  # fmt: skip
         finite.note("latents", latents)
         if request.output == "latent":
             return latents
         with timer("decode"):
             images = vae.images(latents, request.output, at_once, timer, raw, finite)
             return images if given is None else given.keep(images)
+
+    def _with_negative(self, request: Request) -> tuple[Prompts, list[int]]:
+        """Return a call's prompts and, where it is guided, its negative ones behind them, and which is whose."""
+        if request.guidance is None:
+            return request.prompts, []
+        asked, away = request.prompts, request.negative
+        asked = asked if isinstance(asked, PromptEmbeds) else self.text.encode(asked)
+        away = away if isinstance(away, PromptEmbeds) else self.text.encode_negative(away)
+        return asked.joined(away), [len(asked) + i % len(away) for i in range(len(asked))]
 
     def damaged(self, most: int | None = None) -> tuple[Path, str] | None:
         """Return the first of the weights and constants that holds NaN or infinity, as its folder and name, or None.

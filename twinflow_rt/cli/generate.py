@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.image_files import grid, output_paths, save_image
 from ..errors import ConfigError
-from ..options import LoadOptions
+from ..options import GuidanceOptions, LoadOptions, read_arguments
 from ..options import add_arguments as add_options
 from .options import add_mode, add_model, add_on_oom, chosen_sampler, load_model, parse_size
 from .progress import counting
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="width x height in pixels, or one number for a square; default: the model's",
     )  # fmt: skip
     add_mode(parser)
+    add_options(parser, GuidanceOptions)
     parser.add_argument(
         "--image", action="append", metavar="FILE",
         help="picture to start from, which gives the default size; several times: one for each prompt",
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if loras := [str(lora) for lora in pipe.program.plan.loras]:
         facts["loras"] = loras
     facts |= {k: v for k in ("image", "mask", "strength") if (v := getattr(args, k)) is not None}
+    facts |= read_arguments(args, GuidanceOptions).given()
     images: list[Any] = []
     calls = []
     for result in paint(pipe, given, seeds, args, pictures):
@@ -120,7 +122,7 @@ def paint(
     one for all prompts or one for each."""
     width, height = args.size or (None, None)
     how = {"width": width, "height": height, "preview": args.preview is not None, "on_oom": args.on_oom}
-    how["strength"] = args.strength
+    how |= {"strength": args.strength, **read_arguments(args, GuidanceOptions).given()}
     evaluations = len(pipe.program.schedule)
     with counting(f"making {len(seeds)} image{'s' * (len(seeds) > 1)}", len(seeds)) as advance:
         if evaluations > 1:  # one is over at once, and has kernels that go on to the decoder

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import check_count
 from ..errors import ConfigError, NonFiniteError
 from ..loading import load
-from ..options import LoadOptions, describe
+from ..options import GuidanceOptions, LoadOptions, describe
 from ..pipeline import Pipeline
 from ..runtime.host_state import isolated
 from ..sampling.noise import MAX_SEED, resolve_seeds
@@ -96,6 +96,7 @@ class Sample:
     def INPUT_TYPES(cls) -> Inputs:
         pixels = {"default": 0, "min": 0, "max": 4096, "step": 8, "tooltip": "0: the image's, or the model's own"}
         seed = {"default": 0, "min": 0, "max": MAX_SEED, "control_after_generate": True}
+        guidance, negative = fields(GuidanceOptions)
         nfe = {"default": 0, "min": 0, "max": 100, "tooltip": "network evaluations per image; 0: the model's own"}
         return {
             "required": {
@@ -111,6 +112,8 @@ class Sample:
                 "image": ("IMAGE",),
                 "mask": ("MASK", {"tooltip": "of the image's size: where it is painted anew"}),
                 "strength": ("FLOAT", {"default": STRENGTH, "min": 0.01, "max": 1.0, "step": 0.01}),
+                "guidance": ("FLOAT", {"default": 0.0, "min": 0.0, "max": 100.0, "tooltip": describe(guidance)}),
+                "negative_prompt": ("STRING", {"multiline": True, "default": "", "tooltip": describe(negative)}),
             },
         }
 
@@ -118,6 +121,7 @@ class Sample:
     def sample(
         self, model: Pipeline, prompt: PromptEmbeds, seed: int, width: int = 0, height: int = 0, batch_size: int = 1,
         nfe: int = 0, image: Tensor | None = None, mask: Tensor | None = None, strength: float = STRENGTH,
+        guidance: float = 0.0, negative_prompt: str = "",
     ) -> tuple[dict[str, Tensor]]:  # fmt: skip
         """{"samples": raw latents float32 [batch_size, C, h, w]}. image: [1 or batch_size, H, W, 3], mask: [1 or
         batch_size, H, W], both in [0, 1]. Raises what the pipeline raises."""
@@ -129,7 +133,8 @@ class Sample:
             picture |= {"image": image[..., :3].movedim(-1, 1), "strength": strength}
         result = model(
             prompt, width=width or None, height=height or None, seed=seeds, num_images=batch_size, nfe=nfe or None,
-            output="latent", cancel=_interrupted(), **picture,
+            output="latent", cancel=_interrupted(), guidance=guidance or None, negative_prompt=negative_prompt,
+            **picture,
         )  # fmt: skip
         offset, divisor = _normalisation(model)
         return ({"samples": result.images.float().cpu() / divisor + offset},)

@@ -26,7 +26,8 @@ class VelocityNetwork(Module):
     folded network hold. absorbed: whether the constants are inside the weights instead, for one step. prompt_modules:
     names of the modules that `encode_context` runs. prompt_multiple: tokens of a context are padded to a multiple of
     this, and the padding counts. fixed_length: prompts all have the longest length. second_embedder: name of the
-    module that TwinFlow adds to the published network; its name less "_2" is that of the first.
+    module that TwinFlow adds to the published network; its name less "_2" is that of the first. unguided: the scale of
+    classifier-free guidance that changes nothing, as diffusers counts it.
 
     encode_context(prompt_embeds, lengths, **extras) -> Context: all that depends on the prompts alone. prompt_embeds:
     [B, L, width], of which prompt b's first lengths[b] rows count. lengths: numbers, which shape the sequence; or int64
@@ -35,6 +36,7 @@ class VelocityNetwork(Module):
 
     encode_context: Callable[..., Context]
     second_embedder: str
+    unguided = 1.0
     prompt_multiple = 1
     fixed_length = False
 
@@ -57,6 +59,10 @@ class VelocityNetwork(Module):
                 "scheduler does (nfe=), or by a SamplerConfig of mode 'multi'"
             )
         return bool(self.config.twinflow)
+
+    def guide(self, asked: Tensor, empty: Tensor, scale: float) -> Tensor:
+        """Return the velocity [B, C, H, W] guided from that of the negative prompts to that of the prompts."""
+        return empty + (scale + 1 - self.unguided) * (asked - empty)
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
         """Yield (buffer name, table) of the folded network for evaluations at times t, tt [N], in [-1, 1].

@@ -91,6 +91,14 @@ class PromptEmbeds:
         truncated = tuple(self.truncated[i] for i in prompts) if self.truncated else ()
         return PromptEmbeds(self.embeds[index, : max(lengths)], lengths, extras, truncated)
 
+    def joined(self, other: PromptEmbeds) -> PromptEmbeds:
+        """Return these embeddings, and behind them the other's, on the same device."""
+        length = max(self.embeds.shape[1], other.embeds.shape[1])
+        other = other.to(self.embeds.device, self.embeds.dtype)
+        embeds = (F.pad(one.embeds, (0, 0, 0, length - one.embeds.shape[1])) for one in (self, other))
+        extras = {name: torch.cat((tensor, other.extras[name])) for name, tensor in self.extras.items()}
+        return PromptEmbeds(torch.cat([*embeds]), self.lengths + other.lengths, extras)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> PromptEmbeds:
         """Return these on a device and in a dtype."""
         extras = {name: tensor.to(device, dtype) for name, tensor in self.extras.items()}
@@ -130,6 +138,10 @@ class TextStage(Stage):
     def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
         """Return the same without a word about prompts that are cut; for callers that are isolated themselves."""
         raise NotImplementedError
+
+    def encode_negative(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """Return the embeddings of negative prompts, which guidance leads away from."""
+        return self.encode(prompts)
 
     def readers(self) -> Sequence[tuple[str, Tokenizer, int]]:
         """Return what reads a prompt: (name, its tokenizer, the tokens it takes at most)."""

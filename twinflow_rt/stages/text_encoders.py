@@ -72,6 +72,12 @@ class SanaText(TextEncoder):
     def kept(self, states: Tensor) -> Tensor:
         return torch.cat((states[:, :1], states[:, 1 + self.dropped :]), 1)
 
+    def encode_negative(self, prompts: Sequence[str]) -> PromptEmbeds:
+        """As in diffusers, without the instruction."""
+        core = self.tokenizer.core
+        ids = [core.encode(prompt.lower().strip()).ids[: self.max_tokens] for prompt in prompts]
+        return PromptEmbeds(self._states(self.padded(ids, 0), None), tuple(map(len, ids)))
+
 
 class OpenUniTokenizer(Tokenizer):
     """Prompts in a user turn that asks for an image, and the token that begins one."""

@@ -16,9 +16,10 @@ from ..passes.fold import Schedule
 from ..runtime.capture import AUTO_POSITIONS
 from ..runtime.streaming import NOT_RECORDED
 from ..runtime.timing import StageTimer
+from ..sampling.guidance import Guidance
 from ..sampling.noise import step_noise
 from ..sampling.sampler import sample
-from ..sampling.schedule import SamplerConfig, steps
+from ..sampling.schedule import SamplerConfig, schedule, steps
 from ..sampling.start import Start
 from .prompt_cache import PromptCache
 from .stage import DEFAULTS, StageOptions, in_parts
@@ -69,21 +70,27 @@ class VelocityStage(Generic[AnyProgram]):
         self.prompts = PromptCache(prompt_cache)
 
     def contexts(
-        self, prompts: Prompts, encode: Encode, repeats: int, times: Schedule, at_once: int, alone: bool = False
-    ) -> list[Context]:
+        self, prompts: Prompts, encode: Encode, repeats: int, times: Schedule, at_once: int, alone: bool = False,
+        negative: Sequence[int] = (),
+    ) -> list[Context]:  # fmt: skip
         """Return the contexts of `repeats` images of each prompt, one context for every `at_once` images. A part waits
         for no prompt of another part, so its bits are those it has by itself; alone: likewise where there is one part.
 
-        encode: makes embeddings of texts. times: the schedule of the images (SD3.5 has it in the context)."""
-        total = len(prompts) * repeats
-        if at_once >= total and not alone:
+        encode: makes embeddings of texts. times: the schedule of the images (SD3.5 has it in the context). negative: of
+        guided prompts, which come first in `prompts`, the numbers of their negative ones; a context then has those of
+        its images behind theirs."""
+        total = (len(negative) or len(prompts)) * repeats
+        if at_once >= total and not alone and not negative:
             return [self.context(prompts, encode, repeats, times)]
         numbers = [image // repeats for image in range(total)]  # of each image's prompt
         if isinstance(prompts, tuple):
             numbers = [prompts.index(prompts[number]) for number in numbers]
+        parts = [numbers[start : start + at_once] for start in range(0, total, at_once)]
+        if negative:
+            parts = [[*part, *(negative[number] for number in part)] for part in parts]
         made: dict[tuple[int, ...], Context] = {}
         contexts = []
-        for part in (numbers[start : start + at_once] for start in range(0, total, at_once)):
+        for part in parts:
             few = tuple(dict.fromkeys(part))
             if few not in made:
                 some = tuple(prompts[n] for n in few) if isinstance(prompts, tuple) else prompts.select(few)
@@ -124,16 +131,21 @@ class VelocityStage(Generic[AnyProgram]):
     def sample(
         self, noise: Tensor, contexts: Sequence[Context], seeds: Sequence[int], sampler: SamplerConfig, at_once: int,
         timer: StageTimer, callback: Callback | None = None, vae: VaeInput | None = None, start: Start | None = None,
+        guidance: Guidance | None = None, apart: bool = False,
     ) -> Tensor:  # fmt: skip
         """Return clean latents of noise [B, C, h, w], both normalised, `at_once` images together with their contexts.
 
         seeds: of the images, for the noise between evaluations. timer: asked between parts and evaluations whether to
         stop. callback: see `sampling.sampler.sample`. vae: whose input is wanted in place of the normalised latents,
-        where `projects_to_vae`. start: given images, which with the noise make what sampling begins from."""
+        where `projects_to_vae`. start: given images, which with the noise make what sampling begins from. guidance: of
+        contexts with negative prompts, whose images go through the network beside the others or, `apart`, after."""
         t = steps(sampler, self.dtype)[0].t
         begin, keep = (noise, {}) if start is None else (start.at(t), {"keep": start.keep})
+        times = [one for one, _ in schedule(sampler, self.dtype)]
         parts = [
             self._evaluation(context, part, vae, t)
+            if guidance is None
+            else self._guided(context, part, t, guidance, times, apart)
             for context, part in zip(contexts, noise.split(at_once), strict=True)
         ]
         velocity = lambda x, step: in_parts(lambda part, i: parts[i](part, step), x, at_once, timer)
@@ -142,6 +154,31 @@ class VelocityStage(Generic[AnyProgram]):
             velocity, begin, sampler, noise_fn=fresh, callback=callback, cancel=timer.cancel,
             project=self.program.network.ops.x0_project if vae is None else (lambda noise, raw, t: raw), **keep,
         )  # fmt: skip
+
+    def _guided(
+        self, context: Context, noise: Tensor, t: float, guidance: Guidance, times: Sequence[float], apart: bool
+    ) -> Evaluation:
+        """Return the network under `guidance` for the prompts in the first half of `context`, against those in the
+        second. times: of the evaluations."""
+        n, network = len(noise), self.program.network
+        if apart:
+            halves = [self._evaluation(context.select(range(i, i + n)), noise, None, t) for i in (0, n)]
+            both: Evaluation = lambda x, step: torch.cat([half(x, step).clone() for half in halves])
+        else:
+            together = self._evaluation(context, torch.cat((noise, noise)), None, t)
+            both = lambda x, step: together(torch.cat((x, x)), step)
+
+        def evaluate(x: Tensor, step: int) -> Tensor:
+            asked, empty = both(x, step).to(torch.promote_types(x.dtype, torch.float32)).chunk(2)
+            if 1 - times[step] > guidance.truncation:
+                return asked.to(x.dtype)
+            flow = network.guide(asked, empty, guidance.scale)
+            if guidance.normalization:
+                own, guided = (y.flatten(1).norm(dim=1)[:, None, None, None] for y in (asked, flow))
+                flow = flow * (guidance.normalization * own / guided).clamp(max=1)
+            return flow.to(x.dtype)
+
+        return evaluate
 
     def _evaluation(self, context: Context, noise: Tensor, vae: VaeInput | None, t: float) -> Evaluation:
         """Return the network for these prompts: recorded where that is asked for, or (capture "auto") worth while.

@@ -49,6 +49,7 @@ from ..layers import (
     finish_block,
     modulation_rows,
     pack,
+    unpack,
 )
 from ..token_split import WHOLE, TokenSplit
 from ..velocity_network import VelocityNetwork
@@ -259,6 +260,13 @@ class QwenImageTransformer(VelocityNetwork):
         return Modulation(blocks, Constants.of(self.norm_out_table[row]))
 
     # -- network --------------------------------------------------------------------------------
+
+    def guide(self, asked: Tensor, empty: Tensor, scale: float) -> Tensor:
+        """As of others, each token in the norm that it has without guidance (diffusers' true_cfg_scale)."""
+        guided, (height, width) = super().guide(asked, empty, scale), (n // 2 for n in asked.shape[2:])
+        tokens = pack(guided)
+        norms = pack(asked).norm(dim=-1, keepdim=True) / tokens.norm(dim=-1, keepdim=True)
+        return unpack(tokens * norms, height, width)
 
     def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
         """Return the prompts after `txt_norm` and `txt_in`."""

@@ -240,6 +240,7 @@ class ZImageTransformer(VelocityNetwork):
     """
 
     second_embedder = "t_embedder_2"
+    unguided = 0.0
     prompt_modules = ("cap_embedder", "context_refiner")
     prompt_multiple = SEQ_MULTIPLE
     norm_table: Tensor
