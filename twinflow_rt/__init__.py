@@ -18,9 +18,10 @@ _PUBLIC = {
     "load": "loading", "LoadOptions": "options", "Pipeline": "pipeline", "Result": "stages.result",
     "accelerate": "integrations.diffusers", "export_model": "export.program", "load_exported": "export.runtime",
     "PromptEmbeds": "stages.text", "SamplerConfig": "sampling.schedule", "PRESETS": "sampling.schedule",
-    "preset": "sampling.schedule", "Guidance": "sampling.guidance", "TwinFlowError": "errors", "CheckpointError": "errors",
-    "ConfigError": "errors", "DeviceError": "errors", "OutOfMemoryError": "errors", "NonFiniteError": "errors",
-    "StorageError": "errors", "CancelledError": "errors", "PromptTruncatedWarning": "errors",
+    "preset": "sampling.schedule", "Guidance": "sampling.guidance", "TwinFlowError": "errors",
+    "CheckpointError": "errors", "ConfigError": "errors", "DeviceError": "errors", "OutOfMemoryError": "errors",
+    "NonFiniteError": "errors", "StorageError": "errors", "CancelledError": "errors",
+    "PromptTruncatedWarning": "errors",
 }  # fmt: skip
 __all__ = ["__version__", *_PUBLIC]
 

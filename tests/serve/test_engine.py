@@ -74,6 +74,23 @@ def test_requests_alike_share_a_batch(pipe, start):
     assert pipe.calls[3]["sampler"] == preset(2)
 
 
+def test_guided_requests_share_a_batch_with_their_like(pipe, start):
+    engine = start(max_batch=4)
+    hold(pipe, engine)
+    how = [{}, {"guidance": 2.0, "negative_prompt": "x"}, {"guidance": 2.0}, {"guidance": 2.0, "negative_prompt": "x"}]
+    jobs = [job for k, given in enumerate(how) for job in engine.submit(f"p{k}", seed=0, **given)]
+    pipe.gate.set()
+    results(jobs)
+    assert [call["prompts"] for call in pipe.calls[1:]] == [["p0"], ["p1", "p3"], ["p2"]]
+    assert [call.get("guidance") for call in pipe.calls[1:]] == [None, 2.0, 2.0]
+    assert [call.get("negative_prompt") for call in pipe.calls[1:]] == [None, "x", None]
+    for name, value in (("guidance", float("nan")), ("guidance", "4"), ("negative_prompt", 3)):
+        with pytest.raises(ConfigError, match=name):
+            engine.submit("a", **{name: value})
+    with pytest.raises(ConfigError, match="5000 characters"):
+        engine.submit("a", negative_prompt="x" * 5000)
+
+
 def test_one_large_request_is_cut_into_batches(pipe, start):
     engine = start(max_batch=3)
     assert [seed for _, seed in results(engine.submit("a", seed=0, num_images=8))] == list(range(8))

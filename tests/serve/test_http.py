@@ -133,7 +133,7 @@ def test_prompts_that_are_cut_are_told(start):
         ({"partial_images": 2}, "partial_images", "0 ("),
         ({"output_compression": 80}, "output_compression", "jpeg or webp"),
         ({"output_compression": 101, "output_format": "jpeg"}, "output_compression", "100"),
-        ({"guidance": 7.5}, "guidance", "no such field; there are prompt, model, n, size, seed, nfe"),
+        ({"cfg": 7.5}, "cfg", "no such field; there are prompt, model, n, size, seed, nfe"),
     ],
 )
 def test_what_cannot_work_is_400(start, pipe, fields, param, message):

@@ -78,6 +78,7 @@ def create_app(engine: Engine, name: str, *, token: str | None = None, timeout: 
         width, height = map(int, body.size.split("x")) if body.size not in (None, "auto") else (None, None)
         count = 1 if body.n is None else body.n
         asked = {"width": width, "height": height, "seed": body.seed, "num_images": count, "nfe": body.nfe, **picture}
+        asked |= {"guidance": body.guidance, "negative_prompt": body.negative_prompt}
         submit = partial(engine.submit, body.prompt, **asked)
         jobs = await run_in_threadpool(submit) if picture else submit()
         try:

@@ -84,11 +84,11 @@ class Cluster(Engine):
 
     async def _finish(self, job: Job, nfe: int | None) -> None:
         """Have the image made and settle its future, unless the job was given up meanwhile."""
-        height, width, *_ = job.kind
+        height, width, *_, guided = job.kind
         outcome: Any = CancelledError("Ray gave this image up")
         try:
-            picture = arguments([job.given] if job.given is not None else [])
-            pixels, job.truncated = await self._ask("generate", job.prompt, width, height, job.seed, nfe, picture)
+            more = arguments([job.given] if job.given is not None else []) | guided.given()
+            pixels, job.truncated = await self._ask("generate", job.prompt, width, height, job.seed, nfe, more)
             outcome = Image.fromarray(pixels)
         except Exception as error:
             if not isinstance(error, TwinFlowError):

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..config import check_count, resolve_prompts, shown
 from ..errors import CancelledError, ConfigError, TwinFlowError
+from ..options import GuidanceOptions
 from ..runtime.forks import reopen_in_children
 from ..sampling.noise import resolve_seeds
 from ..sampling.scheduler import sampler_of
@@ -46,8 +47,8 @@ class Job:
     """One image on its way. `future` gives the PIL image, or raises what went wrong; once it does, `truncated` says
     whether its prompt is longer than the model reads.
 
-    kind: (height, width, sampler, strength, masked); only jobs alike in it share a batch. given: the picture to start
-    from, or None.
+    kind: (height, width, sampler, strength, masked, guidance); only jobs alike in it share a batch. given: the picture
+    to start from, or None.
     """
 
     prompt: str
@@ -94,15 +95,18 @@ class Engine:
     def submit(
         self, prompt: str, *, width: int | None = None, height: int | None = None, seed: int | None = None,
         num_images: int = 1, nfe: int | None = None, image: Any = None, mask: Any = None, strength: float | None = None,
+        guidance: float | None = None, negative_prompt: str | None = None,
     ) -> list[Job]:  # fmt: skip
-        """Queue a request, all of it or nothing; image k gets seed + k (None: a random seed). image, mask, strength: as
-        for `Pipeline`, one picture for all images.
+        """Queue a request, all of it or nothing; image k gets seed + k (None: a random seed). image, mask, strength,
+        guidance, negative_prompt: as for `Pipeline`, the same for all images.
 
         Raises ConfigError for what cannot work or exceeds the limits, QueueFullError, DrainingError.
         """
         given, size = resolve_images(image, mask, strength, 1, 1, self.pipe.sizes, (height, width))
         start = (None, False) if given is None else (given.strength, given.mask is not None)
-        kind = (*self._kind(prompt, size, num_images, nfe), *start)
+        guided = GuidanceOptions(guidance, negative_prompt)
+        self._check_prompt(negative_prompt or "")
+        kind = (*self._kind(prompt, size, num_images, nfe), *start, guided)
         jobs = [Job(prompt, s, kind, given) for s in resolve_seeds(seed, num_images)]
         with self._changed:
             if not self.accepting:
@@ -176,11 +180,9 @@ class Engine:
 
     def _kind(self, prompt: str, size: tuple[int, int], num_images: int, nfe: int | None) -> tuple[Any, ...]:
         limits = self.limits
-        resolve_prompts(prompt)
+        self._check_prompt(prompt)
         if check_count("num_images", num_images) > limits.max_images:
             raise ConfigError(f"{shown(num_images)} images in one request; at most {limits.max_images} are taken")
-        if len(prompt) > limits.max_prompt:
-            raise ConfigError(f"prompt has {len(prompt)} characters; at most {limits.max_prompt} are taken")
         pipe = self.pipe
         sampler = sampler_of(nfe, None, pipe.sampler, pipe.scheduler, pipe.sizes.tokens(*size))
         if nfe is not None and nfe > limits.max_nfe:
@@ -188,6 +190,11 @@ class Engine:
         if size[0] * size[1] > limits.max_pixels:
             raise ConfigError(f"size {size[1]}x{size[0]}: at most {limits.max_pixels} pixels are taken")
         return (*size, sampler)
+
+    def _check_prompt(self, prompt: str) -> None:
+        resolve_prompts(prompt)
+        if len(prompt) > self.limits.max_prompt:
+            raise ConfigError(f"prompt has {len(prompt)} characters; at most {self.limits.max_prompt} are taken")
 
     # -- worker ---------------------------------------------------------------------------------
 
@@ -245,11 +252,12 @@ class Engine:
 
     def _call(self, batch: list[Job]) -> tuple[list[Any], dict[str, float]]:
         """Return the images of a batch, and the pipeline's timings."""
-        height, width, sampler, *_ = batch[0].kind
+        height, width, sampler, *_, guided = batch[0].kind
         given = [job.given for job in batch if job.given is not None]
         result = self.pipe(
             [job.prompt for job in batch], height=height, width=width, seed=[job.seed for job in batch],
             sampler=sampler, cancel=lambda: all(job.abandoned for job in batch), **arguments(given),
+            **guided.given(),
         )  # fmt: skip
         if len(result.images) != len(batch):
             raise RuntimeError(f"the pipeline gave {len(result.images)} images for {len(batch)} prompts")

@@ -103,11 +103,11 @@ class Worker:
         return Model(pipe.sizes, pipe.sampler, pipe.scheduler)
 
     async def generate(
-        self, prompt: str, width: int, height: int, seed: int, nfe: int | None, picture: dict[str, Any]
+        self, prompt: str, width: int, height: int, seed: int, nfe: int | None, more: dict[str, Any]
     ) -> tuple[np.ndarray, bool]:
-        """Return one image, uint8 [height, width, 3], and whether its prompt was cut. Raises what `Engine.submit` and
-        its jobs raise."""
-        jobs = self.engine.submit(prompt, width=width, height=height, seed=seed, nfe=nfe, **picture)
+        """Return one image, uint8 [height, width, 3], and whether its prompt was cut. more: of `Engine.submit`. Raises
+        what that and its jobs raise."""
+        jobs = self.engine.submit(prompt, width=width, height=height, seed=seed, nfe=nfe, **more)
         try:
             return np.asarray(await asyncio.wrap_future(jobs[0].future)), jobs[0].truncated
         finally:  # Ray cancels this coroutine when the caller has left

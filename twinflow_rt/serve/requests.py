@@ -8,9 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ImageRequest(BaseModel):
-    """Body of /v1/images/generations: OpenAI's fields and `seed` (image k gets seed + k) and `nfe` (network evaluations
-    per image; default: what the server was started with). Of OpenAI's those for which there is no choice here take
-    the values that agree with what is done; null is as if a field were not sent. Refusals quote descriptions."""
+    """Body of /v1/images/generations: OpenAI's fields and `seed` (image k gets seed + k), `nfe` (network evaluations
+    per image; default: what the server was started with), `guidance` and `negative_prompt`. Of OpenAI's those for which
+    there is no choice here take the values that agree with what is done; null is as if a field were not sent. Refusals
+    quote descriptions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -20,6 +21,8 @@ class ImageRequest(BaseModel):
     size: str | None = Field(None, description="WxH in pixels, or auto", pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$")
     seed: int | None = None
     nfe: int | None = None
+    guidance: float | None = Field(None, description="scale of classifier-free guidance, for models not distilled")
+    negative_prompt: str | None = Field(None, description="with guidance: what images are led away from")
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: int | None = Field(None, description="quality of jpeg and webp, default 95", ge=0, le=100)
     response_format: Literal["b64_json"] | None = Field(None, description="images are not kept, so there are no links")
