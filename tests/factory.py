@@ -103,10 +103,11 @@ def second_embedder(network, kind: str) -> dict[str, torch.Tensor]:
 
 def make_model(folder: Path, family: str = "z-image", **options) -> Path:
     """A whole model folder of `FAMILIES`, SANA-Sprint ("sprint") or OpenUni ("openuni"), tiny and random."""
-    from tests import qwen_image_factory, sana_factory, sd3_factory
+    from tests import flux2_factory, qwen_image_factory, sana_factory, sd3_factory
 
     make = {
         "z-image": make_z_image, "qwen-image": qwen_image_factory.make_model, "sd3": sd3_factory.make_model,
+        "flux2": flux2_factory.make_model,
         "sana": sana_factory.make_model, "sprint": partial(sana_factory.make_model, config=sana_factory.SPRINT),
         "openuni": lambda folder: sana_factory.make_openuni(folder)[0],
     }[family]  # fmt: skip

@@ -20,9 +20,9 @@ from .errors import CheckpointError, ConfigError
 from .models.architecture import Architecture
 from .models.config import reading
 from .models.meta_device import meta_device
-from .sampling.scheduler import FILE, SCM, Scheduler
+from .sampling.scheduler import FILE, SCM, Scheduler, flux2_mu
 from .stages.text import TextEncoder, TextStage
-from .stages.text_encoders import OpenUniText, QwenImageTokenizer, SanaText, SD3Text
+from .stages.text_encoders import Flux2Text, OpenUniText, QwenImageTokenizer, SanaText, SD3Text
 from .stages.tokenizer import ChatTokenizer
 from .stages.vae import VaeDecoder
 
@@ -31,6 +31,7 @@ QWEN_IMAGE_DEFAULT = 83  # tokens per axis: 1328 pixels, the square that Qwen-Im
 QWEN_IMAGE_LARGEST = 256  # tokens per axis: 4096 pixels
 CONNECTOR = "connector"  # OpenUni's folder, whose config.json names no kind
 SPRINT_STEPS = 2  # evaluations that SANA-Sprint was published with
+FLUX2_LARGEST = 256  # tokens per axis: 4096 pixels
 SANA_LARGEST = 4096  # pixels per axis: the largest that SANA was published for
 
 
@@ -42,7 +43,7 @@ class Family:
     VAE. parts: it and the text encoders, by _class_name or model_type of their config.json. text(folder, config,
     files): opens the text stage of a model folder whose transformer has this config, unread. sizes(config, text, vae):
     the image sizes that the three make together; raises CheckpointError where they belong to different models. steps:
-    evaluations that the ordinary model was published with. evenly: see `Scheduler`.
+    evaluations that the ordinary model was published with. evenly, mu: see `Scheduler`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Family:
     sizes: Callable[[Any, Any, VaeDecoder], SizeRule]
     steps: int
     evenly: bool = False
+    mu: Callable[[int, int], float] | None = None
 
     def build(self, config: Any, **options: Any) -> Any:
         """Return network(config, **options) on the meta device. Raises ConfigError for a config that builds none."""
@@ -80,7 +82,7 @@ class Family:
             return None
         config["twinflow"] = False
         sprint = bool(config.get("guidance_embeds"))
-        scheduler = Scheduler(settings or read_json(path), SPRINT_STEPS if sprint else self.steps, self.evenly)
+        scheduler = Scheduler(settings or read_json(path), SPRINT_STEPS if sprint else self.steps, self.evenly, self.mu)
         if (scheduler.kind == SCM) != sprint:
             raise ConfigError(f"{FILE} says _class_name {scheduler.kind}: {SCM} goes with SANA-Sprint, and it alone")
         return scheduler
@@ -220,9 +222,35 @@ def sana() -> Family:
     return Family("sana", SanaConfig, SanaTransformer, LAYOUT, autoencoder_dc.MODEL, parts, text, sizes, steps=20)
 
 
+@cache
+def flux2() -> Family:
+    """Return the family of FLUX.2-klein: three states of Qwen3, AutoencoderKLFlux2 (diffusers: Flux2KleinPipeline)."""
+    from .models.autoencoders import autoencoder_flux2
+    from .models.text_encoders import qwen3
+    from .models.transformers.flux2 import LAYOUT, Flux2Config, Flux2Transformer
+
+    def text(folder: Path, config: Flux2Config, files: Files) -> Flux2Text:
+        return Flux2Text(folder, qwen3.FLUX2, files)
+
+    def sizes(config: Flux2Config, text: TextStage, vae: VaeDecoder) -> SizeRule:
+        """A patch of 2x2 latents is a token; positions are computed, so nothing but memory bounds a size."""
+        must_equal(
+            ("width of prompt embeddings", text.width, "joint_attention_dim", config.joint_attention_dim),
+            ("channels of a patch of vae latents", vae.channels, "in_channels", config.in_channels),
+        )
+        most = FLUX2_LARGEST * vae.scale
+        return SizeRule(vae.scale, most, most, default=64 * vae.scale)
+
+    vae = autoencoder_flux2.MODEL
+    return Family(
+        "flux2-klein", Flux2Config, Flux2Transformer, LAYOUT, vae, {"AutoencoderKLFlux2": vae}, text, sizes, steps=4,
+        evenly=True, mu=flux2_mu,
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Family]] = {
     "ZImageTransformer2DModel": z_image, "QwenImageTransformer2DModel": qwen_image, "SD3Transformer2DModel": sd3,
-    "SanaTransformer2DModel": sana,
+    "SanaTransformer2DModel": sana, "Flux2Transformer2DModel": flux2,
 }  # fmt: skip
 
 

@@ -190,7 +190,7 @@ IDENTITY = Constants()
 
 def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
     """Return layer(x) computed in float32, as all constants are."""
-    return F.linear(x, layer.weight.float(), layer.bias.float())
+    return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
 def modulation_rows(layer: nn.Linear, temb: Tensor, scales: Sequence[int]) -> Tensor:
@@ -217,9 +217,9 @@ def sinusoids(value: Tensor, scale: float = 1.0) -> Tensor:
 class SinusoidEmbedder(nn.Module):
     """An MLP over the sinusoids of a scalar: [B] -> [B, dim] float32."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, bias: bool = True) -> None:
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(FREQUENCY_DIM, dim), nn.Linear(dim, dim)
+        self.linear_1, self.linear_2 = nn.Linear(FREQUENCY_DIM, dim, bias), nn.Linear(dim, dim, bias)
 
     def forward(self, value: Tensor, scale: float = 1.0) -> Tensor:
         return linear32(self.linear_2, F.silu(linear32(self.linear_1, sinusoids(value, scale))))
@@ -228,16 +228,16 @@ class SinusoidEmbedder(nn.Module):
 class JointAttention(nn.Module):
     """Attention among image and prompt tokens; prompt_output: whether a later block reads the prompt's result."""
 
-    def __init__(self, heads: int, head_dim: int, prompt_output: bool) -> None:
+    def __init__(self, heads: int, head_dim: int, prompt_output: bool, bias: bool = True) -> None:
         super().__init__()
         dim, self.heads = heads * head_dim, heads
-        self.to_qkv, self.add_qkv = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3 * dim)
+        self.to_qkv, self.add_qkv = nn.Linear(dim, 3 * dim, bias), nn.Linear(dim, 3 * dim, bias)
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=EPS), nn.RMSNorm(head_dim, eps=EPS)
         self.norm_added_q = nn.RMSNorm(head_dim, eps=EPS)
         self.norm_added_k = nn.RMSNorm(head_dim, eps=EPS)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias)])
         if prompt_output:
-            self.to_add_out = nn.Linear(dim, dim)
+            self.to_add_out = nn.Linear(dim, dim, bias)
 
     def forward(
         self, image: Tensor, prompt: Tensor, rope: tuple[Tensor, Tensor], lengths: Tensor | None,
@@ -262,6 +262,12 @@ class FeedForward(nn.Module):
             {"0": ModuleDict({"proj": nn.Linear(dim, hidden)}), "2": nn.Linear(hidden, dim)}
         )
 
+    @property
+    def first(self) -> nn.Module:
+        """The layer that reads the norm."""
+        layer: nn.Module = self.net["0"]["proj"]
+        return layer
+
     def forward(self, x: Tensor, ops: OpTable) -> Tensor:
         return self.net["2"](with_gelu(self.net["0"]["proj"], x, ops_for(self.net["2"], ops)))
 
@@ -272,12 +278,12 @@ def add_branch(x: Tensor, branch: Tensor, gate: Tensor | None, ops: OpTable) -> 
 
 
 def finish_block(
-    x: Tensor, branch: Tensor, mlp: FeedForward, now: Constants, after: Constants, reader: nn.Module | None,
+    x: Tensor, branch: Tensor, mlp: Any, now: Constants, after: Constants, reader: nn.Module | None,
     ops: OpTable,
 ) -> Stream:  # fmt: skip
     """Add attention's branch to x, then the MLP's; return x and its norm for `reader`, the layer that reads it next.
-    now, after: the constants of this block and of the reader."""
-    first = ops_for(mlp.net["0"]["proj"], ops)
+    mlp: has the layer that reads its norm as `first`. now, after: the constants of this block and of the reader."""
+    first = ops_for(mlp.first, ops)
     x, h = first.residual_layer_norm(x, branch, now.gate_a, now.scale_f, now.shift_f, EPS)
     return ops_for(reader, ops).residual_layer_norm(x, mlp(h, ops), now.gate_f, after.scale_a, after.shift_a, EPS)
 

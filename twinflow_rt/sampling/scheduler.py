@@ -10,7 +10,7 @@ Times are float32, as diffusers computes them. The three schedulers that the sup
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,12 +45,14 @@ class Scheduler:
     """What scheduler_config.json says. Raises ConfigError for a scheduler that is not one of the three.
 
     steps: evaluations of calls that name none; None: those have a sampler of their own. evenly: whether the family's
-    pipeline hands its scheduler times spread evenly from 1 to 1/n, in place of those it would choose.
+    pipeline hands its scheduler times spread evenly from 1 to 1/n, in place of those it would choose. mu(tokens, steps):
+    the logarithm of a dynamic shift, in place of the one from base_shift to max_shift.
     """
 
     settings: Mapping[str, Any]
     steps: int | None
     evenly: bool = False
+    mu: Callable[[int, int], float] | None = None
 
     def __post_init__(self) -> None:
         kind, said = self.settings.get("_class_name"), self.settings
@@ -103,6 +105,7 @@ class Scheduler:
         if dynamic:
             (least, most), low, high = self._tokens, self._number("base_shift"), self._number("max_shift")
             shift = low + (high - low) / (most - least) * (tokens - least)
+            shift = shift if self.mu is None else self.mu(tokens, steps)
             if self.settings.get("time_shift_type", "exponential") == "exponential":
                 shift = math.exp(min(shift, 700.0))
         times = shift * times / (1 + (shift - 1) * times)
@@ -132,6 +135,15 @@ class Scheduler:
     def _terminal(self) -> float:
         value = self.settings.get("shift_terminal")
         return 0.0 if value is None else check_number(f"{FILE}: shift_terminal", value)
+
+
+def flux2_mu(tokens: int, steps: int) -> float:
+    """Return FLUX.2's mu, fitted at 10 and 200 steps as lines over the number of tokens, and linear between them."""
+    far = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return far
+    near = 8.73809524e-05 * tokens + 1.89833333
+    return far + (steps - 200) * (far - near) / 190
 
 
 def sampler_of(

@@ -15,9 +15,9 @@ from ..models.config import BROKEN
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def chat_template(folder: Path) -> Callable[[str], str]:
-    """Return what writes a prompt as one user turn of a tokenizer folder's template, generation prompt added, thinking
-    on. Raises CheckpointError, as does what is returned, for templates that are absent or fail."""
+def chat_template(folder: Path, thinking: bool = True) -> Callable[[str], str]:
+    """Return what writes a prompt as one user turn of a tokenizer folder's template, generation prompt added. thinking:
+    what the template is told as `enable_thinking`. Raises CheckpointError, as does what is returned, for templates that are absent or fail."""
     from jinja2 import TemplateError
 
     config, file = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
@@ -25,7 +25,7 @@ def chat_template(folder: Path) -> Callable[[str], str]:
     if isinstance(source, list):  # several named templates
         source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}.get("default")
     if not isinstance(source, str):
-        raise CheckpointError(f"{folder} has no chat template; Z-Image prompts are written in chat form")
+        raise CheckpointError(f"{folder} has no chat template; this model's prompts are written in chat form")
     try:
         template = _environment().from_string(source)
     except (TemplateError, *BROKEN) as error:
@@ -36,7 +36,7 @@ def chat_template(folder: Path) -> Callable[[str], str]:
         messages = [{"role": "user", "content": prompt}]
         try:
             text: str = template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, enable_thinking=True,
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, enable_thinking=thinking,
                 **tokens,
             )  # fmt: skip
             return text

@@ -15,6 +15,7 @@ from ..checkpoint.files import read_json
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
 from ..models.text_encoders.language_model import Past, embed
+from .chat_template import chat_template
 from .stage import open_part
 from .text import PromptEmbeds, TextEncoder, TextStage, check_vocabulary
 from .tokenizer import PaddingTokenizer, Tokenizer
@@ -49,6 +50,40 @@ class QwenImageTokenizer(Tokenizer):
     def render(self, prompt: str) -> str:
         turns = f"<|im_start|>system\n{self.SYSTEM}<|im_end|>\n<|im_start|>user\n{prompt}<|im_end|>\n"
         return turns + "<|im_start|>assistant\n"
+
+
+class Flux2Tokenizer(PaddingTokenizer):
+    """Prompts as one user turn of the folder's chat template, thinking off."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.template = chat_template(folder, thinking=False)
+
+    def render(self, prompt: str) -> str:
+        return self.template(prompt)
+
+
+class Flux2Text(TextEncoder):
+    """Prompts of 512 tokens, padding included, to several of the model's states side by side [B, 512, width].
+
+    FLUX.2 reads the states of padding as well, so all are computed, as in diffusers' Flux2KleinPipeline."""
+
+    def __init__(self, folder: Path, model: Architecture, files: Files) -> None:
+        super().__init__(folder, model, Flux2Tokenizer, files, max_tokens=512)
+        self.width = self.network.config.width
+
+    def encode(self, prompts: Sequence[str]) -> PromptEmbeds:
+        own = Tokenizer.__call__(self.tokenizer, prompts, self.max_tokens)
+        ids = torch.tensor(self.tokenizer(prompts, self.max_tokens), device=self.device)
+        counts = torch.tensor([len(one) for one in own], device=self.device)
+        states: Tensor = self.captured("text", lambda ids, counts: self.network(ids, None, counts), ids, counts)
+        return PromptEmbeds(states, (self.max_tokens,) * len(prompts))
+
+    def probe(self, tokens: int, networks: Sequence[Any] = ()) -> PromptEmbeds:
+        """As every text stage's; the work is the same at any length of a prompt."""
+        (network,) = networks or self.meta_networks()
+        ids = torch.zeros(1, self.max_tokens, dtype=torch.int64, device="meta")
+        return PromptEmbeds(network(ids, None, ids[:, 0]), (self.max_tokens,))
 
 
 class SanaTokenizer(Tokenizer):

@@ -30,7 +30,7 @@ class VaeHalf(Stage):
     """One half of the autoencoder `model` in `folder`. Latents are normalised, z = (raw - offset) * divisor.
 
     Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
-    `divisor` (numbers, or one per channel).
+    `divisor` (numbers, or one per channel); a network's `statistics` have the latter two where files hold them.
     recorded_as: the name of its graphs. convolutions: what became of them, where they changed.
     """
 
@@ -54,9 +54,10 @@ class VaeHalf(Stage):
         read = lambda name: part.checkpoint.get(name, device, part.layout.dtype_of(name, dtype))
         self.convolutions = convert_convolutions(self.network, Target.of(device, dtype), read)
         self.device, self.dtype = device, dtype
+        said = getattr(self.network, "statistics", self.config)
         self._offset, self._divisor = (
-            torch.tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
-            for value in (self.config.offset, self.config.divisor)
+            torch.as_tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
+            for value in (said.offset, said.divisor)
         )
 
     def notes(self) -> tuple[str, ...]:

@@ -64,6 +64,11 @@ class AutoencoderConfig(ScaledLatents):
         )  # fmt: skip
 
     @property
+    def inner_channels(self) -> int:
+        """Channels that the networks make and read."""
+        return self.latent_channels
+
+    @property
     def scale(self) -> int:
         """Pixels per latent, along each axis."""
         return 1 << (len(self.block_out_channels) - 1)
@@ -118,7 +123,7 @@ class AutoencoderEncoder(HalvedEncoder):
             Level(inner, outer, depth, norm, Downsample(outer) if i + 1 < len(channels) else None, "downsamplers")
             for i, (inner, outer) in enumerate(zip((channels[0], *channels), channels, strict=False))
         ]
-        last, moments = channels[-1], 2 * config.latent_channels
+        last, moments = channels[-1], 2 * config.inner_channels
         attention = SpatialAttention(last, groups) if config.mid_attention else None
         encoder = LevelsEncoder(levels, channels[0], last, norm, attention, "conv_norm_out", moments)
         quant = nn.Conv2d(moments, moments, 1) if config.quant else None
@@ -131,12 +136,12 @@ class AutoencoderDecoder(HalvedDecoder):
     def __init__(self, config: AutoencoderConfig) -> None:
         channels, groups, depth = config.block_out_channels[::-1], config.groups, config.layers_per_block + 1
         decoder = LevelsDecoder(
-            config.latent_channels, list(zip((channels[0], *channels), channels, strict=False)), depth,
+            config.inner_channels, list(zip((channels[0], *channels), channels, strict=False)), depth,
             lambda width: Norm(groups, width, EPS),
             SpatialAttention(channels[0], groups) if config.mid_attention else None,
             Upsample, "conv_norm_out", config.out_channels,
         )  # fmt: skip
-        latents = config.latent_channels
+        latents = config.inner_channels
         super().__init__(
             config, decoder, (2 * depth,) * len(channels), nn.Conv2d(latents, latents, 1) if config.post_quant else None
         )

@@ -2,8 +2,8 @@
 
 Prompts are padded on the right and attention is causal, so a real token never sees padding: no mask is needed, and a
 prompt's embedding does not depend on what it is batched with. For the same reason a beginning that all prompts share
-is read only once: later tokens take from it its keys and values in every layer (`Past`). Modules have the names that
-transformers gives them.
+is read only once: later tokens take from it its keys and values in every layer (`Past`). A padding token whose state is
+wanted all the same (FLUX.2) sees the real tokens alone. Modules have the names that transformers gives them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class LanguageConfig:
     """The fields of text_encoder/config.json that shape the network; `depth` counts all its layers.
 
     qkv_bias: biases on queries, keys and values. qk_norm: RMS norms of queries and keys, per head. state: which of
-    transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what leaves the closing norm. tie:
+    transformers' hidden_states is wanted: -2, what enters the last layer, or -1, what leaves the closing norm. states:
+    numbers of those that are wanted side by side instead, ascending, each what enters the layer of its number. tie:
     tie_word_embeddings, see `tied`. positions: tokens that the model was made for; a longer text is read all the same.
     """
 
@@ -52,6 +53,7 @@ class LanguageConfig:
     qkv_bias: bool = False
     qk_norm: bool = True
     state: int = -2
+    states: tuple[int, ...] = ()
     tie: bool | None = True
     positions: int = 32768
 
@@ -77,7 +79,12 @@ class LanguageConfig:
     @property
     def layers(self) -> int:
         """Layers that are built."""
-        return self.depth + self.state + 1
+        return self.states[-1] if self.states else self.depth + self.state + 1
+
+    @property
+    def width(self) -> int:
+        """Features of what the network returns of a token."""
+        return self.hidden_size * max(len(self.states), 1)
 
 
 def after(past: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -123,13 +130,14 @@ class Attention(Module):
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
-        kept: list[tuple[Tensor, Tensor]] | None,
+        kept: list[tuple[Tensor, Tensor]] | None, mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
         weights = [None if norm is None else norm.weight.float() for norm in (self.q_norm, self.k_norm)]
         q, k, v = ops.grouped_qk_norm_rope(self.qkv_proj(x), *weights, *rope, self.heads, self.kv_heads, self.eps)
         if kept is not None:
             kept.append((k.contiguous(), v.contiguous()))
-        k, v, mask = after(past, k, v)
+        k, v, behind = after(past, k, v)
+        mask = behind if mask is None else mask
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
         return out.transpose(1, 2).flatten(2)
 
@@ -154,29 +162,31 @@ class Layer(Module):
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], ops: OpTable, past: tuple[Tensor, Tensor] | None,
-        kept: list[tuple[Tensor, Tensor]] | None,
+        kept: list[tuple[Tensor, Tensor]] | None, mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
         attention, gate_up, down = self.self_attn, self.mlp.gate_up_proj, self.mlp.down_proj
         h = ops_for(attention.qkv_proj, ops).rms_norm(x, self.input_layernorm.weight.float(), self.eps)
-        x = with_residual(x, attention.o_proj, attention(h, rope, ops, past, kept), ops)
+        x = with_residual(x, attention.o_proj, attention(h, rope, ops, past, kept, mask), ops)
         h = ops_for(gate_up, ops).rms_norm(x, self.post_attention_layernorm.weight.float(), self.eps)
         return with_residual(x, down, with_swiglu(gate_up, h, ops_for(down, ops)), ops)
 
 
 class LanguageModel(Module):
-    """Tokens [B, L] int64 to the hidden state [B, L, hidden_size] number `config.state`; nothing beyond is built."""
+    """Tokens [B, L] int64 to the hidden state [B, L, hidden_size] number `config.state`, or the `config.states`, [B, L,
+    width]; nothing beyond is built."""
 
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.config, self.ops = config, EAGER
         self.embed_tokens = Weight(config.vocab_size, config.hidden_size)
         self.layers = ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = Weight(config.hidden_size) if config.state == -1 else None
+        self.norm = Weight(config.hidden_size) if config.state == -1 and not config.states else None
         self._ropes = TableCache()
 
-    def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        """Return the states of these tokens. past: of the P before them; positions then begin at P."""
-        return self.encode(embed(ids, self.embed_tokens.weight), past)
+    def forward(self, ids: Tensor, past: Past | None = None, counts: Tensor | None = None) -> Tensor:
+        """Return the states of these tokens. past: of the P before them; positions then begin at P. counts: int64 [B],
+        tokens of each prompt that others see; None: all."""
+        return self.encode(embed(ids, self.embed_tokens.weight), past, counts=counts)
 
     def read(self, ids: Tensor) -> tuple[Tensor, Past]:
         """Return the states [1, P, hidden_size] of a beginning, ids [1, P], and its past for the tokens behind it."""
@@ -191,7 +201,10 @@ class LanguageModel(Module):
             for shape in [(1, config.kv_heads, length, config.head_dim)] * config.layers
         )
 
-    def encode(self, x: Tensor, past: Past | None = None, kept: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    def encode(
+        self, x: Tensor, past: Past | None = None, kept: list[tuple[Tensor, Tensor]] | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the states of embeddings [B, L, hidden_size], of tokens or of anything in their place.
 
         kept: a list that each layer's keys and values are appended to.
@@ -199,8 +212,16 @@ class LanguageModel(Module):
         start = past[0][0].shape[2] if past else 0
         end = start + x.shape[1]
         rope = self._ropes((start, end), x.device, lambda: self._rope(start, end, x.device))
+        mask, found = None, []
+        if counts is not None:
+            mask = torch.ones(end, end, dtype=torch.bool, device=x.device).tril()
+            mask = (mask & (torch.arange(end, device=x.device) < counts[:, None, None]))[:, None]
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, self.ops, past[i] if past else None, kept)
+            x = layer(x, rope, self.ops, past[i] if past else None, kept, mask)
+            if i + 1 in self.config.states:
+                found.append(x)
+        if found:
+            return torch.cat(found, -1)
         return x if self.norm is None else self.ops.rms_norm(x, self.norm.weight.float(), self.config.eps)
 
     def _rope(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -230,6 +251,7 @@ def untied(missing: set[str], tie_word_embeddings: bool | None) -> str | None:
 
 def layout(config: LanguageConfig) -> Layout:
     """Return how files are read: not the head, a vision tower, or what follows `config.state`; norms stay float32."""
-    beyond = () if config.state == -1 else (*(f"layers.{i}." for i in range(config.layers, config.depth)), "norm.")
+    closed = config.state == -1 and not config.states
+    beyond = () if closed else (*(f"layers.{i}." for i in range(config.layers, config.depth)), "norm.")
     unused = ("lm_head.", "visual.", *beyond)
     return Layout(FUSED, unused, float32_where("norm"), lambda names: untied(names, config.tie), tied(config.tie))
