@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +146,8 @@ def run(network: Any, args: Inputs, t: Any, tt: Any) -> Tensor:
     """The unfolded network at (t, tt): numbers, or float tensors with one per sample."""
     context = context_of(network, args)
     times = [torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (t, tt)]
-    modulation = network.modulate(*times, context) if network.fixed_length else network.modulate(*times)
+    of_prompt = "context" in signature(network.modulate).parameters
+    modulation = network.modulate(*times, context) if of_prompt else network.modulate(*times)
     return network(args.latents, modulation, context)
 
 

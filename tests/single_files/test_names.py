@@ -90,11 +90,25 @@ blocks.{i}.mlp.inverted_conv.conv+ 40 8 1 1, blocks.{i}.mlp.depth_conv.conv+ 40 
 blocks.{i}.mlp.point_conv.conv.weight 8 20 1 1, final_layer.linear+ 4 8, final_layer.scale_shift_table 2 8"""
 
 
+FLUX2 = """img_in.weight 8 4, txt_in.weight 8 6, time_in.in_layer.weight 8 4, time_in.out_layer.weight 8 8,
+double_stream_modulation_img.lin.weight 48 8, double_stream_modulation_txt.lin.weight 48 8,
+single_stream_modulation.lin.weight 24 8, final_layer.linear.weight 4 8, final_layer.adaLN_modulation.1.weight 16 8,
+double_blocks.{i}.img_attn.qkv.weight 24 8, double_blocks.{i}.txt_attn.qkv.weight 24 8,
+double_blocks.{i}.img_attn.norm.query_norm.scale 4, double_blocks.{i}.img_attn.norm.key_norm.scale 4,
+double_blocks.{i}.txt_attn.norm.query_norm.scale 4, double_blocks.{i}.txt_attn.norm.key_norm.scale 4,
+double_blocks.{i}.img_attn.proj.weight 8 8, double_blocks.{i}.txt_attn.proj.weight 8 8,
+double_blocks.{i}.img_mlp.0.weight 48 8, double_blocks.{i}.img_mlp.2.weight 8 24,
+double_blocks.{i}.txt_mlp.0.weight 48 8, double_blocks.{i}.txt_mlp.2.weight 8 24,
+single_blocks.{i}.linear1.weight 72 8, single_blocks.{i}.linear2.weight 8 32,
+single_blocks.{i}.norm.query_norm.scale 4, single_blocks.{i}.norm.key_norm.scale 4"""
+
+
 @pytest.mark.parametrize(
     ("theirs", "rules", "original"),
     [
         ("convert_sd3_transformer_checkpoint_to_diffusers", names.sd3({"num_layers": 2}), SD3),
         ("convert_sana_transformer_to_diffusers", names.sana({}), SANA),
+        ("convert_flux2_transformer_checkpoint_to_diffusers", names.flux2({}), FLUX2),
     ],
 )
 def test_network_names_equal_diffusers(theirs, rules, original):

@@ -16,10 +16,11 @@ Config = dict[str, Any]
 @dataclass(frozen=True)
 class Blueprint:
     """The configs of one model. parts: folder -> config, and the module of `twinflow_rt.models` whose MODEL reads
-    it."""
+    it. scheduler: of an ordinary flow model."""
 
     transformer: Config
     parts: dict[str, tuple[Config, str]]
+    scheduler: Config | None = None
 
 
 def z_image(scale: float, layers: int | None) -> Blueprint:
@@ -124,8 +125,27 @@ def sana_sprint(scale: float, layers: int | None) -> Blueprint:
     return Blueprint({**base.transformer, **sprint}, base.parts)
 
 
+def flux2_klein(scale: float, layers: int | None) -> Blueprint:
+    """FLUX.2-klein 4B: 5 two-stream and 20 one-stream layers of 24 heads x 128, 27 of Qwen3-4B's, 32-channel VAE."""
+    base = z_image(scale, layers)
+    text, vae = (base.parts[part][0] for part in ("text_encoder", "vae"))
+    transformer = {
+        "_class_name": "Flux2Transformer2DModel", "twinflow": False, "num_layers": _depth(5, layers),
+        "num_single_layers": _depth(20, layers), "num_attention_heads": _part(24, scale),
+        "joint_attention_dim": 3 * text["hidden_size"],
+    }  # fmt: skip
+    vae = {**vae, "_class_name": "AutoencoderKLFlux2", "latent_channels": 32}
+    vae |= {"use_quant_conv": True, "use_post_quant_conv": True}
+    del vae["scaling_factor"], vae["shift_factor"]
+    return Blueprint(transformer, {
+        "text_encoder": ({**text, "num_hidden_layers": 36}, "text_encoders.qwen3"),
+        "vae": (vae, "autoencoders.autoencoder_flux2"),
+    }, {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift": 3.0})  # fmt: skip
+
+
 BLUEPRINTS: dict[str, Callable[[float, int | None], Blueprint]] = {
     "z-image": z_image, "qwen-image": qwen_image, "sd3.5-m": sd35_medium, "sana": sana, "sana-sprint": sana_sprint,
+    "flux2-klein": flux2_klein,
 }  # fmt: skip
 
 

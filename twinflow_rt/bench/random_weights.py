@@ -54,6 +54,9 @@ def skeleton(
         _write_part(folder / part, config, network, layout, dtype)
         if part.startswith("text_encoder"):
             _write_tokenizer(folder / part.replace("text_encoder", "tokenizer"))
+    if blueprint.scheduler is not None:
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", blueprint.scheduler)
     write_json(folder / "model_index.json", {"_class_name": "random weights", "_name": name})
     return folder
 

@@ -45,8 +45,8 @@ class Scheduler:
     """What scheduler_config.json says. Raises ConfigError for a scheduler that is not one of the three.
 
     steps: evaluations of calls that name none; None: those have a sampler of their own. evenly: whether the family's
-    pipeline hands its scheduler times spread evenly from 1 to 1/n, in place of those it would choose. mu(tokens, steps):
-    the logarithm of a dynamic shift, in place of the one from base_shift to max_shift.
+    pipeline hands its scheduler times spread evenly from 1 to 1/n, in place of those it would choose. mu(tokens,
+    steps): the logarithm of a dynamic shift, in place of the one from base_shift to max_shift.
     """
 
     settings: Mapping[str, Any]

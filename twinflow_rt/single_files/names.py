@@ -139,6 +139,37 @@ def sana(config: dict[str, Any]) -> Names:
     )
 
 
+def flux2(config: dict[str, Any]) -> Names:
+    """The network of FLUX.2 as its authors and ComfyUI store it."""
+    mlp = {"0": "in", "2": "out"}
+    return Names(
+        (
+            (r"^img_in\.", "x_embedder."),
+            (r"^txt_in\.", "context_embedder."),
+            (r"^time_in\.in_layer\.", "time_guidance_embed.timestep_embedder.linear_1."),
+            (r"^time_in\.out_layer\.", "time_guidance_embed.timestep_embedder.linear_2."),
+            (r"_modulation(_img|_txt|)\.lin\.", r"_modulation\1.linear."),
+            (r"^final_layer\.linear\.", "proj_out."),
+            (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear."),
+            (r"_norm\.scale$", "_norm.weight"),
+            (r"^double_blocks\.", "transformer_blocks."),
+            (r"^single_blocks\.", "single_transformer_blocks."),
+            (r"\.linear1\.", ".attn.to_qkv_mlp_proj."),
+            (r"\.linear2\.", ".attn.to_out."),
+            (r"\.img_attn\.norm\.(query|key)_norm\.", lambda m: f".attn.norm_{m[1][0]}."),
+            (r"\.txt_attn\.norm\.(query|key)_norm\.", lambda m: f".attn.norm_added_{m[1][0]}."),
+            (r"(?<!attn)\.norm\.(query|key)_norm\.", lambda m: f".attn.norm_{m[1][0]}."),
+            (r"\.img_attn\.proj\.", ".attn.to_out.0."),
+            (r"\.txt_attn\.proj\.", ".attn.to_add_out."),
+            (r"\.img_mlp\.([02])\.", lambda m: f".ff.linear_{mlp[m[1]]}."),
+            (r"\.txt_mlp\.([02])\.", lambda m: f".ff_context.linear_{mlp[m[1]]}."),
+        ),
+        _split("img_attn.qkv", [f"attn.to_{x}" for x in "qkv"])
+        | _split("txt_attn.qkv", [f"attn.add_{x}_proj" for x in "qkv"]),
+        swaps=r"^final_layer\.adaLN_modulation\.1\.",
+    )
+
+
 def ldm_autoencoder(config: dict[str, Any]) -> Names:
     """AutoencoderKL in LDM's names (`ae.safetensors`)."""
     last = len(config["block_out_channels"]) - 1
@@ -154,6 +185,7 @@ def ldm_autoencoder(config: dict[str, Any]) -> Names:
             (r"\.up\.(\d+)\.block\.", lambda m: f".up_blocks.{last - int(m[1])}.resnets."),
             (r"\.up\.(\d+)\.upsample\.", lambda m: f".up_blocks.{last - int(m[1])}.upsamplers.0."),
             (r"\.nin_shortcut\.", ".conv_shortcut."),
+            (r"^(en|de)coder\.((?:post_)?quant_conv)\.", r"\2."),  # FLUX.2's
             (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
         ),
         matrices=r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$",
@@ -195,6 +227,7 @@ TEXT = Names(drops=(r"^logit_scale$", r"^(spiece_model|tekken_model)$"))
 # by _class_name or model_type of config.json; of others the names are diffusers' or transformers' own
 RULES: dict[str, Callable[[dict[str, Any]], Names]] = {
     "ZImageTransformer2DModel": z_image, "SD3Transformer2DModel": sd3, "SanaTransformer2DModel": sana,
+    "Flux2Transformer2DModel": flux2, "AutoencoderKLFlux2": ldm_autoencoder,
     "AutoencoderKL": ldm_autoencoder, "AutoencoderKLQwenImage": wan_autoencoder,
 }  # fmt: skip
 

@@ -16,8 +16,10 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 
 def chat_template(folder: Path, thinking: bool = True) -> Callable[[str], str]:
-    """Return what writes a prompt as one user turn of a tokenizer folder's template, generation prompt added. thinking:
-    what the template is told as `enable_thinking`. Raises CheckpointError, as does what is returned, for templates that are absent or fail."""
+    """Return what writes a prompt as one user turn of a tokenizer folder's template, generation prompt added.
+
+    thinking: what the template is told as `enable_thinking`. Raises CheckpointError, as does what is returned, for
+    templates that are absent or fail."""
     from jinja2 import TemplateError
 
     config, file = read_json(folder / "tokenizer_config.json"), folder / "chat_template.jinja"
