@@ -49,7 +49,7 @@ from twinflow_rt.training.scenes import KINDS, prompts
 GROUPS = (64, 128)
 ORDERS = 8  # of the miniature's inputs
 CAPTIONS = 4  # of each kind
-RANK, OF_WIDTH = 32, 3840  # of the low-rank branch; narrower layers have a smaller one in proportion
+RANKS, OF_WIDTH = (16, 32), 3840  # of the low-rank branch; narrower layers have a smaller one in proportion
 ROTATED = 128  # inputs that a Hadamard matrix mixes at most
 SMALLEST = 1e-12
 Quantize = Callable[[Tensor, int], Tensor]  # weight [N, K], group -> what its codes stand for
@@ -119,15 +119,16 @@ def half_quadratic(weight: Tensor, group: int) -> Tensor:
     return made.flatten(-2)
 
 
-def low_rank(weight: Tensor, group: int, of: Quantize = least_squares) -> Tensor:
+def low_rank(weight: Tensor, group: int, rank: int) -> Tensor:
     """The largest singular vectors are kept beside the codes of what they leave (SVDQuant, arXiv 2411.05007)."""
-    u, s, v = torch.svd_lowrank(weight, rank_of(weight) + 8, niter=2)
-    kept = (u * s)[:, : rank_of(weight)] @ v[:, : rank_of(weight)].t()
-    return kept + of(weight - kept, group)
+    rank = rank_of(weight, rank)
+    u, s, v = torch.svd_lowrank(weight, rank + 8, niter=2)
+    kept = (u * s)[:, :rank] @ v[:, :rank].t()
+    return kept + least_squares(weight - kept, group)
 
 
-def rank_of(weight: Tensor) -> int:
-    return math.ceil(RANK * min(weight.shape) / OF_WIDTH)
+def rank_of(weight: Tensor, rank: int) -> int:
+    return math.ceil(rank * min(weight.shape) / OF_WIDTH)
 
 
 def hadamard(width: int) -> Tensor:
@@ -141,16 +142,16 @@ def hadamard(width: int) -> Tensor:
 @dataclass(frozen=True)
 class Way:
     """A way to make 4-bit weights. values: numbers of 16 bits that a group keeps; rotates: whether inputs are mixed by
-    a Hadamard matrix before they are quantized; branch: whether there are low-rank factors, of 16 bits."""
+    a Hadamard matrix before they are quantized; rank: of the low-rank factors, of 16 bits; 0: none."""
 
     quantize: Quantize
     values: int = 1
     rotates: bool = False
-    branch: bool = False
+    rank: int = 0
 
     def bits(self, weight: Tensor, group: int) -> float:
         """Bits per weight, scales and factors included; what fills a group up is not counted."""
-        factors = 16 * rank_of(weight) * sum(weight.shape) / weight.numel() if self.branch else 0.0
+        factors = 16 * rank_of(weight, self.rank) * sum(weight.shape) / weight.numel()
         return 4 + 16 * self.values / group + factors
 
 
@@ -160,8 +161,7 @@ WAYS = {
     "least squares, minimums": Way(with_minimums, values=2),
     "half-quadratic, minimums": Way(half_quadratic, values=2),
     "Hadamard, least squares": Way(least_squares, rotates=True),
-    f"rank {RANK}, least squares": Way(low_rank, branch=True),
-}
+} | {f"rank {rank}, least squares": Way(partial(low_rank, rank=rank), rank=rank) for rank in RANKS}
 
 
 class Emulated(nn.Linear):
