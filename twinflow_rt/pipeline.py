@@ -233,9 +233,7 @@ class Pipeline:
             prompts, num_images, resolved, seeds, config, output, callback, preview, given, guided, away
         )
 
-    def sampler_of(
-        self, nfe: int | None, sampler: SamplerConfig | str | None, size: tuple[int, int]
-    ) -> SamplerConfig:
+    def sampler_of(self, nfe: int | None, sampler: SamplerConfig | str | None, size: tuple[int, int]) -> SamplerConfig:
         """Return the sampler that a call with these arguments has. size: height and width in pixels."""
         return sampler_of(nfe, sampler, self.sampler, self.scheduler, self.sizes.tokens(*size))
 
@@ -275,10 +273,10 @@ class Pipeline:
         times = schedule(request.sampler, self.dtype)
         self.program.refold(times)
         vae = self.preview if request.preview and self.preview is not None else self.vae
-        latents_wanted = request.output == "latent" or request.callback is not None
-        given, masked = request.given, request.given is not None and request.given.mask is not None
-        plain = not latents_wanted and not masked and request.guidance is None
-        raw = vae is self.vae and plain and velocity.projects_to_vae(times)
+        given, start = request.given, None
+        masked = given is not None and given.mask is not None  # whose latents are put together
+        alone = not masked and request.guidance is None and request.output != "latent" and request.callback is None
+        raw = vae is self.vae and alone and velocity.projects_to_vae(times)
         with timer("text"):
             prompts, negative = self._with_negative(request)
             contexts = velocity.contexts(
@@ -287,13 +285,9 @@ class Pipeline:
         with timer("noise"):
             shape = (vae.channels, size[0] // vae.scale, size[1] // vae.scale)
             noise = initial_noise(seeds, shape, self.dtype, self.device)
-        start = None
         if given is not None:
-            with timer("encode"):
-                encoder = encoder_costs.ready(self.vae, self.memory, size)
+            with timer("encode"), encoder_costs.opened(self.vae, self.memory, size) as encoder:
                 start = encoder.start(given, noise, at_once if self.memory is None else 1, timer)
-            if self.memory is not None:
-                self.vae.close_encoder()
         with timer("sample"):
             latents = velocity.sample(
                 noise, contexts, seeds, request.sampler, at_once, timer, request.callback, vae if raw else None, start,
@@ -303,8 +297,7 @@ class Pipeline:
         if request.output == "latent":
             return latents
         with timer("decode"):
-            images = vae.images(latents, request.output, at_once, timer, raw, finite)
-            return images if given is None else given.keep(images)
+            return vae.images(latents, request.output, at_once, timer, raw, finite, given)
 
     def _with_negative(self, request: Request) -> tuple[Prompts, list[int]]:
         """Return a call's prompts and, where it is guided, its negative ones behind them, and which is whose."""

@@ -3,6 +3,9 @@ within a budget it goes again with every call."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from ..errors import ConfigError
@@ -15,39 +18,37 @@ from .memory_costs import Network, network_weights
 from .memory_plan import TILES, MemoryPlan, mega
 
 
-def ready(vae: VaeDecoder, memory: MemoryPlan | None, size: tuple[int, int]) -> VaeEncoder:
-    """Return the VAE's encoder, read. size: height and width of the pictures, which within a budget are encoded in the
+@contextmanager
+def opened(vae: VaeDecoder, memory: MemoryPlan | None, size: tuple[int, int]) -> Iterator[VaeEncoder]:
+    """Yield the VAE's encoder, read. size: height and width of the pictures, which within a budget are encoded in the
     largest tiles that fit beside the weights held. Raises ConfigError where none do, CheckpointError for files without
     an encoder."""
     encoder, options = vae.encoder, vae.options
-    if encoder.reports:
-        return encoder
-    if memory is not None and memory.budget is not None:
-        held = sum(memory.weights.values()) + weights(encoder, vae.device, vae.dtype)
-        least = tiles.smallest(encoder.network)
-        sides = [None, *(side for side in TILES if side > least), least] if options.tile is None else [options.tile]
-        needs = {side: held + work(encoder, size, side, vae.dtype) for side in sides}
-        fitting = [side for side in sides if needs[side] <= memory.budget]
-        if not fitting:
-            raise ConfigError(
-                f"memory_budget {mega(memory.budget)} leaves no room to encode a picture of {size[1]}x{size[0]}, which "
-                f"takes {mega(min(needs.values()))} with the weights held: give more, or a smaller picture"
-            )
-        options = StageOptions(tile=fitting[0])
-    encoder.materialize(vae.device, vae.dtype, StageOptions(options.captures, tile=options.tile))
-    return encoder
+    if memory is None:
+        if not encoder.reports:
+            encoder.materialize(vae.device, vae.dtype, StageOptions(options.captures, tile=options.tile))
+        yield encoder
+        return
+    budget, held, least = memory.budget or 0, sum(memory.weights.values()), tiles.smallest(encoder.network)
+    sides = [None, *(side for side in TILES if side > least), least] if options.tile is None else [options.tile]
+    needs = {side: held + sum(costs(vae, size, side)) for side in sides}
+    if not (fitting := [side for side in sides if needs[side] <= budget]):
+        raise ConfigError(
+            f"memory_budget {mega(budget)} leaves no room to encode a picture of {size[1]}x{size[0]}, which takes "
+            f"{mega(min(needs.values()))} with the weights held: give more, or a smaller picture"
+        )
+    try:
+        encoder.materialize(vae.device, vae.dtype, StageOptions(tile=fitting[0]))
+        yield encoder
+    finally:
+        vae.close_encoder()
 
 
-def weights(encoder: VaeEncoder, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the bytes that an encoder's weights will take."""
-    part = encoder.parts[0]
-    held = network_weights(Network(part.network, part.checkpoint, part.layout, channels_last=True), device, dtype)
-    return held.held(0, 0)
-
-
-def work(encoder: VaeEncoder, size: tuple[int, int], tile: int | None, dtype: torch.dtype) -> int:
-    """Return the bytes that encoding one picture of `size` works in, whole or in tiles."""
-    network = encoder.parts[0].meta_network(select(Target.of(torch.device("cpu"), torch.float32))[0])
+def costs(vae: VaeDecoder, size: tuple[int, int], tile: int | None) -> tuple[int, int]:
+    """Return the bytes that the encoder's weights take, and that encoding one picture works in, whole or in tiles."""
+    part, dtype = vae.encoder.parts[0], vae.dtype
+    held = network_weights(Network(part.network, part.checkpoint, part.layout, channels_last=True), vae.device, dtype)
+    network = part.meta_network(select(Target.of(torch.device("cpu"), torch.float32))[0])
     image = torch.empty(1, 3, *size, device="meta")
     if tile is None:
         needed = peak_of(lambda: network(image))[1]
@@ -56,10 +57,10 @@ def work(encoder: VaeEncoder, size: tuple[int, int], tile: int | None, dtype: to
         cells = [n // cell for n in size]
         sides = [cell * tiles.window_side(n, max(tile // cell, 1), tiles.margin(network)) for n in cells]
         window = image.new_empty(1, 3, *sides)
-        part, of_tile = peak_of(lambda: network.head(window))
-        features = part.new_empty(1, part.shape[1], *cells)
+        made, of_tile = peak_of(lambda: network.head(window))
+        features = made.new_empty(1, made.shape[1], *cells)
         needed = features.nbytes + max(window.nbytes + of_tile, peak_of(lambda: network.trunk(features))[1])
-    return round((image.nbytes + needed) * dtype.itemsize / torch.float32.itemsize)
+    return held.held(0, 0), round((image.nbytes + needed) * dtype.itemsize / torch.float32.itemsize)
 
 
 def note(vae: VaeDecoder, size: tuple[int, int]) -> str:
@@ -68,5 +69,5 @@ def note(vae: VaeDecoder, size: tuple[int, int]) -> str:
     if "encoder.conv_in.weight" not in encoder.parts[0].checkpoint:
         return "pictures: not taken, the VAE's files have no encoder"
     state = "encoder read" if encoder.reports else "encoder not read before the first one"
-    held, needed = weights(encoder, vae.device, vae.dtype), work(encoder, size, vae.options.tile, vae.dtype)
+    held, needed = costs(vae, size, vae.options.tile)
     return f"pictures: {state}; it holds {mega(held)}, and works in {mega(needed)} for one of {size[1]}x{size[0]}"

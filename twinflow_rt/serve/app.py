@@ -25,11 +25,10 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..errors import CancelledError, CheckpointError, ConfigError, StorageError, TwinFlowError
-from .edits import EditRequest, read_edit
 from .engine import DrainingError, Engine, Job, QueueFullError
 from .gate import CLOSE, EDITS, Gate, failure
 from .metrics import Metrics
-from .requests import ImageRequest
+from .requests import EditRequest, ImageRequest, read_edit
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_HEADERS = {  # nothing is fetched from anywhere else, and no other site may frame or script it

@@ -35,7 +35,7 @@ MAX_SIDE = 16_384  # pixels
 @dataclass(frozen=True)
 class ImageInput:
     """The pictures of a call. pixels: float32 [N, 3, H, W] in [0, 1], on the CPU. numbers: of each image of the call,
-    its picture. mask: bool [1 or images, 1, H, W], true where an image is painted anew; None: everywhere. strength:
+    its picture. mask: bool [images, 1, H, W], true where an image is painted anew; None: everywhere. strength:
     where on the schedule sampling starts, see `sampling.schedule.started`."""
 
     pixels: Tensor
@@ -72,16 +72,16 @@ def resolve_images(
     pictures = read_pictures("image", image)
     numbers = _numbers("image", len(pictures), prompts, repeats)
     resolved = _size(extent(pictures[0]), sizes, size)
+    painted = None
+    if mask is not None:
+        masks = read_pictures("mask", mask)
+        of_image = _numbers("mask", len(masks), prompts, repeats)
+        for own, other in {(extent(masks[m]), extent(pictures[k])) for m, k in zip(of_image, numbers, strict=True)}:
+            if own != other:
+                raise ConfigError(f"mask has {_text(own)} pixels, its image {_text(other)}: give one of the same size")
+        painted = (torch.stack([_resized(one, resolved) for one in masks]) >= 0.5)[list(of_image)]
     pixels = torch.stack([_resized(picture, resolved) for picture in pictures])
-    if mask is None:
-        return ImageInput(pixels, numbers, None, start), resolved
-    masks = read_pictures("mask", mask)
-    of_image = _numbers("mask", len(masks), prompts, repeats)
-    for at, picture in set(zip(of_image, numbers, strict=True)):
-        if (own := extent(masks[at])) != (other := extent(pictures[picture])):
-            raise ConfigError(f"mask has {_text(own)} pixels, its image {_text(other)}: give a mask of the same size")
-    painted = torch.stack([_resized(one, resolved) for one in masks]) >= 0.5
-    return ImageInput(pixels, numbers, painted if len(masks) == 1 else painted[list(of_image)], start), resolved
+    return ImageInput(pixels, numbers, painted, start), resolved
 
 
 def arguments(pictures: Sequence[ImageInput]) -> dict[str, Any]:
@@ -94,10 +94,10 @@ def arguments(pictures: Sequence[ImageInput]) -> dict[str, Any]:
     return {"image": pixels, "mask": torch.cat(masks) if masks else None, "strength": pictures[0].strength}
 
 
-def transparent(value: Any) -> bool:
-    """Return whether a picture has pixels that are not opaque."""
-    with decoding("image"), _opened(value) as picture:
-        return _has_alpha(picture) and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+def transparent(picture: Any) -> bool:
+    """Return whether a PIL picture has pixels that are not opaque."""
+    alpha = "A" in picture.getbands() or "transparency" in picture.info
+    return alpha and picture.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def resolve_strength(image: Any, mask: Any, strength: Any) -> float:
@@ -168,23 +168,14 @@ def _of_picture(name: str, value: Any) -> Any:
         value = Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value)
     if isinstance(value, (str, os.PathLike, bytes)):
         what = name if isinstance(value, bytes) else f"{name} {shown(os.fspath(value))}"
-        with decoding(what), _opened(value) as opened:
+        file = io.BytesIO(value) if isinstance(value, bytes) else value
+        with decoding(what), Image.open(file) as opened:
             return _upright(name, opened)
     if not isinstance(value, Image.Image):
         kinds = "a path, a file's bytes, a PIL picture, a uint8 array, a float tensor, or a list of them"
         raise ConfigError(f"{name} must be {kinds}; got {shown(value)}")
     with decoding(name):
         return _upright(name, value)
-
-
-def _opened(file: Any) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-
-
-def _has_alpha(picture: Any) -> bool:
-    return "A" in picture.getbands() or "transparency" in picture.info
 
 
 @contextmanager
@@ -207,11 +198,10 @@ def _upright(name: str, picture: Any) -> Any:
     if picture.mode.startswith(("I", "F")):
         raise ConfigError(f"{name} has pixels of kind {picture.mode}, not of 8 bits: convert it to RGB or L first")
     picture = ImageOps.exif_transpose(picture)
-    if _has_alpha(picture):
+    if transparent(picture):
         picture = picture.convert("RGBA")
-        alpha = picture.getchannel("A")
-        if name == "mask" and alpha.getextrema() != (255, 255):
-            return ImageOps.invert(alpha)
+        if name == "mask":
+            return ImageOps.invert(picture.getchannel("A"))
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("L" if name == "mask" else "RGB")
 

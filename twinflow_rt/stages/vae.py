@@ -119,17 +119,19 @@ class VaeDecoder(VaeHalf):
         return self._run(latents, tiles.decode, check)
 
     def images(
-        self, latents: Tensor, output: str, at_once: int, timer: StageTimer, raw: bool, finite: FiniteCheck
-    ) -> Tensor:
+        self, latents: Tensor, output: str, at_once: int, timer: StageTimer, raw: bool, finite: FiniteCheck,
+        given: ImageInput | None,
+    ) -> Tensor:  # fmt: skip
         """Return the images of a call's latents, `at_once` together: uint8 [B, H, W, 3], or for output "pt" float
-        [B, 3, H, W], nominally in [-1, 1]. finite: told of each part before it is rounded."""
+        [B, 3, H, W], nominally in [-1, 1]. finite: told of each part before it is rounded. given: its pictures."""
 
         def decode(part: Tensor, _: int) -> Tensor:
             images = self.decode(part, raw=raw, check=lambda: timer.check("before a tile of its decode stage"))
             finite.note("pixels", images)
             return images if output == "pt" else self.ops.to_uint8(images)
 
-        return in_parts(decode, latents, at_once, timer)
+        images = in_parts(decode, latents, at_once, timer)
+        return images if given is None else given.keep(images)
 
     def decode_uint8(self, latents: Tensor) -> Tensor:
         """Return the images of normalised latents [B, C, h, w]: uint8 [B, H, W, 3]."""
