@@ -437,7 +437,7 @@ class Pipeline:
             parts = {
                 "transformer": (self.program.network.config.to_dict(), self.program.network.state_dict()),
                 **{part.name: (part.checkpoint.config, part.weights()) for part in self.text.parts},
-                "vae": (self.vae.parts[0].checkpoint.config, self.vae.parts[0].weights() | self.vae.encoder.stored()),
+                "vae": (self.vae.parts[0].checkpoint.config, self.vae.stored()),
             }
             meta = {
                 "sampler": asdict(self.sampler),

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import ConfigError
+from ..checkpoint.layout import check
+from ..errors import ConfigError, TwinFlowError
 from ..ops import Target, select
 from ..stages import tiles
 from ..stages.stage import StageOptions
@@ -65,9 +66,11 @@ def costs(vae: VaeDecoder, size: tuple[int, int], tile: int | None) -> tuple[int
 
 def note(vae: VaeDecoder, size: tuple[int, int]) -> str:
     """Return a line for a plan: what pictures would take."""
-    encoder = vae.encoder
-    if "encoder.conv_in.weight" not in encoder.parts[0].checkpoint:
-        return "pictures: not taken, the VAE's files have no encoder"
-    state = "encoder read" if encoder.reports else "encoder not read before the first one"
+    try:
+        part = vae.encoder.parts[0]
+        check(part.network.state_dict(), part.checkpoint, part.layout)
+    except TwinFlowError as error:
+        return f"pictures: not taken: {error}"
+    state = "encoder read" if vae.encoder.reports else "encoder not read before the first one"
     held, needed = costs(vae, size, vae.options.tile)
     return f"pictures: {state}; it holds {mega(held)}, and works in {mega(needed)} for one of {size[1]}x{size[0]}"

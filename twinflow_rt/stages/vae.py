@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import OWN_FILES, Files
-from ..checkpoint.fuse import sources
 from ..checkpoint.reading import Progress
 from ..errors import CheckpointError
 from ..models.architecture import Architecture
@@ -96,6 +95,12 @@ class VaeDecoder(VaeHalf):
         """The other half: its files are opened when it is first asked for, and not read yet."""
         return self._other_half()
 
+    def stored(self) -> dict[str, Tensor]:
+        """Return the weights under the checkpoint's names, those of the other half as its files have them."""
+        part = self.parts[0]
+        unused = (name for name in part.checkpoint if name.startswith(part.layout.unused))
+        return part.weights() | {name: part.checkpoint.get(name) for name in unused}
+
     def close_encoder(self) -> None:
         """Let go of the other half's weights; the next picture reads them again."""
         vars(self).pop("encoder", None)
@@ -147,12 +152,6 @@ class VaeEncoder(VaeHalf):
     """Encode pictures. Whoever calls `encode` has called `materialize` before."""
 
     recorded_as = "encode"
-
-    def stored(self) -> dict[str, Tensor]:
-        """Return the weights under the checkpoint's names, as its files have them: none where they have no encoder."""
-        part = self.parts[0]
-        names = [source for name in part.network.state_dict() for source in sources(name, part.layout.fused)]
-        return {name: part.checkpoint.get(name) for name in names if name in part.checkpoint}
 
     def encode(self, images: Tensor, check: Callable[[], None] = lambda: None) -> Tensor:
         """Return the normalised latents of images [B, 3, H, W] in [-1, 1], sides in multiples of `scale`: the mean of
