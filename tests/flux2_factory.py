@@ -48,19 +48,26 @@ class TwinFlowReference(networks.Reference):
         return out.transpose(1, 2).reshape(b, c, h, w)
 
 
+def autoencoder():
+    from diffusers import AutoencoderKLFlux2
+
+    vae = randomize(AutoencoderKLFlux2(**VAE), 3)
+    generator = torch.Generator().manual_seed(5)
+    vae.bn.running_mean.copy_(torch.randn(16, generator=generator) * 0.3)
+    vae.bn.running_var.copy_(torch.rand(16, generator=generator) + 0.5)
+    return vae
+
+
 def make_model(folder: Path) -> Path:
     """A whole FLUX.2-klein folder, random: text encoder of 28 layers, of which three are read."""
-    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=259, hidden_size=TEXT_DIM, intermediate_size=24, num_hidden_layers=28, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
-    encoder, vae = randomize(Qwen3ForCausalLM(config), 4), randomize(AutoencoderKLFlux2(**VAE), 3)
-    generator = torch.Generator().manual_seed(5)
-    vae.bn.running_mean.copy_(torch.randn(16, generator=generator) * 0.3)
-    vae.bn.running_var.copy_(torch.rand(16, generator=generator) + 0.5)
+    encoder, vae = randomize(Qwen3ForCausalLM(config), 4), autoencoder()
     network = TwinFlowReference(replace(SMALL, joint_attention_dim=3 * TEXT_DIM)).network
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     with warnings.catch_warnings():

@@ -166,7 +166,7 @@ def test_grids_are_drawn_together_and_start_at_the_strength():
         started(SamplerConfig(4, sampling_order=2), 0.5)
 
 
-@pytest.mark.parametrize("name", ["z-image", "qwen-image", "sd3", "sana", "sprint"])
+@pytest.mark.parametrize("name", ["z-image", "qwen-image", "sd3", "sana", "sprint", "flux2"])
 def test_pixels_outside_the_mask_are_the_pictures(pipe, name):
     image, mask, ours = picture(), stripes(), pipe(name)
     given, kept = np.asarray(image), np.asarray(mask) == 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import qwen_image_factory, sana_factory
+from tests import flux2_factory, qwen_image_factory, sana_factory
 from tests.factory import VAE, randomize, read
 from twinflow_rt.errors import CheckpointError
-from twinflow_rt.models.autoencoders import autoencoder_dc, autoencoder_kl, autoencoder_qwen
+from twinflow_rt.models.autoencoders import autoencoder_dc, autoencoder_flux2, autoencoder_kl, autoencoder_qwen
 from twinflow_rt.stages import tiles
 from twinflow_rt.stages.stage import StageOptions
 from twinflow_rt.stages.vae import VaeDecoder
@@ -32,6 +32,7 @@ KINDS = {
     ),
     "kl wide": (lambda: kl(**WIDE), autoencoder_kl.MODEL),
     "qwen": (qwen_image_factory.autoencoder, autoencoder_qwen.MODEL),
+    "flux2": (flux2_factory.autoencoder, autoencoder_flux2.MODEL),
     "dc": (sana_factory.autoencoder, autoencoder_dc.MODEL),
     "dc strided": (lambda: sana_factory.autoencoder(downsample_block_type="conv"), autoencoder_dc.MODEL),
 }
@@ -59,6 +60,10 @@ def theirs(vae, images):
         return vae.encode(images).latent * config.scaling_factor
     if name == "AutoencoderKL":
         return (vae.encode(images).latent_dist.mode() - (config.shift_factor or 0)) * config.scaling_factor
+    if name == "AutoencoderKLFlux2":
+        patches = torch.nn.functional.pixel_unshuffle(vae.encode(images).latent_dist.mode(), 2)
+        mean, var = (value.view(-1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
+        return (patches - mean) / (var + config.batch_norm_eps).sqrt()
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (config.latents_mean, config.latents_std))
     return (vae.encode(images[:, :, None]).latent_dist.mode()[:, :, 0] - mean) / std
 
@@ -120,7 +125,7 @@ def test_nothing_is_read_before_a_picture_comes(tmp_path):
     assert decoder.encoder.reports[0].bytes_read
 
 
-@pytest.mark.parametrize("kind", ["kl", "qwen", "dc"])
+@pytest.mark.parametrize("kind", ["kl", "qwen", "flux2", "dc"])
 def test_files_without_an_encoder_say_so(tmp_path, kind):
     from safetensors.torch import load_file, save_file
 

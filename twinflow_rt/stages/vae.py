@@ -98,8 +98,8 @@ class VaeDecoder(VaeHalf):
     def stored(self) -> dict[str, Tensor]:
         """Return the weights under the checkpoint's names, those of the other half as its files have them."""
         part = self.parts[0]
-        unused = (name for name in part.checkpoint if name.startswith(part.layout.unused))
-        return part.weights() | {name: part.checkpoint.get(name) for name in unused}
+        other = (name for name in part.checkpoint if name.startswith(("encoder.", "quant_conv.")))
+        return part.weights() | {name: part.checkpoint.get(name) for name in other}
 
     def close_encoder(self) -> None:
         """Let go of the other half's weights; the next picture reads them again."""
