@@ -82,7 +82,9 @@ class Family:
             return None
         config["twinflow"] = False
         sprint = bool(config.get("guidance_embeds"))
-        scheduler = Scheduler(settings or read_json(path), SPRINT_STEPS if sprint else self.steps, self.evenly, self.mu)
+        distilled = read_json(folder / "model_index.json").get("is_distilled") is True
+        steps = SPRINT_STEPS if sprint else self.steps
+        scheduler = Scheduler(settings or read_json(path), steps, self.evenly, self.mu, sprint or distilled)
         if (scheduler.kind == SCM) != sprint:
             raise ConfigError(f"{FILE} says _class_name {scheduler.kind}: {SCM} goes with SANA-Sprint, and it alone")
         return scheduler

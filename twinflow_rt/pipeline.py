@@ -219,7 +219,8 @@ class Pipeline:
         check_batch(images := len(prompts) * num_images)
         given, resolved = resolve_images(*picture, len(prompts), num_images, self.sizes, size)
         config = started(self.sampler_of(nfe, sampler, resolved), 1 if given is None else given.strength)
-        guided = resolve_guidance(guidance, negative, config.mode, self.program.network)
+        distilled = self.scheduler is not None and self.scheduler.distilled
+        guided = resolve_guidance(guidance, negative, config.mode, distilled, self.program.network)
         if guided is not None and len(away) not in (1, len(prompts)):
             raise ConfigError(f"{len(away)} negative prompts for {len(prompts)}: give one, or one for each")
         if self.memory is not None:

@@ -43,7 +43,7 @@ FIELDS = [
     {"output_format": "../png"}, {"output_format": None, "quality": "hd"}, {"user": 3}, {"user": {"a": 1}},
     {"style": "Vivid"}, {"background": "transparent"}, {"stream": True}, {"stream": "false"}, {"partial_images": 1},
     {"__class__": "x"}, {"": 1}, {"\ud800": 1}, {"a\0b": 1}, {"latents": [[0.0]]},
-    {"prompt_embeds": [[0.0]]}, {"guidance": 7.5}, {"negative_prompt": "x"},
+    {"prompt_embeds": [[0.0]]}, {"guidance": "7.5"}, {"negative_prompt": 3},
 ]  # fmt: skip
 
 

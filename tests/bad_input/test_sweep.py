@@ -161,7 +161,9 @@ def test_numpy_counts_as_python(pipe):
         assert np.array_equal(pipe(["a", "b"], **how, seed=others, output="np").images, images)
     config = twinflow_rt.SamplerConfig(np.int64(2), stochast_ratio=np.float32(1), rfba_gap_steps=np.array([0, 0.5]))
     assert config == twinflow_rt.SamplerConfig(2, 1.0, rfba_gap_steps=(0.0, 0.5))
-    assert {type(value) for value in vars(config).values()} == {int, float, str, tuple}
+    assert {type(value) for value in vars(config).values()} == {int, float, str, tuple, type(None)}
+    times = twinflow_rt.SamplerConfig(times=np.array([1, 0.5]), mode="multi")
+    assert times == twinflow_rt.SamplerConfig(2, times=(1.0, 0.5), mode="multi")
 
 
 def test_numpy_counts_as_python_in_load():

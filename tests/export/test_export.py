@@ -268,7 +268,7 @@ def test_command_line_reports_what_it_wrote(small, exported, tmp_path, monkeypat
     monkeypatch.setattr(program, "export_model", fake)
     output = tmp_path / "m.pt2"
     assert main(["export", str(small), "-o", str(output), "--size", "24x16", "--size", "16", "--nfe", "2"]) == 0
-    assert asked["sizes"] == [(16, 24), (16, 16)] and asked["sampler"].sampling_steps == 2
+    assert asked["sizes"] == [(16, 24), (16, 16)] and asked["nfe"] == 2
     assert f"wrote {output}: z-image, float32, 2 evaluation(s), 24x16" in capsys.readouterr().out
     assert main(["export", str(small), "-o", str(output), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["family"] == "z-image"

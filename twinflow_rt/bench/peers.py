@@ -29,7 +29,6 @@ from ..ops import EAGER
 from ..pipeline import Pipeline
 from ..sampling.noise import initial_noise
 from ..sampling.schedule import preset
-from ..sampling.scheduler import sampler_of
 from ..stages.velocity import VelocityStage
 from .random_file import random_tensor
 from .workload import Workload
@@ -78,9 +77,8 @@ def uncompiled(folder: Path, files: Files, device: torch.device, dtype: torch.dt
         vae.materialize(device, dtype)
     text, vae = _eager_stage(text), _eager_stage(vae)
     program: Any = UnfoldedProgram(Unfolded(network))
-    velocity, tokens = VelocityStage(program, device, dtype), sizes.tokens(*sizes.resolve(None, None))
-    sampler = sampler_of(None, None, preset(1), scheduler, tokens)
-    return Pipeline(text, velocity, vae, sizes, sampler, folder, scheduler=scheduler)
+    velocity = VelocityStage(program, device, dtype)
+    return Pipeline(text, velocity, vae, sizes, preset(1), folder, scheduler=scheduler)
 
 
 def unfolded(pipe: Pipeline, compiled: bool = False) -> Pipeline:

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +84,9 @@ def read(folder: Path) -> dict[str, Any]:
     if absent or not isinstance(manifest["files"], dict) or not isinstance(manifest["source"], str):
         raise CheckpointError(f"{folder / MANIFEST} lacks {', '.join(absent) or 'a file list'}; save it again")
     try:
-        older = asdict(SamplerConfig()) if isinstance(manifest["sampler"], dict) else {}  # which lack newer settings
-        sampler = typed(older | manifest["sampler"] if older else manifest["sampler"], SamplerConfig, "sampler")
+        if isinstance(said := manifest["sampler"], dict):
+            said = {"times": None, "network_times": None, "solver": "euler", **said}  # which older ones lack
+        sampler = typed(said, SamplerConfig, "sampler")
     except ValueError as error:
         raise CheckpointError(f"{folder / MANIFEST}: {error}; save it again") from None
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {MANIFEST}

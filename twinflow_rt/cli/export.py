@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     with doing(f"exporting {args.model} (this takes minutes)") as progress:
         manifest = export_model(
             args.model, args.output, sizes=[(height, width) for width, height in args.size], base=args.base,
-            files=args.files, device=args.device, dtype=args.dtype, sampler=chosen_sampler(args), loras=args.loras,
-            text_encoder=args.text_encoder, progress=lambda doing: progress(doing),
+            files=args.files, device=args.device, dtype=args.dtype, loras=args.loras,
+            text_encoder=args.text_encoder, progress=lambda doing: progress(doing), **chosen_sampler(args),
         )  # fmt: skip
     if args.json:
         shown = {k: v for k, v in manifest.items() if k not in ("programs", "weights", "files")}

@@ -78,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     width, height = args.size or (None, None)
     largest = (height, width, min(len(seeds), args.batch_size))
-    sampler = chosen_sampler(args)
-    pipe = load_model(args, nfe=args.nfe if sampler is None else None, sampler=sampler, largest=largest)
+    pipe = load_model(args, **chosen_sampler(args), largest=largest)
     load_seconds = time.perf_counter() - start
     given = args.prompt if saved is None else pipe.accept(saved, args.prompt_embeds)
     facts: dict[str, Any] = {"model": args.model, "nfe": len(pipe.program.schedule)}

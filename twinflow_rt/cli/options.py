@@ -45,13 +45,14 @@ def parse_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not WxH or one number") from None
 
 
-def chosen_sampler(args: argparse.Namespace) -> Any:
-    """Return what --mode asks for, with --nfe; None leaves the choice to the model, of --nfe evaluations."""
+def chosen_sampler(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what --nfe and --mode ask for, as `load` takes it: without a mode the choice is the model's."""
     from ..sampling.schedule import preset
 
-    if args.nfe is None and args.mode in ("any", "multi"):
-        return args.mode  # that mode's published settings
-    return None if args.mode is None else preset(1 if args.nfe is None else args.nfe, args.mode)
+    if args.mode is None:
+        return {"nfe": args.nfe}
+    published = args.nfe is None and args.mode in ("any", "multi")  # that mode's settings
+    return {"nfe": None, "sampler": args.mode if published else preset(args.nfe or 1, args.mode)}
 
 
 def load_model(args: argparse.Namespace, **others: Any) -> Pipeline:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import items, number, shown
+from ..config import check_number, items
 from ..errors import ConfigError
 
-UNGUIDED = (
-    "TwinFlow's models need no guidance, one evaluation makes the image; leave it out, or sample in mode 'multi'"
-)
+DISTILLED = "this model was distilled, its guidance is part of its network; leave it out"
+UNGUIDED = "TwinFlow's models need no guidance, one evaluation makes the image; leave it out, or sample in mode 'multi'"
 
 
 @dataclass(frozen=True)
@@ -28,29 +27,25 @@ class Guidance:
     truncation: float = 1.0
 
     def __post_init__(self) -> None:
-        least = {"scale": float("-inf"), "normalization": 0.0, "truncation": 0.0}
-        for name, lowest in least.items():
-            value = number(given := getattr(self, name))
-            if value is None or value < lowest:
-                which = "guidance" if name == "scale" else f"guidance's {name}"
-                wanted = "a finite number" if name == "scale" else "a finite number of 0 or more"
-                raise ConfigError(f"{which} must be {wanted}; got {shown(given)}")
-            object.__setattr__(self, name, value)
+        for name, which in (("scale", ""), ("normalization", "'s normalization"), ("truncation", "'s truncation")):
+            object.__setattr__(self, name, check_number(f"guidance{which}", getattr(self, name)))
+        if min(self.normalization, self.truncation) < 0:
+            raise ConfigError(f"normalization and truncation of {self} must be 0 or more")
 
 
-def resolve_guidance(guidance: Any, negative: Any, mode: str, network: Any) -> Guidance | None:
+def resolve_guidance(guidance: Any, negative: Any, mode: str, distilled: bool, network: Any) -> Guidance | None:
     """Return a call's guidance; None where it is not guided. negative: its negative prompts. mode: of its sampler.
-    Raises ConfigError where the network was trained for none, and for negative prompts without guidance."""
+    distilled: whether the model was trained for none. network: whose `unguided` is the scale that changes nothing.
+    Raises ConfigError where the model was trained for none, and for negative prompts without guidance."""
     found = guidance if isinstance(guidance, Guidance) or guidance is None else Guidance(guidance)
     texts = items(negative) or [negative]
     blank = all(text is None or (isinstance(text, str) and not text.strip()) for text in texts)
     if found is None and blank:
         return None
-    if (embedded := getattr(network.config, "guidance_embeds", False)) or mode != "multi":
+    if distilled or mode != "multi":
         if blank and (found is None or found.scale <= 1):
             return None
-        why = "SANA-Sprint's guidance is part of its network, and constant; leave it out" if embedded else UNGUIDED
-        raise ConfigError(f"guidance and negative prompts are not taken: {why}")
+        raise ConfigError(f"guidance and negative prompts are not taken: {DISTILLED if distilled else UNGUIDED}")
     if found is None or found.scale <= network.unguided:
         if blank:
             return None

@@ -36,8 +36,12 @@ ONLY: dict[str, dict[str, Any]] = {
           "use_beta_sigmas": False, "use_dynamic_shifting": False},
     SCM: {"prediction_type": "trigflow"},
 }  # fmt: skip
-STATED = ("use_flow_sigmas",)  # keys of `ONLY` that a file must have, as diffusers' default is another value
-NUMBERS = {"shift": 1.0, "base_shift": 0.5, "max_shift": 1.15, "flow_shift": 1.0}  # with diffusers' defaults
+STATED = {DPM: ("prediction_type", "use_flow_sigmas")}  # that a file must say, as diffusers' default is another value
+NUMBERS = {  # with diffusers' defaults
+    "shift": 1.0, "flow_shift": 1.0, "base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5,
+    "max_shift": 1.15, "shift_terminal": 0.0,
+}  # fmt: skip
+POSITIVE = ("shift", "flow_shift", "base_image_seq_len", "max_image_seq_len")
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,15 @@ class Scheduler:
 
     steps: evaluations of calls that name none; None: those have a sampler of their own. evenly: whether the family's
     pipeline hands its scheduler times spread evenly from 1 to 1/n, in place of those it would choose. mu(tokens,
-    steps): the logarithm of a dynamic shift, in place of the one from base_shift to max_shift.
+    steps): the logarithm of a dynamic shift, in place of the one from base_shift to max_shift. distilled: whether the
+    model was trained to need no guidance.
     """
 
     settings: Mapping[str, Any]
     steps: int | None
     evenly: bool = False
     mu: Callable[[int, int], float] | None = None
+    distilled: bool = False
 
     def __post_init__(self) -> None:
         kind, said = self.settings.get("_class_name"), self.settings
@@ -62,19 +68,17 @@ class Scheduler:
                 "the scheduler that the model was published with"
             )
         for key, value in ONLY[kind].items():
-            if said.get(key, None if key in STATED else value) != value:
+            if said.get(key, None if key in STATED.get(kind, ()) else value) != value:
                 raise ConfigError(f"{FILE}: {key} is {shown(said.get(key))}; {kind} is computed with {value!r} only")
-        for key in NUMBERS:
-            if self._number(key) <= 0 and "base" not in key and "max" not in key:
-                raise ConfigError(f"{FILE}: {key} must be positive; got {shown(said[key])}")
+        if strange := [key for key in NUMBERS if self._number(key) <= 0 and key in POSITIVE]:
+            raise ConfigError(f"{FILE}: {strange[0]} must be positive; got {shown(said[strange[0]])}")
         for key in ("use_dynamic_shifting", "stochastic_sampling"):
             check_flag(f"{FILE}: {key}", said.get(key, False))
         check_choice(f"{FILE}: time_shift_type", said.get("time_shift_type", "exponential"), ("exponential", "linear"))
-        least, most = self._tokens
-        if least == most:
-            raise ConfigError(f"{FILE}: base_image_seq_len and max_image_seq_len are both {least}; they must differ")
-        if not 0 <= self._terminal < 1:
-            raise ConfigError(f"{FILE}: shift_terminal must be 0 or more and below 1; got {self._terminal}")
+        if self._number("base_image_seq_len") == self._number("max_image_seq_len"):
+            raise ConfigError(f"{FILE}: base_image_seq_len and max_image_seq_len must differ")
+        if not 0 <= self._number("shift_terminal") < 1:
+            raise ConfigError(f"{FILE}: shift_terminal must be 0 or more and below 1; got {said['shift_terminal']}")
 
     @property
     def kind(self) -> str:
@@ -103,14 +107,15 @@ class Scheduler:
             last = 1 / TRAINED
             times = np.linspace(1, last if dynamic else shift * last / (1 + (shift - 1) * last), steps)
         if dynamic:
-            (least, most), low, high = self._tokens, self._number("base_shift"), self._number("max_shift")
+            names = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
+            least, most, low, high = map(self._number, names)
             shift = low + (high - low) / (most - least) * (tokens - least)
             shift = shift if self.mu is None else self.mu(tokens, steps)
             if self.settings.get("time_shift_type", "exponential") == "exponential":
                 shift = math.exp(min(shift, 700.0))
         times = shift * times / (1 + (shift - 1) * times)
-        if self._terminal and times[-1] < 1:  # of one step diffusers makes NaN here
-            times = 1 - (1 - times) * (1 - self._terminal) / (1 - times[-1])
+        if (terminal := self._number("shift_terminal")) and times[-1] < 1:  # of one step diffusers makes NaN here
+            times = 1 - (1 - times) * (1 - terminal) / (1 - times[-1])
         return times
 
     def _dpm(self, steps: int) -> SamplerConfig:
@@ -124,17 +129,6 @@ class Scheduler:
     def _number(self, key: str) -> float:
         value = self.settings.get(key)
         return NUMBERS[key] if value is None else check_number(f"{FILE}: {key}", value)
-
-    @property
-    def _tokens(self) -> tuple[int, int]:
-        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
-        least, most = (check_integer(f"{FILE}: {key}", self.settings.get(key, n), 1) for key, n in names.items())
-        return least, most
-
-    @property
-    def _terminal(self) -> float:
-        value = self.settings.get("shift_terminal")
-        return 0.0 if value is None else check_number(f"{FILE}: shift_terminal", value)
 
 
 def flux2_mu(tokens: int, steps: int) -> float:
