@@ -31,6 +31,7 @@ QWEN_IMAGE_DEFAULT = 83  # tokens per axis: 1328 pixels, the square that Qwen-Im
 QWEN_IMAGE_LARGEST = 256  # tokens per axis: 4096 pixels
 CONNECTOR = "connector"  # OpenUni's folder, whose config.json names no kind
 SPRINT_STEPS = 2  # evaluations that SANA-Sprint was published with
+WRAPPER = "Wrapper"  # ends the names of upstream's classes, which its training writes
 FLUX2_LARGEST = 256  # tokens per axis: 4096 pixels
 SANA_LARGEST = 4096  # pixels per axis: the largest that SANA was published for
 
@@ -67,20 +68,25 @@ class Family:
         """Return what samples the network in `checkpoint`, of a model folder, if it is an ordinary flow model, and say
         so in its config (`twinflow`); None for TwinFlow's: with a key of the second time embedder, in the folder's own
         files if `checkpoint` is of others, or called TwinFlow by folder, files, scheduler or config, unless the config
-        says otherwise. Raises CheckpointError, ConfigError for a scheduler that is absent or another model's."""
+        says otherwise; SimpleTuner's, by `enable_time_sign_embed`, has no second embedder. With adapters it can be
+        what upstream trains, so that it takes TwinFlow's samplers where those are asked for (`averaged_time`). Raises
+        CheckpointError, ConfigError for a scheduler that is absent or another model's."""
         config, path = checkpoint.config, folder / FILE
-        names = set(checkpoint)
+        names, averaged = set(checkpoint), bool(checkpoint.loras)
         if checkpoint.files is not None:
             with suppress(CheckpointError):  # which need not be there
                 names |= set(Checkpoint(folder / "transformer"))
         if any(name.startswith(self.network.second_embedder + ".") for name in names):
+            return None
+        if config.get("enable_time_sign_embed") is True:
+            config["twinflow"] = False
             return None
         settings, said = read_json(path, infinite=True) if path.exists() else {}, config.get("twinflow")
         called = folder.name, *(part for part in folder.parts if part.startswith("models--")), settings
         called += *(file.name for file in checkpoint.paths), {k: v for k, v in config.items() if k != "twinflow"}
         if said is not False and (said is not None or "twinflow" in str(called).lower()):
             return None
-        config["twinflow"] = False
+        config |= {"twinflow": False, "averaged_time": averaged}
         sprint = bool(config.get("guidance_embeds"))
         distilled = read_json(folder / "model_index.json").get("is_distilled") is True
         steps = SPRINT_STEPS if sprint else self.steps
@@ -259,6 +265,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 def family_of(config: dict[str, Any]) -> Family:
     """Return the family of a transformer's config.json content. Raises CheckpointError for any other."""
     name = config.get("_class_name")
+    name = name.removesuffix(WRAPPER) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
             f"transformer/config.json says _class_name {name!r}, which is none of the supported families: "

@@ -16,6 +16,7 @@ POSITIVE = (
     "rope_theta", "t_scale", "scaling_factor", "latents_std", "query_pre_attn_scalar", "attn_logit_softcapping",
     "mlp_ratio", "interpolation_scale", "head_dim", "sliding_window",
 )  # fmt: skip
+OF_TRAINING = ("musubi_blocks_to_swap", "musubi_block_swap_device")  # keys that SimpleTuner leaves in config.json
 EPSILONS = ("eps", "epsilon")
 # what a damaged file breaks with, when its content is used
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -101,7 +102,9 @@ class NetworkConfig:
     """Base of the transformers' config dataclasses: fields are config.json's keys, defaults the release's.
 
     twinflow: whether the network has TwinFlow's second time embedder; False: an ordinary flow model, whose target time
-    is always t.
+    is always t. enable_time_sign_embed: of SimpleTuner's TwinFlow, which marks the twin by an embedding of the sign of
+    time in place of a second embedder; inference takes the first row, of positive times. averaged_time: see
+    `VelocityNetwork.times`.
     class_name: diffusers' network class. unread: keys that files have and inference does not need. variants: keys that,
     where set, make another network; variant_hint: which.
     """
@@ -112,6 +115,8 @@ class NetworkConfig:
     variant_hint: ClassVar[str] = ""
 
     twinflow: bool = True
+    enable_time_sign_embed: bool = False
+    averaged_time: bool = False
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Self:
@@ -120,7 +125,7 @@ class NetworkConfig:
         if active := [k for k in cls.variants if raw.get(k)]:
             raise ConfigError(f"transformer/config.json sets {', '.join(active)}: {cls.variant_hint}")
         known = {f.name for f in fields(cls)}
-        skipped = {*known, *cls.variants, *cls.unread, "quantization_config"}
+        skipped = {*known, *cls.variants, *cls.unread, "quantization_config", *OF_TRAINING}
         if unknown := [k for k, v in raw.items() if k not in skipped and not k.startswith("_") and v is not None]:
             raise ConfigError(f"transformer/config.json has keys this family does not know: {unknown}; remove them")
         where = "transformer/config.json"
@@ -132,9 +137,8 @@ class NetworkConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return config.json's content, which diffusers' class of that name loads."""
         out = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if self.twinflow:
-            del out["twinflow"]  # as its files have it
-        return {"_class_name": self.class_name, **out}
+        plain = {"twinflow": True, "enable_time_sign_embed": False, "averaged_time": False}  # as its files have it
+        return {"_class_name": self.class_name, **{k: v for k, v in out.items() if (k, v) not in plain.items()}}
 
 
 def second_embedder(name: str, family: str) -> Callable[[set[str]], str | None]:

@@ -193,6 +193,16 @@ def linear32(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
+def time_sign(config: Any, dim: int) -> nn.Linear | None:
+    """Return SimpleTuner's embedding of the sign of time, a weight [2, dim], where the config asks for one."""
+    return nn.Linear(dim, 2, bias=False) if config.enable_time_sign_embed else None
+
+
+def signed(temb: Tensor, sign: nn.Linear | None) -> Tensor:
+    """Return temb [B, dim] of positive times with their row of `sign`."""
+    return temb if sign is None else temb + sign.weight[0].float()
+
+
 def modulation_rows(layer: nn.Linear, temb: Tensor, scales: Sequence[int]) -> Tensor:
     """Return the constants [B, R, dim] float32 that a modulation layer makes of temb [B, dim], R its output features
     over its input features. scales: numbers of those that multiply, to which 1 is added."""

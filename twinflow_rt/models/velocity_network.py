@@ -50,15 +50,22 @@ class VelocityNetwork(Module):
         self.config, self.folded_steps, self.absorbed = config, folded_steps, absorbed
         self.ops: OpTable = EAGER
 
-    def has_target(self, t: Tensor, tt: Tensor) -> bool:
-        """Return whether a second embedder sees the target times tt. Raise ConfigError where a network without one is
-        asked for others than t."""
-        if not self.config.twinflow and not torch.equal(t, tt):
-            raise ConfigError(
-                "this network has no second time embedder, so no target time but t itself: sample it as its own "
-                "scheduler does (nfe=), or by a SamplerConfig of mode 'multi'"
-            )
-        return bool(self.config.twinflow)
+    def times(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return t, tt [B] in float64; of a network without a second time embedder the time that it sees, and None.
+
+        That is t; t for any target where SimpleTuner trained it (`enable_time_sign_embed`); and t - tt / 2 where
+        upstream's LoRA training did (`averaged_time`). Raises ConfigError for a target that it was not trained for."""
+        t, tt, config = t.double(), tt.double(), self.config
+        if config.twinflow:
+            return t, tt
+        if config.enable_time_sign_embed or torch.equal(t, tt):
+            return t, None
+        if config.averaged_time:
+            return t - tt / 2, None
+        raise ConfigError(
+            "this network has no second time embedder, so no target time but t itself: sample it as its own scheduler "
+            "does (nfe=), or by a SamplerConfig of mode 'multi'"
+        )
 
     def guide(self, asked: Tensor, empty: Tensor, scale: float) -> Tensor:
         """Return the velocity [B, C, H, W] guided from that of the negative prompts to that of the prompts."""

@@ -17,7 +17,7 @@ from ..checkpoint.files import Declared, read_json
 from ..checkpoint.fuse import sources
 from ..checkpoint.tensor_files import DTYPES, stored_bytes
 from ..errors import CheckpointError, ConfigError
-from ..families import CONNECTOR, Family, family_of, parts_by_kind
+from ..families import CONNECTOR, WRAPPER, Family, family_of, parts_by_kind
 from ..models.config import reading
 from ..ops.int4 import Int4Form, Int4Weight
 from .names import FUSED, RULES, TEXT, Key, Names
@@ -31,6 +31,7 @@ class Slot:
         kind = config.get("_class_name") or config.get("model_type") or (self.name if self.name == CONNECTOR else None)
         if not isinstance(kind, str):
             raise CheckpointError(f"{folder / 'config.json'} names no _class_name or model_type; download it again")
+        kind = kind.removesuffix(WRAPPER)
         with reading(str(folder / "config.json")):
             rules = RULES[kind](config) if kind in RULES else TEXT if self.name.startswith("text_encoder") else Names()
         self.config, self.read = config, Checkpoint

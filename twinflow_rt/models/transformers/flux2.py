@@ -39,6 +39,8 @@ from ..layers import (
     channels_first,
     finish_block,
     modulation_rows,
+    signed,
+    time_sign,
     with_swiglu,
 )
 from ..velocity_network import VelocityNetwork
@@ -190,13 +192,14 @@ class Flux2Transformer(VelocityNetwork):
                 self.register_buffer(table, torch.empty(folded_steps, rows, dim))
         if folded_steps is None:
             self.time_guidance_embed = ModuleDict({"timestep_embedder": SinusoidEmbedder(dim, bias=False)})
+            self.time_sign_embed = time_sign(config, dim)
 
     # -- time -----------------------------------------------------------------------------------
 
     def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
         """Return temb [B, dim] float32 of t = tt [B]."""
-        self.has_target(t, tt)
-        return self.time_guidance_embed["timestep_embedder"](TIME_SCALE * t.double())
+        t, _ = self.times(t, tt)
+        return signed(self.time_guidance_embed["timestep_embedder"](TIME_SCALE * t), self.time_sign_embed)
 
     def _rows(self, table: str, temb: Tensor) -> Tensor:
         """Return the rows [B, R, dim] of a table."""
@@ -210,7 +213,7 @@ class Flux2Transformer(VelocityNetwork):
         return Modulation(Constants.of(self._rows(table, temb)) for table in TABLES)
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
-        with resident("time_guidance_embed"):
+        with resident("time_guidance_embed", "time_sign_embed"):
             temb = self.embed_time(t, tt)
         for table, (layer, *_) in TABLES.items():
             with resident(layer):

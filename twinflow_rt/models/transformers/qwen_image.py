@@ -49,6 +49,8 @@ from ..layers import (
     finish_block,
     modulation_rows,
     pack,
+    signed,
+    time_sign,
     unpack,
 )
 from ..token_split import WHOLE, TokenSplit
@@ -100,12 +102,12 @@ class QwenImageConfig(Heads, NetworkConfig):
 class TimeEmbedding(nn.Module):
     """The embedding [B, dim] float32 of times [B] in [-1, 1]."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, sign: nn.Linear | None = None) -> None:
         super().__init__()
-        self.timestep_embedder = SinusoidEmbedder(dim)
+        self.timestep_embedder, self.time_sign_embed = SinusoidEmbedder(dim), sign
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.timestep_embedder(t, TIME_SCALE)
+        return signed(self.timestep_embedder(t, TIME_SCALE), self.time_sign_embed)
 
 
 class Block(nn.Module):
@@ -197,7 +199,7 @@ class QwenImageTransformer(VelocityNetwork):
         self.proj_out = nn.Linear(dim, config.in_channels)
         if rows is None:
             self.norm_out = ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
-            self.time_text_embed = TimeEmbedding(dim)
+            self.time_text_embed = TimeEmbedding(dim, time_sign(config, dim))
             if config.twinflow:
                 self.time_text_embed_2 = TimeEmbedding(dim)
         elif rows:
@@ -207,10 +209,9 @@ class QwenImageTransformer(VelocityNetwork):
 
     def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
         """Return temb [B, dim] float32 of t, tt [B] (see the module's docstring)."""
+        t, target = self.times(t, tt)
         first: Tensor = self.time_text_embed(t)
-        if not self.has_target(t, tt):
-            return first
-        return first + (t.double() - tt.double()).float()[:, None] * self.time_text_embed_2(tt)
+        return first if target is None else first + (t - target).float()[:, None] * self.time_text_embed_2(target)
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
         """Return the constants at times t, tt ([B], in [-1, 1])."""
@@ -313,6 +314,6 @@ class QwenImageTransformer(VelocityNetwork):
 
 
 LAYOUT = Layout(
-    FUSED, (), float32_where(".norm_", "txt_norm."),
+    FUSED, ("time_sign_embed.",), float32_where(".norm_", "txt_norm."),  # which SimpleTuner's network has twice
     second_embedder(QwenImageTransformer.second_embedder, "Qwen-Image"),
 )  # fmt: skip

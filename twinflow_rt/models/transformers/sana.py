@@ -53,6 +53,8 @@ from ..layers import (
     add_branch,
     channels_last,
     linear32,
+    signed,
+    time_sign,
     with_gelu,
 )
 from ..velocity_network import VelocityNetwork
@@ -289,7 +291,7 @@ class SanaTransformer(VelocityNetwork):
         )
         self.proj_out = nn.Linear(dim, config.out_channels)
         if rows is None:
-            self.time_embed = TimeModulation(dim, guided)
+            self.time_embed, self.time_sign_embed = TimeModulation(dim, guided), time_sign(config, dim)
             if config.twinflow and not guided:
                 self.time_embed_2 = TimeModulation(dim, guided)
             self.scale_shift_table = nn.Parameter(torch.empty(2, dim))
@@ -306,15 +308,15 @@ class SanaTransformer(VelocityNetwork):
 
     def embed_time(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor]:
         """Return what all blocks share [B, 6, dim], and the closing norm's conditioning [B, dim], float32."""
-        t, tt = t.double(), tt.double()
         if self.config.guidance_embeds:
-            guidance = t.new_tensor([GUIDANCE * self.config.guidance_embeds_scale])
-            return self.time_embed(t, guidance)
+            guidance = t.double().new_tensor([GUIDANCE * self.config.guidance_embeds_scale])
+            return self.time_embed(t.double(), guidance)
+        t, target = self.times(t, tt)
         shared, condition = self.time_embed(TIME_SCALE * t)
-        if not self.has_target(t, tt):
-            return shared, condition
-        gap = (t - tt).float()[:, None]
-        shared_2, condition_2 = self.time_embed_2(TIME_SCALE * tt)
+        if target is None:
+            return shared, signed(condition, self.time_sign_embed)
+        gap = (t - target).float()[:, None]
+        shared_2, condition_2 = self.time_embed_2(TIME_SCALE * target)
         return shared + gap[..., None] * shared_2, condition + gap * condition_2
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
@@ -328,7 +330,7 @@ class SanaTransformer(VelocityNetwork):
         return effective(self.scale_shift_table, condition[:, None], scales=(1,))
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
-        with resident("time_embed", "time_embed_2"):
+        with resident("time_embed", "time_embed_2", "time_sign_embed"):
             shared, condition = self.embed_time(t, tt)
         for i, block in enumerate(self.transformer_blocks):
             with resident(f"transformer_blocks.{i}.scale_shift_table"):

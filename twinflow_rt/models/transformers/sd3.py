@@ -43,6 +43,8 @@ from ..layers import (
     linear32,
     modulation_rows,
     pack,
+    signed,
+    time_sign,
 )
 from ..velocity_network import VelocityNetwork
 
@@ -268,6 +270,7 @@ class SD3Transformer(VelocityNetwork):
         )  # fmt: skip
         self.norm_out = ModuleDict({"linear": nn.Linear(dim, 2 * dim)})
         self.proj_out = nn.Linear(dim, 4 * config.out_channels)
+        self.time_sign_embed = time_sign(config, dim) if timed else None
         if folded_steps is not None:
             self.register_buffer("time_table", torch.empty(folded_steps, dim))
             if config.twinflow:
@@ -285,12 +288,12 @@ class SD3Transformer(VelocityNetwork):
     def embed_time(self, t: Tensor, tt: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the time's part of temb [B, dim], and t - tt [B, 1] (None without a second embedder), float32, of
         t, tt [B]."""
-        t, tt = t.double(), tt.double()
-        first: Tensor = self.time_text_embed.timestep_embedder(TIME_SCALE * t)
-        if not self.has_target(t, tt):
+        t, target = self.times(t, tt)
+        first = signed(self.time_text_embed.timestep_embedder(TIME_SCALE * t), self.time_sign_embed)
+        if target is None:
             return first, None
-        gap = (t - tt).float()[:, None]
-        return first + gap * self.time_text_embed_2.timestep_embedder(TIME_SCALE * tt), gap
+        gap = (t - target).float()[:, None]
+        return first + gap * self.time_text_embed_2.timestep_embedder(TIME_SCALE * target), gap
 
     def modulate(self, t: Tensor, tt: Tensor, context: Context) -> Tensor:
         """Return the constants [B, R, dim] float32 of the context's prompts at times t, tt ([B], in [-1, 1])."""
@@ -305,7 +308,7 @@ class SD3Transformer(VelocityNetwork):
         return torch.cat((*rows, modulation_rows(self.norm_out["linear"], temb, (0,)).flip(1)), 1)
 
     def fold(self, t: Tensor, tt: Tensor, resident: Resident) -> Iterator[tuple[str, Tensor]]:
-        with resident("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder"):
+        with resident("time_text_embed.timestep_embedder", "time_text_embed_2.timestep_embedder", "time_sign_embed"):
             time, gap = self.embed_time(t, tt)
         yield "time_table", time
         if gap is not None:

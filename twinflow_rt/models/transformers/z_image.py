@@ -39,7 +39,9 @@ from ..layers import (
     ModuleList,
     channels_last,
     linear32,
+    signed,
     sinusoids,
+    time_sign,
     with_swiglu,
 )
 from ..token_split import WHOLE, TokenSplit
@@ -120,8 +122,9 @@ class ZImageConfig(NetworkConfig):
 class TimestepEmbedder(nn.Module):
     """An MLP over the sinusoids of a scalar: [B] -> [B, out_dim] float32."""
 
-    def __init__(self, out_dim: int) -> None:
+    def __init__(self, out_dim: int, sign: nn.Linear | None = None) -> None:
         super().__init__()
+        self.time_sign_embed = sign
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCY_DIM, TIME_HIDDEN), nn.SiLU(), nn.Linear(TIME_HIDDEN, out_dim)
         )
@@ -130,7 +133,7 @@ class TimestepEmbedder(nn.Module):
         x = sinusoids(t)
         for layer in self.mlp:  # float32 throughout: these constants are worth their bits
             x = linear32(layer, x) if isinstance(layer, nn.Linear) else layer(x)
-        return x
+        return signed(x, self.time_sign_embed)
 
 
 class Attention(Module):
@@ -266,7 +269,7 @@ class ZImageTransformer(VelocityNetwork):
         if folded_steps is not None:
             self.register_buffer("norm_table", torch.empty(folded_steps, dim))
         else:
-            self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM))
+            self.t_embedder = TimestepEmbedder(min(dim, ADALN_DIM), time_sign(config, min(dim, ADALN_DIM)))
             if config.twinflow:
                 self.t_embedder_2 = TimestepEmbedder(min(dim, ADALN_DIM))
         self._rope_tables: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -277,12 +280,12 @@ class ZImageTransformer(VelocityNetwork):
     def embed_time(self, t: Tensor, tt: Tensor) -> Tensor:
         """Return temb [B, min(dim, 256)] float32 of t, tt [B] (see the module's docstring), in float64 up to the
         embedders, as upstream."""
-        t, tt = t.double(), tt.double()
-        s, s2 = t.sign() * (1 - t.abs()), tt.sign() * (1 - tt.abs())
-        scale = self.config.t_scale
+        t, target = self.times(t, tt)
+        s, scale = t.sign() * (1 - t.abs()), self.config.t_scale
         first: Tensor = self.t_embedder(s.abs() * scale)
-        if not self.has_target(t, tt):
+        if target is None:
             return first
+        s2 = target.sign() * (1 - target.abs())
         return first + (s - s2).abs().float()[:, None] * self.t_embedder_2((s2 - s) * scale)
 
     def modulate(self, t: Tensor, tt: Tensor) -> Modulation:
