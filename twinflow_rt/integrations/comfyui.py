@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from ..config import check_count
@@ -136,8 +135,8 @@ class Sample:
             output="latent", cancel=_interrupted(), guidance=guidance or None, negative_prompt=negative_prompt,
             **picture,
         )  # fmt: skip
-        offset, divisor = _normalisation(model)
-        return ({"samples": result.images.float().cpu() / divisor + offset},)
+        std, mean = (value.view(-1, 1, 1) for value in (model.vae.std, model.vae.mean))
+        return ({"samples": (result.images.float() * std + mean).cpu()},)
 
 
 class Decode:
@@ -163,22 +162,12 @@ class Decode:
                 f"latents of shape {tuple(raw.shape)} are not this model's: its VAE decodes images of "
                 f"[batch, {model.vae.channels}, height, width]; connect the sampler of the same model"
             )
-        offset, divisor = _normalisation(model)
-        latents = ((raw.float().cpu() - offset) * divisor).to(model.device)
-        images = model.vae.decode(latents).float() / 2 + 0.5
+        images = model.vae.decode(raw.to(model.device), raw=True).float() / 2 + 0.5
         if model.check_finite and not images.isfinite().all():
             raise NonFiniteError(
                 "these latents become pixels of NaN or infinity, and would be black: load the model with dtype float32"
             )
         return (images.clamp(0, 1).permute(0, 2, 3, 1).contiguous().cpu(),)
-
-
-def _normalisation(model: Pipeline) -> tuple[Tensor, Tensor]:
-    """The VAE's offset and divisor, float32, that fit [B, C, h, w]."""
-    config = model.vae.config
-    numbers = (torch.tensor(value, dtype=torch.float32) for value in (config.offset, config.divisor))
-    offset, divisor = (number.view(-1, 1, 1) for number in numbers)
-    return offset, divisor
 
 
 def _interrupted() -> Callable[[], bool] | None:

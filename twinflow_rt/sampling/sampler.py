@@ -58,6 +58,25 @@ def unchanged(x: Tensor, t: float) -> Tensor:
     return x
 
 
+@dataclass(frozen=True)
+class Start:
+    """Given images to start from: clean latents x and noise z, both [B, C, h, w] in the model's dtype. mask: bool
+    [1 or B, 1, h, w], true where images are made anew; None: everywhere."""
+
+    clean: Tensor
+    noise: Tensor
+    mask: Tensor | None = None
+
+    def at(self, t: float) -> Tensor:
+        """Return x_t = t z + (1-t) x: float32 inside (float64 for such latents), one rounding."""
+        wide = torch.promote_types(self.noise.dtype, torch.float32)
+        return (t * self.noise.to(wide) + (1 - t) * self.clean.to(wide)).to(self.noise.dtype)
+
+    def keep(self, x: Tensor, t: float) -> Tensor:
+        """Return the state x at time t, in the dtype it has, with x_t where images are not made anew."""
+        return x if self.mask is None else torch.where(self.mask, x, self.at(t).to(x.dtype))
+
+
 def from_function(fn: Callable[[Tensor, Tensor, Tensor], Tensor], config: SamplerConfig) -> Velocity:
     """Adapts fn(latents, t, tt) -> F, with t and tt float32 tensors [B], to the indexed signature
     that `sample` calls with `config`. (float64 latents get float64 times.)"""
@@ -90,7 +109,7 @@ def sample(
     cancel(): asked before each evaluation; True raises CancelledError.
     project(noise, F, t): the op that ends the one-step path (float32 inside, one rounding).
     keep(x, t): called with the state behind each step, at its time, and with the result, at 0; returns what
-        sampling goes on with (`start.Start.keep`).
+        sampling goes on with (`Start.keep`).
 
     A single step touches no float64 and no elementwise op but `project`. Nothing here waits for the device, if noise_fn
     answers on it. Raises ConfigError for an unusable dtype, a missing noise_fn, a velocity of another shape.

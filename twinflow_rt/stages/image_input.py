@@ -157,25 +157,23 @@ def _of_picture(name: str, value: Any) -> Any:
     """Return a path's, an array's or a PIL picture upright and on white; or a mask."""
     from PIL import Image
 
-    if isinstance(value, np.ndarray):
-        value = value.astype(np.uint8) * 255 if value.dtype == bool else value
-        if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,), (4,)):
-            raise ConfigError(
-                f"{name} is an array of {value.dtype} {list(value.shape)}; one must be uint8 [H, W, 3], [H, W, 4] or "
-                "[H, W]: of floats take (255 * x).round().astype('uint8')"
-            )
-        _check_sides(name, value.shape[:2])
-        value = Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value)
-    if isinstance(value, (str, os.PathLike, bytes)):
-        what = name if isinstance(value, bytes) else f"{name} {shown(os.fspath(value))}"
-        file = io.BytesIO(value) if isinstance(value, bytes) else value
-        with decoding(what), Image.open(file) as opened:
-            return _upright(name, opened)
-    if not isinstance(value, Image.Image):
-        kinds = "a path, a file's bytes, a PIL picture, a uint8 array, a float tensor, or a list of them"
-        raise ConfigError(f"{name} must be {kinds}; got {shown(value)}")
-    with decoding(name):
-        return _upright(name, value)
+    path = isinstance(value, (str, os.PathLike))
+    with decoding(f"{name} {shown(os.fspath(value))}" if path else name):
+        if isinstance(value, np.ndarray):
+            value = value.astype(np.uint8) * 255 if value.dtype == bool else value
+            if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,), (4,)):
+                raise ConfigError(
+                    f"{name} is an array of {value.dtype} {list(value.shape)}; one must be uint8 [H, W, 3], [H, W, 4] "
+                    "or [H, W]: of floats take (255 * x).round().astype('uint8')"
+                )
+            value = Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value)
+        if path or isinstance(value, bytes):
+            with Image.open(value if path else io.BytesIO(value)) as opened:
+                return _upright(name, opened)
+        if isinstance(value, Image.Image):
+            return _upright(name, value)
+    kinds = "a path, a file's bytes, a PIL picture, a uint8 array, a float tensor, or a list of them"
+    raise ConfigError(f"{name} must be {kinds}; got {shown(value)}")
 
 
 @contextmanager
@@ -231,10 +229,8 @@ def _resized(picture: Any, size: tuple[int, int]) -> Tensor:
     from PIL import Image
 
     if isinstance(picture, Tensor):
-        if extent(picture) == size:
-            return picture
-        return F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-    if extent(picture) != size:
-        picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+        same = extent(picture) == size
+        return picture if same else F.interpolate(picture[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    picture = picture.resize((size[1], size[0]), Image.Resampling.LANCZOS)  # a copy, where it has that size
     pixels = torch.from_numpy(np.array(picture)).float() / 255
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)

@@ -19,7 +19,7 @@ from ..passes.convolutions import convert_convolutions
 from ..passes.layer_groups import Layers
 from ..runtime.finite import FiniteCheck
 from ..runtime.timing import StageTimer
-from ..sampling.start import Start
+from ..sampling.sampler import Start
 from . import tiles
 from .image_input import ImageInput
 from .stage import DEFAULTS, Stage, StageOptions, in_parts, open_part

@@ -18,9 +18,8 @@ from ..runtime.streaming import NOT_RECORDED
 from ..runtime.timing import StageTimer
 from ..sampling.guidance import Guidance
 from ..sampling.noise import step_noise
-from ..sampling.sampler import sample
+from ..sampling.sampler import Start, sample
 from ..sampling.schedule import SamplerConfig, schedule, steps
-from ..sampling.start import Start
 from .prompt_cache import PromptCache
 from .stage import DEFAULTS, StageOptions, in_parts
 from .text import PromptEmbeds
