@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -30,14 +30,15 @@ class VaeHalf(Stage):
 
     Its config has `scale` (pixels per latent along each axis), `latent_channels`, `offset` and
     `divisor` (numbers, or one per channel); a network's `statistics` have the latter two where files hold them.
-    recorded_as: the name of its graphs. convolutions: what became of them, where they changed.
+    recorded_as: the name of its graphs. convolutions: what became of them, where they changed. std, mean: float32 [C],
+    of raw latents: z * std + mean, as `ops.x0_to_vae` takes them.
     """
 
     recorded_as = ""
     convolutions: tuple[Layers, ...] = ()
 
     def __init__(self, folder: Path, model: Architecture, files: Files = OWN_FILES) -> None:
-        self.parts = (open_part(folder, model, files),)
+        self.parts, self._from = (open_part(folder, model, files),), (folder, model, files)
         self.network = self.parts[0].network
         self.config = self.network.config
 
@@ -58,6 +59,8 @@ class VaeHalf(Stage):
             torch.as_tensor(value, dtype=torch.float32, device=device).view(-1, 1, 1)
             for value in (said.offset, said.divisor)
         )
+        each = torch.ones(self.channels, dtype=torch.float32, device=device)
+        self.std, self.mean = each / self._divisor.flatten(), each * self._offset.flatten()
 
     def notes(self) -> tuple[str, ...]:
         return (*super().notes(), *(f"{self.parts[0].name} convolutions {group}" for group in self.convolutions))
@@ -82,18 +85,15 @@ class VaeHalf(Stage):
 
 
 class VaeDecoder(VaeHalf):
-    """Decode x0. std, mean: float32 [C], of raw latents: z * std + mean, as `ops.x0_to_vae` takes them."""
+    """Decode x0."""
 
     recorded_as = "decode"
-
-    def __init__(self, folder: Path, model: Architecture, files: Files = OWN_FILES) -> None:
-        super().__init__(folder, model, files)
-        self._other_half = partial(VaeEncoder, folder, model.encoder or model, files)
 
     @cached_property
     def encoder(self) -> VaeEncoder:
         """The other half: its files are opened when it is first asked for, and not read yet."""
-        return self._other_half()
+        folder, model, files = self._from
+        return VaeEncoder(folder, model.encoder or model, files)
 
     def stored(self) -> dict[str, Tensor]:
         """Return the weights under the checkpoint's names, those of the other half as its files have them."""
@@ -104,14 +104,6 @@ class VaeDecoder(VaeHalf):
     def close_encoder(self) -> None:
         """Let go of the other half's weights; the next picture reads them again."""
         vars(self).pop("encoder", None)
-
-    def materialize(
-        self, device: torch.device, dtype: torch.dtype, options: StageOptions = DEFAULTS,
-        progress: Progress | None = None,
-    ) -> None:  # fmt: skip
-        super().materialize(device, dtype, options, progress)
-        each = torch.ones(self.channels, dtype=torch.float32, device=device)
-        self.std, self.mean = each / self._divisor.flatten(), each * self._offset.flatten()
 
     def decode(self, latents: Tensor, *, raw: bool = False, check: Callable[[], None] = lambda: None) -> Tensor:
         """Return the images of normalised latents [B, C, h, w]: float [B, 3, h*scale, w*scale], nominally in [-1, 1].
