@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.atomic import PREFIX
 from .checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
 from .checkpoint.files import read_json
 from .checkpoint.layout import Layout
@@ -82,8 +83,9 @@ class Family:
             config["twinflow"] = False
             return None
         settings, said = read_json(path, infinite=True) if path.exists() else {}, config.get("twinflow")
-        called = folder.name, *(part for part in folder.parts if part.startswith("models--")), settings
-        called += *(file.name for file in checkpoint.paths), {k: v for k, v in config.items() if k != "twinflow"}
+        called = [folder.name.removeprefix(PREFIX), *(part for part in folder.parts if part.startswith("models--"))]
+        called += [file.name for file in checkpoint.paths]
+        called += [str(settings), str({key: value for key, value in config.items() if key != "twinflow"})]
         if said is not False and (said is not None or "twinflow" in str(called).lower()):
             return None
         config |= {"twinflow": False, "averaged_time": averaged}

@@ -189,8 +189,8 @@ class Model:
         if options.tile is not None:
             check_tile(vae.network, options.tile)
         tokens = sizes.tokens(*sizes.resolve(None, None))
-        usual = scheduler if saved is None or scheduler is None else replace(scheduler, steps=None)
-        sampler = sampler_of(options.nfe, options.sampler, saved or PRESETS["1"], usual, tokens)
+        given = options.sampler or (saved if options.nfe is None else None)
+        sampler = sampler_of(options.nfe, given, PRESETS["1"], scheduler, tokens)
         if scheduler is not None:  # calls that name no steps make as many by it, unless the sampler is not its own
             steps = sampler.sampling_steps
             own = steps <= MAX_STEPS and scheduler.sampler(steps, tokens) == sampler

@@ -240,6 +240,8 @@ def test_files_beside_a_base(folder, pipes, tmp_path):
     named = shutil.copy(file, tmp_path / "TwinFlow-net.safetensors")
     with pytest.raises(CheckpointError, match="t_embedder_2 is missing"):
         load(named, base=folder("z-image"), device="cpu")
+    assert cli.main(["convert", str(file), str(tmp_path / "out"), "--base", str(folder("z-image"))]) == 0
+    assert torch.equal(load(tmp_path / "out", device="cpu")("x", **args).images, made)
     twin = MODELS["z-image"].make(tmp_path / "twin")
     with pytest.raises(CheckpointError, match="t_embedder_2 is missing"):
         load(file, base=twin, device="cpu")

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..pipeline import Pipeline
 from ..sampling.noise import initial_noise, step_noise
 from ..sampling.sampler import sample
-from ..sampling.schedule import SamplerConfig, schedule
+from ..sampling.schedule import schedule
 from ..stages.result import deliver
 
 STAGES = ("text", "context", "noise", "velocity", "decode", "output")
@@ -57,10 +57,6 @@ class Workload:
             list(self.prompts), height=self.height, width=self.width, seed=self.seed, nfe=self.nfe, output=output
         ).images
 
-    def sampler(self, pipe: Pipeline) -> SamplerConfig:
-        """Return what the call is sampled by."""
-        return pipe.sampler_of(self.nfe, None, (self.height, self.width))
-
     def shape(self, pipe: Pipeline) -> tuple[int, int, int]:
         """Return the shape of one latent, [C, H, W]."""
         return pipe.vae.channels, self.height // pipe.vae.scale, self.width // pipe.vae.scale
@@ -68,7 +64,8 @@ class Workload:
 
 def stages(pipe: Pipeline, work: Workload) -> dict[str, Callable[[], Any]]:
     """Return name -> one run of that stage alone, on inputs made by the stages before it."""
-    pipe.program.refold(schedule(work.sampler(pipe), pipe.dtype))
+    sampler = pipe.sampler_of(work.nfe, None, (work.height, work.width))
+    pipe.program.refold(schedule(sampler, pipe.dtype))
     network: Any = pipe.program.network
     with torch.inference_mode():
         embeds = pipe.text(list(work.prompts))
@@ -93,7 +90,7 @@ def exact_outputs(pipe: Pipeline, work: Workload, dtype: torch.dtype) -> tuple[T
 
     (With several evaluations the state between them is rounded to `dtype`, as the sampler does there.)
     """
-    config, shape = work.sampler(pipe), work.shape(pipe)
+    config, shape = pipe.sampler_of(work.nfe, None, (work.height, work.width)), work.shape(pipe)
     pipe.program.refold(schedule(config, dtype))
     network: Any = pipe.program.network
     with torch.inference_mode():
