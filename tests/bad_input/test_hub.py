@@ -77,7 +77,6 @@ def test_fetching(source, repo, ask):
         assert before[0] == "CheckpointError" and "download=True" in before[1]
         assert (kind, again) == ("folder", ("folder", folder)) and Path(folder).name == COMMIT
         wanted = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
-        wanted = {name for name in wanted if not name.startswith("scheduler/")}
         assert set(repo.asked) == wanted and len(repo.asked) == len(wanted), "only what loading reads, once"
         assert describe(Path(folder)).parts == describe(source).parts
         (_, small), (_, same) = ask(endpoint, (inner, True), (pinned, True))
@@ -177,12 +176,11 @@ def test_only_what_loading_reads_is_fetched():
         "model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
         "transformer/diffusion_pytorch_model.safetensors.index.json", "tokenizer_2/vocab.json", "tokenizer/merges.txt",
         "tokenizer/chat_template.jinja", "text_encoder_3/model.safetensors", "connector/openuni.safetensors",
-    "artifact.json",
+        "artifact.json", "scheduler/scheduler_config.json",
     ]  # fmt: skip
     others = [
         "transformer/diffusion_pytorch_model.fp16.safetensors", "text_encoder_3/model.fp8.safetensors", "x.safetensors",
-        "transformer/a.bin", "transformer/a.pt", "transformer/code.py", "scheduler/scheduler_config.json",
-    "../vae/config.json",
+        "transformer/a.bin", "transformer/a.pt", "transformer/code.py", "../vae/config.json",
         "transformer/inner/config.json", "feature_extractor/preprocessor_config.json", "vae/../../config.json",
     "config.json",
     ]  # fmt: skip

@@ -25,7 +25,7 @@ from .files import WEIGHTS
 SCHEME = "hf:/"  # pathlib makes one slash of two
 NAME = re.compile(r"hf:/{1,2}([\w.-]+/[\w.-]+)(?:@([^/@\s]+))?(?:/([^@\s]+?))?/?")
 NETWORKS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae", "connector")
-PARTS = rf"(?:{'|'.join(NETWORKS)}|tokenizer(?:_\d)?)"
+PARTS = rf"(?:{'|'.join(NETWORKS)}|tokenizer(?:_\d)?|scheduler)"
 READ = re.compile(rf"(?:model_index\.json|artifact\.json|{PARTS}/[\w.-]+\.(?:json|safetensors|txt|jinja))")
 WHOLE = re.compile(r"(?:diffusion_pytorch_model|model)(?:-\d{5}-of-\d{5})?\.safetensors")
 
