@@ -112,7 +112,7 @@ def test_equals_diffusers(pipe, peer, name, masked):
 
 @pytest.mark.parametrize("name", ["z-image", "qwen-image", "sd3-without-t5", "sana-sprint"])
 def test_plain_checkpoints_equal_diffusers(tmp_path, monkeypatch, name):
-    """Without the second embedder, by the published scheduler."""
+    """Without the second embedder, by the published scheduler; where diffusers guides with both, guided too."""
     kind = {"sana-sprint": "SanaSprintImg2ImgPipeline", "sd3-without-t5": PEERS["sd3"][0]}.get(name) or PEERS[name][0]
     model = plain_model(name, tmp_path / "m")
     ours, peer = load(model, device="cpu"), peer_of(name, model, kind)
@@ -125,14 +125,20 @@ def test_plain_checkpoints_equal_diffusers(tmp_path, monkeypatch, name):
     how = dict(MODELS[name].call, output_type="latent")
     if name != "z-image":
         how |= {"height": size[0], "width": size[1]}
-    for steps, strength in ((2, 0.5), (4, 0.6), (5, 0.3)):
+    guides = {"qwen-image": "true_cfg_scale", "sd3-without-t5": "guidance_scale"}.get(name)
+    for steps, strength, scale in ((2, 0.5, None), (5, 0.3, None), (4, 0.6, guides and 3.0)):
         drawn = count()
         if name == "sana-sprint":
             how |= {"max_timesteps": 1.57080, "intermediate_timesteps": 1.3 if steps == 2 else None}
+        guided = {} if scale is None else {"guidance": scale, "negative_prompt": "blue"}
+        if guided:
+            how |= {guides: scale, "negative_prompt": "blue"}
         with torch.no_grad():
             out = peer(PROMPTS[0], image=picture(size), strength=strength, num_inference_steps=steps, **how).images
         expected = peer._unpack_latents(out, *SIZE, 8)[:, :, 0] if name == "qwen-image" else out
-        made = ours(PROMPTS[0], image=picture(size), strength=strength, nfe=steps, seed=3, output="latent").images
+        made = ours(
+            PROMPTS[0], image=picture(size), strength=strength, nfe=steps, seed=3, output="latent", **guided
+        ).images  # fmt: skip
         assert relative(made, expected) < 1e-5, (steps, strength)
 
 

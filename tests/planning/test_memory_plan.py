@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.factory import make_model
+from tests.factory import VAE, make_model
 from tests.memory import run_script
 from twinflow_rt.bench.random_weights import skeleton
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
@@ -202,3 +202,34 @@ def test_the_prediction_is_what_is_measured(medium, budget, options):
     seen = json.loads(run_script(SCRIPT, medium, budget, 512, json.dumps(options)))
     assert (seen["streamed"] > 0) is (seen["tile"] is not None) is seen["text"] is (budget == "tight"), seen
     assert abs(seen["measured"] - seen["predicted"]) <= 0.1 * seen["predicted"], seen
+
+
+ENCODING = """
+import dataclasses, json, sys, torch
+from pathlib import Path
+from tests.memory import Peak
+from twinflow_rt.host_memory import anonymous_bytes
+from twinflow_rt.models.autoencoders import autoencoder_kl
+from twinflow_rt.planning import encoder_costs
+from twinflow_rt.stages.vae import VaeDecoder
+vae, size = VaeDecoder(Path(sys.argv[1]) / "vae", autoencoder_kl.MODEL), (512, 384)
+vae.materialize(torch.device("cpu"), torch.float32)
+picture = torch.zeros(1, 3, *size)
+for tile in (None, 256):
+    vae.options = dataclasses.replace(vae.options, tile=tile)
+    weights, work = encoder_costs.costs(vae, size, tile)
+    with Peak() as peak, torch.inference_mode(), encoder_costs.opened(vae, None, size) as encoder:
+        held = anonymous_bytes() - peak.base
+        encoder.encode(picture)
+    vae.close_encoder()
+    print(json.dumps([weights, held, work, peak.bytes - held]))
+"""
+
+
+def test_what_pictures_take_is_what_is_measured(tmp_path):
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(**{**VAE, "block_out_channels": (64, 128, 128)}).save_pretrained(tmp_path / "vae")
+    for line in run_script(ENCODING, tmp_path).splitlines():
+        weights, held, work, worked = json.loads(line)
+        assert abs(held - weights) <= 0.1 * weights and abs(worked - work) <= 0.1 * work, line

@@ -48,8 +48,8 @@ def opened(vae: VaeDecoder, memory: MemoryPlan | None, size: tuple[int, int]) ->
 def costs(vae: VaeDecoder, size: tuple[int, int], tile: int | None) -> tuple[int, int]:
     """Return the bytes that the encoder's weights take, and that encoding one picture works in, whole or in tiles."""
     part, dtype = vae.encoder.parts[0], vae.dtype
-    held = network_weights(Network(part.network, part.checkpoint, part.layout, channels_last=True), vae.device, dtype)
     network = part.meta_network(select(Target.of(torch.device("cpu"), torch.float32))[0])
+    held = network_weights(Network(network, part.checkpoint, part.layout, channels_last=True), vae.device, dtype)
     image = torch.empty(1, 3, *size, device="meta")
     if tile is None:
         needed = peak_of(lambda: network(image))[1]
@@ -67,10 +67,11 @@ def costs(vae: VaeDecoder, size: tuple[int, int], tile: int | None) -> tuple[int
 def note(vae: VaeDecoder, size: tuple[int, int]) -> str:
     """Return a line for a plan: what pictures would take."""
     try:
-        part = vae.encoder.parts[0]
-        check(part.network.state_dict(), part.checkpoint, part.layout)
+        part, read = vae.encoder.parts[0], bool(vae.encoder.reports)
+        if not read:
+            check(part.network.state_dict(), part.checkpoint, part.layout)
     except TwinFlowError as error:
         return f"pictures: not taken: {error}"
-    state = "encoder read" if vae.encoder.reports else "encoder not read before the first one"
+    state = "encoder read" if read else "encoder not read before the first one"
     held, needed = costs(vae, size, vae.options.tile)
     return f"pictures: {state}; it holds {mega(held)}, and works in {mega(needed)} for one of {size[1]}x{size[0]}"
