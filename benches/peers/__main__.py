@@ -38,6 +38,7 @@ class Worker:
     def __init__(self, peer: str, case: Case, folder: Path, threads: int) -> None:
         task = {
             "peer": peer, "part": case.part, "folder": str(folder), "size": case.size, "threads": threads,
+            "steps": case.steps,
             "origin": time.monotonic(),
         }  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}

@@ -15,11 +15,13 @@ from twinflow_rt.loading import DEMO
 @dataclass(frozen=True)
 class Case:
     """model: None for the demo, or a name and options of `bench.random_weights`. part: "image" or "vae".
-    size: pixels along each side, None for the model's default."""
+    size: pixels along each side, None for the model's default. steps: None for TwinFlow's one evaluation; else of an
+    ordinary flow model, by its own scheduler."""
 
     model: tuple[str, dict[str, Any]] | None
     part: str = "image"
     size: int | None = None
+    steps: int | None = None
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
@@ -28,7 +30,8 @@ class Case:
             yield DEMO
             return
         name, options = self.model
-        with random_weights.temporary(name, dtype="float32", **options) as folder:
+        plain = self.steps is not None
+        with random_weights.temporary(name, dtype="float32", plain=plain, **options) as folder:
             yield folder
 
 
@@ -37,6 +40,8 @@ CASES = {
     "demo": Case(None),
     "medium": Case(MEDIUM, size=384),
     "medium-256": Case(MEDIUM, size=256),
+    "medium-4": Case(MEDIUM, size=384, steps=4),
+    "medium-8": Case(MEDIUM, size=384, steps=8),
     "medium-1024": Case(MEDIUM, size=512),
     "vae": Case(("z-image", {"layers": 1}), "vae", 256),
     "qwen-vae": Case(("qwen-image", {"layers": 1}), "vae", 256),

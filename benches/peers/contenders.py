@@ -1,6 +1,6 @@
 """Builds one peer of one case: name of a figure -> what is timed.
 
-    image cases   total(n): prompt n to pixels [1, 3, H, W] in [0, 1];  network(n): the transformer alone
+    image cases   total(n): prompt n to pixels [1, 3, H, W] in [0, 1];  network(n): one evaluation of the transformer
     vae cases     total(n): raw latents to pixels in [-1, 1]
 
 Everything runs in float32 on the CPU ("ours-int8" but for the linear layers of the blocks), the peers whose names
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from twinflow_rt import load
 from twinflow_rt.bench import peers
 from twinflow_rt.bench.workload import Workload, stages
-from twinflow_rt.checkpoint.checkpoint import Checkpoint
+from twinflow_rt.checkpoint.checkpoint import OWN_FILES, Checkpoint
 from twinflow_rt.checkpoint.files import read_json
 from twinflow_rt.families import family_of
 from twinflow_rt.models.context import Context
@@ -33,6 +33,7 @@ from twinflow_rt.passes.layers import unpack
 from twinflow_rt.planning.footprint import work_of
 from twinflow_rt.sampling.noise import initial_noise
 from twinflow_rt.stages import vae as vae_stage
+from twinflow_rt.stages.vae import VaeDecoder
 
 from .cases import PROMPTS, SEED
 
@@ -41,12 +42,12 @@ CPU, DTYPE = torch.device("cpu"), torch.float32
 Calls = dict[str, Callable[[int], Any]]
 
 
-def build(peer: str, part: str, folder: Path, size: int | None) -> Calls:
-    """The calls of a peer, loaded and ready. They compute with as many threads as torch has."""
+def build(peer: str, part: str, folder: Path, size: int | None, steps: int | None) -> Calls:
+    """The calls of a peer, loaded and ready. steps: see `Case`. They compute with as many threads as torch has."""
     if peer.startswith("openvino"):  # has its own; torch's would spin between its steps and take their CPU
         Converted.threads = torch.get_num_threads()
         torch.set_num_threads(1)
-    calls = {"image": image, "vae": decoder}[part](peer, folder, size)
+    calls = image(peer, folder, size, steps) if part == "image" else decoder(peer, folder, size)
     mode = torch.inference_mode() if peer.startswith("ours") else torch.no_grad()  # diffusers' pipelines use no_grad
     calls = {name: mode(call) for name, call in calls.items()}
     if peer.startswith("ours"):  # as a pipeline's calls have it, also for a part of one
@@ -57,29 +58,29 @@ def build(peer: str, part: str, folder: Path, size: int | None) -> Calls:
 # -- whole images ---------------------------------------------------------------------------------------
 
 
-def image(peer: str, folder: Path, size: int | None) -> Calls:
+def image(peer: str, folder: Path, size: int | None, steps: int | None) -> Calls:
     if peer.startswith("diffusers"):
-        return _diffusers(folder, size, compiled=peer.endswith("compile"))
+        return _diffusers(folder, size, steps, compiled=peer.endswith("compile"))
     if peer.startswith("openvino"):
-        return _openvino(folder, size, _dtype(peer))
+        return _openvino(folder, size, steps, _dtype(peer))
     precision = "int8" if peer == "ours-int8" else None
-    return _ours(load(folder, device=CPU, dtype=_dtype(peer), precision=precision), size)
+    return _ours(load(folder, device=CPU, dtype=_dtype(peer), precision=precision), size, steps)
 
 
 def _dtype(peer: str) -> torch.dtype:
     return torch.bfloat16 if peer.endswith("-bf16") else DTYPE
 
 
-def _ours(pipe: Any, size: int | None) -> Calls:
+def _ours(pipe: Any, size: int | None, steps: int | None) -> Calls:
     side = pipe.sizes.resolve(size, size)[0]
     made: dict[str, Callable[[], Any]] = {}
 
     def total(n: int) -> Tensor:
-        return pipe(PROMPTS.format(n=n), height=side, width=side, seed=SEED, output="pt").images
+        return pipe(PROMPTS.format(n=n), height=side, width=side, seed=SEED, nfe=steps, output="pt").images
 
     def network(n: int) -> Tensor:
         if not made:
-            made.update(stages(pipe, Workload((PROMPTS.format(n=0),), side, side, SEED, 1)))
+            made.update(stages(pipe, Workload((PROMPTS.format(n=0),), side, side, SEED, steps or 1)))
         return made["velocity"]()
 
     return {"total": total, "network": network}
@@ -103,7 +104,7 @@ class Recorder:
         return self.forward(*args, **options)
 
 
-def _diffusers(folder: Path, size: int | None, compiled: bool) -> Calls:
+def _diffusers(folder: Path, size: int | None, steps: int | None, compiled: bool) -> Calls:
     spec = _spec(folder)
     height, width = spec.sizes.resolve(size, size)
     theirs = peers._z_image_pipeline(spec)
@@ -116,8 +117,8 @@ def _diffusers(folder: Path, size: int | None, compiled: bool) -> Calls:
     def total(n: int) -> Tensor:
         noise = initial_noise([SEED], shape, DTYPE, CPU)
         return theirs(
-            PROMPTS.format(n=n), height=height, width=width, num_inference_steps=1, guidance_scale=0.0, latents=noise,
-            output_type="pt",
+            PROMPTS.format(n=n), height=height, width=width, num_inference_steps=steps or 1, guidance_scale=0.0,
+            latents=noise, output_type="pt",
         ).images  # fmt: skip
 
     return {"total": total, "network": recorder.again}
@@ -127,8 +128,11 @@ def _spec(folder: Path) -> SimpleNamespace:
     """What `bench.peers` asks of a pipeline, without loading one."""
     checkpoint = Checkpoint(folder / "transformer")
     family = family_of(checkpoint.config)
-    _, vae, sizes = family.open(folder, checkpoint.config)
-    return SimpleNamespace(folder=folder, device=CPU, dtype=DTYPE, vae=vae, sizes=sizes)
+    scheduler = family.scheduler(folder, checkpoint)
+    text, vae, sizes = family.open(folder, checkpoint.config)
+    return SimpleNamespace(
+        folder=folder, device=CPU, dtype=DTYPE, source=checkpoint, text=text, vae=vae, sizes=sizes, scheduler=scheduler
+    )
 
 
 # -- OpenVINO -------------------------------------------------------------------------------------------
@@ -169,33 +173,35 @@ def _nearest(x: Tensor, *args: Any, mode: str = "nearest", **options: Any) -> Te
 
 
 class Velocity(nn.Module):
-    """latents, prompt embeddings -> velocity at (t, tt) = (1, 0): the whole transformer as one graph."""
+    """latents, prompt embeddings, t -> velocity at (1, 0), or of an ordinary flow model at t: the whole transformer as
+    one graph."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, latents: Tensor, embeds: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, embeds: Tensor, t: Tensor) -> Tensor:
         context = self.network.encode_context(embeds, (embeds.shape[1],))
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        return self.network(latents, self.network.modulate(one, zero), context)
+        times = (one, zero) if self.network.config.twinflow else (t, t)
+        return self.network(latents, self.network.modulate(*times), context)
 
 
 class Graph:
     """Stands where a pipeline has its network."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        self.config, self.ops, self.last = network.config, EAGER, ()
+        self.config, self.ops, self.last, self.times = network.config, EAGER, (), ()
         self.velocity = Converted(Velocity(network), dtype)
 
     def encode_context(self, embeds: Tensor, lengths: tuple[int, ...]) -> Context:
         return Context(embeds, tuple(lengths))
 
-    def step_modulation(self, step: int) -> None:
-        return None
+    def step_modulation(self, step: int) -> Tensor:
+        return torch.tensor([self.times[step][0]])
 
-    def __call__(self, latents: Tensor, modulation: None, context: Context) -> Tensor:
-        self.last = latents, context.tokens
+    def __call__(self, latents: Tensor, t: Tensor, context: Context) -> Tensor:
+        self.last = latents, context.tokens, t
         return self.velocity(*self.last)
 
 
@@ -205,16 +211,17 @@ def plain_convolutions() -> Any:
     return patch.object(vae_stage, "convert_convolutions", lambda *_: ())
 
 
-def _openvino(folder: Path, size: int | None, dtype: torch.dtype) -> Calls:
+def _openvino(folder: Path, size: int | None, steps: int | None, dtype: torch.dtype) -> Calls:
     with plain_convolutions():
-        pipe = peers.uncompiled(folder, CPU, DTYPE)
+        pipe = peers.uncompiled(folder, OWN_FILES, CPU, DTYPE)
     for network in (pipe.text.network, pipe.vae.network):
         unpack(network)
     graph = Graph(pipe.program.network.network, dtype)
-    pipe.velocity.program = SimpleNamespace(network=graph, refold=lambda times: None, sequence=None)
+    refold = lambda times: setattr(graph, "times", times)
+    pipe.velocity.program = SimpleNamespace(network=graph, refold=refold, sequence=None)
     pipe.text.network.forward = Converted(pipe.text.network, dtype)
     pipe.vae.network.forward = Converted(pipe.vae.network, dtype)
-    calls = _ours(pipe, size)
+    calls = _ours(pipe, size, steps)
     return {"total": calls["total"], "network": lambda n: graph.velocity(*graph.last)}
 
 
@@ -223,7 +230,7 @@ def _openvino(folder: Path, size: int | None, dtype: torch.dtype) -> Calls:
 
 def decoder(peer: str, folder: Path, size: int) -> Calls:
     checkpoint = Checkpoint(folder / "transformer")
-    vae = family_of(checkpoint.config).vae(folder)
+    vae = VaeDecoder(folder / "vae", family_of(checkpoint.config).autoencoder)
     side = size // vae.scale
     raw = torch.randn(1, vae.channels, side, side, generator=torch.Generator().manual_seed(SEED))
     if peer.startswith("openvino"):

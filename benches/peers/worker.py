@@ -45,7 +45,7 @@ def serve(task: dict[str, Any]) -> None:
             torch.set_num_threads(task["threads"])
             from .contenders import build
 
-            calls = build(task["peer"], task["part"], Path(task["folder"]), task["size"])
+            calls = build(task["peer"], task["part"], Path(task["folder"]), task["size"], task["steps"])
             calls["total"](0)
             answer = {"seconds": time.monotonic() - task["origin"], "figures": list(calls)}
         elif word == "turn":

@@ -15,10 +15,10 @@ from twinflow_rt.bench.random_weights import BLUEPRINTS, skeleton, temporary
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.errors import CheckpointError, ConfigError
 
-# billions of parameters: of the network with TwinFlow's second time embedder, and of the prompt encoders used
+# billions of parameters: of the network, with TwinFlow's second time embedder if there is one, and of prompt encoders
 PUBLISHED = {
     "z-image": (6.155, 3.92), "qwen-image": (20.44, 7.07), "sd3.5-m": (2.478, 5.58), "sana": (1.640, 2.61),
-    "sana-sprint": (1.610, 2.61),
+    "sana-sprint": (1.610, 2.61), "flux2-klein": (3.876, 3.92),
 }  # fmt: skip
 
 
@@ -108,3 +108,10 @@ def test_damaged_declarations_are_named(tmp_path):
     shutil.rmtree(folder / "vae")
     with pytest.raises(CheckpointError, match="vae"):
         load(folder, device="cpu")
+
+
+def test_ordinary_flow_models_have_a_scheduler_and_no_second_embedder(tmp_path):
+    folder = skeleton("z-image", tmp_path / "m", scale=0.03, layers=1, dtype="float32", plain=True)
+    pipe = load(folder, device="cpu")
+    assert pipe.scheduler is not None and pipe.scheduler.steps == 8
+    assert not any(name.startswith("t_embedder_2") for name in pipe.source)

@@ -122,7 +122,7 @@ def sana_sprint(scale: float, layers: int | None) -> Blueprint:
     """SANA-Sprint 1.6B: SANA with normalised queries and keys, and a guidance embedder for TwinFlow's second."""
     base = sana(scale, layers)
     sprint = {"guidance_embeds": True, "guidance_embeds_scale": 0.1, "qk_norm": "rms_norm_across_heads"}
-    return Blueprint({**base.transformer, **sprint}, base.parts)
+    return Blueprint({**base.transformer, **sprint}, base.parts, {"_class_name": "SCMScheduler"})
 
 
 def flux2_klein(scale: float, layers: int | None) -> Blueprint:

@@ -136,14 +136,14 @@ def _compile_now(twin: Pipeline, work: Workload) -> None:
 
 
 def _diffusers(pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
-    """Return a call of diffusers' ZImagePipeline: one Euler step from t = 1 to 0 is x0 = z - F(z, 1, 0), where
-    TwinFlow's second time embedder is multiplied by 0."""
+    """Return a call of diffusers' ZImagePipeline: of TwinFlow, one Euler step from t = 1 to 0 is x0 = z - F(z, 1, 0),
+    where the second time embedder is multiplied by 0."""
     require_extra("the diffusers peer", "train", "diffusers", "transformers")
     family = family_of(pipe.source.config).name
-    if family != "z-image" or work.nfe != 1:
+    if family != "z-image" or (work.nfe != 1 and pipe.scheduler is None):
         raise ConfigError(
-            f"the diffusers peer runs z-image at 1 evaluation, not {family} at {work.nfe}: its schedulers have "
-            "no any-step sampler and its networks no second time embedder"
+            f"the diffusers peer runs z-image at 1 evaluation, or as an ordinary flow model, not {family} at "
+            f"{work.nfe}: its schedulers have no any-step sampler and its networks no second time embedder"
         )
     theirs = _z_image_pipeline(pipe)
     shape = work.shape(pipe)
@@ -151,8 +151,8 @@ def _diffusers(pipe: Pipeline, work: Workload) -> Callable[[str], Any]:
     def call(output: str = "pil") -> Any:
         noise = initial_noise(work.seeds, shape, pipe.dtype, pipe.device)
         return theirs(
-            list(work.prompts), height=work.height, width=work.width, num_inference_steps=1, guidance_scale=0.0,
-            latents=noise.float(), output_type=output,
+            list(work.prompts), height=work.height, width=work.width, num_inference_steps=work.nfe,
+            guidance_scale=0.0, latents=noise.float(), output_type=output,
         ).images  # fmt: skip
 
     return torch.no_grad()(call)
@@ -172,7 +172,8 @@ def _z_image_pipeline(pipe: Pipeline) -> Any:
         }
     for name, module in parts.items():
         _fill(module, checkpoints[name], pipe)
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    said = {"num_train_timesteps": 1000, "shift": 1.0} if pipe.scheduler is None else dict(pipe.scheduler.settings)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(said)
     tokenizer = AutoTokenizer.from_pretrained(str(pipe.folder / "tokenizer"))
     theirs: Any = ZImagePipeline(scheduler=scheduler, tokenizer=tokenizer, **parts)
     theirs.set_progress_bar_config(disable=True)

@@ -57,7 +57,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype, seed: i
     start = zlib.crc32(name.encode()) % BLOCK
     values = block.roll(-start).repeat(-(-size // BLOCK))[:size].view(shape)
     vector = size == (shape[0] if shape else 1)
-    if vector and "norm" in name and not name.endswith("bias"):
+    if vector and ("norm" in name or name.endswith("running_var")) and not name.endswith("bias"):
         return values.mul_(0.2).add_(1)
     if vector:
         return values.mul_(0.1)

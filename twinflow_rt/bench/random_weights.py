@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +27,7 @@ from ..training.text import CHAT_TEMPLATE, SPECIAL
 from . import random_file
 from .blueprints import BLUEPRINTS, Blueprint
 
+EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # one token a word, number, mark or line end, which is about what large vocabularies reach on English
 TOKENS = r"<\|[a-z_]+\|>|\w+|[^\w\s]|\n"
@@ -37,14 +39,18 @@ WORDS = (
 
 
 def skeleton(
-    name: str, folder: Path, *, scale: float = 1.0, layers: int | None = None, dtype: str = "bfloat16"
+    name: str, folder: Path, *, scale: float = 1.0, layers: int | None = None, dtype: str = "bfloat16",
+    plain: bool = False,
 ) -> Path:  # fmt: skip
     """Write the folder of model `name` with random weights; kilobytes, whatever the model's size.
 
     scale: factor on all widths, in (0, 1]. layers: at most so many in each deep stack. dtype: of the
-    declared weights. Raises ConfigError for a model that this build has no network of.
+    declared weights. plain: the ordinary flow model, without TwinFlow's second time embedder. Raises ConfigError for a
+    model that this build has no network of.
     """
     blueprint = _blueprint(name, scale, layers)
+    if plain and blueprint.scheduler is None:
+        blueprint = replace(blueprint, transformer=blueprint.transformer | {"twinflow": False}, scheduler=EULER)
     family = family_of(blueprint.transformer)
     with meta_device():
         network = family.network(family.config.from_dict(blueprint.transformer))
