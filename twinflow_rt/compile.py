@@ -227,7 +227,10 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
         bytes_after=parameter_bytes(network), folded=folded, pruned=pruned,
         absorbed=_is_absorbed(network), loras=source.loras, precision=precision, skip_layers=skip_layers, layers=layers,
         fp8_attention=recipe.fp8_attention, sensitivity=recipe.sensitivity,
-        notes=(f"transformer {report}", *recipe.notes, *quantize.dtype_notes(source.main_dtype(), dtype, device)),
+        notes=(
+            f"transformer {report}", *recipe.notes, *source.notes,
+            *quantize.dtype_notes(source.main_dtype(), dtype, device),
+        ),
     )  # fmt: skip
     program = Program(network, schedule, plan, recipe, _folded=TableCache(recipe.tables_bytes))
     if not plan.absorbed:

@@ -33,6 +33,7 @@ class Checkpoint:
     """
 
     loras: tuple[Any, ...] = ()  # adapters merged in: none (see `lora.Merged`)
+    notes: tuple[str, ...] = ()  # on them
 
     def __init__(
         self, folder: str | Path, *, strip: str | tuple[str, ...] = (), quantized: bool = False,

@@ -1,4 +1,4 @@
-"""LoRA adapters, merged into a checkpoint's tensors as they are read (arXiv 2106.09685):
+"""Adapters, merged into a checkpoint's tensors as they are read; of LoRA's (arXiv 2106.09685)
 
     W' = W + sum_i  weight_i * alpha_i / rank_i * B_i A_i        A [rank, in], B [out, rank]
 
@@ -6,16 +6,14 @@ in float32 on the target device, one tensor at a time, rounded once to what the 
 result reads like the checkpoint itself, so every later pass sees merged weights: a modulation or
 time embedder that an adapter touches is merged before it is folded.
 
-Files are safetensors as diffusers and PEFT save them (`transformer.<module>.lora_A.weight`), or with
-the older names (`lora_down`, `lora_unet_<module with underscores>`, `.alpha`). Where no alpha is
-given, neither as a tensor nor in the metadata, it is the rank: diffusers' rule.
+Other kinds, and how files name all this: `adapter_file`. Where no alpha is given, neither as a tensor nor in the
+metadata, it is the rank: diffusers' rule.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +25,12 @@ from torch import Tensor
 from ..config import check_path, items, number, shown
 from ..errors import CheckpointError, ConfigError
 from ..ops.int4 import Int4Form
+from .adapter_file import FILE_NAMES, AdapterFile, Module, Targets, product
 from .artifact import sha256
 from .checkpoint import Checkpoint
-from .files import PICKLES, file_type, is_folder, open_tensors, parse_json, read_json, require_file, some
+from .files import PICKLES, file_type, is_folder, require_file, some
+from .names import names_of
 from .tensor_files import read_tensor
-
-FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.")
-FLAT_PREFIXES = ("lora_unet_", "lora_transformer_")
-FACTOR = re.compile(r"(.+)\.(lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up)(?:\.([^.]+))?\.weight")
-FACTORS = ("F32", "F16", "BF16", "F64")  # how A and B may be stored
-A_NAMES = ("lora_A", "lora_down", "lora.down")
-METADATA, ROOT = "lora_adapter_metadata", "transformer."  # diffusers' header entry, and our keys in it
-PEFT, PEFT_CONFIG = "base_model.model.", "adapter_config.json"  # PEFT's names of tensors, and its file beside them
-REBASED = ("pissa", "olora", "corda")  # initialisations after which A and B belong to other base weights
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ def require_same(merged: Sequence[Lora], asked: Sequence[tuple[Path, float]] | N
     """
     if asked is None:
         return
-    wanted = [Lora(_file(path).name, weight, sha256(_file(path))) for path, weight in asked]
+    wanted = [Lora(adapter_path(path).name, weight, sha256(adapter_path(path))) for path, weight in asked]
     if sorted((x.sha256, x.weight) for x in wanted) != sorted((x.sha256, x.weight) for x in merged):
         has, other = (", ".join(map(str, loras)) or "no adapter" for loras in (merged, wanted))
         raise ConfigError(
@@ -106,6 +96,7 @@ class Merged(Checkpoint):
             for adapter in self.adapters:
                 adapter.require_finite()
         self.loras = tuple(adapter.facts for adapter in self.adapters)
+        self.notes = tuple(adapter.note for adapter in self.adapters if adapter.note)
 
     def int4_form(self, name: str) -> Int4Form | None:
         return None if any(name in adapter for adapter in self.adapters) else super().int4_form(name)
@@ -120,45 +111,60 @@ class Merged(Checkpoint):
         return merged.to(dtype or self.dtype(name))
 
 
-class Adapter:
-    """One LoRA file and its weight, matched against the checkpoint it will be merged into.
+@dataclass(frozen=True)
+class Change:
+    """What an adapter adds to one tensor: scale * product of `factors`, the keys in its file by the names of
+    `adapter_file.product`; of that, part `part` of `parts` by rows, whose halves trade places if `swapped`.
 
-    path: the file, or a folder that holds it. Opening reads headers, alphas and the file's hash.
-    Raises CheckpointError for a missing file, a pickle, a target the checkpoint lacks, half a pair,
-    a wrong shape, or a kind of adapter that is more than A and B (DoRA, biases).
+    magnitude: DoRA's, of the rows or the columns of the sum. distance: see `Targets.find`. A kind "LoRA" without
+    magnitude can run beside the layer as well, as x A^T B^T.
+    """
+
+    kind: str
+    factors: Mapping[str, str]
+    scale: float
+    rank: int | None
+    part: int = 0
+    parts: int = 1
+    swapped: bool = False
+    magnitude: str | None = None
+    distance: int = 0
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return this part of a tensor's rows."""
+        mine = tensor.chunk(self.parts)[self.part]
+        return torch.cat(mine.chunk(2)[::-1]) if self.swapped else mine
+
+
+class Adapter:
+    """One adapter's file and its weight, matched against the checkpoint it will be merged into.
+
+    path: the file, or a folder that holds it. changes: by tensors of the checkpoint. note: what is left out, or None.
+    Opening reads headers, alphas and the file's hash. Raises CheckpointError for what `AdapterFile` refuses, for a
+    target the checkpoint lacks, and for shapes that do not make it.
     """
 
     def __init__(self, path: Path, weight: float, checkpoint: Checkpoint) -> None:
-        self.path = _file(path)
-        self._tensors = open_tensors(self.path)
+        self.path = adapter_path(path)
+        self.file = AdapterFile(self.path)
         self.facts = Lora(self.path.name, weight, sha256(self.path))
-        self._pairs: dict[str, tuple[str, str, float]] = {}  # tensor of the checkpoint -> keys of A, B; factor
-        config, modules = self._config(), (n.removesuffix(".weight") for n in checkpoint if n.endswith(".weight"))
-        flat = {module.replace(".", "_"): module for module in modules}
-        for module, keys in self._modules().items():
-            name, rank = self._target(module, keys, flat, checkpoint)
-            if name in self._pairs:
-                raise CheckpointError(f"{self.path} has two adapters for {name}; keep one")
-            alpha = self._alpha(config, name)
-            if "alpha" in keys:
-                stored = read_tensor(self._tensors, keys["alpha"])
-                alpha = stored.item() if stored.numel() == 1 else f"of shape {tuple(stored.shape)}"
-            if alpha is not None and number(alpha) is None:
-                raise CheckpointError(
-                    f"{self.path}: the alpha of {module} is {alpha!r:.40}, not a finite number; save it again"
-                )
-            self._pairs[name] = (keys["A"], keys["B"], weight * _ratio(alpha, rank, config))
-        if not self._pairs:
-            raise CheckpointError(f"{self.path} holds no LoRA tensors (lora_A and lora_B)")
+        self.weight, self.changes = weight, dict[str, Change]()
+        kind = str(checkpoint.config.get("_class_name", "")).removesuffix("Wrapper")
+        targets = Targets({name: None for name in checkpoint}, names_of(kind, checkpoint.config, set(checkpoint)))
+        for module in self.file.modules.values():
+            self._match(module, targets, checkpoint)
+        count = len(self.file.text)
+        self.note = f"{self.path.name}: its {count} tensors of text encoders are left out" if count else None
 
     def __contains__(self, name: str) -> bool:
-        return name in self._pairs
+        return name in self.changes
 
     def require_finite(self) -> None:
         """Raise CheckpointError for factors that hold NaN or infinity, or whose multiplier is beyond float32."""
-        for name, (a, b, factor) in self._pairs.items():
-            if abs(factor) > torch.finfo(torch.float32).max or not all(
-                read_tensor(self._tensors, key).isfinite().all() for key in (a, b)
+        for name, change in self.changes.items():
+            keys = filter(None, (*change.factors.values(), change.magnitude))
+            if abs(self.weight * change.scale) > torch.finfo(torch.float32).max or not all(
+                read_tensor(self.file.tensors, key).isfinite().all() for key in keys
             ):
                 raise CheckpointError(
                     f"{self.path}: what it adds to {name} is NaN or infinity: damaged, or trained so; get it again, or "
@@ -166,122 +172,99 @@ class Adapter:
                 )
 
     def merge(self, name: str, base: Tensor) -> Tensor:
-        """Return `base` (float32) plus this adapter's share of tensor `name`, as a new tensor."""
-        *keys, factor = self._pairs[name]
-        a, b = (read_tensor(self._tensors, key).to(base.device).float() for key in keys)
-        return torch.addmm(base, b, a, alpha=factor)
+        """Return `base` (float32) with this adapter's share of tensor `name`, as a new tensor.
 
-    def _modules(self) -> dict[str, dict[str, str]]:
-        """Return by module, as the file names it, its keys "A", "B" and, if stored, "alpha"."""
-        modules: dict[str, dict[str, str]] = {}
-        others, adapters = [], set()
-        for key in self._tensors.keys():  # noqa: SIM118  safe_open is no mapping
-            if match := FACTOR.fullmatch(key):
-                modules.setdefault(match[1], {})["A" if match[2] in A_NAMES else "B"] = key
-                adapters.add(match[3] or "default")
-            elif key.endswith(".alpha"):
-                modules.setdefault(key.removesuffix(".alpha"), {})["alpha"] = key
-            else:
-                others.append(key)
-        if others:
+        With DoRA's magnitude m, W' = m V / |V|, norms by rows or columns: PEFT's with V = W + weight * scale * B A; by
+        `dora_scale` with V = W + scale * B A, of which W' takes `weight` and W the rest, as ComfyUI and LyCORIS do."""
+        change = self.changes[name]
+        factors = {part: self.file.read(key, base.device) for part, key in change.factors.items()}
+        if "B" in factors:
+            factors["B"] = change.rows(factors["B"])
+        added = product(factors)
+        added = (added if "B" in factors else change.rows(added)).reshape(base.shape)
+        if change.magnitude is None:
+            return torch.add(base, added, alpha=self.weight * change.scale)
+        peft, magnitude = "dora_scale" not in change.magnitude, self.file.read(change.magnitude, base.device)
+        columns = _by_columns(magnitude.shape)
+        total = torch.add(base, added, alpha=change.scale * (self.weight if peft else 1))
+        lengths = total.norm(dim=[axis for axis in range(total.ndim) if axis != columns], keepdim=True)
+        magnitude = magnitude.flatten() if columns else change.rows(magnitude.flatten())
+        total *= magnitude.reshape(lengths.shape) / lengths
+        return total if peft else torch.lerp(base, total, self.weight)
+
+    def _match(self, module: Module, targets: Targets, checkpoint: Checkpoint) -> None:
+        """Add what a module changes; compare shapes. Of two modules for one tensor that with its own name counts."""
+        if (found := targets.find(module.name)) is None:
             raise CheckpointError(
-                f"{self.path} holds {some(others)}, which is no LoRA factor: only adapters of A and B can be merged"
+                f"{self.path} adapts {module.name}, which {checkpoint.folder} lacks; for another model?"
             )
-        if len(adapters) > 1:
-            raise CheckpointError(f"{self.path} holds several adapters ({some(adapters)}); save each in its own file")
-        return modules
+        names, swapped, distance = found
+        scale, parts = self.file.scale(module, names[0]), len(names)
+        if module.factors:
+            magnitude = module.keys.get("magnitude")
+            self._require_shape(module, names, checkpoint)
+            for part, name in enumerate(names):
+                factor = 1.0 if module.kind == "diff" else scale
+                self._add(name, Change(
+                    module.kind, module.factors, factor, module.rank, part, parts, swapped, magnitude, distance
+                ))  # fmt: skip
+        for key, factor in (("diff_b", 1.0), ("bias", scale)):
+            if key in module.keys:
+                biases = [name.removesuffix("weight") + "bias" for name in names]
+                known = all(name in checkpoint for name in biases)
+                rows = sum(checkpoint.shape(name)[0] for name in biases) if known else None
+                if module.shapes[key] != (rows,):
+                    raise CheckpointError(
+                        f"{self.path}: {module.keys[key]} has {module.shapes[key]}, and {some(biases)} "
+                        f"{f'has {rows}' if known else 'is not in the checkpoint'}; for another model?"
+                    )
+                for part, name in enumerate(biases):
+                    own = {"diff": module.keys[key]}
+                    self._add(name, Change("diff", own, factor, None, part, parts, swapped, None, distance))
 
-    def _target(
-        self, module: str, keys: dict[str, str], flat: dict[str, str], checkpoint: Checkpoint
-    ) -> tuple[str, int]:
-        """Return the checkpoint's tensor that `module` adapts, and the adapter's rank; compare shapes."""
-        name = module
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
-        for prefix in FLAT_PREFIXES:
-            name = flat.get(name.removeprefix(prefix), name)
-        name += ".weight"
-        if name not in checkpoint:
-            raise CheckpointError(f"{self.path} adapts {module}, which {checkpoint.folder} lacks; for another model?")
-        if missing := [f"lora_{kind}" for kind in "AB" if kind not in keys]:
-            raise CheckpointError(f"{self.path}: {module} lacks {missing[0]}; the file is incomplete")
-        slices = [self._tensors.get_slice(keys[kind]) for kind in "AB"]
-        if strange := [s.get_dtype() for s in slices if s.get_dtype() not in FACTORS]:
+    def _require_shape(self, module: Module, names: tuple[str, ...], checkpoint: Checkpoint) -> None:
+        """Raise CheckpointError where factors do not make the tensors `names`, or a magnitude is not of these."""
+        shapes, base = {checkpoint.shape(name) for name in names}, checkpoint.shape(names[0])
+        rows, columns = len(names) * base[0], math.prod(base[1:])
+        try:
+            made = module.shape()
+        except RuntimeError:
+            made = ()
+        if len(shapes) != 1 or not made or made[0] != rows or math.prod(made) != rows * columns:
+            has = " and ".join(f"{part.lstrip('k')} {module.shapes[part]}" for part in module.factors)
             raise CheckpointError(
-                f"{self.path}: {module} is stored as {strange[0]}; save it as one of {', '.join(FACTORS)}"
+                f"{self.path}: {module.name} has {has}, which do not make the {base} of {' + '.join(names)}; "
+                "for another model?"
             )
-        a, b = (tuple(s.get_shape()) for s in slices)
-        base = checkpoint.shape(name)
-        if len(a) != 2 or len(b) != 2 or (b[0], a[1]) != base or a[0] != b[1] or a[0] < 1:
-            raise CheckpointError(
-                f"{self.path}: {module} has A {a} and B {b}, which do not make the {base} of {name}; for another model?"
-            )
-        return name, a[0]
-
-    def _config(self) -> dict[str, Any]:
-        """Return the adapter's configuration: from the file's header (diffusers) or beside it (PEFT), or empty.
-
-        In a header its keys follow `transformer.` where the file may hold adapters of other parts too
-        (diffusers' save_lora_weights), or stand alone (save_lora_adapter)."""
-        config: dict[str, Any] = {}
-        if raw := (self._tensors.metadata() or {}).get(METADATA):
-            try:
-                found = parse_json(raw)
-                config = {k.removeprefix(ROOT): v for k, v in found.items() if k.startswith(ROOT)}
-                config = config or {k: v for k, v in found.items() if "." not in k}
-            except (ValueError, AttributeError) as error:
+        if magnitude := module.shapes.get("magnitude"):
+            by_columns = _by_columns(magnitude)
+            if math.prod(magnitude) != (base[1] if by_columns else rows) or (by_columns and len(names) > 1):
                 raise CheckpointError(
-                    f"{self.path}: its {METADATA} is not readable JSON ({error}); save it again"
-                ) from None
-        elif (beside := self.path.with_name(PEFT_CONFIG)).is_file() and self._is_peft():
-            config = read_json(beside)
-        kind, start = config.get("peft_type") or "LORA", config.get("init_lora_weights")
-        if kind != "LORA":
-            raise CheckpointError(f"{self.path} is an adapter of type {kind!r:.40}; only LoRA is merged")
-        if config.get("use_dora"):
-            raise CheckpointError(f"{self.path} is a DoRA adapter, which rescales whole weights; only LoRA is merged")
-        if isinstance(start, str) and start.lower().startswith(REBASED):
-            raise CheckpointError(
-                f"{self.path} began as {start!r:.40}, which changed the base weights as well: convert it to a plain "
-                "LoRA (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))"
-            )
-        return config
+                    f"{self.path}: {module.keys['magnitude']} has {magnitude}, "
+                    f"not one for each row of {' + '.join(names)}"
+                )
 
-    def _is_peft(self) -> bool:
-        """Return whether a configuration beside the file is about it: by the names of its tensors, or as the only
-        safetensors file there."""
-        named = self.path.name == FILE_NAMES[1] or any(key.startswith(PEFT) for key in self._tensors.keys())  # noqa: SIM118
-        return named or [*self.path.parent.glob("*.safetensors")] == [self.path]
-
-    def _alpha(self, config: dict[str, Any], name: str) -> Any:
-        """Return the alpha of the module behind tensor `name` by the configuration; None: it says nothing."""
-        module, patterns = name.removesuffix(".weight"), config.get("alpha_pattern") or {}
-        if not isinstance(patterns, dict):
-            raise CheckpointError(f"{self.path}: alpha_pattern is {patterns!r:.60}, no object of names; save it again")
-        for pattern, alpha in patterns.items():
-            literal = pattern.removeprefix("^")
-            if re.search(r"[^\w.]", literal):
-                raise CheckpointError(f"{self.path}: alpha_pattern {pattern!r} is a regular expression; name modules")
-            if module == literal or (literal == pattern and module.endswith("." + literal)):
-                return alpha
-        return config.get("lora_alpha")
+    def _add(self, name: str, change: Change) -> None:
+        before = self.changes.get(name)
+        if before is not None and before.distance == change.distance:
+            raise CheckpointError(f"{self.path} has two adapters for {name}; keep one")
+        if before is None or change.distance < before.distance:
+            self.changes[name] = change
 
 
-def _ratio(alpha: float | None, rank: int, config: dict[str, Any]) -> float:
-    """Return what multiplies B A: alpha / rank, alpha / sqrt(rank) for rank-stabilised adapters, 1 without alpha."""
-    if alpha is None:
-        return 1.0
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _by_columns(magnitude: Sequence[int]) -> int:
+    """Return the axis whose entries magnitudes of this shape are for: 1 (inputs) for [1, in, ...], else 0 (rows)."""
+    return int(len(magnitude) > 1 and magnitude[0] == 1 and magnitude[1] > 1)
 
 
-def _file(path: Path) -> Path:
+def adapter_path(path: Path) -> Path:
     """Return the adapter file at `path`; in a folder, the one under the name that diffusers or PEFT gives it, else the
     only one, there or in a folder of it (PEFT makes one of every adapter that has a name)."""
     if is_folder(path):
         found = [path / name for name in FILE_NAMES if (path / name).is_file()]
         found = found or sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
         if len(found) == 1:
-            return _file(found[0])
+            return adapter_path(found[0])
         if found:
             names = some(str(p.relative_to(path)) for p in found)
             raise CheckpointError(f"{path} holds {names}; name the one to merge")

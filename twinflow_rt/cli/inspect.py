@@ -1,9 +1,14 @@
-"""`twinflow-rt inspect`: what a model folder holds, what an image costs, and what fits a card; no weight is loaded."""
+"""`twinflow-rt inspect`: what a model folder or an adapter holds, what an image costs, and what fits a card; no weight
+is loaded."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from .options import MODEL, parse_size
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", help=f"{MODEL}; with --cards also z-image, qwen-image, ...: their "
+        "model", nargs="?", help=f"{MODEL}; or an adapter (LoRA); with --cards also z-image, qwen-image, ...: their "
         "published configurations, all of them if left out",
     )  # fmt: skip
     add_options(parser, LoadOptions, only=("base", "files", "download"))
@@ -32,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..bench import record
+    from ..checkpoint.adapter_file import is_adapter
     from ..config import DTYPES
     from ..loading import open_model
     from ..planning.description import describe
@@ -41,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
         return _print_cards(args, (height, width))
     if args.model is None:
         raise ConfigError("inspect needs a model; with --cards alone it tells of all published ones")
+    if is_adapter(Path(args.model)):
+        found = _describe_adapter(Path(args.model))
+        print(json.dumps(found, indent=1) if args.json else "\n".join(f"{k:<8} {v}" for k, v in found.items()))
+        return 0
     options: dict[str, Any] = {} if args.tokens is None else {"tokens": args.tokens}
     if args.dtype is not None:
         options["dtype"] = DTYPES[args.dtype]
@@ -50,6 +60,39 @@ def run(args: argparse.Namespace) -> int:
     description = describe(folder, (height, width), files=files, **options)
     print(json.dumps(description.to_dict(), indent=1) if args.json else description)
     return 0
+
+
+def _describe_adapter(path: Path) -> dict[str, Any]:
+    """Return what an adapter's file holds: the published models that have all its layers, or most of them, kinds, ranks
+    and alphas with the number of layers of each, the layers' names without numbers, bytes."""
+    from ..bench.blueprints import BLUEPRINTS
+    from ..checkpoint.adapter_file import AdapterFile, Targets
+    from ..checkpoint.fuse import sources
+    from ..checkpoint.lora import adapter_path
+    from ..checkpoint.names import names_of
+    from ..families import family_of
+
+    file = AdapterFile(path := adapter_path(path))
+    modules, likeness = [*file.modules.values()], {}
+    for name, blueprint in BLUEPRINTS.items():
+        family, raw = family_of(config := blueprint(1, None).transformer), config["_class_name"]
+        tensors = family.build(family.config.from_dict(config)).state_dict()
+        columns = {part: tensors[n].shape[1:].numel() for n in tensors for part in sources(n, family.layout.fused)}
+        targets, fitting = Targets(columns, names_of(raw, config, columns)), 0
+        for module, found in ((m, found) for m in modules if (found := targets.find(m.name))):
+            with suppress(RuntimeError):  # shapes that do not fit each other
+                fitting += 2 + (bool(module.factors) and columns[found[0][0]] == math.prod(module.shape()[1:]))
+        likeness[name] = fitting
+    best = max(likeness.values())
+    counted: dict[str, Counter[Any]] = {
+        "kind": Counter(("DoRA" if "magnitude" in m.keys else m.kind) for m in modules),
+        "rank": Counter(m.rank for m in modules), "alpha": Counter(file.alpha(m, m.name) for m in modules),
+        "targets": Counter(re.sub(r"(?<=[._])\d+(?=[._]|$)", "N", m.name) for m in modules),
+    }  # fmt: skip
+    what = {k: ", ".join(f"{x} ({n})" for x, n in counter.most_common()) for k, counter in counted.items()}
+    likely = " or ".join(name for name, fits in likeness.items() if fits == best > 0) or "none of the supported ones"
+    text = {"left out": f"{len(file.text)} tensors of text encoders"} if file.text else {}
+    return {"family": likely, **what, "bytes": path.stat().st_size, **text}
 
 
 def _print_cards(args: argparse.Namespace, size: tuple[int | None, int | None]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, KeysView, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +14,12 @@ from torch import Tensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import Declared, read_json
 from ..checkpoint.fuse import sources
+from ..checkpoint.names import TEXT, Key, Names, names_of
 from ..checkpoint.tensor_files import DTYPES, stored_bytes
 from ..errors import CheckpointError, ConfigError
 from ..families import CONNECTOR, WRAPPER, Family, family_of, parts_by_kind
 from ..models.config import reading
 from ..ops.int4 import Int4Form, Int4Weight
-from .names import FUSED, RULES, TEXT, Key, Names
 
 
 class Slot:
@@ -32,8 +31,6 @@ class Slot:
         if not isinstance(kind, str):
             raise CheckpointError(f"{folder / 'config.json'} names no _class_name or model_type; download it again")
         kind = kind.removesuffix(WRAPPER)
-        with reading(str(folder / "config.json")):
-            rules = RULES[kind](config) if kind in RULES else TEXT if self.name.startswith("text_encoder") else Names()
         self.config, self.read = config, Checkpoint
         self.family: Family | None = None
         self.strip: tuple[str, ...] = ()
@@ -46,8 +43,9 @@ class Slot:
             raise CheckpointError(f"{folder / 'config.json'} is of kind {kind!r}, none of the supported networks")
         self.expected = network.state_dict()
         self.wanted = {name for merged in self.expected for name in sources(merged, self.layout.fused)}
-        fused = {end: parts for end, parts in FUSED.items() if not any(name.endswith(end) for name in self.wanted)}
-        self.rules = replace(rules, splits={**fused, **rules.splits})
+        with reading(str(folder / "config.json")):
+            default = TEXT if self.name.startswith("text_encoder") else Names()
+            self.rules = names_of(kind, config, self.wanted, default)
 
     def bare(self, name: str) -> str:
         """Return a name as the network has it, without the prefix some files give a language model's."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import PICKLES, WEIGHTS, is_folder, read_json, some
 from ..checkpoint.layout import Layout, check
+from ..checkpoint.names import CONTAINERS, WRAPPERS, Key
 from ..checkpoint.tensor_files import INDEX, open_file
 from ..errors import CheckpointError
-from .names import CONTAINERS, WRAPPERS, Key
 from .networks import Converted, Slot
 
 LISTED = 12  # keys of one kind that the printed report names

@@ -10,11 +10,11 @@ import torch
 
 from tests import factory, qwen_image_factory
 from tests.single_files.layouts import comfy_z_image, ldm_vae, same, to_file, wan_vae, written
+from twinflow_rt.checkpoint import names
 from twinflow_rt.checkpoint.checkpoint import Checkpoint
 from twinflow_rt.checkpoint.layout import Layout
+from twinflow_rt.checkpoint.names import Key
 from twinflow_rt.checkpoint.tensor_files import open_file
-from twinflow_rt.single_files import names
-from twinflow_rt.single_files.names import Key
 from twinflow_rt.single_files.networks import Converted
 
 

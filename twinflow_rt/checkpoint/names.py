@@ -1,4 +1,4 @@
-"""How files that are not in diffusers' layout name a network's tensors.
+"""How files that are not in diffusers' layout name a network's tensors; adapters name them so, too.
 
 The rules are facts about released files: the single files of ComfyUI and of the models' authors (for networks), LDM's
 names (for the VAE of Stable Diffusion 3 and Z-Image), Wan's (for Qwen-Image's VAE). Names that no rule changes stay, so
@@ -8,8 +8,8 @@ files that already have diffusers' names pass through. Qwen-Image's network has 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]  # as for re.sub
@@ -73,6 +73,7 @@ def z_image(config: dict[str, Any]) -> Names:
             (r"^x_embedder\.", "all_x_embedder.2-1."),
             (r"^final_layer\.", "all_final_layer.2-1."),
             (r"\.attention\.out\.", ".attention.to_out.0."),
+            (r"\.attention\.to\.([qkv])\.", r".attention.to_\1."),  # adapters
             (r"\.attention\.([qk])_norm\.", r".attention.norm_\1."),
             (r"\.feed_forward\.net\.2\.", ".feed_forward.w2."),  # as diffusers' FeedForward, which other tools put in
         ),
@@ -238,5 +239,14 @@ CONTAINERS = {
     "text_encoder": r"(?:text_encoders\.(?P<name>[^.]+)\.(?:transformer\.)?|lmm\.)",
     "connector": r"(?=(?:connector|projector)\.|meta_queries$)",
 }  # fmt: skip
+
+
+def names_of(kind: str, config: dict[str, Any], wanted: Collection[str], default: Names = Names()) -> Names:
+    """Return how files may name the tensors `wanted` of a network of this kind. default: of kinds not in `RULES`."""
+    rules = RULES[kind](config) if kind in RULES else default
+    fused = {end: parts for end, parts in FUSED.items() if not any(name.endswith(end) for name in wanted)}
+    return replace(rules, splits={**fused, **rules.splits})
+
+
 # what training and other tools put before all names, or before some
 WRAPPERS = r"(?:(?:transformer|extended_weights|module|_orig_mod)\.)*"
