@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import SizeRule, number, shown
+from ..config import SizeRule, check_path, number, shown
 from ..errors import ConfigError
 
 STRENGTH = 0.6  # where a call names none, as in diffusers
@@ -157,8 +157,9 @@ def _of_picture(name: str, value: Any) -> Any:
     """Return a path's, an array's or a PIL picture upright and on white; or a mask."""
     from PIL import Image
 
-    path = isinstance(value, (str, os.PathLike))
-    with decoding(f"{name} {shown(os.fspath(value))}" if path else name):
+    if path := isinstance(value, (str, os.PathLike)):
+        value = check_path(name, value)
+    with decoding(f"{name} {shown(str(value))}" if path else name):
         if isinstance(value, np.ndarray):
             value = value.astype(np.uint8) * 255 if value.dtype == bool else value
             if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (1,), (3,), (4,)):
