@@ -13,7 +13,7 @@ from twinflow_rt.ops.int4 import GROUPS, pack_codes, quantize_int4, row_units, w
 
 def held(n: int, k: int, group: int, minimums: bool):
     """A weight of random codes; each minimum is that of some codes around 5 to 10."""
-    weight = quantize_int4(draw(n, k) * torch.logspace(-3, 2, n)[:, None], group, 90)
+    weight = quantize_int4(draw(n, k) * torch.logspace(-3, 2, n)[:, None], group)
     if not minimums:
         return weight
     around = 5 + 5 * torch.rand(weight.group_scales.shape, generator=torch.Generator().manual_seed(k))

@@ -50,7 +50,7 @@ def costs(vae: VaeDecoder, size: tuple[int, int], tile: int | None) -> tuple[int
     part, dtype = vae.encoder.parts[0], vae.dtype
     network = part.meta_network(select(Target.of(torch.device("cpu"), torch.float32))[0])
     held = network_weights(Network(network, part.checkpoint, part.layout, channels_last=True), vae.device, dtype)
-    image = torch.empty(1, 3, *size, device="meta")
+    image = torch.empty(1, 3, *size, dtype=torch.float32, device="meta")
     if tile is None:
         needed = peak_of(lambda: network(image))[1]
     else:
