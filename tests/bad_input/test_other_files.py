@@ -44,21 +44,23 @@ def test_lora_files(source, tmp_path, content, message):
     refused(lambda: load(source, device="cpu", loras=[path]), message, CheckpointError)
 
 
+def pair(name):
+    return {f"{name}.lora_A.weight": torch.ones(2, 2), f"{name}.lora_B.weight": torch.ones(2, 2)}
+
+
 LORAS = {
     "integers": ({A: torch.ones(2, 48).long()}, None, "stored as I64"),
     "bytes": ({B: torch.ones(48, 2).byte()}, None, "stored as U8"),
-    "fp8": ({A: torch.ones(2, 48).to(torch.float8_e5m2)}, None, "stored as F8_E5M2"),
     "half a pair": ({B: None}, None, "lacks lora_B"),
     "a vector": ({A: torch.ones(48)}, None, "do not make"), "a scalar": ({A: torch.tensor(1.0)}, None, "do not make"),
     "rank 0": ({A: torch.ones(0, 48), B: torch.ones(48, 0)}, None, "do not make"),
     "other ranks": ({A: torch.ones(3, 48)}, None, "do not make"),
-    "four axes": ({A: torch.ones(2, 48, 1, 1)}, None, "do not make"),
+    "four axes": ({A: torch.ones(2, 48, 3, 1)}, None, "do not make"),
     "alpha NaN": ({f"{MODULE}.alpha": torch.tensor(float("nan"))}, None, "alpha"),
     "alpha of many": ({f"{MODULE}.alpha": torch.ones(100_000)}, None, r"of shape \(100000,\)"),
     "alpha true": ({f"{MODULE}.alpha": torch.tensor(True)}, None, "alpha"),
-    "DoRA": ({f"{MODULE}.dora_scale": torch.ones(48, 1)}, None, "no LoRA factor"),
-    "another model": ({"x.lora_A.weight": torch.ones(2, 2)}, None, "adapts x"),
-    "traversal": ({"../../x.lora_A.weight": torch.ones(2, 2)}, None, "adapts"),
+    "DoRA of others": ({f"{MODULE}.dora_scale": torch.ones(47, 1)}, None, "not one for each row"),
+    "another model": (pair("x"), None, "adapts x"), "traversal": (pair("../../x"), None, "adapts"),
     "deep metadata": ({}, header('{"a":' * 100_000), "nested too deeply"),
     "metadata of a list": ({}, header("[1]"), "not readable JSON"),
     "metadata twice": ({}, header('{"a": 1, "a": 2}'), "stands twice"),

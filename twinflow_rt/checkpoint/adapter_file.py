@@ -91,7 +91,7 @@ class Module:
     def rank(self) -> int | None:
         """The rank; None for what has none: differences, and LoKr of two whole matrices."""
         part = next((self.shapes[x] for x in ("A", "w1_b", "kw2_b", "kw1_b") if x in self.shapes), None)
-        return None if part is None else part[0]
+        return part[0] if part else None
 
     @property
     def factors(self) -> dict[str, str]:
@@ -101,9 +101,10 @@ class Module:
 
     def shape(self) -> tuple[int, ...]:
         """Return the shape that `product` has. Raises RuntimeError where shapes do not fit."""
-        tensors = {part: torch.empty(self.shapes[part], device="meta") for part in self.factors}
-        if any(0 in shape for shape in self.shapes.values()):
-            raise RuntimeError("nothing in it")
+        shapes = {part: self.shapes[part] for part in self.factors}
+        if any(0 in shape or (part != "diff" and len(shape) < 2) for part, shape in shapes.items()):
+            raise RuntimeError("no matrices, or nothing in them")
+        tensors = {part: torch.empty(shape, device="meta") for part, shape in shapes.items()}
         return tuple(product(tensors).shape)
 
 

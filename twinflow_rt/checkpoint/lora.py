@@ -241,7 +241,7 @@ class Adapter:
             if math.prod(magnitude) != (base[1] if by_columns else rows) or (by_columns and len(names) > 1):
                 raise CheckpointError(
                     f"{self.path}: {module.keys['magnitude']} has {magnitude}, "
-                    f"not one for each row of {' + '.join(names)}"
+                    f"not one for each row of {' + '.join(names)}: take the adapter of this model"
                 )
 
     def _add(self, name: str, change: Change) -> None:
