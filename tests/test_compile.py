@@ -19,7 +19,7 @@ from twinflow_rt.families import family_of, z_image
 from twinflow_rt.loading import DEMO
 from twinflow_rt.models.transformers.z_image import FUSED, ZImageConfig, ZImageTransformer
 from twinflow_rt.ops import rms_norm
-from twinflow_rt.passes.fold import fold
+from twinflow_rt.passes.fold import Folded, ScheduleTables, fold
 
 CPU = torch.device("cpu")
 ONE, FOUR = ((1.0, 0.0),), ((0.999, 0.0), (0.75, 0.0), (0.5, 0.5), (0.25, 0.1))
@@ -272,6 +272,21 @@ def test_constants_of_other_schedules_take_bounded_memory(checkpoint, changes):
         held = [folded.tables for folded in program._folded._kept.values()]
         assert len(held) == 1 or program._folded.nbytes <= recipe.tables_bytes
         assert all(any(t is b for b in program.network.buffers()) for t in held[-1].values())
+
+
+def test_constants_kept_elsewhere_are_copies(checkpoint):
+    """Tables live on `home`; a recording of the network goes with their key only while it has those very tensors."""
+    meta, made = torch.device("meta"), {"table": torch.ones(2)}
+    kept = ScheduleTables(0, meta).get(ONE, lambda: made)
+    assert kept.tables["table"].device == meta and kept.tables["table"].shape == (2,)
+    assert ScheduleTables(0, CPU).get(ONE, lambda: made).tables["table"] is made["table"]
+    program = compiled(checkpoint, FOUR)
+    tables = {name: program.network.get_buffer(name) for name in program._folded.get(FOUR, dict).tables}
+    same, copies = Folded(tables), Folded({name: table.clone() for name, table in tables.items()})
+    program._use(same)
+    assert program.constants is same.key
+    program._use(copies)
+    assert program.constants not in (same.key, copies.key)
 
 
 @pytest.mark.parametrize("n", [0, 101])

@@ -37,14 +37,14 @@ from .ops.int4 import Int4Weight
 from .ops.selection import Choice
 from .passes import fold as folding
 from .passes import quantize
-from .passes.fold import Schedule, TableCache, fold, folded_away
+from .passes.fold import Folded, Schedule, ScheduleTables, fold, folded_away
 from .passes.layer_groups import Group
 from .plan import Plan
 from .planning.parameters import group_parameters, parameter_bytes
 from .runtime.parallel import Ulysses
 from .runtime.streaming import Streaming
+from .sampling.scheduler import MAX_EVALUATIONS
 
-MAX_EVALUATIONS = 100
 TABLES = 128 << 20  # bytes of the tables of all schedules that a program keeps: of 60 evaluations of Z-Image's network
 
 
@@ -114,7 +114,7 @@ class Program:
     recipe: Recipe | None = None
     sequence: Ulysses | None = None
     constants: object = None
-    _folded: TableCache = field(default_factory=lambda: TableCache(0))
+    _folded: ScheduleTables = field(default_factory=lambda: ScheduleTables(0, torch.device("cpu")))
 
     def parallelize(self, sequence: Ulysses) -> None:
         """Spreads each image's tokens over the processes of `sequence`, now and after every recompilation.
@@ -142,16 +142,19 @@ class Program:
         if self.network is None or self.plan.absorbed:
             return self._replace(recipe, schedule)
         device = next(self.network.parameters()).device
-        home = torch.device("cpu") if recipe.tables_on_host else device
-        make = lambda: {name: table.to(home) for name, table in recipe.tables(recipe.unfolded(), schedule).items()}
         self.schedule = ()  # until all tables are there: what stops in between is begun again by the next call
-        folded = self._folded.get(schedule, make)
+        folded = self._folded.get(schedule, lambda: recipe.tables(recipe.unfolded(), schedule))
         for name, table in folded.tables.items():
             assign(self.network, name, table.to(device))
-        self.constants = folded.key if home == device else object()
+        self._use(folded)
         self.network.folded_steps = len(schedule)
         self.schedule = schedule
         self.plan = replace(self.plan, schedule=schedule, bytes_after=parameter_bytes(self.network))
+
+    def _use(self, folded: Folded) -> None:
+        """Note that the network has these tables: their own tensors, unless they are kept on another device."""
+        same = all(self.network.get_buffer(name) is table for name, table in folded.tables.items())
+        self.constants = folded.key if same else object()
 
     def restore(self, schedule: Schedule) -> None:
         """Become what loading for `schedule` gives, whatever was run since: `refold`, with constants inside the weights
@@ -232,9 +235,10 @@ def compile_network(recipe: Recipe, schedule: Schedule, progress: Progress | Non
             *quantize.dtype_notes(source.main_dtype(), dtype, device),
         ),
     )  # fmt: skip
-    program = Program(network, schedule, plan, recipe, _folded=TableCache(recipe.tables_bytes))
+    home = torch.device("cpu") if recipe.tables_on_host else device
+    program = Program(network, schedule, plan, recipe, _folded=ScheduleTables(recipe.tables_bytes, home))
     if not plan.absorbed:
-        program.constants = program._folded.get(schedule, lambda: {n: network.get_buffer(n) for n in tables}).key
+        program._use(program._folded.get(schedule, lambda: {name: network.get_buffer(name) for name in tables}))
     return program
 
 

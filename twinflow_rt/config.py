@@ -415,7 +415,7 @@ METHODS = {
     "enable_attention_slicing": "pipe(..., on_oom='split')", "load_lora_weights": "pipe.set_loras({path: weight})",
     "unload_lora_weights": "pipe.set_loras()", "set_adapters": "pipe.set_loras({path: weight})",
     "fuse_lora": "pipe.set_loras({path: weight}), which merges", "save_pretrained": "pipe.save(folder)",
-    "encode_prompt": "pipe.text([prompt])", 
+    "encode_prompt": "pipe.text([prompt])",
     "transformer": "pipe.program.network", "tokenizer": "pipe.text.tokenizer", "text_encoder": "pipe.text",
     "set_progress_bar_config": "callback= of a call",
     "cuda": "load(..., device='cuda')", "cpu": "load(..., device='cpu')",

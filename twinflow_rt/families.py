@@ -16,6 +16,7 @@ from .checkpoint.atomic import PREFIX
 from .checkpoint.checkpoint import OWN_FILES, Checkpoint, Files
 from .checkpoint.files import read_json
 from .checkpoint.layout import Layout
+from .checkpoint.names import class_of
 from .config import SizeRule
 from .errors import CheckpointError, ConfigError
 from .models.architecture import Architecture
@@ -32,7 +33,6 @@ QWEN_IMAGE_DEFAULT = 83  # tokens per axis: 1328 pixels, the square that Qwen-Im
 QWEN_IMAGE_LARGEST = 256  # tokens per axis: 4096 pixels
 CONNECTOR = "connector"  # OpenUni's folder, whose config.json names no kind
 SPRINT_STEPS = 2  # evaluations that SANA-Sprint was published with
-WRAPPER = "Wrapper"  # ends the names of upstream's classes, which its training writes
 FLUX2_LARGEST = 256  # tokens per axis: 4096 pixels
 SANA_LARGEST = 4096  # pixels per axis: the largest that SANA was published for
 
@@ -142,8 +142,8 @@ def z_image() -> Family:
         default = max(vae.config.sample_size // multiple, 1) * multiple
         return SizeRule(multiple, *most, default=min(default, *most))
 
-    parts = {"qwen3": qwen3.MODEL, "AutoencoderKL": autoencoder_kl.MODEL}
     vae = autoencoder_kl.MODEL
+    parts = {"qwen3": qwen3.MODEL, "AutoencoderKL": vae}
     return Family("z-image", ZImageConfig, ZImageTransformer, LAYOUT, vae, parts, text, sizes, steps=8, evenly=True)
 
 
@@ -267,7 +267,7 @@ FAMILIES: dict[str, Callable[[], Family]] = {
 def family_of(config: dict[str, Any]) -> Family:
     """Return the family of a transformer's config.json content. Raises CheckpointError for any other."""
     name = config.get("_class_name")
-    name = name.removesuffix(WRAPPER) if isinstance(name, str) else name
+    name = class_of(name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in FAMILIES:
         raise CheckpointError(
             f"transformer/config.json says _class_name {name!r}, which is none of the supported families: "

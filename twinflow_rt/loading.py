@@ -49,7 +49,7 @@ from .runtime.finite import SMALL
 from .runtime.host_state import isolated
 from .sampling.noise import check_batch
 from .sampling.schedule import PRESETS, SamplerConfig, resolve_sampler, schedule
-from .sampling.scheduler import MAX_STEPS, Scheduler, sampler_of
+from .sampling.scheduler import MAX_EVALUATIONS, Scheduler, sampler_of
 from .single_files.recognition import open_files
 from .stages.stage import StageOptions
 from .stages.text import TextStage
@@ -193,7 +193,7 @@ class Model:
         sampler = sampler_of(options.nfe, given, PRESETS["1"], scheduler, tokens)
         if scheduler is not None:  # calls that name no steps make as many by it, unless the sampler is not its own
             steps = sampler.sampling_steps
-            own = steps <= MAX_STEPS and scheduler.sampler(steps, tokens) == sampler
+            own = steps <= MAX_EVALUATIONS and scheduler.sampler(steps, tokens) == sampler
             scheduler = replace(scheduler, steps=steps if own else None)
         times = schedule(sampler, dtype)
         return cls(folder, checkpoint, family, text, vae, sizes, dtype, sampler, scheduler, times)

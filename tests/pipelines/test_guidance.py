@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
 
 import pytest
 import torch
 
 from tests.flux2_factory import make_model
 from tests.networks import relative
+from tests.pipelines.plain_models import theirs
 from tests.pipelines.references import MODELS, PROMPTS
-from tests.pipelines.test_plain import peer_of, plain_model, theirs
 from twinflow_rt import cli
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
@@ -24,17 +23,6 @@ NEGATIVE = ["blurry, Ugly", "", "a long list of what is not wanted, word by word
 ARGS = {"height": 16, "width": 32, "seed": 3, "nfe": 2, "output": "latent"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    base = tmp_path_factory.mktemp("guided")
-    return cache(lambda name: plain_model(name, base / name))
-
-
-@pytest.fixture(scope="module")
-def pipes(folder):
-    return cache(lambda name: (load(folder(name), device="cpu"), peer_of(name, folder(name))))
-
-
 @pytest.fixture(autouse=True)
 def quiet():
     with warnings.catch_warnings():
@@ -45,8 +33,8 @@ def quiet():
 @pytest.mark.parametrize("negative", [NEGATIVE, ["", "", ""]])
 @pytest.mark.parametrize("scale", [1.5, 4.5])
 @pytest.mark.parametrize("name", SCALE)
-def test_equals_diffusers_pipeline(pipes, name, scale, negative, monkeypatch):
-    ours, peer = pipes(name)
+def test_equals_diffusers_pipeline(plain_pipes, name, scale, negative, monkeypatch):
+    ours, peer = plain_pipes(name)
     size, seeds = MODELS[name].sizes[-1], [3, 4, 5]
     expected = theirs(
         name, peer, seeds, size, 4, monkeypatch, negative_prompt=list(negative), **{SCALE[name]: scale}
@@ -58,8 +46,8 @@ def test_equals_diffusers_pipeline(pipes, name, scale, negative, monkeypatch):
 
 
 @pytest.mark.parametrize(("normalization", "truncation"), [(1.0, 1.0), (0.9, 0.5), (0.0, 0.2)])
-def test_normalization_and_truncation_are_z_images(pipes, normalization, truncation, monkeypatch):
-    ours, peer = pipes("z-image")
+def test_normalization_and_truncation_are_z_images(plain_pipes, normalization, truncation, monkeypatch):
+    ours, peer = plain_pipes("z-image")
     more = {"guidance_scale": 3.0, "cfg_normalization": normalization, "cfg_truncation": truncation}
     expected = theirs("z-image", peer, [3, 4], (24, 80), 4, monkeypatch, **more)
     guidance = Guidance(3.0, normalization, truncation)
@@ -68,9 +56,9 @@ def test_normalization_and_truncation_are_z_images(pipes, normalization, truncat
 
 
 @pytest.mark.parametrize("name", SCALE)
-def test_images_are_guided_one_by_one(folder, pipes, name):
+def test_images_are_guided_one_by_one(plain_folder, plain_pipes, name):
     """In parts, repeated, from embeddings, by diffusers' names, and with the branches one after the other."""
-    ours, _ = pipes(name)
+    ours, _ = plain_pipes(name)
     args = ARGS | {"guidance": 3.0}
     both = ours(PROMPTS[:2], num_images=2, negative_prompt=NEGATIVE[:2], **args).images
     for k in range(4):
@@ -80,7 +68,7 @@ def test_images_are_guided_one_by_one(folder, pipes, name):
     renamed = {SCALE[name]: 3.0, **{k: v for k, v in args.items() if k != "guidance"}}
     named = ours(embeds, num_images=2, negative_prompt_embeds=ours.text.encode_negative(NEGATIVE[:2]), **renamed)
     assert relative(named.images, both) < 1e-5
-    budgeted = load(folder(name), device="cpu", memory_budget="2GB", largest=(16, 32, 4))
+    budgeted = load(plain_folder(name), device="cpu", memory_budget="2GB", largest=(16, 32, 4))
     assert relative(budgeted(PROMPTS[:2], num_images=2, negative_prompt=NEGATIVE[:2], **args).images, both) < 1e-5
     ours.batch_invariant = True
     try:
@@ -90,8 +78,8 @@ def test_images_are_guided_one_by_one(folder, pipes, name):
 
 
 @pytest.mark.parametrize("name", SCALE)
-def test_scales_that_change_nothing(pipes, name):
-    ours, plain = pipes(name)[0], pipes(name)[0]("x", **ARGS).images
+def test_scales_that_change_nothing(plain_pipes, name):
+    ours, plain = plain_pipes(name)[0], plain_pipes(name)[0]("x", **ARGS).images
     least = 0 if name == "z-image" else 1
     for how in ({"guidance": least}, {"guidance": -1.0}, {"negative_prompt": ""}, {"negative_prompt": [" "]}):
         assert torch.equal(ours("x", **how, **ARGS).images, plain)
@@ -109,9 +97,9 @@ def test_scales_that_change_nothing(pipes, name):
         ({"negative_prompt": [], "guidance": 2.0}, "empty list"),
     ],
 )  # fmt: skip
-def test_guidance_that_cannot_be(pipes, how, match):
+def test_guidance_that_cannot_be(plain_pipes, how, match):
     with pytest.raises(ConfigError, match=match):
-        pipes("sana")[0]("x", **how, **ARGS)
+        plain_pipes("sana")[0]("x", **how, **ARGS)
 
 
 @pytest.mark.parametrize("settings", [(float("nan"),), (1.0, -1.0), (1.0, 0.0, "x"), (None,), (1.0, 0.0, -0.1)])
@@ -120,8 +108,8 @@ def test_settings_that_cannot_be(settings):
         Guidance(*settings)
 
 
-def test_what_was_trained_for_none_says_so(folder, pipes, tmp_path):
-    sprint = pipes("sana-sprint")[0]
+def test_what_was_trained_for_none_says_so(plain_folder, plain_pipes, tmp_path):
+    sprint = plain_pipes("sana-sprint")[0]
     twin = load(MODELS["z-image"].make(tmp_path / "m"), device="cpu")
     klein = load(make_model(tmp_path / "k"), device="cpu")
     within, none = "part of its network", "TwinFlow's models need no guidance"
@@ -135,8 +123,8 @@ def test_what_was_trained_for_none_says_so(folder, pipes, tmp_path):
     assert relative(twin("x", guidance=3.0, **how).images, twin("x", **how).images) > 1e-3
 
 
-def test_commands(folder, tmp_path, capsys):
-    command = ["generate", "x", "--model", str(folder("sana")), "--device", "cpu", "--nfe", "2", "--size", "16"]
+def test_commands(plain_folder, tmp_path, capsys):
+    command = ["generate", "x", "--model", str(plain_folder("sana")), "--device", "cpu", "--nfe", "2", "--size", "16"]
     command += ["-o", str(tmp_path / "a.png")]
     assert cli.main([*command, "--guidance", "4.5", "--negative-prompt", "blurry"]) == 0
     assert cli.main([*command, "--negative-prompt", "blurry"]) == 2

@@ -20,8 +20,8 @@ from PIL import Image
 
 from tests.factory import make_model
 from tests.networks import relative
+from tests.pipelines.plain_models import peer_of, plain_model
 from tests.pipelines.references import MODELS, PROMPTS, open_reference
-from tests.pipelines.test_plain import peer_of, plain_model
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.sampling.noise import step_noise

@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
-from functools import cache
-from itertools import count
 
-import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.factory import WEIGHTS
 from tests.networks import relative
-from tests.pipelines.references import MODELS, PROMPTS, images_of
+from tests.pipelines.plain_models import FLOW, PUBLISHED, SHIFTS, SOLVER, peer_of, schedule_by, theirs
+from tests.pipelines.references import MODELS, PROMPTS
 from twinflow_rt import cli
 from twinflow_rt.errors import CheckpointError, ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.planning.description import describe
-from twinflow_rt.sampling.noise import initial_noise, step_noise
 from twinflow_rt.sampling.schedule import SamplerConfig, schedule
 
-FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
-SHIFTS = FLOW | {
-    "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9, "base_image_seq_len": 256,
-    "max_image_seq_len": 8192, "time_shift_type": "exponential",
-}  # fmt: skip
-SOLVER = {
-    "_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-    "flow_shift": 3.0, "algorithm_type": "dpmsolver++", "solver_order": 2, "lambda_min_clipped": float("-inf"),
-}  # fmt: skip
-PUBLISHED = {
-    "z-image": FLOW | {"shift": 3.0}, "qwen-image": SHIFTS, "sd3-without-t5": FLOW | {"shift": 3.0}, "sana": SOLVER,
-    "sana-sprint": {"_class_name": "SCMScheduler", "prediction_type": "trigflow", "sigma_data": 0.5},
-}  # fmt: skip
 OTHERS = {
     "qwen-image": [SHIFTS | {"shift_terminal": 0.02}, SHIFTS | {"time_shift_type": "linear"}],
     "sd3-without-t5": [SHIFTS, FLOW], "sana": [FLOW | {"shift": 3.0}],
@@ -44,62 +27,10 @@ OTHERS = {
 DEFAULTS = {"z-image": 8, "qwen-image": 50, "sd3-without-t5": 28, "sana": 20, "sana-sprint": 2}
 
 
-def plain_model(name, folder):
-    """The miniature without its second embedder, with a scheduler as published."""
-    MODELS[name].make(folder)
-    file = folder / "transformer" / WEIGHTS
-    kept = {k: v for k, v in load_file(file).items() if not k.startswith(MODELS[name].second)}
-    save_file(kept, file, metadata={"format": "pt"})
-    schedule_by(folder, PUBLISHED[name])
-    return folder
-
-
-def schedule_by(folder, settings):
-    (folder / "scheduler").mkdir(exist_ok=True)
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
-    index = json.loads((folder / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", settings["_class_name"]]
-    (folder / "model_index.json").write_text(json.dumps(index))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """folder(name): that miniature, made once."""
-    base = tmp_path_factory.mktemp("plain")
-    return cache(lambda name: plain_model(name, base / name))
-
-
-@pytest.fixture(scope="module")
-def pipes(folder):
-    """pipes(name): that miniature loaded here, and diffusers' pipeline."""
-    return cache(lambda name: (load(folder(name), device="cpu"), peer_of(name, folder(name))))
-
-
-def peer_of(name, folder, kind=None):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peer = getattr(diffusers, kind or MODELS[name].peer).from_pretrained(folder, **MODELS[name].load)
-    peer.set_progress_bar_config(disable=True)
-    return peer
-
-
-def theirs(name, peer, seeds, size, steps, monkeypatch, **more):
-    """diffusers' latents from our noise, what its scheduler draws included."""
-    shape = (4, *(n // MODELS[name].scale for n in size))
-    drawn = count(1)
-    for module in ("scheduling_scm", "scheduling_flow_match_euler_discrete"):
-        draw = lambda *_, **__: step_noise(seeds, next(drawn), shape)
-        monkeypatch.setattr(f"diffusers.schedulers.{module}.randn_tensor", draw)
-    if name == "sana-sprint":
-        more |= {"max_timesteps": 1.57080, "intermediate_timesteps": 1.3 if steps == 2 else None}
-    noise, prompts = initial_noise(seeds, shape), PROMPTS[: len(seeds)]
-    return images_of(name, peer, prompts, size, "latent", noise, num_inference_steps=steps, **more)
-
-
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 20])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_equals_diffusers_pipeline(pipes, name, steps, monkeypatch):
-    ours, peer = pipes(name)
+def test_equals_diffusers_pipeline(plain_pipes, name, steps, monkeypatch):
+    ours, peer = plain_pipes(name)
     sizes = MODELS[name].sizes
     size, seeds = sizes[-1] if steps % 8 else sizes[0], [3, 4, 5]
     made = ours(PROMPTS, height=size[0], width=size[1], seed=seeds, nfe=steps, output="latent").images
@@ -108,31 +39,31 @@ def test_equals_diffusers_pipeline(pipes, name, steps, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "settings"), [(name, other) for name in OTHERS for other in OTHERS[name]])
-def test_other_settings_of_schedulers_equal_diffusers(folder, tmp_path, name, settings, monkeypatch):
-    copied, size = shutil.copytree(folder(name), tmp_path / "m"), MODELS[name].sizes[-1]
+def test_other_settings_of_schedulers_equal_diffusers(plain_folder, tmp_path, name, settings, monkeypatch):
+    copied, size = shutil.copytree(plain_folder(name), tmp_path / "m"), MODELS[name].sizes[-1]
     schedule_by(copied, settings)
     made = load(copied, device="cpu", nfe=5)(PROMPTS[:2], height=size[0], width=size[1], seed=[1, 2], output="latent")
     assert relative(made.images, theirs(name, peer_of(name, copied), [1, 2], size, 5, monkeypatch)) < 1e-5
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_steps_are_the_published_ones_unless_asked_otherwise(folder, pipes, name):
-    ours, _ = pipes(name)
+def test_steps_are_the_published_ones_unless_asked_otherwise(plain_folder, plain_pipes, name):
+    ours, _ = plain_pipes(name)
     assert len(schedule(ours.sampler, ours.dtype)) == DEFAULTS[name]
     assert "sampled by " + PUBLISHED[name]["_class_name"] in str(ours.plan)
-    three = load(folder(name), device="cpu", nfe=3)
+    three = load(plain_folder(name), device="cpu", nfe=3)
     three("x", height=16, width=32, output="latent")
     assert len(three.program.schedule) == 3
     config = SamplerConfig(times=(0.9, 0.3), mode="multi")
-    own = load(folder(name), device="cpu", sampler=config)
+    own = load(plain_folder(name), device="cpu", sampler=config)
     own("x", height=16, width=32, output="latent")
     assert own.program.schedule == ((0.9, 0.9), (0.3, 0.3))
     own("x", height=16, width=32, nfe=3, output="latent")
     assert own.program.schedule == three.program.schedule
 
 
-def test_every_size_has_times_of_its_own(pipes):
-    ours, _ = pipes("qwen-image")
+def test_every_size_has_times_of_its_own(plain_pipes):
+    ours, _ = plain_pipes("qwen-image")
     seen = []
     for size in ((16, 16), (64, 64), (16, 16)):
         ours("x", height=size[0], width=size[1], nfe=4, output="latent")
@@ -141,8 +72,8 @@ def test_every_size_has_times_of_its_own(pipes):
 
 
 @pytest.mark.parametrize("name", ["z-image", "qwen-image", "sd3-without-t5", "sana-sprint"])
-def test_an_artifact_is_sampled_as_it_was_saved(folder, tmp_path, name):
-    ours = load(folder(name), device="cpu", nfe=2)
+def test_an_artifact_is_sampled_as_it_was_saved(plain_folder, tmp_path, name):
+    ours = load(plain_folder(name), device="cpu", nfe=2)
     args = {"height": 16, "width": 32, "seed": 3, "output": "latent"}
     saved = load(ours.save(tmp_path / "TwinFlow-artifact"), device="cpu")
     size = ours.sizes.resolve(None, None)
@@ -156,8 +87,8 @@ def test_an_artifact_is_sampled_as_it_was_saved(folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "sana-sprint"])
-def test_target_times_need_the_second_embedder(pipes, name):
-    ours, _ = pipes(name)
+def test_target_times_need_the_second_embedder(plain_pipes, name):
+    ours, _ = plain_pipes(name)
     for sampler in ("1", "any", SamplerConfig(2)):
         with pytest.raises(ConfigError, match="no second time embedder"):
             ours("x", height=16, width=32, sampler=sampler)
@@ -165,18 +96,18 @@ def test_target_times_need_the_second_embedder(pipes, name):
 
 
 @pytest.mark.parametrize("nfe", [0, 101, 10_000, -1, 2.5])
-def test_steps_that_cannot_be(pipes, folder, nfe):
+def test_steps_that_cannot_be(plain_pipes, plain_folder, nfe):
     with pytest.raises(ConfigError, match="nfe"):
-        pipes("z-image")[0]("x", nfe=nfe)
+        plain_pipes("z-image")[0]("x", nfe=nfe)
     with pytest.raises(ConfigError, match="nfe"):
-        load(folder("z-image"), device="cpu", nfe=nfe)
+        load(plain_folder("z-image"), device="cpu", nfe=nfe)
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "sana-sprint"])
 @pytest.mark.parametrize("where", ["folder", "scheduler", "config", "key", "cache"])
-def test_what_is_called_twinflow_needs_its_embedder(folder, tmp_path, name, where):
+def test_what_is_called_twinflow_needs_its_embedder(plain_folder, tmp_path, name, where):
     at = {"folder": tmp_path / "My-TwinFlow", "cache": tmp_path / "models--x--TwinFlow-Y" / "snapshots" / "1"}
-    copied = shutil.copytree(folder(name), at.get(where, tmp_path / "m"))
+    copied = shutil.copytree(plain_folder(name), at.get(where, tmp_path / "m"))
     if where == "scheduler":
         schedule_by(copied, PUBLISHED[name] | {"_name_or_path": "a/twinflow-model"})
     if where == "config":
@@ -216,39 +147,39 @@ def test_what_is_called_twinflow_needs_its_embedder(folder, tmp_path, name, wher
         ("qwen-image", SHIFTS | {"use_dynamic_shifting": 1}, ConfigError, "use_dynamic_shifting"),
     ],
 )  # fmt: skip
-def test_schedulers_that_cannot_be(folder, tmp_path, name, settings, error, match):
-    copied = shutil.copytree(folder(name), tmp_path / "m")
+def test_schedulers_that_cannot_be(plain_folder, tmp_path, name, settings, error, match):
+    copied = shutil.copytree(plain_folder(name), tmp_path / "m")
     (copied / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
     for use in (describe, lambda f: load(f, device="cpu")):
         with pytest.raises(error, match=match):
             use(copied)
 
 
-def test_a_missing_scheduler_is_named(folder, tmp_path):
-    copied = shutil.copytree(folder("z-image"), tmp_path / "m")
+def test_a_missing_scheduler_is_named(plain_folder, tmp_path):
+    copied = shutil.copytree(plain_folder("z-image"), tmp_path / "m")
     shutil.rmtree(copied / "scheduler")
     with pytest.raises(CheckpointError, match=r"scheduler_config\.json"):
         load(copied, device="cpu")
 
 
-def test_files_beside_a_base(folder, pipes, tmp_path):
+def test_files_beside_a_base(plain_folder, plain_pipes, tmp_path):
     """A file without the second embedder is the network of an ordinary model, unless it is called TwinFlow."""
     args = {"height": 16, "width": 32, "seed": 3, "nfe": 2, "output": "latent"}
-    file = shutil.copy(folder("z-image") / "transformer" / WEIGHTS, tmp_path / "net.safetensors")
-    made = load(file, base=folder("z-image"), device="cpu")("x", **args).images
-    assert torch.equal(made, pipes("z-image")[0]("x", **args).images)
+    file = shutil.copy(plain_folder("z-image") / "transformer" / WEIGHTS, tmp_path / "net.safetensors")
+    made = load(file, base=plain_folder("z-image"), device="cpu")("x", **args).images
+    assert torch.equal(made, plain_pipes("z-image")[0]("x", **args).images)
     named = shutil.copy(file, tmp_path / "TwinFlow-net.safetensors")
     with pytest.raises(CheckpointError, match="t_embedder_2 is missing"):
-        load(named, base=folder("z-image"), device="cpu")
-    assert cli.main(["convert", str(file), str(tmp_path / "out"), "--base", str(folder("z-image"))]) == 0
+        load(named, base=plain_folder("z-image"), device="cpu")
+    assert cli.main(["convert", str(file), str(tmp_path / "out"), "--base", str(plain_folder("z-image"))]) == 0
     assert torch.equal(load(tmp_path / "out", device="cpu")("x", **args).images, made)
     twin = MODELS["z-image"].make(tmp_path / "twin")
     with pytest.raises(CheckpointError, match="t_embedder_2 is missing"):
         load(file, base=twin, device="cpu")
 
 
-def test_commands(folder, tmp_path, capsys):
-    model = str(folder("z-image"))
+def test_commands(plain_folder, tmp_path, capsys):
+    model = str(plain_folder("z-image"))
     assert cli.main(["inspect", model]) == 0
     assert "sampled by FlowMatchEulerDiscreteScheduler" in capsys.readouterr().out
     out = tmp_path / "a.png"
@@ -259,10 +190,10 @@ def test_commands(folder, tmp_path, capsys):
     assert "no second time embedder" in capsys.readouterr().err
 
 
-def test_a_server_samples_by_the_scheduler(pipes):
+def test_a_server_samples_by_the_scheduler(plain_pipes):
     from twinflow_rt.serve.engine import Engine
 
-    ours, _ = pipes("qwen-image")
+    ours, _ = plain_pipes("qwen-image")
     engine = Engine(ours)
     (job,) = engine.submit("x", width=32, height=16, seed=1, nfe=3)
     assert job.future.result().size == (32, 16)

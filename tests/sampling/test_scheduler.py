@@ -9,7 +9,7 @@ import torch
 
 from twinflow_rt.errors import ConfigError
 from twinflow_rt.sampling.schedule import PRESETS, SamplerConfig, preset
-from twinflow_rt.sampling.scheduler import DPM, FLOW, MAX_STEPS, SCM, Scheduler, sampler_of
+from twinflow_rt.sampling.scheduler import DPM, FLOW, MAX_EVALUATIONS, SCM, Scheduler, sampler_of
 
 STEPS = (1, 2, 3, 8, 20, 50, 100)
 SOLVER = {"_class_name": DPM, "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -73,7 +73,7 @@ def test_which_sampler_a_call_has():
         sampler_of(2, "any", mine, own, 4)
 
 
-@pytest.mark.parametrize("steps", [0, -1, MAX_STEPS + 1, 10_000, True, 1.5, "4", None])
+@pytest.mark.parametrize("steps", [0, -1, MAX_EVALUATIONS + 1, 10_000, True, 1.5, "4", None])
 def test_steps_that_cannot_be(steps):
     with pytest.raises(ConfigError, match="nfe"):
         Scheduler({"_class_name": FLOW}, None).sampler(steps, 4)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Config = dict[str, Any]
+EULER: Config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def flux2_klein(scale: float, layers: int | None) -> Blueprint:
     return Blueprint(transformer, {
         "text_encoder": ({**text, "num_hidden_layers": 36}, "text_encoders.qwen3"),
         "vae": (vae, "autoencoders.autoencoder_flux2"),
-    }, {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift": 3.0})  # fmt: skip
+    }, EULER | {"use_dynamic_shifting": True})  # fmt: skip
 
 
 BLUEPRINTS: dict[str, Callable[[float, int | None], Blueprint]] = {

@@ -25,9 +25,8 @@ from ..families import FAMILIES, family_of
 from ..models.meta_device import meta_device
 from ..training.text import CHAT_TEMPLATE, SPECIAL
 from . import random_file
-from .blueprints import BLUEPRINTS, Blueprint
+from .blueprints import BLUEPRINTS, EULER, Blueprint
 
-EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # one token a word, number, mark or line end, which is about what large vocabularies reach on English
 TOKENS = r"<\|[a-z_]+\|>|\w+|[^\w\s]|\n"

@@ -29,7 +29,7 @@ from .adapter_file import FILE_NAMES, AdapterFile, Module, Targets, product
 from .artifact import sha256
 from .checkpoint import Checkpoint
 from .files import PICKLES, file_type, is_folder, require_file, some
-from .names import names_of
+from .names import class_of, names_of
 from .tensor_files import read_tensor
 
 
@@ -149,7 +149,7 @@ class Adapter:
         self.file = AdapterFile(self.path)
         self.facts = Lora(self.path.name, weight, sha256(self.path))
         self.weight, self.changes = weight, dict[str, Change]()
-        kind = str(checkpoint.config.get("_class_name", "")).removesuffix("Wrapper")
+        kind = class_of(str(checkpoint.config.get("_class_name", "")))
         targets = Targets({name: None for name in checkpoint}, names_of(kind, checkpoint.config, set(checkpoint)))
         for module in self.file.modules.values():
             self._match(module, targets, checkpoint)

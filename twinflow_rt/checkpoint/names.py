@@ -248,5 +248,10 @@ def names_of(kind: str, config: dict[str, Any], wanted: Collection[str], default
     return replace(rules, splits={**fused, **rules.splits})
 
 
+def class_of(name: str) -> str:
+    """Return diffusers' class that a config.json's _class_name means: upstream's training writes its own classes'."""
+    return name.removesuffix("Wrapper")
+
+
 # what training and other tools put before all names, or before some
 WRAPPERS = r"(?:(?:transformer|extended_weights|module|_orig_mod)\.)*"

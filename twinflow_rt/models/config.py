@@ -18,6 +18,7 @@ POSITIVE = (
 )  # fmt: skip
 OF_TRAINING = ("musubi_blocks_to_swap", "musubi_block_swap_device")  # keys that SimpleTuner leaves in config.json
 EPSILONS = ("eps", "epsilon")
+COUNTS = {3: "three", 4: "four"}
 # what a damaged file breaks with, when its content is used
 BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -95,6 +96,14 @@ class Heads:
     def head_dim(self) -> int:
         """Features of a head of softmax attention."""
         return self.attention_head_dim
+
+    def require_axes(self, axes: tuple[int, ...], wanted: int) -> None:
+        """Raise ConfigError unless rope turns `wanted` axes by pairs of features, a head's together."""
+        if len(axes) != wanted or any(d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
+            raise ConfigError(
+                f"axes_dims_rope {axes} must be {COUNTS[wanted]} even numbers that add up to attention_head_dim = "
+                f"{self.attention_head_dim}; check transformer/config.json"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ConfigError
+
 BUCKET = 32  # prompt tokens
 
 
@@ -28,6 +30,18 @@ def host_lengths(embeds: Tensor, lengths: Sequence[int] | Tensor) -> tuple[tuple
     counts = tuple(int(n) for n in lengths)
     equal = min(counts) == max(counts)
     return counts, max(counts), None if equal else torch.tensor(counts, device=embeds.device)
+
+
+def all_rows(embeds: Tensor, lengths: Sequence[int] | Tensor, model: str) -> tuple[int, ...]:
+    """Return the lengths, on the host, of prompts embeds [B, L, D] of which `model` reads every row; () where they are
+    on the device, where they are not looked at. Raises ConfigError for lengths other than L."""
+    counts = () if isinstance(lengths, Tensor) else tuple(int(n) for n in lengths)
+    if any(n != embeds.shape[1] for n in counts):
+        raise ConfigError(
+            f"prompt lengths {counts} in embeddings of {embeds.shape[1]} rows: {model} reads them all; pad prompts as "
+            "`Pipeline.text` does"
+        )
+    return counts
 
 
 @dataclass(frozen=True)

@@ -71,17 +71,20 @@ class Folded:
     key: object = field(default_factory=object)
 
 
-class TableCache:
-    """The tables of schedules; the least recently used go where together they exceed `most` bytes, never those asked
-    for last."""
+class ScheduleTables:
+    """The tables of schedules, on the device `home`; the least recently used go where together they exceed `most`
+    bytes, never those asked for last."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, most: int, home: torch.device) -> None:
+        self.most, self.home = most, home
         self._kept: OrderedDict[Hashable, Folded] = OrderedDict()
 
     def get(self, schedule: Hashable, make: Callable[[], Mapping[str, Tensor]]) -> Folded:
         """Return the tables of `schedule`: those kept, else what `make` returns, kept from now on."""
-        self._kept[schedule] = folded = self._kept.pop(schedule, None) or Folded(make())
+        folded = self._kept.pop(schedule, None)
+        if folded is None:
+            folded = Folded({name: table.to(self.home) for name, table in make().items()})
+        self._kept[schedule] = folded
         while len(self._kept) > 1 and self.nbytes > self.most:
             self._kept.popitem(last=False)
         return folded

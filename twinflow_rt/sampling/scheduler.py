@@ -22,7 +22,7 @@ from .schedule import SamplerConfig, resolve_sampler
 
 FILE = "scheduler/scheduler_config.json"
 FLOW, DPM, SCM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "SCMScheduler"
-MAX_STEPS = 100  # that a network is folded for
+MAX_EVALUATIONS = 100  # that a network is folded for
 TRAINED = 1000  # times that networks count to
 LARGEST_ANGLE, MIDDLE_ANGLE = 1.57080, 1.3  # of SANA-Sprint's steps: the first, and of two the second
 
@@ -87,7 +87,7 @@ class Scheduler:
 
     def sampler(self, steps: int, tokens: int) -> SamplerConfig:
         """Return the sampler of `steps` evaluations of an image of `tokens` tokens."""
-        check_integer("nfe", steps, 1, MAX_STEPS)
+        check_integer("nfe", steps, 1, MAX_EVALUATIONS)
         if self.kind == DPM:
             return self._dpm(steps)
         if self.kind == SCM:

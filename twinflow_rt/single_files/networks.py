@@ -14,10 +14,10 @@ from torch import Tensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import Declared, read_json
 from ..checkpoint.fuse import sources
-from ..checkpoint.names import TEXT, Key, Names, names_of
+from ..checkpoint.names import TEXT, Key, Names, class_of, names_of
 from ..checkpoint.tensor_files import DTYPES, stored_bytes
 from ..errors import CheckpointError, ConfigError
-from ..families import CONNECTOR, WRAPPER, Family, family_of, parts_by_kind
+from ..families import CONNECTOR, Family, family_of, parts_by_kind
 from ..models.config import reading
 from ..ops.int4 import Int4Form, Int4Weight
 
@@ -30,7 +30,7 @@ class Slot:
         kind = config.get("_class_name") or config.get("model_type") or (self.name if self.name == CONNECTOR else None)
         if not isinstance(kind, str):
             raise CheckpointError(f"{folder / 'config.json'} names no _class_name or model_type; download it again")
-        kind = kind.removesuffix(WRAPPER)
+        kind = class_of(kind)
         self.config, self.read = config, Checkpoint
         self.family: Family | None = None
         self.strip: tuple[str, ...] = ()

@@ -140,7 +140,7 @@ class VelocityStage(Generic[AnyProgram]):
         contexts with negative prompts, whose images go through the network beside the others or, `apart`, after."""
         t = steps(sampler, self.dtype)[0].t
         begin, keep = (noise, {}) if start is None else (start.at(t), {"keep": start.keep})
-        times = [one for one, _ in schedule(sampler, self.dtype)]
+        times = [] if guidance is None else [one for one, _ in schedule(sampler, self.dtype)]
         parts = [
             self._evaluation(context, part, vae, t)
             if guidance is None

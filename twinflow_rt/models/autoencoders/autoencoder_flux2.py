@@ -74,8 +74,12 @@ class Statistics(nn.Module):
         return (self.running_var + self.eps).rsqrt()
 
 
-class Normalised:
-    bn: Statistics
+class Normalised(nn.Module):
+    """What both halves have: `bn`, the statistics of patches."""
+
+    def __init__(self, config: Flux2AutoencoderConfig) -> None:
+        super().__init__(config)
+        self.bn = Statistics(config)
 
     @property
     def statistics(self) -> Statistics:
@@ -83,20 +87,12 @@ class Normalised:
 
 
 class Flux2Encoder(Normalised, AutoencoderEncoder):
-    def __init__(self, config: Flux2AutoencoderConfig) -> None:
-        super().__init__(config)
-        self.bn = Statistics(config)
-
     def trunk(self, features: Tensor) -> Tensor:
         """Return the mean of the patches of these features, [B, 4C, h/2, w/2]."""
         return F.pixel_unshuffle(super().trunk(features).chunk(2, 1)[0], PATCH)
 
 
 class Flux2Decoder(Normalised, AutoencoderDecoder):
-    def __init__(self, config: Flux2AutoencoderConfig) -> None:
-        super().__init__(config)
-        self.bn = Statistics(config)
-
     def trunk(self, latents: Tensor) -> Tensor:
         return super().trunk(F.pixel_shuffle(latents, PATCH))
 

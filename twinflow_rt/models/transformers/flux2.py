@@ -22,7 +22,7 @@ from ...checkpoint.layout import Layout, float32_where
 from ...errors import ConfigError
 from ...ops import OpTable, ops_for
 from ..config import Heads, NetworkConfig
-from ..context import Context
+from ..context import Context, all_rows
 from ..folding import Resident
 from ..layers import (
     BLOCK_CONSTANTS,
@@ -79,12 +79,8 @@ class Flux2Config(Heads, NetworkConfig):
     eps: float = EPS
 
     def __post_init__(self) -> None:
-        axes, fixed = self.axes_dims_rope, (self.patch_size, self.timestep_guidance_channels, self.eps)
-        if len(axes) != 4 or any(d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
-            raise ConfigError(
-                f"axes_dims_rope {axes} must be four even numbers that add up to attention_head_dim = "
-                f"{self.attention_head_dim}; check transformer/config.json"
-            )
+        self.require_axes(self.axes_dims_rope, 4)
+        fixed = self.patch_size, self.timestep_guidance_channels, self.eps
         if fixed != (1, 256, EPS) or self.in_channels % 4 or min(self.num_layers, self.num_single_layers) < 1:
             raise ConfigError(
                 f"patch_size, timestep_guidance_channels, eps are {fixed}, in_channels {self.in_channels}, layers "
@@ -227,12 +223,7 @@ class Flux2Transformer(VelocityNetwork):
     def encode_context(self, prompt_embeds: Tensor, lengths: Sequence[int] | Tensor) -> Context:
         """Return the prompts after `context_embedder`. Every row of prompt_embeds [B, L, joint_attention_dim] counts,
         as in the reference: lengths must all be L (on the device they are not looked at)."""
-        counts = () if isinstance(lengths, Tensor) else tuple(int(n) for n in lengths)
-        if any(n != prompt_embeds.shape[1] for n in counts):
-            raise ConfigError(
-                f"prompt lengths {counts} in embeddings of {prompt_embeds.shape[1]} rows: FLUX.2 reads them all; pad "
-                "prompts with their encoder, as `Pipeline.text` does"
-            )
+        counts = all_rows(prompt_embeds, lengths, "FLUX.2")
         return Context(self.context_embedder(prompt_embeds), counts)
 
     def patches(self, latents: Tensor, modulation: Modulation, context: Context) -> tuple[Tensor, float]:

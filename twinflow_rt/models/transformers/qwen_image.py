@@ -89,12 +89,7 @@ class QwenImageConfig(Heads, NetworkConfig):
                 f"{self.out_channels}: Qwen-Image packs latents 2x2, so in_channels = 4 * out_channels; "
                 "check transformer/config.json"
             )
-        axes = self.axes_dims_rope
-        if len(axes) != 3 or any(d % 2 for d in axes) or sum(axes) != self.attention_head_dim:
-            raise ConfigError(
-                f"axes_dims_rope {axes} must be three even numbers that add up to attention_head_dim = "
-                f"{self.attention_head_dim}; check transformer/config.json"
-            )
+        self.require_axes(self.axes_dims_rope, 3)
         if self.num_layers < 1:
             raise ConfigError(f"num_layers is {self.num_layers}; check transformer/config.json")
 

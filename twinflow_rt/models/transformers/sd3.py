@@ -25,6 +25,7 @@ from ...errors import ConfigError
 from ...ops import OpTable, ops_for
 from ..config import Heads, NetworkConfig, second_embedder
 from ..context import Context as PromptContext
+from ..context import all_rows
 from ..folding import Resident
 from ..layers import (
     EPS,
@@ -326,12 +327,7 @@ class SD3Transformer(VelocityNetwork):
         Every row of prompt_embeds [B, L, joint_attention_dim] counts, as in the reference: lengths must all be L (on
         the device they are not looked at). pooled: [B, pooled_projection_dim].
         """
-        counts = () if isinstance(lengths, Tensor) else tuple(int(n) for n in lengths)
-        if any(n != prompt_embeds.shape[1] for n in counts):
-            raise ConfigError(
-                f"prompt lengths {counts} in embeddings of {prompt_embeds.shape[1]} rows: SD3.5 reads them "
-                "all; pad prompts with their encoders, as `Pipeline.text` does"
-            )
+        counts = all_rows(prompt_embeds, lengths, "SD3.5")
         tokens, constants = self.context_embedder(prompt_embeds), None
         if self.folded_steps is not None:
             gaps = self.gap_table.split(1) if self.config.twinflow else (None,) * self.folded_steps
