@@ -33,3 +33,15 @@ def test_call(benchmark, pipe, eager, program, nfe, count):
     assert verdict.passed, verdict.reason
     benchmark.group = f"whole calls, {count} images, {nfe} evaluation(s) each"
     benchmark(work.call, measured)
+
+
+@pytest.mark.parametrize("order", ["staying", "switching"])
+def test_schedules(benchmark, pipe, order):
+    """The same six calls; "switching": each takes another schedule than the call before."""
+    height, width = pipe.sizes.resolve(None, None)
+    calls = {nfe: Workload(batch_of(None, 1), height, width, seed=0, nfe=nfe) for nfe in (1, 2, 4)}
+    turns = {"staying": (1, 1, 2, 2, 4, 4), "switching": (1, 2, 4, 1, 2, 4)}[order]
+    for work in calls.values():
+        work.call(pipe)  # the first call of a schedule folds it
+    benchmark.group = "six calls at 1, 2 and 4 evaluations"
+    benchmark(lambda: [calls[nfe].call(pipe) for nfe in turns])

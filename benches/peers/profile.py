@@ -27,7 +27,7 @@ from twinflow_rt.bench.workload import Workload, stages
 from twinflow_rt.ops.native import library
 
 from . import contenders
-from .cases import CASES, PROMPTS, SEED
+from .cases import CASES, PROMPTS, SEED, Case
 
 Call = Callable[[int], Any]
 
@@ -38,20 +38,21 @@ def pipelines(name: str) -> Iterator[tuple[str, Any, Any]]:
     with case.folder() as folder:
         yield "ours", load(folder, device="cpu", dtype=torch.float32), torch.inference_mode
         kept: list[Any] = []
-        with patch.object(contenders, "_ours", lambda pipe, size: kept.append(pipe) or {"total": None}):
-            contenders.image("openvino", folder, case.size)
+        with patch.object(contenders, "_ours", lambda pipe, *_: kept.append(pipe) or {"total": None}):
+            contenders.image("openvino", folder, case.size, case.steps)
         yield "openvino", kept[0], torch.no_grad
 
 
-def by_stage(found: list[tuple[str, Any, Any]], size: int | None, calls: int) -> dict[str, dict[str, float]]:
+def by_stage(found: list[tuple[str, Any, Any]], case: Case, calls: int) -> dict[str, dict[str, float]]:
     """Least milliseconds of every stage and of the call, by pipeline."""
     least: dict[str, dict[str, float]] = {name: defaultdict(lambda: float("inf")) for name, *_ in found}
     for n in range(calls):
         for name, pipe, mode in found:
-            side = pipe.sizes.resolve(size, size)[0]
+            side = pipe.sizes.resolve(case.size, case.size)[0]
             with mode(), patch.object(time, "perf_counter", time.process_time):
                 begin = time.perf_counter()
-                timings = pipe(PROMPTS.format(n=n), height=side, width=side, seed=SEED, output="pt").timings
+                prompt = PROMPTS.format(n=n)
+                timings = pipe(prompt, height=side, width=side, seed=SEED, nfe=case.steps, output="pt").timings
                 taken = {**timings, "in all": time.perf_counter() - begin}
             for stage, seconds in taken.items():
                 least[name][stage] = min(least[name][stage], 1e3 * seconds)
@@ -98,14 +99,14 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=60, help="of each (default %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found, size = list(pipelines(args.case)), CASES[args.case].size
-    least = by_stage(found, size, args.calls)
+    found, case = list(pipelines(args.case)), CASES[args.case]
+    least = by_stage(found, case, args.calls)
     print(f"{args.case}: ms of CPU time, one thread" + "".join(f"{name:>12}" for name in least))
     for stage in least["ours"]:
         print(f"  {stage:<32}" + "".join(f"{taken[stage]:12.2f}" for taken in least.values()))
     pipe = found[0][1]
-    side = pipe.sizes.resolve(size, size)[0]
-    for name, stage in stages(pipe, Workload((PROMPTS.format(n=0),), side, side, SEED, 1)).items():
+    side = pipe.sizes.resolve(case.size, case.size)[0]
+    for name, stage in stages(pipe, Workload((PROMPTS.format(n=0),), side, side, SEED, case.steps or 1)).items():
         rows = by_op(torch.inference_mode()(lambda n, stage=stage: stage()), args.calls)
         print(f"{name}: {sum(calls * each for calls, each, _ in rows) / 1e3:.2f} ms in ops")
         for calls, each, op in rows[:8]:
