@@ -204,10 +204,11 @@ class Model:
         if asked.budget is None:
             return None
         self.text.max_tokens = min(self.text.max_tokens, PROMPT_TOKENS)
+        guided = self.scheduler is not None and not self.scheduler.distilled
         memory = plan_memory(
             self.text, self.vae, self.checkpoint, self.family, self.times, asked.device, self.dtype, asked.budget,
             resolve_largest(asked.options.largest, self.sizes), asked.options.tile,
-            text_options=asked.text_options(), **network,
+            text_options=asked.text_options(), guided=guided, **network,
         )  # fmt: skip
         unrecorded = ["blocks stream"] * (memory.text_streams or memory.streamed > 0)
         unrecorded += [f"{stage}: {why}" for stage, why in memory.unrecorded().items()]

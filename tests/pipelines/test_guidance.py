@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 
 import pytest
@@ -16,6 +18,7 @@ from twinflow_rt.errors import ConfigError
 from twinflow_rt.loading import load
 from twinflow_rt.sampling.guidance import Guidance
 from twinflow_rt.sampling.schedule import SamplerConfig
+from twinflow_rt.stages.prompt_cache import context_bytes
 
 SCALE = {"z-image": "guidance_scale", "qwen-image": "true_cfg_scale", "sd3-without-t5": "guidance_scale",
          "sana": "guidance_scale"}  # fmt: skip
@@ -75,6 +78,20 @@ def test_images_are_guided_one_by_one(plain_folder, plain_pipes, name):
         assert relative(ours(PROMPTS[:2], num_images=2, negative_prompt=NEGATIVE[:2], **args).images, both) < 1e-5
     finally:
         ours.batch_invariant = False
+
+
+@pytest.mark.parametrize("name", SCALE)
+def test_budgets_count_negative_prompts(plain_folder, tmp_path, name):
+    """Of models that may be guided: one context more per image, of the longest prompt."""
+    folder, how = shutil.copytree(plain_folder(name), tmp_path / "m"), {"device": "cpu", "largest": (16, 32, 4)}
+    guided = load(folder, memory_budget="2GB", **how)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
+    distilled = load(folder, memory_budget="2GB", **how)
+    longest = guided.text(["word " * 5000])
+    context = guided.velocity.encode(longest).select([0] * 4)
+    found = {stage: size - distilled.memory.work[stage] for stage, size in guided.memory.work.items()}
+    assert found["sample"] == found["decode"] == context_bytes(context) > 0
 
 
 @pytest.mark.parametrize("name", SCALE)

@@ -97,9 +97,10 @@ class Network:
 
 def costs_of(
     text: TextStage, vae: VaeDecoder, network: Network, *, device: torch.device, dtype: torch.dtype,
-    largest: tuple[int, int, int], text_options: StageOptions = DEFAULTS,
+    largest: tuple[int, int, int], text_options: StageOptions = DEFAULTS, guided: bool = False,
 ) -> Costs:  # fmt: skip
-    """Count a model whose stages are open but not read. text_options: how the text stage will be read."""
+    """Count a model whose stages are open but not read. text_options: how the text stage will be read. guided: whether
+    calls have negative prompts besides, which are kept, and go through the network after the others."""
     height, width, images = largest
     encoders = _encoders(text, text_options)
     target = Target.of(torch.device("cpu"), torch.float32)  # whose ops run on the meta device, too
@@ -114,15 +115,15 @@ def costs_of(
     context, context_work = peak_of(lambda: model.encode(prompt))
     with torch.inference_mode():
         context = context.select([0] * images)
-    velocity = peak_of(lambda: model.velocity(context))[1]
+    velocity, prompts = peak_of(lambda: model.velocity(context))[1], 1 + guided
     ratio = dtype.itemsize / torch.float32.itemsize  # the meta model is float32
     image = 4 * images * 3 * height * width
     # beside what the decoder makes: the float image becomes bytes in float32 (see ops.decode.to_uint8)
     decode = cache(lambda tile: round(ratio * _decode(model, tile, image)))
     return Costs(
         weights_of(text, vae, network, device, dtype, text_options),
-        round(ratio * max(text_work, prompt.embeds.nbytes + context_work)),
-        round(ratio * context_bytes(context)), round(ratio * velocity), decode, tiles.smallest(model.decoder),
+        round(ratio * max(text_work, prompts * (prompt.embeds.nbytes + context_work))),
+        round(ratio * prompts * context_bytes(context)), round(ratio * velocity), decode, tiles.smallest(model.decoder),
         slots=1 if device.type == "cpu" else 2,
     )  # fmt: skip
 

@@ -147,13 +147,13 @@ def plan_memory(
     text: TextStage, vae: VaeDecoder, checkpoint: Checkpoint, family: Any, times: Sequence[tuple[float, float]],
     device: torch.device, dtype: torch.dtype, budget: int, largest: tuple[int, int, int], tile: int | None = None, *,
     precision: str | None = None, skip_layers: Sequence[str] = (), saved: bool = False,
-    text_options: StageOptions = DEFAULTS,
+    text_options: StageOptions = DEFAULTS, guided: bool = False,
 ) -> MemoryPlan:  # fmt: skip
     """Return the plan for a model of `family` that is open but not read; see `choose`.
 
     precision, skip_layers: of its linear layers, see `passes.quantize.convert_layers`. saved: `checkpoint` is a
-    compiled program's, whose network does not stream. text_options: how the text stage will be read. Raises ConfigError
-    if `budget` is too small."""
+    compiled program's, whose network does not stream. text_options, guided: see
+    `costs_of`. Raises ConfigError if `budget` is too small."""
     module = family.build(family.config.from_dict(checkpoint.config), folded_steps=len(times))
     layout = Layout(dtype_of=family.layout.dtype_of) if saved else family.layout
     absorb = not saved and len(times) == 1 and hasattr(family.network, "absorptions")
@@ -161,7 +161,9 @@ def plan_memory(
     network = Network(
         module, checkpoint, layout, streams=not saved, absorb=absorb, precision=precision, skip_layers=skip_layers
     )  # fmt: skip
-    costs = costs_of(text, vae, network, device=device, dtype=dtype, largest=largest, text_options=text_options)
+    costs = costs_of(
+        text, vae, network, device=device, dtype=dtype, largest=largest, text_options=text_options, guided=guided
+    )  # fmt: skip
     if device.type == "cpu":
         return_freed_memory()
     return choose(costs, budget, largest, tile)

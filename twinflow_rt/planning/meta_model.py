@@ -25,7 +25,7 @@ class MetaModel:
     """The networks of a model as a pipeline would call them.
 
     text: the model's text stage, which runs `encoders` in place of its own networks. network: the velocity network,
-    folded for one evaluation. decoder: the VAE's. latents: [images, C, h, w]. Everything is float32."""
+    folded, for one evaluation unless it is so for more. decoder: the VAE's. latents: [images, C, h, w]. Everything is float32."""
 
     text: TextStage
     encoders: Sequence[Any]
@@ -41,7 +41,7 @@ class MetaModel:
         """Return the copy of a model's stages, loaded or not, for `images` images of size (height, width) in pixels.
         ops: such that run on the meta device."""
         with meta_device():
-            copy = type(network)(network.config, folded_steps=1)
+            copy = type(network)(network.config, folded_steps=network.folded_steps or 1)
             latents = torch.zeros(images, vae.channels, size[0] // vae.scale, size[1] // vae.scale)
         copy.ops, decoder = ops, vae.parts[0].meta_network(ops)
         fold_upsampling(decoder, FOLDED)
